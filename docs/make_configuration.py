@@ -91,14 +91,16 @@ def _types(cls: Any) -> dict[str, str]:
 
 
 def _meanings(cls: Any) -> dict[str, str]:
-    """Field -> the comment behind it, or above it."""
+    """Field -> the comment behind it, or the lines of one above it."""
     lines = inspect.getsource(cls).splitlines()
     found = {}
     for node in _fields(cls):
         assert node.end_lineno is not None, "parsed from a source"
-        comment = re.search(r"  # (.*)$", lines[node.end_lineno - 1])
-        above = re.match(r"\s*# (.*)$", lines[node.lineno - 2])
-        found[ast.unparse(node.target)] = comment[1] if comment else above[1] if above else ""
+        behind = re.search(r"  # (.*)$", lines[node.end_lineno - 1])
+        above = []
+        while match := re.match(r"\s*# (.*)$", lines[node.lineno - 2 - len(above)]):
+            above.insert(0, match[1])
+        found[ast.unparse(node.target)] = behind[1] if behind else " ".join(above)
     return found
 
 

@@ -147,12 +147,17 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a small text file under a temporary name and rename it. Raises RunError where the disk refuses."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync_to_disk(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}); make room, and the same command continues the run"
+        ) from None
 
 
 def write_problem(folder: Path) -> str | None:

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = add(name, function, text)
         command.add_argument("model", help="folder or hub id of a classifier, a multiple-choice model or a masked LM")
         command.add_argument("--task", required=True, help="a task of SuperGLUE, AXb, AXg, or a YAML of your own")
-        command.add_argument("--max-length", type=_positive, help="tokens (default: the task's)")
+        command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
         command.add_argument("--batch-size", type=_positive, default=64)
         return command
 
@@ -98,6 +98,13 @@ def _positive(text: str) -> int:
     """An argument that counts something."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    """An argument that is a length in tokens."""
+    if _positive(text) < 8:
+        raise argparse.ArgumentTypeError(f"{text} tokens leave no room for text; give at least 8")
     return int(text)
 
 
@@ -167,7 +174,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     for name, value in scores.items():
-        print(f"{name:<22}{value:>10}" if isinstance(value, int) else f"{name:<22}{value:>10.4f}")
+        print(f"{name:<22}{value:>10.4f}" if isinstance(value, float) else f"{name:<22}{value:>10}")
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -145,7 +145,10 @@ class VocabularyConfig:
     keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept
 
     def __post_init__(self) -> None:
-        _require(self.keep_ratio is None or self.size is None, "keep_ratio and size are both given; keep one")
+        _require(
+            self.keep_ratio is None or self.size is None,
+            "keep_ratio and size are both given; keep one (keep_ratio= removes it)",
+        )
         r = self.keep_ratio
         _require(r is None or 0 < r <= 1, f"keep_ratio must be in (0, 1], got {r}")
         for name in ("size", "multiple_of"):
@@ -244,10 +247,16 @@ class RunConfig:
                 re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", task) is not None,
                 f"tasks.{task}: letters, digits, - and _ only",
             )
+            known = [each.name for each in dataclasses.fields(StageConfig)] + list(TASK_FILES)
+            for key in self.tasks[task]:
+                _require(key in known, f"tasks.{task}.{key} is unknown{suggestion(str(key), known)}")
             for stage in ("task_teacher", "task_words", "task_labels"):
                 self.stage(stage, task)
             for name in TASK_FILES:
-                coerce(str | None, self.tasks[task].get(name), f"tasks.{task}.{name}")
+                value = coerce(str | None, self.tasks[task].get(name), f"tasks.{task}.{name}")
+                _require(
+                    value is None or bool(value.strip()), f"tasks.{task}.{name} is empty; give a path, or remove it"
+                )
         for task in self.teacher.tasks:
             _require(task in self.tasks, f"teacher.tasks.{task} is not among tasks{suggestion(task, self.tasks)}")
         _require(

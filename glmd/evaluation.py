@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from glmd.checkpoint import write_problem
 from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluation_batches, verbaliser_ids
-from glmd.data.predictions import write_predictions
+from glmd.data.predictions import require_idx, write_predictions
 from glmd.data.tasks import Split, Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
 from glmd.heads import backbone, choice_logits, final_linear, hidden_before_final_linear, one_choice_each, run_task_head
@@ -137,17 +138,19 @@ def evaluate_folder(
     *,
     max_length: int | None,
     batch_size: int,
-) -> dict[str, float]:
-    """Metrics of a task model on a task's split, with the folder's own tokenizer.
+) -> dict[str, float | str]:
+    """Casting, counts and metrics of a task model on a task's split, with the folder's own tokenizer.
 
     Raises GlmdError where task, data and model do not fit, or where a compressed model would be scored with a
     tokenizer that is not exact.
     """
     task = _task_for(model, task_name)
     examples = read_split(task, data, split, require_labels=True)
+    score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
     length = max_length or task.max_length
     answers, truncated = _answers(model, task, examples, length, batch_size)
     return {
+        "casting": task.casting,
         "examples": len(examples),
         "max_length": length,
         "truncated": truncated,
@@ -165,9 +168,11 @@ def predict_file(
     task = _task_for(model, task_name)
     if not file.endswith(".jsonl"):
         raise DataError(f"--file {file}: give a .jsonl file in the official form")
-    if output.exists():
-        raise DataError(f"--output {output}: exists already; choose another name")
+    problem = "exists already" if output.exists() else write_problem(output.parent)
+    if problem is not None:
+        raise DataError(f"--output {output}: {problem}; choose another")
     examples = read_split(task, file, "test", require_labels=False)
+    require_idx(task, examples)
     answers, _ = _answers(model, task, examples, max_length or task.max_length, batch_size)
     write_predictions(task, answers, examples, output)
     return len(examples)

@@ -50,6 +50,24 @@ def require_model(name: str, *, field: str = "teacher.model") -> None:
         raise ModelError(f"{field}: {name} has no config.json; give a folder saved by save_pretrained")
 
 
+def require_weight_files(name: str) -> None:
+    """Refuse a local folder whose weights are absent or cut short; reads the heads of the files. A hub id passes."""
+    from safetensors import SafetensorError, safe_open
+
+    if not looks_local(name):
+        return
+    folder = Path(name)
+    names = _require_safe_index(folder) or ["model.safetensors"]
+    for each in names:
+        if not (folder / each).is_file():
+            raise ModelError(f"{name}: holds no {each}; save the model with save_pretrained (pickles are not read)")
+        try:
+            with safe_open(folder / each, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder / each}: is damaged ({error}); copy it again") from None
+
+
 def load_model_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config, without weights."""
     from transformers import AutoConfig
@@ -196,11 +214,11 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         raise ModelError(f"{name}: cannot be loaded as {auto_class.__name__} ({reason}){hint}") from error
 
 
-def _require_safe_index(folder: Path) -> None:
-    """Refuse a weight index that names files outside its folder: from_pretrained would follow it."""
+def _require_safe_index(folder: Path) -> list[str]:
+    """The weight files that an index names, if there is one. Refuses those outside: from_pretrained would follow."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return
+        return []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
@@ -208,6 +226,7 @@ def _require_safe_index(folder: Path) -> None:
     for each in names:
         if Path(each).name != each:
             raise ModelError(f"{index}: names {each!r}, which is outside the folder")
+    return sorted(names)
 
 
 # Parts of a backbone that some classes have and others of the same model have not.

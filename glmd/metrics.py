@@ -154,6 +154,8 @@ def require_metrics(task: Task) -> None:
             raise ConfigError(f"{where} needs group_by, the fields of a row that make its group")
         if "answers" in METRICS[name].fields and not task.choices_from:
             raise ConfigError(f"{where} needs choices_from, the field of a row that lists its candidates")
+    if task.group_by and not any("group" in METRICS[name].fields for name in task.metrics):
+        raise ConfigError(f"task {task.name}: group_by has no effect: no metric is over groups; remove it")
 
 
 def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -> dict[str, float]:

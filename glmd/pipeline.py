@@ -74,16 +74,19 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """All stages, then the reload check of every exported folder, then results.json."""
         self.bench.store = self._token_store()
+        if "pretraining" in self.plan.method:
+            self.bench.blocks(self.config.pretraining, self.first_seed)  # refuses a corpus that is too short for it
         teacher = self._teacher()
         self.teacher_hash = self.run_folder.fingerprint(str(teacher.model), teacher.revision)
         arms = self._arms(teacher)
+        # Before the long stage, so that a teacher that cannot serve or has learnt nothing is seen in time.
+        classifiers = {name: self._fine_tune_teacher(task, teacher) for name, task in self.plan.tasks.items()}
         for arm in arms:
             self._pretrain(arm, teacher)
-        for task in self.plan.tasks.values():
-            classifier = self._fine_tune_teacher(task, teacher)
+        for name, task in self.plan.tasks.items():
             for seed in self.config.seeds:
                 for arm in arms:
-                    self._distil_task(arm, task, seed, teacher, classifier)
+                    self._distil_task(arm, task, seed, teacher, classifiers[name])
         results = {"glmd": __version__, "parameters": self.plan.parameters, "rows": self.rows}
         if self.accelerator.is_main_process:
             self.bench.check_exports()
@@ -260,6 +263,7 @@ class Pipeline:
         """The two passes on one task from the pretrained student, and the hard-label control from the same start."""
         name = task.task.name
         place, start = arm.folder / "tasks" / name / f"seed-{seed}", arm.folder / "pretraining" / "student"
+        self.bench.warn_of_equal_candidates(task, arm)
         labels, words = self.config.stage("task_labels", name), None
         after_words = start
         if "task_words" in self.plan.method:
@@ -441,9 +445,10 @@ class Pipeline:
             # What one answer to everything scores; with choices, one position.
             answers = range(min(len(example.choices) for example in task.val) or len(task.task.labels))
             constants = [score(task.task, np.full(len(task.val), answer), task.val) for answer in answers]
-            row["constant"] = max(constants, key=lambda each: each[task.task.metrics[0]])
+            row["constant"] = {name: max(each[name] for each in constants) for name in task.task.metrics}
         if is_student and task.has_own_inputs:
-            row["inputs"] = {"examples": len(task.inputs), "labelled": task.inputs[0].label is not None}
+            labelled = sum(example.label is not None for example in task.inputs)
+            row["inputs"] = {"examples": len(task.inputs), "labelled": labelled}
         self.rows.append(row)
 
     def _chooser(

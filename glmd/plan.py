@@ -21,7 +21,7 @@ from glmd.data.batches import TaskDataset, verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import ConfigError, DataError, ModelError
-from glmd.metrics import require_metrics
+from glmd.metrics import require_metrics, score
 from glmd.objective import Objective, load_method
 from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids
 
@@ -51,9 +51,7 @@ class TaskPlan:
     def fingerprint(self) -> str:
         splits = [self.train, self.val, *([self.inputs] if self.has_own_inputs else [])]
         rows = [[(e.texts, e.label, e.group, e.answers) for e in split] for split in splits]
-        return hashlib.sha256(
-            json.dumps([self.task.name, self.task.casting, self.verbalisers, rows]).encode()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps([asdict(self.task), self.verbalisers, rows]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,9 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     source = str(world / "superglue") if world else config.data.superglue
     corpus = [str(world / "corpus.txt")] if world else config.data.corpus
     tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
-    _check_lengths(config, "teacher", teacher_config, tasks)
-    _check_blanks(config, tasks, tokenizer)
+    _check_lengths(config, method, tasks, "the teacher", teacher_config)
+    _check_named_teachers(config, method, tasks, tokenizer)
+    _check_blanks(config, method, tasks, tokenizer)
     plan = Plan(
         config,
         method,
@@ -99,7 +98,9 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         tasks=tasks,
         corpus=corpus_fingerprint(corpus) if corpus else None,
     )
-    return _with_parameters(plan)
+    plan = _with_parameters(plan)
+    _check_weight_files(config)
+    return plan
 
 
 def needs_pretraining(method: dict[str, Objective]) -> bool:
@@ -179,7 +180,7 @@ def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]
     """The source tokenizer and the teacher's config, without weights."""
     from transformers import BertConfig
 
-    from glmd.loading import load_model_config, load_source_tokenizer, require_model, require_task_head
+    from glmd.loading import load_model_config, load_source_tokenizer, require_model
 
     teacher = config.teacher
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
@@ -199,11 +200,23 @@ def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]
             f"teacher: its tokenizer has {len(tokenizer)} tokens, its embeddings {model_config.vocab_size} rows; "
             "they do not belong together"
         )
-    for name, model in teacher.tasks.items():
-        require_model(model, field=f"teacher.tasks.{name}")
-        require_task_head(load_model_config(model), _task(config, name), model)
-        _require_same_tokenizer(tokenizer, load_source_tokenizer(model), f"teacher.tasks.{name}: {model}")
     return tokenizer, model_config
+
+
+def _check_named_teachers(
+    config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any
+) -> None:
+    """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
+    from glmd.loading import load_model_config, load_source_tokenizer, require_model, require_task_head
+
+    on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
+    for name, model in config.teacher.tasks.items():
+        field = f"teacher.tasks.{name}"
+        require_model(model, field=field)
+        model_config = load_model_config(model)
+        require_task_head(model_config, _task(config, name), model)
+        _require_same_tokenizer(tokenizer, load_source_tokenizer(model), f"{field}: {model}")
+        _check_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
 
 
 def _task(config: RunConfig, name: str) -> Task:
@@ -238,9 +251,12 @@ def _plan_task(
         inputs = read_split(task, own_inputs, "train", require_labels=uses_labels, training=True)
     val_source = _source(files, source, "val")
     val = read_split(task, val_source, "val", require_labels=config.selection == "best")
-    unlabelled = sum(example.label is None for example in val)
-    if 0 < unlabelled < len(val):
-        raise DataError(f"{val_source}: {unlabelled} of {len(val)} rows of {name} val have no label; give all or none")
+    unlabelled = [example.label is None for example in val]
+    if any(unlabelled) and not all(unlabelled):
+        found = f"{sum(unlabelled)} of {len(val)} rows of {name} val have no label"
+        raise DataError(f"{val_source}: {found}; give all or none")
+    if not all(unlabelled):
+        score(task, np.zeros(len(val), dtype=np.int64), val)  # what cannot be scored is refused now, not after training
     return TaskPlan(task, train, inputs, val, verbalisers)
 
 
@@ -255,28 +271,45 @@ def _source(files: dict[str, Any], source: str | None, split: str) -> str:
     return str(found)
 
 
-def _check_lengths(config: RunConfig, name: str, model_config: Any, tasks: dict[str, TaskPlan]) -> None:
-    """Refuse sequences longer than the positions of the teacher or the student."""
+def _check_weight_files(config: RunConfig) -> None:
+    """Refuse weights that are absent or cut short, by the heads of their files."""
+    from glmd.loading import require_weight_files
+
+    for model in (config.teacher.model, *config.teacher.tasks.values()):
+        if model is not None:
+            require_weight_files(model)
+
+
+def _check_lengths(
+    config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], name: str, model_config: Any
+) -> None:
+    """Refuse sequences longer than the positions of a model that reads the corpus, if the method has one, and tasks."""
     from glmd.loading import model_positions
 
     positions = model_positions(model_config)
     if positions is None:
         return
-    lengths = {"pretraining.max_length": config.pretraining.max_length or positions}
+    lengths = {"pretraining.max_length": config.pretraining.max_length or 0} if "pretraining" in method else {}
     for task, plan in tasks.items():
-        for stage in ("task_teacher", "task_words", "task_labels"):
-            lengths[f"{stage}.max_length of {task}"] = config.stage(stage, task).max_length or plan.task.max_length
+        stages = _task_stages(config, method, task).items()
+        lengths |= {f"{key}.max_length of {task}": stage.max_length or plan.task.max_length for key, stage in stages}
     for key, length in lengths.items():
         if length > positions:
-            raise ConfigError(f"{key} is {length}, the {name} has {positions} positions; give at most {positions}")
+            raise ConfigError(f"{key} is {length}, {name} has {positions} positions; give at most {positions}")
 
 
-def _check_blanks(config: RunConfig, tasks: dict[str, TaskPlan], tokenizer: Any) -> None:
+def _task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
+    """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
+    names = ["task_teacher", *(name for name in ("task_words", "task_labels") if name in method)]
+    return {name: config.stage(name, task) for name in names}
+
+
+def _check_blanks(config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any) -> None:
     """Refuse examples whose blank does not fit into a stage's length."""
     if config.casting == "head":
         return
     for name, plan in tasks.items():
-        stages = [config.stage(stage, name) for stage in ("task_teacher", "task_words", "task_labels")]
+        stages = _task_stages(config, method, name).values()
         shortest = min(stage.max_length or plan.task.max_length for stage in stages)
         for examples in (plan.train, plan.inputs, plan.val):
             if examples:
@@ -319,7 +352,7 @@ def _with_parameters(plan: Plan) -> Plan:
     cut_config = copy.deepcopy(plan.teacher_config)
     cut_config.vocab_size = plan.kept_size
     student_config = student_model_config(cut_config, student, count, chosen)
-    _check_lengths(plan.config, "student", student_config, plan.tasks)
+    _check_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
     small = _on_meta("student", student_config)
     if chosen is not None:
         weight_origins(small, _on_meta("teacher", cut_config), chosen)
@@ -372,19 +405,20 @@ def describe(plan: Plan, world_size: int) -> str:
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, StageConfig, int, int | None]]:
-    """(name, settings, length, examples) of each stage of the student, in order; a corpus is not counted yet."""
+    """(name, settings, length, examples) of each stage, in order; a corpus is not counted yet."""
     config = plan.config
     if config.teacher.pretraining is not None:
         yield "teacher", config.teacher.pretraining, config.teacher.pretraining.max_length or 0, None
+    stages = {name: _task_stages(config, plan.method, name) for name in plan.tasks}
+    for name, task in plan.tasks.items():
+        stage = stages[name].pop("task_teacher")
+        if name not in config.teacher.tasks:
+            yield f"{name} task_teacher", stage, stage.max_length or task.task.max_length, len(task.train)
     if "pretraining" in plan.method:
         yield "pretraining", config.pretraining, config.pretraining.max_length or 0, None
     for name, task in plan.tasks.items():
-        fine_tuned = name in config.teacher.tasks
-        for each in ("task_teacher", "task_words", "task_labels"):
-            if each in plan.method or (each == "task_teacher" and not fine_tuned):
-                stage = config.stage(each, name)
-                examples = task.train if each == "task_teacher" else task.inputs
-                yield f"{name} {each}", stage, stage.max_length or task.task.max_length, len(examples)
+        for each, stage in stages[name].items():
+            yield f"{name} {each}", stage, stage.max_length or task.task.max_length, len(task.inputs)
 
 
 def _stage_line(name: str, stage: StageConfig, length: int, examples: int | None, world_size: int) -> str:

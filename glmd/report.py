@@ -81,8 +81,9 @@ def _task_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _inputs_note(row: dict[str, Any]) -> str:
-    kind = "other examples than train" if row["inputs"]["labelled"] else "examples without labels"
-    return f" {row['task']}: the student learned from {row['inputs']['examples']} {kind}."
+    examples, labelled = row["inputs"]["examples"], row["inputs"]["labelled"]
+    kind = "of its own, all labelled" if labelled == examples else f"of its own, {labelled} of them labelled"
+    return f" {row['task']}: the student learned from {examples} examples {kind if labelled else 'without labels'}."
 
 
 _CONTROL_NOTE = " The hard-label control has the student's start and as many updates as both its passes."

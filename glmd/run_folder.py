@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from glmd.checkpoint import describe_files, files_problem, write_atomically, write_problem
 from glmd.config import RunConfig, differences, dump_config, load_config, to_dict
-from glmd.errors import GlmdError, RunError
+from glmd.errors import ConfigError, GlmdError, RunError
 from glmd.loading import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,14 @@ def require_free_folder(config: RunConfig) -> Path:
     if not folder.exists() or {path.name for path in folder.iterdir()} <= BEFORE_THE_RUN:
         return folder
     recorded = folder / "config.yaml"
-    if not recorded.is_file():
-        raise RunError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
-    old, new = to_dict(load_config(recorded)), to_dict(config)
+    if not recorded.exists():
+        if not (folder / "lock").is_file():
+            raise RunError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
+        return folder  # a run that lost its config: what each stage was made from is in its own record
+    try:
+        old, new = to_dict(load_config(recorded)), to_dict(config)
+    except ConfigError as error:
+        raise RunError(f"{error}; delete {recorded}, and each stage is compared by its own record") from None
     changed = differences(old, new, ignore=GROWING_KEYS)
     if changed:
         raise RunError(

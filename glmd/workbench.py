@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from glmd import __version__
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
-from glmd.data.batches import BlockDataset, Collate, TaskDataset, corruption_for
+from glmd.data.batches import BlockDataset, Collate, TaskDataset, candidate_ids, corruption_for
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
@@ -93,6 +93,20 @@ class Workbench:
         """A task's validation inputs, as they are."""
         length = stage.max_length or task.task.max_length
         return TaskDataset(task.val, self.tokenizer, max_length=length, verbalisers=task.verbalisers)
+
+    def warn_of_equal_candidates(self, task: TaskPlan, arm: Arm) -> None:
+        """Say where candidates for a blank differ for the teacher and not for the student, whatever it learns."""
+        if task.task.casting == "head" or not task.task.is_choice:
+            return
+        ids, equal = iter(candidate_ids(task.val, self.tokenizer)), 0
+        for example in task.val:
+            theirs = {tuple(next(ids)) for _ in example.choices}
+            ours = {tuple(arm.vocabulary.token_map[list(each)]) for each in theirs}
+            equal += len(ours) < len(theirs)
+        if equal:
+            found = "candidates that the teacher tells apart are equal in the student's vocabulary"
+            remedy = "name their words in vocabulary.keep_words, or keep more"
+            logger.warning("%s: in %d of %d val examples %s; %s", task.task.name, equal, len(task.val), found, remedy)
 
     # Models
 
@@ -222,7 +236,7 @@ class Workbench:
         record = root / "exports_checked.json"
         try:
             proved = dict(json.loads(record.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):  # none yet, or damaged: then all are proved again
+        except (OSError, ValueError, TypeError):  # none yet, or damaged: then all are proved again
             proved = {}
         stamps = {}
         for place, files in self.run_folder.left.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 from collections import Counter
 from itertools import chain
 from typing import Any
@@ -302,12 +303,36 @@ def test_of_a_pair_only_the_text_without_the_blank_is_cut(tokenizer: Any, blank_
     [
         (f"{'a ' * 20}{BLANK}", None),  # cut off
         (f"{'a ' * 20}{BLANK}", "b"),  # nothing else to cut
-        (f"a {BLANK} [MASK]", "b"),  # a blank that is none
+        (f"a {BLANK} b", "b " * 20),  # the pair alone may be cut, and is
     ],
 )
-def test_a_blank_that_is_cut_off_or_not_the_only_mask_is_refused(tokenizer: Any, text: str, pair: str | None) -> None:
-    with pytest.raises(DataError, match=r"max_length 12|idx 31"):
-        TaskDataset(asked(tokenizer, text, pair), tokenizer, max_length=12)
+def test_a_blank_that_is_cut_off_is_refused_by_its_line(tokenizer: Any, text: str, pair: str | None) -> None:
+    fine, long = asked(tokenizer, f"a {BLANK}", pair and "b"), asked(tokenizer, text, pair)
+    long = [dataclasses.replace(long[0], where="rows.jsonl:8")]
+    if pair and len(pair) > 2:
+        assert TaskDataset([*fine, *long], tokenizer, max_length=12).truncated == 1
+        return
+    with pytest.raises(DataError, match=r"^rows.jsonl:8: .* max_length 12; give a larger") as caught:
+        TaskDataset([*fine, *long, *fine], tokenizer, max_length=12)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "pair", "choices"),
+    [
+        (f"a {BLANK} [MASK]", "b", ()),
+        # As many mask tokens as a blank has: the blank itself is cut off, the text's own one is not.
+        (f"[MASK] {'a ' * 20}{BLANK}", None, ()),
+        (f"a {BLANK}", "b [MASK]", ()),
+        (f"a {BLANK}", None, ("a", "[MASK]")),
+    ],
+)
+def test_a_text_with_a_mask_token_of_its_own_is_refused_in_a_blank_and_not_under_a_head(
+    tokenizer: Any, text: str, pair: str | None, choices: tuple[str, ...]
+) -> None:
+    with pytest.raises(DataError, match=r"^example 0 \(idx 31\): the text holds \[MASK\], which the model would take"):
+        TaskDataset(asked(tokenizer, text, pair, choices), tokenizer, max_length=12)
+    assert TaskDataset(asked(tokenizer, "a [MASK]", "b"), tokenizer, max_length=12).rows
 
 
 def test_a_verbaliser_is_one_known_token(tokenizer: Any) -> None:
@@ -319,8 +344,8 @@ def test_a_verbaliser_is_one_known_token(tokenizer: Any) -> None:
 
     assert verbaliser_ids(task(yes, no), tokenizer) == tuple(tokenizer.convert_tokens_to_ids([yes, no]))
     assert verbaliser_ids(load_task("RTE"), tokenizer) == ()
-    for wrong in (f"{yes}{no}", "Ω"):
-        with pytest.raises(ConfigError, match=f"task RTE: cloze.words: '{wrong}' is not one token"):
+    for wrong in (f"{yes}{no}", "Ω", "[MASK]", "[PAD]"):
+        with pytest.raises(ConfigError, match=f"task RTE: cloze.words: {re.escape(repr(wrong))} is not one word"):
             verbaliser_ids(task(yes, wrong), tokenizer)
     with pytest.raises(ConfigError, match="are one token to the tokenizer"):
         verbaliser_ids(task(yes, yes.upper()), tokenizer)

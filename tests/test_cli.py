@@ -109,7 +109,8 @@ def test_evaluate_gives_the_score_of_the_run(glmd, finished, tiny, folder, stage
     scores = dict(line.split() for line in text.splitlines())
     (row,) = (row for row in finished.results["rows"] if (row["stage"], row["system"]) == (stage, system))
     accuracy = f"{row['metrics']['accuracy']:.4f}"
-    assert scores == {"examples": "12", "truncated": "0", "max_length": "32", "accuracy": accuracy}
+    counts = {"examples": "12", "truncated": "0", "max_length": "32"}
+    assert scores == {"casting": "head", **counts, "accuracy": accuracy}
 
 
 def test_evaluate_refuses_what_does_not_fit(refused, finished, tiny, tmp_path):
@@ -120,6 +121,30 @@ def test_evaluate_refuses_what_does_not_fit(refused, finished, tiny, tmp_path):
         "evaluate", classifier, "--task", "RTE", "--data", tiny.superglue, "--split", "test"
     )
     assert "is no folder" in refused("evaluate", tmp_path / "absent", "--task", "RTE", "--data", tiny.superglue)
+
+
+def test_predict_refuses_before_the_model_is_loaded(refused, finished, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("glmd.evaluation.load_classifier", lambda *_: pytest.fail("loaded"))
+    rows = tmp_path / "rows.jsonl"
+    row = '{"premise": "a", "hypothesis": "b"'
+    common = ("predict", finished.folder / "tasks/RTE/teacher/model", "--task", "RTE", "--file", rows)
+    rows.write_text(row + ', "idx": 1}\n')
+    for output, says in ((tmp_path / "rows.jsonl", "exists already"), (rows / "below.jsonl", "is a file")):
+        assert f"--output {output}: {says}; choose another" in refused(*common, "--output", output)
+    for lines, says in (
+        (row + "}\n", f"{rows}:1: field 'idx' is missing, by which the leaderboard knows a row"),
+        (f'{row}, "idx": 1}}\n' * 2, f"{rows}:2: idx 1 stands in {rows}:1 too"),
+    ):
+        rows.write_text(lines)
+        assert says in refused(*common, "--output", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("length", ["7", "0", "x"])
+def test_a_length_that_leaves_no_room_for_text_is_wrong_usage(length, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "model", "--task", "RTE", "--data", "x", "--max-length", length])
+    assert ended.value.code == 2 and "--max-length" in capsys.readouterr().err
 
 
 def test_compress_keeps_the_logits_of_kept_tokens_and_loads_with_stock(glmd, tiny, tmp_path, no_fresh_process):

@@ -112,7 +112,25 @@ def test_evaluate_asks_a_masked_lm_in_a_blank(cloze_run, tiny, capsys):
     student = folder / "tasks/RTE/seed-0/labels/student"
     assert main(["evaluate", str(student), "--task", str(definition), "--data", str(tiny.superglue)]) == 0
     accuracy = row_of(results, "student", "labels")["metrics"]["accuracy"]
-    assert f"{accuracy:.4f}" in capsys.readouterr().out
+    scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert scores["casting"] == "cloze" and scores["accuracy"] == f"{accuracy:.4f}"
+
+
+def test_a_word_that_the_students_vocabulary_dropped_is_refused(cloze_run, tiny, rare_words, tmp_path, capsys):
+    """It would be read, and scored, as the word it is mapped to."""
+    folder, _, _ = cloze_run
+    tokenizer = load_tokenizer(tiny.teacher)
+    kept = set(Vocabulary.load(folder / "vocabulary").kept_ids.tolist())
+    gone = next(
+        word for word, i in tokenizer.get_vocab().items() if word.isalpha() and len(word) == 4 and i not in kept
+    )
+    definition = tmp_path / "rte.yaml"
+    definition.write_text(RTE.format(words=f"{gone}, {rare_words[0]}"))
+    student = folder / "tasks/RTE/seed-0/labels/student"
+    assert main(["evaluate", str(student), "--task", str(definition), "--data", str(tiny.superglue)]) == 2
+    assert f"cloze.words: '{gone}' was dropped from this vocabulary, which reads '" in capsys.readouterr().err
+    teacher = folder / "tasks/RTE/teacher/model"
+    assert main(["evaluate", str(teacher), "--task", str(definition), "--data", str(tiny.superglue)]) == 0
 
 
 def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
@@ -160,6 +178,30 @@ def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
     assert row_of(results, "student", "labels")["metrics"]["accuracy"] == pytest.approx(right / 16)
 
 
+def test_candidates_that_become_equal_in_the_students_vocabulary_are_told(tiny, tmp_path, caplog):
+    from types import SimpleNamespace
+
+    from glmd.workbench import Workbench
+
+    tokenizer = load_tokenizer(tiny.teacher)
+    first, second, third = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and len(word) == 4)[:3]
+    rows = [
+        {"premise": "a .", "question": "cause", "choice1": first, "choice2": other, "label": 0, "idx": i}
+        for i, other in enumerate((second, third, first))
+    ]
+    (tmp_path / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task("COPA", "cloze")
+    val = read_split(task, str(tmp_path / "copa.jsonl"), "val", require_labels=True)
+    token_map = np.arange(len(tokenizer))
+    arm = SimpleNamespace(vocabulary=SimpleNamespace(token_map=token_map))
+    bench = SimpleNamespace(tokenizer=tokenizer)
+    Workbench.warn_of_equal_candidates(bench, SimpleNamespace(task=task, val=val), arm)
+    assert not caplog.records
+    token_map[tokenizer.convert_tokens_to_ids(second)] = tokenizer.convert_tokens_to_ids(first)
+    Workbench.warn_of_equal_candidates(bench, SimpleNamespace(task=task, val=val), arm)
+    assert "COPA: in 1 of 3 val examples candidates that the teacher tells apart are equal" in caplog.text
+
+
 def test_terms_of_words_and_labels_share_one_masked_lm(tiny, trusting, tmp_path, rare_words):
     method, definition = tmp_path / "both.yaml", tmp_path / "rte.yaml"
     method.write_text(
@@ -186,7 +228,8 @@ def test_a_blank_that_does_not_fit_is_refused_before_anything_is_trained(tiny, t
         "task_labels.max_length=8",
     ]
     assert main(["check", *arguments, f"tasks.RTE.definition={definition}"]) == 2
-    assert "max_length 8" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "too many for max_length 8; give a larger" in message and "/RTE/train.jsonl:" in message
 
 
 def test_a_task_without_a_cloze_form_is_refused(tiny, tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from glmd.data.predictions import write_predictions
+from glmd.data.predictions import require_idx, write_predictions
 from glmd.data.tasks import TaskExample, load_task, read_split
 from glmd.errors import DataError
 
@@ -70,8 +70,8 @@ def test_multircs_lines_are_paragraphs_with_questions_with_answers(tmp_path):
     [
         ([0, 2], [example(0, 1), example(1, 2)], "RTE: prediction 2 for idx 2, which has 2 possible answers"),
         ([0, -1], [example(0, 1), example(1, 2)], "RTE: prediction -1 for idx 2, which has 2 possible answers"),
-        ([0, 0], [example(0, 1), example(1, 1)], "RTE: idx 1 stands twice"),
-        ([0, 0], [example(0, 1), example(1, None)], "RTE: example 1 has no idx"),
+        ([0, 0], [example(0, 1), example(1, 1)], "RTE example 1: idx 1 stands in example 0 too"),
+        ([0, 0], [example(0, 1), example(1, None)], "RTE example 1: field 'idx' is missing"),
         ([0.5, 0.1], [example(0, 1), example(1, 2)], "predictions must be one row of class ids or positions"),
         ([True, False], [example(0, 1), example(1, 2)], "predictions must be one row of class ids or positions"),
     ],
@@ -82,6 +82,25 @@ def test_what_the_leaderboard_would_refuse_is_not_written(tmp_path, predictions,
         write_predictions(load_task("RTE"), predictions, examples, path)
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "idx", "says"),
+    [
+        ("MultiRC", 3, "field 'idx' must have 'paragraph', got 3"),
+        ("MultiRC", {"paragraph": 1, "question": 2}, "field 'idx' must have 'answer', got {"),
+        ("ReCoRD", {"passage": 1}, "field 'idx' must have 'query', got {"),
+    ],
+)
+def test_an_idx_without_the_parts_of_its_form_is_refused(task, idx, says):
+    with pytest.raises(DataError) as caught:
+        require_idx(load_task(task), [example(0, idx)])
+    assert says in str(caught.value)
+
+
+def test_a_folder_for_the_file_is_made(tmp_path):
+    write_predictions(load_task("RTE"), [0], [example(0, 1)], tmp_path / "a/b/RTE.jsonl")
+    assert (tmp_path / "a/b/RTE.jsonl").is_file()
 
 
 def test_a_candidate_that_a_query_has_not_is_refused(tmp_path):

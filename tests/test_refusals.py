@@ -13,6 +13,8 @@ import pytest
 
 from glmd.cli import main
 
+SAVE_AGAIN = "save the model with save_pretrained (pickles are not read)"
+
 
 @pytest.fixture
 def bare_teacher(tiny, tmp_path) -> Path:
@@ -53,6 +55,9 @@ def refusal(tiny, tmp_path, capsys):
         ("method=my.yaml", "ConfigError", "my.yaml: no such file"),
         ("tasks=[RTEE]", "ConfigError", "task 'RTEE' is unknown; did you mean RTE?"),
         ("tasks=[RTE, rte]", "ConfigError", "names a task twice"),
+        ("tasks.RTE.inptus=a", "ConfigError", "tasks.RTE.inptus is unknown; did you mean inputs?"),
+        ("tasks.RTE.inputs=''", "ConfigError", "tasks.RTE.inputs is empty; give a path"),
+        ("vocabulary.size=40", "ConfigError", "keep_ratio and size are both given; keep one (keep_ratio= removes it)"),
         ("data.corpus=[]", "ConfigError", "data.corpus is missing; method glmd pretrains on it"),
         ("data.corpus=absent.txt", "DataError", "absent.txt: no such file or folder"),
         ("data.superglue=", "ConfigError", "data.superglue is missing; RTE is read from it"),
@@ -297,12 +302,42 @@ def test_weights_that_are_cut_short_are_refused(refusal, tiny, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     message = refusal(teacher=folder)
-    assert message.startswith(f"ModelError: {folder}: cannot be loaded as AutoModelForMaskedLM")
+    assert message.startswith(f"ModelError: {weights}: is damaged (") and message.endswith("; copy it again")
 
 
-def test_absent_weights_are_refused(refusal, bare_teacher):
-    message = refusal(teacher=bare_teacher)
-    assert message.startswith(f"ModelError: {bare_teacher}: cannot be loaded as AutoModelForMaskedLM")
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_absent_weights_are_refused_before_anything_is_trained(refusal, bare_teacher, bare_classifier, tiny, command):
+    message = refusal(teacher=bare_teacher, command=command)
+    assert message == f"ModelError: {bare_teacher}: holds no model.safetensors; {SAVE_AGAIN}"
+    message = refusal(f"teacher.tasks.RTE={bare_classifier}", command=command)
+    assert message == f"ModelError: {bare_classifier}: holds no model.safetensors; {SAVE_AGAIN}"
+    index = bare_teacher / "model.safetensors.index.json"
+    shutil.copy(tiny.teacher / "model.safetensors", bare_teacher / "part-1.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}))
+    message = refusal(teacher=bare_teacher, command=command)
+    assert message == f"ModelError: {bare_teacher}: holds no part-2.safetensors; {SAVE_AGAIN}"
+
+
+def test_a_named_teacher_with_fewer_positions_than_its_task_has_tokens_is_refused(refusal, tiny, bare_classifier):
+    change_config(bare_classifier, max_position_embeddings=31)
+    message = refusal(f"teacher.tasks.RTE={bare_classifier}")
+    assert "task_teacher.max_length of RTE is 32, teacher.tasks.RTE has 31 positions; give at most 31" in message
+
+
+def test_a_length_that_no_stage_of_the_method_has_is_not_refused(tiny, tmp_path):
+    overrides = ["method=kd", "pretraining.max_length=900", "task_words.max_length=900", "data.corpus=[]"]
+    assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *overrides]) == 0
+
+
+def test_pairs_that_are_none_are_refused_before_anything_is_trained(refusal, tiny, bare_teacher, write):
+    definition = write(
+        "pairs.yaml",
+        "name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: '{premise}'\n"
+        "text_pair: '{hypothesis}'\nlabels: [entailment, not_entailment]\ngroup_by: [premise]\n"
+        "metrics: [accuracy, gender_parity]\nmax_length: 32\n",
+    )
+    message = refusal(f"tasks.RTE.definition={definition}", teacher=bare_teacher)
+    assert message.startswith("DataError: gender_parity: a pair has two examples;")
 
 
 def test_weights_that_are_a_pickle_are_refused(refusal, tiny, bare_teacher):
@@ -310,7 +345,7 @@ def test_weights_that_are_a_pickle_are_refused(refusal, tiny, bare_teacher):
     from safetensors.torch import load_file
 
     torch.save(load_file(tiny.teacher / "model.safetensors"), bare_teacher / "pytorch_model.bin")
-    assert refusal(teacher=bare_teacher).startswith(f"ModelError: {bare_teacher}: cannot be loaded")
+    assert refusal(teacher=bare_teacher) == f"ModelError: {bare_teacher}: holds no model.safetensors; {SAVE_AGAIN}"
 
 
 def test_a_checkpoint_without_language_model_head_is_refused(refusal, tiny, tmp_path):
@@ -417,7 +452,7 @@ def test_a_second_run_in_one_folder_is_refused_and_names_the_first(refusal, bare
     assert message == f"RunError: output_dir {lock.parent} is in use by process 4711 on thathost"
     assert lock.read_text() == "process 4711 on thathost\n"
     # With the first one gone the folder is free: the next refusal is about the missing weights.
-    assert "cannot be loaded" in refusal(teacher=bare_teacher)
+    assert "holds no model.safetensors" in refusal(teacher=bare_teacher)
 
 
 def test_processes_that_are_no_ranks_are_refused(refusal, bare_teacher, monkeypatch):

@@ -60,6 +60,16 @@ def test_one_seed_has_no_deviation_and_what_was_not_measured_is_a_dash():
     assert "±" not in text and "hard labels only" not in text and "full vocabulary" not in text
 
 
+@pytest.mark.parametrize(
+    ("labelled", "says"),
+    [(0, "16 examples without labels."), (16, "16 examples of its own, all labelled."),
+     (3, "16 examples of its own, 3 of them labelled.")],
+)  # fmt: skip
+def test_inputs_of_the_student_alone_are_told_with_their_labels(labelled, says):
+    rows = [scored("student", 0, 0.6, agreement=0.7, inputs={"examples": 16, "labelled": labelled})]
+    assert f"RTE: the student learned from {says}" in results_table({"rows": rows, "parameters": PARAMETERS})
+
+
 def test_the_table_of_a_run_holds_its_results(finished):
     text = results_table(finished.results)
     by_stage = {row["stage"]: row for row in finished.results["rows"]}

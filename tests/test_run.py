@@ -85,8 +85,8 @@ def test_the_recorded_config_is_the_run(finished):
 def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
     assert json.loads((finished.folder / "results.json").read_text()) == finished.results
     assert [(row["system"], row["stage"], row["task"], row["seed"]) for row in finished.results["rows"]] == [
-        ("student", "pretraining", None, 0),
         ("teacher", "task_teacher", "RTE", 0),
+        ("student", "pretraining", None, 0),
         ("student", "task_words", "RTE", 0),
         ("student", "labels", "RTE", 0),
         ("hard labels", "hard_labels", "RTE", 0),
@@ -106,10 +106,10 @@ def test_word_prediction_comes_nearer_to_the_teacher(finished):
 def test_the_log_has_every_interval_of_every_stage(finished):
     task = "tasks/RTE/seed-0"
     assert [(row["stage"], row["step"], row["max_steps"]) for row in log_rows(finished.folder)] == [
+        ("tasks/RTE/teacher", 3, 3),
         ("pretraining", 2, 6),
         ("pretraining", 4, 6),
         ("pretraining", 6, 6),
-        ("tasks/RTE/teacher", 3, 3),
         (f"{task}/words", 3, 3),
         (f"{task}/labels", 3, 3),
         (f"{task}/hard_labels", 6, 6),
@@ -320,6 +320,54 @@ def test_an_unreadable_record_of_a_stage_is_refused_with_the_folder_to_delete(ti
     message = str(refused.value)
     assert message.startswith(f"{path} cannot be read (") and "\n" not in message
     assert message.endswith(f"; delete {path.parent} to make the stage anew")
+
+
+def test_a_task_whose_definition_changed_is_refused(finished, tiny, trusting, tmp_path):
+    """The config names the same file; lengths, metrics and labels in it are others."""
+    definition = tmp_path / "rte.yaml"
+    text = (Path(__file__).parents[1] / "configs/tasks/RTE.yaml").read_text().partition("cloze:")[0]
+    definition.write_text(text)
+    stages = [f"{stage}.max_length=null" for stage in ("task_teacher", "task_words", "task_labels")]
+    short = text.replace("max_length: 256", "max_length: 32")
+    definition.write_text(short)
+    options = (f"tasks.RTE.definition={definition}", "data.corpus=[]", "method=kd", "controls.hard_labels=false")
+    config = tiny.config(tmp_path / "run", *options, *stages)
+    run(config)
+    for changed in (
+        short.replace("max_length: 32", "max_length: 16"),
+        short.replace("[accuracy]", "[accuracy, macro_f1]"),
+        short.replace("[entailment, not_entailment]", "[not_entailment, entailment]"),
+    ):
+        assert changed != short
+        definition.write_text(changed)
+        with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tasks.RTE: '\w+' -> '\w+'\)"):
+            run(config)
+    definition.write_text(short)
+    run(config)
+
+
+@pytest.mark.parametrize("text", ["{", "teacher: [1", "unknown_key: 3"])
+def test_a_run_that_lost_its_config_goes_by_the_records_of_its_stages(finished, tiny, trusting, tmp_path, text):
+    folder = finished.copy(tmp_path / "run")
+    recorded = folder / "config.yaml"
+    recorded.write_text(text)
+    with pytest.raises(RunError, match=r"config.yaml.*; delete .*config.yaml, and each stage is compared by its own"):
+        run(tiny.config(folder))
+    recorded.unlink()
+    with pytest.raises(RunError, match=r"was made from other inputs \(stage.learning_rate"):
+        run(tiny.config(folder, "pretraining.learning_rate=0.5"))
+    recorded.unlink()
+    assert without_times(run(tiny.config(folder))) == without_times(finished.results)
+    assert load_config(recorded) == tiny.config(folder)
+
+
+@pytest.mark.parametrize("name", ["exports_checked.json", "results.json"])
+def test_a_folder_where_a_file_is_written_is_refused_by_name(finished, tiny, trusting, tmp_path, name):
+    folder = finished.copy(tmp_path / "run")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(RunError, match=rf"{name}: cannot be written \(Is a directory\); make room"):
+        run(tiny.config(folder))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "7", ""])
@@ -587,7 +635,7 @@ def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(
     row = row_of(results, "labels")
     assert "metrics" not in row and "constant" not in row
     assert row["selection"] == "nearest to the teacher on val inputs"
-    assert row["inputs"] == {"examples": 16, "labelled": False}
+    assert row["inputs"] == {"examples": 16, "labelled": 0}
     logged = [each for each in log_rows(tmp_path / "run") if each["stage"] == LABELS]
     scores = [each["score"] for each in logged if "score" in each]
     assert len(scores) == 3 and row["agreement"] == max(scores)

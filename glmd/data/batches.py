@@ -118,13 +118,17 @@ class TaskDataset(Dataset[dict[str, Any]]):
         pairs = [pair or "" for example in examples for _, pair in example.texts]
         second = pairs if examples[0].texts[0][1] is not None else None
         truncation, fillings = "longest_first", None
+        keeps_first = BLANK in texts[0]
         if BLANK in texts[0] + pairs[0]:
-            fillings = _fillings(examples, tokenizer)
+            _refuse_masks(examples, tokenizer)
+            fillings = candidate_ids(examples, tokenizer)
             texts, pairs = (
                 [_with_masks(*each, tokenizer) for each in zip(part, fillings, strict=True)] for part in (texts, pairs)
             )
             if second is not None:
-                second, truncation = pairs, "only_second" if BLANK in examples[0].texts[0][0] else "only_first"
+                second, truncation = pairs, "only_second" if keeps_first else "only_first"
+        # Example i has the rows from first_row[i] up to first_row[i + 1].
+        self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
         self.rows: list[dict[str, np.ndarray]] = []
         self.truncated = 0
         for first in range(0, len(texts), CHUNK):
@@ -132,34 +136,36 @@ class TaskDataset(Dataset[dict[str, Any]]):
             try:
                 encoded = tokenizer(*part, truncation=truncation, max_length=max_length)
             except Exception as error:  # the tokenizers library has no class of its own for it
-                reason = f"is too short for the text around a blank ({error})"
-                raise DataError(f"max_length {max_length} {reason}") from None
+                kept = (texts if keeps_first else pairs)[first : first + CHUNK]
+                lengths = [len(ids) for ids in tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"]]
+                place = _place(self._owner(first + int(np.argmax(lengths)))[0])
+                found = f"the text around the blank has {max(lengths)} tokens"
+                raise DataError(f"{place}: {found}, too many for max_length {max_length}; give a larger one") from error
             self.truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
             columns = [name for name in ("input_ids", "token_type_ids") if name in encoded]
             self.rows += [
                 {name: np.array(encoded[name][i], dtype=np.int32) for name in columns} for i in range(len(part[0]))
             ]
-        # Example i has the rows from first_row[i] up to first_row[i + 1].
-        self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
         if fillings is not None:
             self._mark_blanks(fillings, tokenizer.mask_token_id, max_length)
 
     def _mark_blanks(self, fillings: list[list[int]], mask_id: int, max_length: int) -> None:
         """Give every row `blank_ids`: in its blank the ids that fill it (0 for a verbaliser), elsewhere -100."""
-        owner = np.repeat(np.arange(len(self.examples)), np.diff(self.first_row))
         for i, (row, filling) in enumerate(zip(self.rows, fillings, strict=True)):
             places = row["input_ids"] == mask_id
-            example = self.examples[owner[i]]
-            parts = example.texts[i - self.first_row[owner[i]]]
+            example, choice = self._owner(i)
+            parts = example.texts[choice]
             expected = filling * sum((part or "").count(BLANK) for part in parts)
             if places.sum() != len(expected):
-                found = f"example {example.example_id} (idx {example.idx}): {places.sum()} mask tokens"
-                raise DataError(
-                    f"{found}, but {len(expected)} fill its blank; its text holds the mask token, or max_length "
-                    f"{max_length} cuts the blank off"
-                )
+                found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
+                raise DataError(f"{_place(example)}: {found}; give a larger max_length")
             row["blank_ids"] = np.full(len(places), IGNORED, dtype=np.int32)
             row["blank_ids"][places] = expected
+
+    def _owner(self, row: int) -> tuple[TaskExample, int]:
+        """The example of a row, and which of its choices the row is."""
+        i = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        return self.examples[i], row - int(self.first_row[i])
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -181,9 +187,10 @@ def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
     ids: list[int] = []
     for word in task.verbalisers:
         pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+        if len(pieces) != 1 or pieces[0] in tokenizer.all_special_ids:
             shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
-            raise ConfigError(f"task {task.name}: cloze.words: {word!r} is not one token ({shown}); choose one that is")
+            raise ConfigError(f"task {task.name}: cloze.words: {word!r} is not one word of the vocabulary ({shown})")
+        _refuse_dropped(task, word, tokenizer, pieces[0])
         ids += pieces
     if len(set(ids)) < len(ids):
         raise ConfigError(
@@ -192,16 +199,41 @@ def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _fillings(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[int]]:
+def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> None:
+    """A compressed vocabulary reads a word that it dropped as another one, which would be scored in its place."""
+    source = getattr(tokenizer, "source_tokenizer", None)
+    if source is not None:
+        original = source.convert_ids_to_tokens(source(word, add_special_tokens=False)["input_ids"][0])
+        kept = tokenizer.convert_ids_to_tokens(token_id)
+        if original != kept:
+            found = f"{word!r} was dropped from this vocabulary, which reads {kept!r} for it"
+            raise ConfigError(f"task {task.name}: cloze.words: {found}; choose kept words, or vocabulary.keep_words")
+
+
+def candidate_ids(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[int]]:
     """For each row the ids of the candidate that fills its blank; one 0 where a verbaliser will."""
     candidates = [choice for example in examples for choice in example.choices]
     if not candidates:
         return [[0]] * len(examples)
     fillings: list[list[int]] = tokenizer(candidates, add_special_tokens=False, verbose=False)["input_ids"]
-    for candidate, filling in zip(candidates, fillings, strict=True):
+    owners = (example for example in examples for _ in example.choices)
+    for example, candidate, filling in zip(owners, candidates, fillings, strict=True):
         if not filling:
-            raise DataError(f"the candidate {candidate!r} has no tokens, so it cannot fill a blank")
+            raise DataError(f"{_place(example)}: the candidate {candidate!r} has no tokens, so it cannot fill a blank")
     return fillings
+
+
+def _refuse_masks(examples: Sequence[TaskExample], tokenizer: Any) -> None:
+    """The blank is known by its mask tokens, so a text must bring none of its own."""
+    for example in examples:
+        texts = [text or "" for pair in example.texts for text in pair]
+        if any(tokenizer.mask_token in text for text in (*texts, *example.choices)):
+            found = f"the text holds {tokenizer.mask_token}, which the model would take for the blank"
+            raise DataError(f"{_place(example)}: {found}; remove it")
+
+
+def _place(example: TaskExample) -> str:
+    return example.where or f"example {example.example_id} (idx {example.idx})"
 
 
 def _with_masks(text: str, filling: list[int], tokenizer: Any) -> str:

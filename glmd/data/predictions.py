@@ -21,6 +21,8 @@ from glmd.errors import DataError
 # jiant/tasks/lib/*.py, and before that `_write_*_preds` of jiant/evaluate.py. Truth values are words there, with a
 # capital in WSC and without one in BoolQ and WiC; answers of MultiRC and COPA are numbers; ReCoRD's is the entity.
 
+_IDX_PARTS = {"multirc": ("paragraph", "question", "answer"), "record": ("query",)}
+
 
 def write_predictions(
     task: Task, predictions: ArrayLike, examples: Sequence[TaskExample], path: str | os.PathLike[str]
@@ -35,27 +37,36 @@ def write_predictions(
         raise ValueError(f"{len(examples)} examples need as many predictions in one row; got shape {chosen.shape}")
     if chosen.size and chosen.dtype.kind not in "iu":
         raise DataError(f"predictions must be one row of class ids or positions, got {chosen.dtype}")
-    seen: set[str] = set()
+    require_idx(task, examples)
     for example, prediction in zip(examples, chosen.tolist(), strict=True):
-        _check(task, example, prediction, seen)
+        count = len(example.choices) if task.is_choice else len(task.labels)
+        if not 0 <= prediction < count:
+            found = f"prediction {prediction} for idx {json.dumps(example.idx)}"
+            raise DataError(f"{task.name}: {found}, which has {count} possible answers")
     as_rows = _multirc_rows if task.rows == "multirc" else _flat_rows
     rows = as_rows(task, chosen.tolist(), examples)
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.part")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, target)
 
 
-def _check(task: Task, example: TaskExample, prediction: int, seen: set[str]) -> None:
-    idx = json.dumps(example.idx, sort_keys=True)
-    if example.idx is None:
-        raise DataError(f"{task.name}: example {example.example_id} has no idx, by which the leaderboard knows it")
-    if idx in seen:
-        raise DataError(f"{task.name}: idx {idx} stands twice; the leaderboard wants one prediction for each")
-    seen.add(idx)
-    count = len(example.choices) if task.is_choice else len(task.labels)
-    if not 0 <= prediction < count:
-        raise DataError(f"{task.name}: prediction {prediction} for idx {idx}, which has {count} possible answers")
+def require_idx(task: Task, examples: Sequence[TaskExample]) -> None:
+    """Refuse examples without an idx of their own, and an idx that has not its form's parts."""
+    first_of: dict[str, TaskExample] = {}
+    for example in examples:
+        where = example.where or f"{task.name} example {example.example_id}"
+        if example.idx is None:
+            raise DataError(f"{where}: field 'idx' is missing, by which the leaderboard knows a row")
+        for part in _IDX_PARTS.get(task.rows, ()):
+            if not isinstance(example.idx, dict) or part not in example.idx:
+                raise DataError(f"{where}: field 'idx' must have {part!r}, got {json.dumps(example.idx)[:60]}")
+        idx = json.dumps(example.idx, sort_keys=True)
+        before = first_of.setdefault(idx, example)
+        if before is not example:
+            twin = before.where or f"example {before.example_id}"
+            raise DataError(f"{where}: idx {idx} stands in {twin} too; the leaderboard wants one prediction for each")
 
 
 def _flat_rows(task: Task, chosen: list[int], examples: Sequence[TaskExample]) -> list[dict[str, Any]]:

@@ -45,8 +45,11 @@ def _part(row: Row, key: str, kind: type, where: str, within: str = "") -> Any:
 
 
 def _parts(row: Row, key: str, where: str, within: str = "") -> Iterator[tuple[str, Row]]:
-    """The objects of the list row[key], each with its path."""
-    for i, each in enumerate(_part(row, key, list, where, within)):
+    """The objects of the list row[key], at least one, each with its path."""
+    listed = _part(row, key, list, where, within)
+    if not listed:
+        raise DataError(f"{where}: field '{within}{key}' is an empty list; at least one is needed")
+    for i, each in enumerate(listed):
         path = f"{within}{key}[{i}]"
         if not isinstance(each, dict):
             raise DataError(f"{where}: field '{path}' must be an object, got {str(each)[:60]!r}")
@@ -59,7 +62,12 @@ def _parts(row: Row, key: str, where: str, within: str = "") -> Iterator[tuple[s
 def _flat_multirc(row: Row, where: str) -> Iterator[tuple[str, Row]]:
     passage = _part(row, "passage", dict, where)
     paragraph = _part(passage, "text", str, where, "passage.")
+    seen: dict[int, str] = {}
     for question_path, question in _parts(passage, "questions", where, "passage."):
+        number = _part(question, "idx", int, where, f"{question_path}.")
+        if seen.setdefault(number, question_path) != question_path:
+            found = f"field '{question_path}.idx' is {number}, as in {seen[number]}"
+            raise DataError(f"{where}: {found}; the answers of both would be one group")
         for path, answer in _parts(question, "answers", where, f"{question_path}."):
             flat = {
                 "paragraph": paragraph,
@@ -67,7 +75,7 @@ def _flat_multirc(row: Row, where: str) -> Iterator[tuple[str, Row]]:
                 "answer": _part(answer, "text", str, where, f"{path}."),
                 "idx": {
                     "paragraph": _part(row, "idx", int, where),
-                    "question": _part(question, "idx", int, where, f"{question_path}."),
+                    "question": number,
                     "answer": _part(answer, "idx", int, where, f"{path}."),
                 },
             }
@@ -87,7 +95,7 @@ def _flat_record(row: Row, where: str) -> Iterator[tuple[str, Row]]:
     entities = [text[start:end] for start, end in spans]
     for path, query in _parts(row, "qas", where):
         answers = []
-        for answer_path, answer in _parts(query, "answers", where, f"{path}.") if "answers" in query else ():
+        for answer_path, answer in _parts(query, "answers", where, f"{path}.") if query.get("answers") else ():
             start, end = _official_span(answer, text, where, answer_path)
             answers.append(_part(answer, "text", str, where, f"{answer_path}."))
             if text[start:end] != answers[-1]:

@@ -8,6 +8,7 @@ gives a text. A task is one YAML (configs/tasks, or a file of your own). Example
 from the hub.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -33,6 +34,8 @@ HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 Casting = Literal["head", "cloze"]
 # Stands in an example's text for the blank. A noncharacter of Unicode: no text has it.
 BLANK = "\ufdd0"
+# What {choice} and {blank} of a template stand for is no field of a row.
+RESERVED = ("choice", "blank")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Task:
     def __post_init__(self) -> None:
         if self.casting == "cloze" and self.cloze is None:
             raise ConfigError(f"task {self.name} has no cloze form; write one, or set casting=head")
+        for name in RESERVED:
+            if name in self.fields:
+                raise ConfigError(f"fields: {name!r} has a meaning of its own in templates; rename the field")
         for key in ("name", "folder", "hub_name"):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", getattr(self, key)):
                 raise ConfigError(f"{key} must be letters, digits, - and _; got {getattr(self, key)!r}")
@@ -100,8 +106,8 @@ class Task:
         if self.is_choice and used.count("choice") != (self.placeholder is None):
             where = "no template: placeholder is given" if self.placeholder else "exactly one of text and text_pair"
             raise ConfigError(f"choices: {{choice}}, the candidate, must stand once in {where}")
-        if not self.metrics:
-            raise ConfigError("metrics must name at least one metric")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise ConfigError(f"metrics must be one or more and differ; got {', '.join(self.metrics) or 'none'}")
         if self.max_length < 8:
             raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
 
@@ -116,8 +122,6 @@ class Task:
             )
         if len(self.choices) == 1:
             raise ConfigError("choices must be two or more templates")
-        if "choice" in self.fields:
-            raise ConfigError("fields: 'choice' is the candidate's own name; rename the field")
         if self.placeholder is not None and not self.placeholder.strip():
             raise ConfigError("placeholder is blank")
         if self.max_choices is not None:
@@ -158,8 +162,9 @@ def _template_fields(template: str, key: str, fields: tuple[str, ...], more: tup
     known = (*fields, *more)
     for _, name, form, conversion in parts:
         if name is not None and (name not in known or form or conversion):
-            near = suggestion(name, known) if name not in known else "; write {field} alone"
-            raise ConfigError(f"{key}: {template!r} asks for {name!r}, which is not in fields{near}")
+            if name in known:
+                raise ConfigError(f"{key}: {template!r}: write {{{name}}} alone, without : and !")
+            raise ConfigError(f"{key}: {template!r} asks for {name!r}, which is not in fields{suggestion(name, known)}")
     return [name for _, name, _, _ in parts if name is not None]
 
 
@@ -174,6 +179,7 @@ class TaskExample:
     group: tuple[Any, ...] | None = None  # the values of task.group_by
     choices: tuple[str, ...] = ()  # the candidates themselves
     answers: tuple[str, ...] = ()  # all right candidates, where a row may have several (ReCoRD)
+    where: str = dataclasses.field(default="", compare=False)  # file and line, or their like, to name in a refusal
 
 
 def task_names() -> list[str]:
@@ -301,6 +307,7 @@ def _examples(
             group=_group(task, row, where),
             choices=choices,
             answers=answers,
+            where=where,
         )
         for i, (choices, label) in enumerate(variants)
     ]
@@ -379,7 +386,13 @@ def _text(row: dict[str, Any], field: str, where: str, *, may_be_blank: bool = F
         raise DataError(f"{where}: field {field!r} must be text, got {_shown(text)}")
     if not text.strip() and not may_be_blank:
         raise DataError(f"{where}: field {field!r} is blank")
+    _refuse_marker(text, field, where)
     return text
+
+
+def _refuse_marker(text: str, field: str, where: str) -> None:
+    if BLANK in text:
+        raise DataError(f"{where}: field {field!r} holds U+FDD0, which is no character; remove it")
 
 
 def _text_list(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
@@ -389,6 +402,8 @@ def _text_list(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
     values = row[field]
     if not values or not isinstance(values, list) or not all(isinstance(each, str) and each.strip() for each in values):
         raise DataError(f"{where}: field {field!r} must be a list of texts, got {_shown(values)}")
+    for value in values:
+        _refuse_marker(value, field, where)
     return tuple(dict.fromkeys(values))
 
 
