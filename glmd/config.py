@@ -7,6 +7,7 @@ wrong key is answered at once.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,17 @@ from glmd.errors import ConfigError
 from glmd.strict_yaml import build, coerce, dump_yaml, load_yaml, parse_yaml, suggestion
 
 STAGES = ("pretraining", "task_words", "task_labels")
+Cell = dict[str, Any]  # a point of a sweep: "task_labels.learning_rate" -> value
+SWEPT_STAGES = ("task_words", "task_labels")
+# Settings that train nothing otherwise, and those that the data of all cells are checked and scored by.
+NOT_SWEPT = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "per_device_eval_batch_size",
+    "max_length",
+    "mlm_probability",
+)
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 
 
@@ -223,6 +235,8 @@ class RunConfig:
     # How tasks are asked: a task head, or words in a blank of a model that stays a masked LM (the paper's form)
     casting: Literal["head", "cloze"] = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
+    # stage -> setting -> values: every combination is trained from one pretrained student, with every seed
+    sweep: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])  # of the task stages; the first also pretrains
     # Which checkpoint of a task stage is kept: best looks at the labels of val; agreement only at how often the student
     # answers like the teacher there, and keeps the last one of the teacher and of the control.
@@ -264,6 +278,7 @@ class RunConfig:
             "task_teacher.mlm_probability has no effect: a teacher is fine-tuned on clean inputs",
         )
 
+        self._check_sweep()
         for name, corpus_stage in (
             ("pretraining", self.pretraining),
             ("teacher.pretraining", self.teacher.pretraining),
@@ -273,21 +288,48 @@ class RunConfig:
                 given = corpus_stage is None or getattr(corpus_stage, key) is not None
                 _require(given, f"{name}.{key} is missing; a stage on the corpus needs it")
 
-    def stage(self, name: str, task: str | None = None) -> StageConfig:
-        """The settings of a stage, with what the task changes."""
+    @property
+    def cells(self) -> list[Cell]:
+        """Every combination of the sweep's values, in their order; one that changes nothing without a sweep."""
+        axes = {f"{stage}.{key}": values for stage, keys in self.sweep.items() for key, values in keys.items()}
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    def stage(self, name: str, task: str | None = None, cell: Cell | None = None) -> StageConfig:
+        """The settings of a stage, with what the task changes and then what the cell of a sweep does."""
         stage: StageConfig = getattr(self, name)
         changes = {key: value for key, value in self.tasks.get(task or "", {}).items() if key not in TASK_FILES}
-        if "max_steps" in changes and "num_train_epochs" not in changes:
-            changes = {**changes, "num_train_epochs": None}
-        if "num_train_epochs" in changes and "max_steps" not in changes:
-            changes = {**changes, "max_steps": None}
-        values = {**dataclasses.asdict(stage), **changes}
-        stage = build(StageConfig, values, f"tasks.{task}" if task else name)
+        swept = {key.partition(".")[2]: value for key, value in (cell or {}).items() if key.startswith(f"{name}.")}
+        for each, where in ((changes, f"tasks.{task}" if task else name), (swept, f"sweep.{name}")):
+            if "max_steps" in each and "num_train_epochs" not in each:
+                each["num_train_epochs"] = None
+            if "num_train_epochs" in each and "max_steps" not in each:
+                each["max_steps"] = None
+            stage = build(StageConfig, {**dataclasses.asdict(stage), **each}, where)
         _require(
             stage.max_steps is not None or stage.num_train_epochs is not None,
             f"{name} needs max_steps or num_train_epochs",
         )
         return stage
+
+    def _check_sweep(self) -> None:
+        known = [each.name for each in dataclasses.fields(StageConfig) if each.name not in NOT_SWEPT]
+        for stage, keys in self.sweep.items():
+            _require(
+                stage in SWEPT_STAGES,
+                f"sweep.{stage} is no stage that can be swept; {' and '.join(SWEPT_STAGES)} can: the teachers and the "
+                "pretrained student are shared",
+            )
+            for key, values in keys.items():
+                where = f"sweep.{stage}.{key}"
+                _require(key in known, f"{where} is no setting that can be swept{suggestion(str(key), known)}")
+                _require(len(values) > 1, f"{where} must list two or more values, got {values}")
+                _require(len({*map(repr, values)}) == len(values), f"{where} has a value twice: {values}")
+                for value in values:
+                    self.stage(stage, None, {f"{stage}.{key}": value})
+        _require(not self.sweep or bool(self.tasks), "sweep has no effect without tasks; remove it")
+        for task, cell in itertools.product(self.tasks, self.cells):
+            for stage in SWEPT_STAGES:
+                self.stage(stage, task, cell)
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:

@@ -158,6 +158,9 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
         raise ConfigError("vocabulary.keep_ratio is missing; 0.5 is the paper's, 1.0 keeps the whole vocabulary")
     if config.tasks and "task_labels" not in method:
         raise ConfigError(f"method {config.method} has no task_labels stage, but tasks are given")
+    for stage in config.sweep:
+        if stage not in method:
+            raise ConfigError(f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it")
     if config.controls.full_vocabulary and vocabulary.keep_ratio == 1:
         raise ConfigError("controls.full_vocabulary has no effect: vocabulary.keep_ratio is 1")
 
@@ -397,10 +400,12 @@ def describe(plan: Plan, world_size: int) -> str:
         p = plan.parameters[name]
         counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
         lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}")
+    swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
     lines += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
     lines += [_stage_line(*stage, world_size) for stage in _stages(plan)]
     controls = [name for name, on in vars(config.controls).items() if on]
     lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
+    lines += [f"sweep     {len(config.cells)} cells: {', '.join(swept)}"] if swept else []
     return "\n".join([*lines, f"output    {config.output_dir}"])
 
 
@@ -417,8 +422,10 @@ def _stages(plan: Plan) -> Iterator[tuple[str, StageConfig, int, int | None]]:
     if "pretraining" in plan.method:
         yield "pretraining", config.pretraining, config.pretraining.max_length or 0, None
     for name, task in plan.tasks.items():
-        for each, stage in stages[name].items():
-            yield f"{name} {each}", stage, stage.max_length or task.task.max_length, len(task.inputs)
+        for each in stages[name]:
+            cells = [config.stage(each, name, cell) for cell in config.cells]
+            for stage in dict.fromkeys(cells):
+                yield f"{name} {each}", stage, stage.max_length or task.task.max_length, len(task.inputs)
 
 
 def _stage_line(name: str, stage: StageConfig, length: int, examples: int | None, world_size: int) -> str:

@@ -7,11 +7,13 @@ Reads results.json alone. Several seeds become mean and standard deviation; noth
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from glmd.errors import RunError
 
+NEAREST = "nearest to the teacher on val inputs"  # how a checkpoint was chosen, where labels were not looked at
 SYSTEMS = ("teacher", "student", "hard labels", "full vocabulary")
 
 
@@ -38,11 +40,70 @@ def load_results(folder: Path) -> dict[str, Any]:
 def results_table(results: dict[str, Any]) -> str:
     """Markdown: task scores by system, word prediction after each pass, parameters and seconds."""
     rows = results["rows"]
-    sections = [_task_table(rows), _word_table(rows), _size_table(results), _time_table(rows)]
+    best, of_all = _best_cells(rows), "".join(_sweep_note(rows))
+    chosen = [row for row in rows if _is_of(row, best)]
+    sections = [
+        _task_table(chosen, of_all),
+        _word_table(chosen),
+        _sweep_table(rows),
+        _size_table(results),
+        _time_table(rows),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _task_table(rows: list[dict[str, Any]]) -> str:
+def _best_cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of a sweep: for each system and task the cell whose mean over seeds is the highest; the first of equals."""
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    cells = {}
+    for row in rows:
+        if "cell" in row and "agreement" in row:
+            name = json.dumps(row["cell"])
+            cells[name] = row["cell"]
+            values.setdefault((row["system"], row["task"]), {}).setdefault(name, []).append(_merit(row))
+    return {
+        key: cells[max(of_cell, key=lambda name: statistics.mean(of_cell[name]))] for key, of_cell in values.items()
+    }
+
+
+def _merit(row: dict[str, Any]) -> float:
+    """What a cell is chosen by: the task's first metric, or agreement where labels are not looked at."""
+    by_agreement = row["selection"] == NEAREST or "metrics" not in row
+    return float(row["agreement"] if by_agreement else next(iter(row["metrics"].values())))
+
+
+def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> bool:
+    """Whether a row belongs to its system's best cell; a first pass may be shared by several."""
+    chosen = best.get((row["system"], row["task"]), {})
+    return row.get("cell", {}).items() <= chosen.items()
+
+
+def _sweep_note(rows: list[dict[str, Any]]) -> Iterator[str]:
+    count = len({json.dumps(row["cell"]) for row in rows if "cell" in row and "agreement" in row})
+    if count:
+        nearest = any(row.get("selection") == NEAREST for row in rows)
+        by = "the student's by agreement with the teacher, the control's by scores" if nearest else "by scores"
+        yield f" For each system and task the best of {count} cells, chosen on val, {by}; all of them below."
+
+
+def _sweep_table(rows: list[dict[str, Any]]) -> str:
+    """Every cell of a sweep: mean and standard deviation of each system's scores and agreement."""
+    swept = [row for row in rows if "cell" in row and "agreement" in row]
+    columns = list(dict.fromkeys((row["task"], m) for row in swept for m in (*row.get("metrics", ()), "agreement")))
+    body = []
+    for system, cell in dict.fromkeys((row["system"], json.dumps(row["cell"])) for row in swept):
+        found = [row for row in swept if (row["system"], json.dumps(row["cell"])) == (system, cell)]
+        cells = []
+        for task, metric in columns:
+            of_task = [row.get("metrics", {}) | row for row in found if row["task"] == task]
+            cells.append(_mean([row[metric] for row in of_task if metric in row]))
+        settings = ", ".join(f"{key.removeprefix('task_')}={value}" for key, value in json.loads(cell).items())
+        body.append([f"{system}: {settings}", *cells])
+    header = ["sweep", *(f"{task} {metric}" for task, metric in columns)]
+    return markdown_table(header, body) if body else ""
+
+
+def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
     scored = [row for row in rows if "metrics" in row or "agreement" in row]
     if not scored:
         return ""
@@ -74,6 +135,7 @@ def _task_table(rows: list[dict[str, Any]]) -> str:
         f"seeds: {', '.join(map(str, seeds))}"
         + (" (mean ± standard deviation)" if len(seeds) > 1 else "")
         + "."
+        + sweep_note
         + (_CONTROL_NOTE if any(row["system"] == "hard labels" for row in scored) else "")
         + "".join(dict.fromkeys(_inputs_note(row) for row in scored if "inputs" in row))
     )
@@ -139,11 +201,11 @@ def _time_table(rows: list[dict[str, Any]]) -> str:
         system, stage, task = key
         cells = [
             f"{sum(row['seconds'] for row in found):.0f}",
-            str(trained[0]["steps"]) if trained else "",
+            "/".join(str(steps) for steps in sorted({t["steps"] for t in trained})),
             f"{rate:,.0f}" if rate else "",
         ]
         body.append([f"{system}: {stage}" + (f" {task}" if task else ""), *cells])
-    return markdown_table(["stage", "seconds (all seeds)", "steps", "tokens/s"], body)
+    return markdown_table(["stage", "seconds (in all)", "steps", "tokens/s"], body)
 
 
 def _mean(values: list[float]) -> str:

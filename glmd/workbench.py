@@ -36,6 +36,7 @@ from glmd.run_folder import RunFolder
 from glmd.runlog import RunLog
 from glmd.slicing import vocabulary_axes
 from glmd.teacher import OnlineTeacher, TeacherOutputs
+from glmd.tokenizer import tokenizer_fingerprint
 from glmd.trainer import Trainer, TrainingResult
 from glmd.vocabulary import Vocabulary
 
@@ -62,6 +63,7 @@ class Workbench:
         self.collate = Collate(plan.tokenizer.pad_token_id)
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None
+        self.teacher_hash = ""  # of the pretrained teacher's weights
 
     # Data
 
@@ -107,6 +109,43 @@ class Workbench:
             found = "candidates that the teacher tells apart are equal in the student's vocabulary"
             remedy = "name their words in vocabulary.keep_words, or keep more"
             logger.warning("%s: in %d of %d val examples %s; %s", task.task.name, equal, len(task.val), found, remedy)
+
+    # What a stage is made from
+
+    def inputs(
+        self,
+        stage: StageConfig | None,
+        seed: int,
+        objective: Objective | None,
+        *,
+        start: Any,
+        task: TaskPlan | None = None,
+        arm: Arm | None = None,
+        classifier: str | None = None,
+    ) -> dict[str, Any]:
+        """Everything a stage's result depends on. classifier: the fine-tuned teacher of stages that learn from it."""
+        return {
+            "stage": asdict(stage) if stage is not None else None,
+            "seed": seed,
+            "terms": [asdict(term) for term in objective.terms] if objective is not None else [],
+            "gkd_compat": self.config.gkd_compat,
+            "mixed_precision": self.config.mixed_precision,
+            "selection": self.config.selection if task is not None else "last",
+            "teacher": self.teacher_hash,
+            "teacher_dtype": self.config.teacher.dtype,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "vocabulary": arm.vocabulary.fingerprint() if arm is not None else None,
+            "data": task.fingerprint() if task is not None else self.plan.corpus,
+            "tokens": self.tokens() if task is None else None,
+            "classifier": self.run_folder.fingerprint(classifier) if classifier is not None else None,
+            "eval_blocks": self.config.data.eval_blocks if task is None else None,
+            "start": start,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def tokens(self) -> str | None:
+        """sha256 of the corpus as tokenized: a data set of the hub may be another one when it is read again."""
+        return self.store.manifest["sha256"] if self.store is not None else None
 
     # Models
 

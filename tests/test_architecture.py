@@ -27,6 +27,7 @@ heads objective loading teacher student
 metrics superglue_metric distiller
 checkpoint runlog run_folder plan trainer evaluation export
 report workbench
+task_stages
 pipeline compress
 cli __main__
 """
@@ -136,7 +137,8 @@ mlm_probability logging_steps save_steps save_total_limit per_device_eval_batch_
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
-    "": "output_dir method tasks casting seeds selection gkd_compat mixed_precision dataloader_num_workers report_to",
+    "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision dataloader_num_workers
+        report_to""",
     "teacher.": "model revision trust_remote_code dtype tasks scratch",
     "student.": "num_hidden_layers initialisation config",
     "vocabulary.": "keep_ratio size multiple_of mapping keep_words",

@@ -1,0 +1,255 @@
+"""The stages of a task: its teacher, the two passes of a student, the control on hard labels.
+
+    stages = TaskStages(bench, task, teacher, rows)
+    stages.fine_tune_teacher()
+    stages.distil(arm, seed, cell)      # for each arm and seed, and each cell of a sweep
+
+A stage that is complete is not run again; its row of the results is there all the same.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmd.config import Cell, StageConfig, TeacherConfig
+from glmd.loading import load_classifier, load_language_model
+from glmd.metrics import score
+from glmd.objective import WORD_SIGNALS, Objective, Term
+from glmd.plan import TaskPlan
+from glmd.report import NEAREST
+from glmd.workbench import Arm, Workbench, control_budget
+
+HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
+
+
+class TaskStages:
+    """One task of a run, on every rank.
+
+    teacher: the pretrained one. rows: where the rows of the results go.
+    """
+
+    def __init__(self, bench: Workbench, task: TaskPlan, teacher: TeacherConfig, rows: list[dict[str, Any]]) -> None:
+        self.bench, self.config, self.run_folder = bench, bench.config, bench.run_folder
+        self.task, self.name, self.teacher, self.rows = task, task.task.name, teacher, rows
+        self.is_cloze = task.task.casting == "cloze"
+        place = self.run_folder.path / "tasks" / self.name / "teacher"
+        self.named = self.config.teacher.tasks.get(self.name)
+        self.classifier = self.named or str(place / "model")  # the fine-tuned teacher
+        self.teacher_place = place
+
+    def fine_tune_teacher(self) -> None:
+        """The teacher as a classifier: as named, or fine-tuned here on the task's labels."""
+        seed, stage, place = self.config.seeds[0], self.config.stage("task_teacher", self.name), self.teacher_place
+
+        def work() -> dict[str, Any]:
+            if self.named is not None:
+                return self.bench.score_task(load_classifier(self.named, self.task.task), self.task, stage, None)
+            torch.manual_seed(seed)
+            options = {"revision": self.teacher.revision, "trust_remote_code": self.teacher.trust_remote_code}
+            model = load_classifier(str(self.teacher.model), self.task.task, new_head=True, **options)
+            training = self.bench.train(
+                place,
+                stage,
+                seed,
+                HARD_LABELS,
+                self.bench.train_data(self.task, self.task.train, stage, seed),
+                self.bench.identity_map,
+                classifier=model,
+                evaluate=self._chooser(by_labels=lambda: self._main_metric(model, stage, None)),
+            )
+            result = {"training": training, **self.bench.score_task(model, self.task, stage, None)}
+            self.bench.export(
+                model,
+                self.bench.tokenizer,
+                place / "model",
+                title=f"Teacher fine-tuned on {self.name}",
+                summary=f"the labels of {self.name}",
+                facts={"seed": str(seed)},
+                metrics=result.get("metrics"),
+            )
+            return result
+
+        if self.named is not None:
+            inputs = self.bench.inputs(
+                None, seed, HARD_LABELS, start=self.run_folder.fingerprint(self.named), task=self.task
+            )
+        else:
+            inputs = self.bench.inputs(stage, seed, HARD_LABELS, start=self.bench.teacher_hash, task=self.task)
+        self._add_row("teacher", "task_teacher", seed, {}, self.run_folder.stage(place, inputs, work))
+
+    def distil(self, arm: Arm, seed: int, cell: Cell) -> None:
+        """The two passes from the pretrained student, and the hard-label control from the same start."""
+        root, start = arm.folder / "tasks" / self.name, arm.folder / "pretraining" / "student"
+        labels, words = self.config.stage("task_labels", self.name, cell), None
+        after_words = start
+        if "task_words" in self.bench.plan.method:
+            words = self.config.stage("task_words", self.name, cell)
+            # Cells that differ in the second pass alone share the first.
+            words_cell = {key: value for key, value in cell.items() if key.startswith("task_words.")}
+            place = _below(root, words_cell, seed) / "words"
+            after_words = place / "student"
+            if place not in self.run_folder.left:
+                self._distil_words(arm, place, seed, words, words_cell, start)
+        place, objective = _below(root, cell, seed), self.bench.plan.method["task_labels"]
+        self._distil_labels(arm, place / "labels", seed, labels, cell, objective, after_words)
+        if self.config.controls.hard_labels and arm.name == "student":
+            world_size = self.bench.accelerator.num_processes
+            budget = control_budget(labels, words, len(self.task.inputs), world_size)
+            self._distil_labels(arm, place / "hard_labels", seed, budget, cell, HARD_LABELS, start)
+
+    def _distil_words(self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, start: Path) -> None:
+        """First pass: word-prediction logits of the fine-tuned teacher on the task's inputs."""
+        objective = self.bench.plan.method["task_words"]
+
+        def work() -> dict[str, Any]:
+            live = self.bench.task_teacher(self.teacher, self.classifier, self.task, arm, words=True)
+            student = load_language_model(TeacherConfig(str(start)))
+            torch.manual_seed(seed)
+            head = None
+            if objective.uses("task_logits", "task_labels"):
+                head = student if self.is_cloze else load_classifier(str(start), self.task.task, new_head=True)
+            val = self.bench.val_data(self.task, stage)
+            before = self.bench.score_words(student, live, val, arm)
+
+            def nearness() -> float:
+                return -self.bench.score_words(student, live, val, arm)["kl_divergence"]
+
+            training = self.bench.train(
+                place,
+                stage,
+                seed,
+                objective,
+                self.bench.train_data(self.task, self.task.inputs, stage, seed),
+                arm.vocabulary.token_map,
+                language_model=student,
+                classifier=head,
+                teacher=live,
+                evaluate=self._chooser(by_labels=nearness, by_teacher=nearness),
+            )
+            words = self.bench.score_words(student, live, val, arm)
+            self.bench.export(
+                student,
+                arm.tokenizer,
+                place / "student",
+                title="Student",
+                summary=f"the fine-tuned teacher's word prediction on {self.name}",
+                facts={"seed": str(seed)},
+                metrics=words,
+            )
+            return {"training": training, "words_before": before, "words": words}
+
+        result = self.run_folder.stage(place, self._inputs(arm, seed, stage, objective, start), work)
+        self._add_row(arm.name, "task_words", seed, cell, result)
+
+    def _distil_labels(
+        self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, objective: Objective, start: Path
+    ) -> None:
+        """Second pass: the fine-tuned teacher's soft labels. With HARD_LABELS: the control."""
+        is_control = objective is HARD_LABELS
+
+        def work() -> dict[str, Any]:
+            uses_teacher, words = objective.uses("task_logits", "word_logits"), objective.uses("word_logits")
+            live = None
+            if uses_teacher:
+                live = self.bench.task_teacher(self.teacher, self.classifier, self.task, arm, words=words)
+            torch.manual_seed(seed)
+            student = load_classifier(str(start), self.task.task, new_head=True)
+            language_model = None
+            if objective.uses(*WORD_SIGNALS):
+                language_model = student if self.is_cloze else load_language_model(TeacherConfig(str(start)))
+            theirs = self.bench.answers(load_classifier(self.classifier, self.task.task), self.task, stage, None)
+
+            def agreement() -> float:
+                share: float = self.bench.score_task(student, self.task, stage, arm, theirs)["agreement"]
+                return share
+
+            examples = self.task.train if is_control else self.task.inputs
+            training = self.bench.train(
+                place,
+                stage,
+                seed,
+                objective,
+                self.bench.train_data(self.task, examples, stage, seed),
+                arm.vocabulary.token_map,
+                language_model=language_model,
+                classifier=student,
+                teacher=live,
+                evaluate=self._chooser(
+                    by_labels=lambda: self._main_metric(student, stage, arm),
+                    by_teacher=None if is_control else agreement,
+                ),
+            )
+            result = {"training": training, "parameters": self.bench.parameters(student)}
+            result |= self.bench.score_task(student, self.task, stage, arm, theirs)
+            summary = f"the labels of {self.name}, as a control"
+            self.bench.export(
+                student,
+                arm.tokenizer,
+                place / "student",
+                title=f"Student for {self.name}",
+                summary=summary if is_control else f"the fine-tuned teacher's answers on {self.name}",
+                facts={
+                    "seed": str(seed),
+                    "checkpoint": self._selection(is_student=not is_control),
+                    "scored on": f"{self.name} val",
+                },
+                metrics=result.get("metrics", {}) | {"agreement with the teacher": result["agreement"]},
+            )
+            return result
+
+        result = self.run_folder.stage(place, self._inputs(arm, seed, stage, objective, start), work)
+        self._add_row("hard labels" if is_control else arm.name, place.name, seed, cell, result)
+
+    # What stages are compared and reported by
+
+    def _inputs(self, arm: Arm, seed: int, stage: StageConfig, objective: Objective, start: Path) -> dict[str, Any]:
+        return self.bench.inputs(
+            stage,
+            seed,
+            objective,
+            start=self.run_folder.fingerprint(str(start)),
+            task=self.task,
+            arm=arm,
+            classifier=self.classifier,
+        )
+
+    def _main_metric(self, model: Any, stage: StageConfig, arm: Arm | None) -> float:
+        """What selection by validation looks at: the task's first metric."""
+        scores: dict[str, float] = self.bench.score_task(model, self.task, stage, arm)["metrics"]
+        return scores[self.task.task.metrics[0]]
+
+    def _chooser(
+        self, *, by_labels: Callable[[], float], by_teacher: Callable[[], float] | None = None
+    ) -> Callable[[], float] | None:
+        """What ranks the checkpoints of a stage; None keeps the last one."""
+        return {"last": None, "best": by_labels, "agreement": by_teacher}[self.config.selection]
+
+    def _selection(self, *, is_student: bool) -> str:
+        """How the checkpoint of a row was chosen, in words."""
+        if self.config.selection == "agreement" and is_student:
+            return NEAREST
+        return "best on val" if self.config.selection == "best" else "last"
+
+    def _add_row(self, system: str, stage: str, seed: int, cell: Cell, result: dict[str, Any]) -> None:
+        is_student, task = stage != "task_teacher" and system != "hard labels", self.task.task
+        row = {"system": system, "task": self.name, "stage": stage, "seed": seed, "split": "val"}
+        row |= {"casting": task.casting, "selection": self._selection(is_student=is_student)}
+        row |= {"cell": cell} | result if cell else result
+        if self.task.is_scored:
+            # What one answer to everything scores; with choices, one position.
+            answers = range(min(len(example.choices) for example in self.task.val) or len(task.labels))
+            constants = [score(task, np.full(len(self.task.val), answer), self.task.val) for answer in answers]
+            row["constant"] = {name: max(each[name] for each in constants) for name in task.metrics}
+        if is_student and self.task.has_own_inputs:
+            labelled = sum(example.label is not None for example in self.task.inputs)
+            row["inputs"] = {"examples": len(self.task.inputs), "labelled": labelled}
+        self.rows.append(row)
+
+
+def _below(root: Path, cell: Cell, seed: int) -> Path:
+    """The folder of a cell and seed; without a sweep of the seed alone."""
+    name = ",".join(f"{key}={value}" for key, value in cell.items())
+    return (root / name if name else root) / f"seed-{seed}"
