@@ -16,6 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum depend on it, here
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a change is judged by what it changes. `--hypothesis-profile=search` looks further.
+settings.register_profile("search", deadline=None)
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.load_profile("default")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

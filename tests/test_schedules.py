@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from glmd.errors import ConfigError
 from glmd.schedules import KINDS, learning_rate_factor, scheduled_weight
 
-shares = st.floats(0, 1)
+shares = st.floats(0, 1, allow_subnormal=False)
+# Half of the smallest number of all is 0.
+weights = st.floats(0, 1e6, allow_subnormal=False)
 
 
 @given(shares, st.sampled_from(KINDS), shares, shares)
@@ -65,7 +67,7 @@ def test_progress_outside_the_stage_is_refused(progress: float) -> None:
         learning_rate_factor(progress)
 
 
-@given(shares, st.floats(0, 1e6), st.floats(0, 1e6))
+@given(shares, weights, weights)
 def test_a_weight_goes_straight_from_one_number_to_the_other(progress: float, start: float, end: float) -> None:
     weight = {"from": start, "to": end}
     assert scheduled_weight(start, progress) == start
