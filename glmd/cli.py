@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-ratio", type=float, help="share of the tokens to keep, in (0, 1]")
     command.add_argument("--size", type=_positive, help="or their number")
     command.add_argument("--multiple-of", type=_positive, help="round the number up to a multiple")
+    command.add_argument("--selection", default="closed", choices=("closed", "free"), help="of merged tokens (BPE)")
     command.add_argument("--mapping", default="inner_product", choices=("inner_product", "cosine", "euclidean", "unk"))
     command.add_argument("--keep-words", nargs="*", default=[], metavar="WORD", help="words that must stay")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
@@ -155,6 +156,7 @@ def _compress(options: argparse.Namespace) -> None:
         keep_ratio=options.keep_ratio,
         size=options.size,
         multiple_of=options.multiple_of,
+        selection=options.selection,
         mapping=options.mapping,
         keep_words=options.keep_words,
         text_field=options.text_field,

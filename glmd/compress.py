@@ -13,6 +13,7 @@ from glmd.data.corpus import build_token_store
 from glmd.errors import ConfigError, ModelError
 from glmd.export import ModelCard, check_exports, export_model, require_free_output
 from glmd.loading import load_model_as_saved, load_source_tokenizer, require_model
+from glmd.plan import kept_size
 from glmd.slicing import slice_model
 from glmd.tokenizer import compress_tokenizer
 from glmd.vocabulary import build_vocabulary
@@ -32,6 +33,7 @@ def compress_model(
     require_free_output(output)
     require_model(model, field="model")
     tokenizer = load_source_tokenizer(model, words=False)
+    kept_size(settings, tokenizer)  # refuses what cannot be, before text is counted and the model loaded
     with tempfile.TemporaryDirectory() as temporary:
         counts = build_token_store(temporary, corpus, tokenizer, text_field=text_field).counts(len(tokenizer))
     source = load_model_as_saved(model)
@@ -45,6 +47,7 @@ def compress_model(
         keep_ratio=settings.keep_ratio,
         size=settings.size,
         multiple_of=settings.multiple_of,
+        selection=settings.selection,
         mapping=settings.mapping,
         keep_words=settings.keep_words,
     )

@@ -153,6 +153,7 @@ class VocabularyConfig:
     keep_ratio: float | None = None  # share of the teacher's tokens, in (0, 1]
     size: int | None = None  # or their number
     multiple_of: int | None = None  # round the number up to a multiple
+    selection: Literal["closed", "free"] = "closed"  # of merged tokens (BPE): with what they are merged from, or alone
     mapping: Literal["inner_product", "cosine", "euclidean", "unk"] = "inner_product"  # where dropped tokens go
     keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept
 

@@ -109,11 +109,17 @@ for folder in sys.argv[1:]:
     model, info = getattr(transformers, probe["class"]).from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"{{folder}}: weights missing or unknown: {{info}}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if len(tokenizer) != model.config.vocab_size:
-        sys.exit(f"{{folder}}: the tokenizer has {{len(tokenizer)}} tokens, the model {{model.config.vocab_size}} rows")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError:  # of a few model types (llama) AutoTokenizer knows no ordinary class: this one is what it is
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) != rows:
+        sys.exit(f"{{folder}}: the tokenizer has {{len(tokenizer)}} tokens, the model {{rows}} rows")
+    ids = torch.tensor(probe["input_ids"])
+    decoder = {{"decoder_input_ids": ids}} if model.config.is_encoder_decoder else {{}}
     with torch.no_grad():
-        output = model.eval()(input_ids=torch.tensor(probe["input_ids"]))[0].flatten()[: len(probe["output"])]
+        output = model.eval()(input_ids=ids, **decoder)[0].flatten()[: len(probe["output"])]
     error = (output - torch.tensor(probe["output"])).abs().max().item()
     if not error <= {TOLERANCE}:
         sys.exit(f"{{folder}}: its output differs by {{error:.1e}} from those before export")
@@ -122,11 +128,13 @@ for folder in sys.argv[1:]:
 
 @torch.no_grad()
 def _probe(model: Any) -> dict[str, Any]:
-    size = model.config.vocab_size
+    size = model.config.get_text_config().vocab_size
     # Spread over the vocabulary, so that swapped or missing rows show.
     shape = (1, 2, 8) if "MultipleChoice" in type(model).__name__ else (2, 8)
     ids = torch.linspace(0, size - 1, 16).long().reshape(shape)
-    output = model(input_ids=ids.to(model.device))[0].flatten()[:256].float().cpu()
+    ids = ids.to(model.device)
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    output = model(input_ids=ids, **decoder)[0].flatten()[:256].float().cpu()
     return {"class": type(model).__name__, "input_ids": ids.tolist(), "output": output.tolist()}
 
 

@@ -80,11 +80,11 @@ def load_source_tokenizer(
 ) -> Any:
     """The teacher's tokenizer, checked to have what distillation needs.
 
-    words: it must also serve masked-word prediction (mask, cls and sep token).
+    words: it must also serve masked-word prediction (pad, mask, cls and sep token).
     """
     from transformers import AutoTokenizer
 
-    from glmd.tokenizer import require_tokenizer
+    from glmd.tokenizer import require_fast, require_tokenizer
 
     if looks_local(name) and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         # AutoTokenizer would make an empty one of the model's class and say nothing.
@@ -92,8 +92,11 @@ def load_source_tokenizer(
             f"{name}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); save the teacher's there"
         )
     tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
-    require_tokenizer(tokenizer, mask=words)
-    for role in ("cls_token", "sep_token") if words else ():
+    if not words:
+        require_fast(tokenizer)
+        return tokenizer
+    require_tokenizer(tokenizer, mask=True)
+    for role in ("cls_token", "sep_token"):
         if getattr(tokenizer, role) is None:
             raise ModelError(f"{name}: the tokenizer has no {role}; only BERT-like tokenizers are supported yet")
     return tokenizer

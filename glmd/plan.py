@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from glmd.config import RunConfig, StageConfig
+from glmd.config import RunConfig, StageConfig, VocabularyConfig
 from glmd.data.batches import TaskDataset, verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.metrics import require_metrics, score
 from glmd.objective import Objective, load_method
-from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids
+from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         tokenizer,
         teacher_config,
         student_config=None,
-        kept_size=_kept_size(config, tokenizer),
+        kept_size=kept_size(config.vocabulary, tokenizer),
         tasks=tasks,
         corpus=corpus_fingerprint(corpus) if corpus else None,
     )
@@ -319,16 +319,20 @@ def _check_blanks(config: RunConfig, method: dict[str, Objective], tasks: dict[s
                 TaskDataset(examples, tokenizer, max_length=shortest)
 
 
-def _kept_size(config: RunConfig, tokenizer: Any) -> int:
-    """How many tokens the student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse."""
+def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
+    """How many tokens a student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse."""
     from glmd.tokenizer import compress_tokenizer
 
-    settings = asdict(config.vocabulary)
-    del settings["mapping"]
-    must_keep = must_keep_ids(tokenizer, words=settings.pop("keep_words"))
+    budget: dict[str, Any] = {
+        "keep_ratio": settings.keep_ratio,
+        "size": settings.size,
+        "multiple_of": settings.multiple_of,
+    }
     uncounted = np.zeros(len(tokenizer), dtype=np.int64)
     try:
-        kept_ids = choose_kept_ids(uncounted, must_keep, **settings)
+        must_keep = must_keep_ids(tokenizer, words=settings.keep_words)
+        parts = parts_to_keep(tokenizer, settings.selection)
+        kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **budget)
     except ModelError as error:
         raise ConfigError(f"vocabulary: {error}") from None
     if len(kept_ids) < len(tokenizer):

@@ -24,12 +24,13 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from glmd.errors import ModelError
 from glmd.tokenization_glmd import SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE, GlmdTokenizer
-from glmd.vocabulary import Vocabulary
+from glmd.vocabulary import Vocabulary, merge_parts
 
 __all__ = [
     "GlmdTokenizer",
     "compress_tokenizer",
     "load_tokenizer",
+    "require_fast",
     "require_tokenizer",
     "save_tokenizer",
     "tokenizer_fingerprint",
@@ -69,7 +70,7 @@ AutoTokenizer.register(_RegistrationConfig, tokenizer_class=GlmdTokenizer, exist
 
 def compress_tokenizer(tokenizer: TokenizersBackend, vocabulary: Vocabulary) -> TokenizersBackend:
     """The student's tokenizer: `tokenizer`, then the vocabulary's map. The identity returns `tokenizer` itself."""
-    _require_fast(tokenizer)
+    require_fast(tokenizer)
     if vocabulary.source_size != len(tokenizer):
         raise ModelError(f"the vocabulary maps {vocabulary.source_size} tokens, the tokenizer has {len(tokenizer)}")
     if vocabulary.is_identity:
@@ -136,7 +137,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def require_tokenizer(tokenizer: Any, *, mask: bool) -> None:
     """Refuse a tokenizer that cannot serve: slow, without a pad token, or (if `mask`) without a mask token."""
-    _require_fast(tokenizer)
+    require_fast(tokenizer)
     name = type(tokenizer).__name__
     if tokenizer.pad_token_id is None:
         raise ModelError(
@@ -146,7 +147,8 @@ def require_tokenizer(tokenizer: Any, *, mask: bool) -> None:
         raise ModelError(f"{name} has no mask token; masked training needs one, a causal objective does not")
 
 
-def _require_fast(tokenizer: Any) -> None:
+def require_fast(tokenizer: Any) -> None:
+    """Refuse a tokenizer that has no tokenizer.json behind it."""
     if not isinstance(tokenizer, TokenizersBackend):
         raise ModelError(
             f"{type(tokenizer).__name__} is not backed by the tokenizers library; convert it to a tokenizer.json first"
@@ -241,8 +243,35 @@ def _kept_entries(
     return dict(sorted(kept.items(), key=lambda item: item[1]))
 
 
+def _trim_bpe(model: dict[str, Any], student_id: dict[int, int], added_tokens: list[dict[str, Any]]) -> None:
+    parts = merge_parts(model)
+    unreachable = [i for i in parts if i in student_id and not all(part in student_id for part in parts[i])]
+    model["vocab"] = kept = _kept_entries(model["vocab"], student_id, added_tokens)
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    model["merges"] = [[a, b] for a, b in pairs if a in kept and b in kept and a + b in kept]
+    if model.get("unk_token") is not None and model["unk_token"] not in kept:
+        raise ModelError(f"the vocabulary drops the unknown token {model['unk_token']!r}; it must be kept")
+    if unreachable:
+        # Kept by count without what they are merged from: whole words are then looked up before merging.
+        model["ignore_merges"] = True
+
+
+def _trim_unigram(model: dict[str, Any], student_id: dict[int, int], added_tokens: list[dict[str, Any]]) -> None:
+    if model.get("unk_id") is not None and model["unk_id"] not in student_id:
+        raise ModelError(f"the vocabulary drops the unknown token {model['vocab'][model['unk_id']][0]!r}; keep it")
+    entries = dict(enumerate(map(tuple, model["vocab"])))
+    lowest = min((score for _, score in entries.values()), default=0.0)
+    # Ids are places in this list. What is added after it has no score; it is found before the model is asked.
+    entries |= {token["id"]: (token["content"], lowest) for token in added_tokens if token["id"] not in entries}
+    model["vocab"] = [list(entries[source_id]) for source_id in student_id]
+    if model.get("unk_id") is not None:
+        model["unk_id"] = student_id[model["unk_id"]]
+
+
 _TRIM_MODEL: dict[str, Callable[[dict[str, Any], dict[int, int], list[dict[str, Any]]], None]] = {
     "WordPiece": _trim_wordpiece,
+    "BPE": _trim_bpe,
+    "Unigram": _trim_unigram,
 }
 
 

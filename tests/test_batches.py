@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from glmd.data.batches import (
     Corruption,
     StepPlan,
     TaskDataset,
+    candidate_ids,
     corruption_for,
     evaluation_batches,
     example_order,
@@ -349,6 +351,19 @@ def test_a_verbaliser_is_one_known_token(tokenizer: Any) -> None:
             verbaliser_ids(task(yes, wrong), tokenizer)
     with pytest.raises(ConfigError, match="are one token to the tokenizer"):
         verbaliser_ids(task(yes, yes.upper()), tokenizer)
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-r"])
+def test_words_in_a_blank_are_those_of_a_text_and_not_of_its_beginning(family: str) -> None:
+    """Byte pairs tell a word after a space from one at the beginning of a text; what is asked is within one."""
+    tokenizer = FAMILIES[family]()
+    cloze = Cloze("{premise} {blank} {hypothesis}", words=("light", "dark"))
+    task = dataclasses.replace(load_task("RTE"), cloze=cloze, casting="cloze")
+    ids = verbaliser_ids(task, tokenizer)
+    within = tokenizer("the light dark cat", add_special_tokens=False)["input_ids"]
+    assert list(ids) == within[1:3]
+    (filling,) = candidate_ids(asked(tokenizer, f"the {BLANK} cat", None, ("light dark",)), tokenizer)
+    assert filling == within[1:3]
 
 
 # Batches

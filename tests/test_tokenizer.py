@@ -7,9 +7,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import families
 import numpy as np
 import pytest
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -26,7 +29,7 @@ from glmd.tokenizer import (
     save_tokenizer,
     tokenizer_fingerprint,
 )
-from glmd.vocabulary import Vocabulary, build_vocabulary, choose_kept_ids
+from glmd.vocabulary import Vocabulary, build_vocabulary, choose_kept_ids, merge_parts
 
 WORDS = "the cat dog bird river mountain sing sang run light dark green over under blue stone paper quick slow"
 PIECES = "##ing ##ed ##es ##er ##est ##ly ##ness ##ful ##ish ##able"
@@ -53,11 +56,11 @@ def source_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=48)
 
 
-def some_vocabulary(tokenizer: BertTokenizer, keep_ratio: float, *, seed: int = 0) -> Vocabulary:
+def some_vocabulary(tokenizer: Any, keep_ratio: float, *, seed: int = 0, selection: str = "closed") -> Vocabulary:
     random = np.random.default_rng(seed)
     counts = random.integers(0, 50, len(tokenizer))
     embeddings = random.standard_normal((len(tokenizer), 8))
-    return build_vocabulary(tokenizer, embeddings, counts, keep_ratio=keep_ratio)
+    return build_vocabulary(tokenizer, embeddings, counts, keep_ratio=keep_ratio, selection=selection)
 
 
 def without_characters(tokenizer: BertTokenizer) -> Vocabulary:
@@ -74,9 +77,32 @@ def without_characters(tokenizer: BertTokenizer) -> Vocabulary:
 SOURCE = source_tokenizer()
 VOCABULARIES = [some_vocabulary(SOURCE, 0.85), without_characters(SOURCE)]
 PAIRS = [(compress_tokenizer(SOURCE, v), v) for v in VOCABULARIES]
-parts = st.sampled_from([*WORDS.split(), *(p[2:] for p in PIECES.split()), *SPECIAL.split(), " ", "ing ", "猫", "🙂"])
+
+
+class Case(NamedTuple):
+    """A tokenizer, the compressed one, and the vocabulary between them."""
+
+    source: Any
+    student: GlmdTokenizer
+    vocabulary: Vocabulary
+
+
+def made(source: Any, keep_ratio: float, selection: str = "closed") -> Case:
+    vocabulary = some_vocabulary(source, keep_ratio, selection=selection)
+    return Case(source, compress_tokenizer(source, vocabulary), vocabulary)
+
+
+CASES = {"words": Case(SOURCE, *PAIRS[0]), "characters": Case(SOURCE, *PAIRS[1])}
+# A little above what must be kept: bytes and characters are most of these small vocabularies.
+CASES |= {name: made(make(), 0.85) for name, make in FAMILIES.items()}
+FREE = {f"{name}, free": made(CASES[name].source, 0.85, "free") for name in ("gpt2", "llama2")}
+SPECIALS = sorted({token for case in CASES.values() for token in case.source.all_special_tokens})
+parts = st.sampled_from(
+    [*WORDS.split(), *families.WORDS, *(p[2:] for p in PIECES.split()), *SPECIALS, " ", "ing ", "🙂"]
+)
 texts = st.one_of(st.text(max_size=30), st.lists(st.one_of(parts, st.text(max_size=3)), max_size=12).map("".join))
-pairs = pytest.mark.parametrize(("student", "vocabulary"), PAIRS, ids=["words", "characters"])
+cases = pytest.mark.parametrize("case", [*CASES.values(), *FREE.values()], ids=[*CASES, *FREE])
+closed_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def mapped(vocabulary: Vocabulary, ids: list) -> list:
@@ -85,75 +111,81 @@ def mapped(vocabulary: Vocabulary, ids: list) -> list:
     return [int(vocabulary.token_map[i]) for i in ids]
 
 
-def assert_same_but_mapped(student: GlmdTokenizer, vocabulary: Vocabulary, *args: object, **kwargs: object) -> None:
-    expected, actual = SOURCE(*args, **kwargs), student(*args, **kwargs)
+def assert_same_but_mapped(case: Case, *args: object, **kwargs: object) -> None:
+    source, student, vocabulary = case
+    expected, actual = source(*args, **kwargs), student(*args, **kwargs)
     assert list(actual) == list(expected)
     for name, value in expected.items():
         assert actual[name] == (mapped(vocabulary, value) if name == "input_ids" else value), name
 
 
-@pairs
+@cases
 @settings(max_examples=150, deadline=None)
 @given(text=texts)
-def test_ids_are_the_mapped_ids_of_the_source_and_all_else_is_equal(student, vocabulary, text):
+def test_ids_are_the_mapped_ids_of_the_source_and_all_else_is_equal(case, text):
+    source, student, vocabulary = case
     assert_same_but_mapped(
-        student,
-        vocabulary,
+        case,
         text,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_length=True,
     )
-    encoding, expected = student(text), SOURCE(text)
+    encoding, expected = student(text), source(text)
     assert encoding.word_ids() == expected.word_ids()
     assert all(0 <= i < vocabulary.size for i in encoding["input_ids"])
     assert student.encode(text) == encoding["input_ids"]
 
 
-@pairs
+@cases
 @settings(max_examples=100, deadline=None)
 @given(text=texts)
-def test_decoding_says_what_the_source_says_of_the_kept_tokens(student, vocabulary, text):
+def test_decoding_says_what_the_source_says_of_the_kept_tokens(case, text):
+    source, student, vocabulary = case
     ids = student(text)["input_ids"]
     source_ids = vocabulary.kept_ids[ids].tolist()
     for skip in (False, True):
-        assert student.decode(ids, skip_special_tokens=skip) == SOURCE.decode(source_ids, skip_special_tokens=skip)
-    assert student.convert_ids_to_tokens(ids) == SOURCE.convert_ids_to_tokens(source_ids)
+        assert student.decode(ids, skip_special_tokens=skip) == source.decode(source_ids, skip_special_tokens=skip)
+    assert student.convert_ids_to_tokens(ids) == source.convert_ids_to_tokens(source_ids)
 
 
-@pairs
+@cases
 @settings(max_examples=100, deadline=None)
 @given(text=texts)
-def test_converting_the_pieces_of_a_text_gives_its_ids(student, vocabulary, text):
+def test_converting_the_pieces_of_a_text_gives_its_ids(case, text):
+    source, student, _ = case
     pieces = student.tokenize(text)
-    assert pieces == SOURCE.tokenize(text)
+    assert pieces == source.tokenize(text)
     assert student.convert_tokens_to_ids(pieces) == student.encode(text, add_special_tokens=False)
 
 
-@pairs
+@closed_cases
 @settings(max_examples=150, deadline=None)
 @given(text=texts)
-def test_the_plain_tokenizer_cuts_text_without_dropped_tokens_alike(student, vocabulary, text):
+def test_the_plain_tokenizer_cuts_text_without_dropped_tokens_alike(case, text):
+    source, student, vocabulary = case
     plain = student.backend_tokenizer.encode(text).ids
     assert all(0 <= i < vocabulary.size for i in plain)
-    if all(vocabulary.is_kept(i) for i in SOURCE(text)["input_ids"]):
+    if all(vocabulary.is_kept(i) for i in source(text)["input_ids"]):
         assert plain == student(text)["input_ids"]
 
 
-@pairs
-def test_its_vocabulary_is_dense_and_its_special_tokens_are_the_sources(student, vocabulary):
+@cases
+def test_its_vocabulary_is_dense_and_its_special_tokens_are_the_sources(case):
+    source, student, vocabulary = case
     assert len(student) == vocabulary.size
     assert sorted(student.get_vocab().values()) == list(range(vocabulary.size))
-    for name in ("pad", "unk", "cls", "sep", "mask"):
-        source_id = getattr(SOURCE, f"{name}_token_id")
-        assert getattr(student, f"{name}_token_id") == vocabulary.token_map[source_id]
-    assert student.all_special_tokens == SOURCE.all_special_tokens
+    for name in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"):
+        source_id = getattr(source, f"{name}_token_id")
+        expected = None if source_id is None else vocabulary.token_map[source_id]
+        assert getattr(student, f"{name}_token_id") == expected
+    assert student.all_special_tokens == source.all_special_tokens
     assert student.is_exact
-    assert student.model_max_length == SOURCE.model_max_length == 48
+    assert student.model_max_length == source.model_max_length == 48
     assert student.token_map == vocabulary.token_map.tolist()
 
 
-@pairs
+@cases
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -169,21 +201,22 @@ def test_its_vocabulary_is_dense_and_its_special_tokens_are_the_sources(student,
     ],
     ids=lambda kwargs: ",".join(kwargs),
 )
-def test_every_way_to_call_agrees_with_the_source(student, vocabulary, kwargs):
-    assert_same_but_mapped(student, vocabulary, TEXTS, **kwargs)
-    assert_same_but_mapped(student, vocabulary, TEXTS[1], **kwargs)
-    assert_same_but_mapped(student, vocabulary, [text.split() for text in TEXTS], is_split_into_words=True, **kwargs)
+def test_every_way_to_call_agrees_with_the_source(case, kwargs):
+    assert_same_but_mapped(case, TEXTS, **kwargs)
+    assert_same_but_mapped(case, TEXTS[1], **kwargs)
+    assert_same_but_mapped(case, [text.split() for text in TEXTS], is_split_into_words=True, **kwargs)
     if "stride" not in kwargs:
-        assert_same_but_mapped(student, vocabulary, TEXTS, TEXTS[::-1], **kwargs)
-        assert_same_but_mapped(student, vocabulary, TEXTS[0], TEXTS[1], **kwargs)
-        assert_same_but_mapped(student, vocabulary, list(zip(TEXTS, TEXTS[::-1], strict=True)), **kwargs)
+        assert_same_but_mapped(case, TEXTS, TEXTS[::-1], **kwargs)
+        assert_same_but_mapped(case, TEXTS[0], TEXTS[1], **kwargs)
+        assert_same_but_mapped(case, list(zip(TEXTS, TEXTS[::-1], strict=True)), **kwargs)
     else:
         only_second = {**kwargs, "truncation": "only_second", "max_length": 24}
-        assert_same_but_mapped(student, vocabulary, [TEXTS[0]] * 2, [TEXTS[1] * 3] * 2, **only_second)
+        assert_same_but_mapped(case, [TEXTS[0]] * 2, [TEXTS[1] * 3] * 2, **only_second)
 
 
-@pairs
-def test_tensors_hold_the_same_rows(student, vocabulary):
+@cases
+def test_tensors_hold_the_same_rows(case):
+    source, student, vocabulary = case
     for args, kwargs in [
         ((TEXTS,), {"padding": True}),
         ((TEXTS[0],), {}),
@@ -194,7 +227,7 @@ def test_tensors_hold_the_same_rows(student, vocabulary):
             {"truncation": True, "max_length": 6, "return_overflowing_tokens": True, "padding": True},
         ),
     ]:
-        expected = SOURCE(*args, return_tensors="pt", **kwargs)
+        expected = source(*args, return_tensors="pt", **kwargs)
         actual = student(*args, return_tensors="pt", **kwargs)
         for name, value in expected.items():
             assert actual[name].shape == value.shape, name
@@ -203,9 +236,10 @@ def test_tensors_hold_the_same_rows(student, vocabulary):
             )
 
 
-@pairs
-def test_settings_changed_by_the_user_are_obeyed(student, vocabulary):
-    student, source = copy.deepcopy(student), copy.deepcopy(SOURCE)
+@cases
+def test_settings_changed_by_the_user_are_obeyed(case):
+    source, student, vocabulary = case
+    student, source = copy.deepcopy(student), copy.deepcopy(source)
     for tokenizer in (student, source):
         tokenizer.padding_side = "left"
         tokenizer.truncation_side = "left"
@@ -216,30 +250,33 @@ def test_settings_changed_by_the_user_are_obeyed(student, vocabulary):
     assert actual["attention_mask"] == expected["attention_mask"]
 
 
-@pairs
-def test_pad_and_masks_and_positions_agree_with_the_source(student, vocabulary):
-    expected, actual = SOURCE(TEXTS[1]), student(TEXTS[1])
+@cases
+def test_pad_and_masks_and_positions_agree_with_the_source(case):
+    source, student, vocabulary = case
+    expected, actual = source(TEXTS[1]), student(TEXTS[1])
     assert [actual.char_to_token(i) for i in range(20)] == [expected.char_to_token(i) for i in range(20)]
     rows = [student(text) for text in TEXTS]
     padded = student.pad({"input_ids": [row["input_ids"] for row in rows]})
     assert padded["input_ids"] == student(TEXTS, padding=True)["input_ids"]
     ids = student(TEXTS[2])["input_ids"]
-    source_mask = SOURCE.get_special_tokens_mask(vocabulary.kept_ids[ids].tolist(), already_has_special_tokens=True)
+    source_mask = source.get_special_tokens_mask(vocabulary.kept_ids[ids].tolist(), already_has_special_tokens=True)
     assert student.get_special_tokens_mask(ids, already_has_special_tokens=True) == source_mask
-    assert student.num_special_tokens_to_add(pair=True) == SOURCE.num_special_tokens_to_add(pair=True)
-    assert student.model_input_names == SOURCE.model_input_names
+    assert student.num_special_tokens_to_add(pair=True) == source.num_special_tokens_to_add(pair=True)
+    assert student.model_input_names == source.model_input_names
 
 
-@pairs
-def test_a_stream_of_ids_decodes_as_a_whole_does(student, vocabulary):
+@cases
+def test_a_stream_of_ids_decodes_as_a_whole_does(case):
+    _, student, _ = case
     ids = student("the quickest birds sang", add_special_tokens=False)["input_ids"]
     stream = DecodeStream(skip_special_tokens=False)
     text = "".join(stream.step(student.backend_tokenizer, i) or "" for i in ids)
-    assert text == student.decode(ids)
+    assert text == student.decode(ids) and "\ufffd" not in text, "no word is mapped onto a part of a character"
 
 
-@pairs
-def test_masking_for_training_uses_the_students_mask_token(student, vocabulary):
+@pytest.mark.parametrize("name", ["words", "characters", "roberta", "xlm-r"])
+def test_masking_for_training_uses_the_students_mask_token(name):
+    _, student, vocabulary = CASES[name]
     collator = DataCollatorForLanguageModeling(student, mlm_probability=0.9, seed=1)
     batch = collator([student(text) for text in TEXTS])
     assert int(batch["input_ids"].max()) < vocabulary.size
@@ -250,8 +287,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pairs
-def test_saving_what_was_loaded_changes_no_byte(student, vocabulary, tmp_path):
+@cases
+def test_saving_what_was_loaded_changes_no_byte(case, tmp_path):
+    _, student, _ = case
     student = copy.deepcopy(student)
     student.chat_template = "{{ messages[0]['content'] }}"
     student(TEXTS, padding="max_length", truncation=True, max_length=9)
@@ -277,34 +315,46 @@ def test_saving_what_was_loaded_changes_no_byte(student, vocabulary, tmp_path):
     assert saved["truncation"] is None
 
 
-def test_two_processes_write_the_same_files(tmp_path):
-    script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_tokenizer as t; "
-        "t.save_tokenizer(t.PAIRS[0][0], Path(sys.argv[1]))"
-    )
+def test_two_processes_write_the_same_files_of_every_family(tmp_path):
+    """Of one source tokenizer each; with other hash seeds, so with another order of every set."""
+    for name, case in CASES.items():
+        case.source.backend_tokenizer.save(str(tmp_path / f"{name}.json"))
+    script = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[2])
+import test_tokenizer as t
+folder, out = pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[1])
+for path in sorted(folder.glob("*.json")):
+    source = t.PlainTokenizer(tokenizer_object=t.Tokenizer.from_file(str(path)))
+    t.save_tokenizer(t.made(source, 0.9).student, out / path.stem)
+"""
     for seed in ("1", "2"):
-        arguments = [sys.executable, "-c", script, str(tmp_path / seed), str(Path(__file__).parent)]
+        arguments = [sys.executable, "-c", script, str(tmp_path / seed), str(Path(__file__).parent), str(tmp_path)]
         subprocess.run(arguments, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
-    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert len(files_of(tmp_path / "1")) == 5 * len(CASES) and files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
-@pairs
-def test_copies_and_pickles_encode_alike(student, vocabulary):
+@cases
+def test_copies_and_pickles_encode_alike(case):
+    _, student, _ = case
     for twin in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
         assert twin(TEXTS)["input_ids"] == student(TEXTS)["input_ids"]
-        twin.pad_token = "[MASK]"
-        assert twin(TEXTS, padding=True)["input_ids"][-1][-1] == twin.mask_token_id
+        twin.pad_token = other = next(token for token in student.all_special_tokens if token != student.pad_token)
+        assert twin(TEXTS, padding=True)["input_ids"][-1][-1] == twin.convert_tokens_to_ids(other)
         assert student(TEXTS, padding=True)["input_ids"][-1][-1] == student.pad_token_id
 
 
-@pairs
-def test_added_tokens_get_rows_of_their_own_and_survive_saving(student, vocabulary, tmp_path):
-    student, source = copy.deepcopy(student), copy.deepcopy(SOURCE)
-    dropped = next(SOURCE.convert_ids_to_tokens(int(i)) for i in vocabulary.dropped_ids if i > 90)
+@cases
+def test_added_tokens_get_rows_of_their_own_and_survive_saving(case, tmp_path):
+    source, student, vocabulary = case
+    student, source = copy.deepcopy(student), copy.deepcopy(source)
+    pieces = source.convert_ids_to_tokens(vocabulary.dropped_ids.tolist())
+    dropped = next(piece for piece in reversed(pieces) if len(piece.lstrip("#▁Ġ")) > 1)
     new = ["<new>", AddedToken("<special>", special=True), dropped.removeprefix("##")]
+    rows = 2 + (new[2] not in student.get_vocab())
     for tokenizer in (student, source):
         tokenizer.add_tokens(new)
-    assert len(student) == vocabulary.size + 2 + (not dropped.startswith("##"))
+    assert len(student) == vocabulary.size + rows
     text = f"a <new> {new[2]} <special>cat <new>"
     ids = student(text)["input_ids"]
     assert len(ids) == len(source(text)["input_ids"])
@@ -528,3 +578,95 @@ def test_real_bert_text_is_encoded_exactly_and_fully(shared, tmp_path):
     other = (shared / "data/corpus/movie_reviews.txt").read_text().splitlines()[:30]
     expected = [token_map[row].tolist() for row in tokenizer(other)["input_ids"]]
     assert load_tokenizer(tmp_path)(other)["input_ids"] == expected
+
+
+# Families
+
+
+def test_a_chat_template_and_its_mask_of_the_assistant_give_mapped_ids():
+    source, student, vocabulary = CASES["llama3"]
+    messages = [{"role": "user", "content": "the quickest cat"}, {"role": "assistant", "content": "sang über rivers"}]
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    expected, actual = (each.apply_chat_template(messages, **options) for each in (source, student))
+    assert actual["input_ids"] == mapped(vocabulary, expected["input_ids"])
+    assert actual["assistant_masks"] == expected["assistant_masks"] and any(expected["assistant_masks"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_bytes_bring_every_text_back_through_the_plain_tokenizer(text):
+    for name in ("gpt2", "llama3", "gpt2, free"):
+        source, student, _ = (CASES | FREE)[name]
+        ids = student.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert student.decode(ids) == source.decode(source.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta", "llama2"])
+def test_closed_selection_keeps_what_a_kept_token_is_merged_from(name):
+    source, _, vocabulary = CASES[name]
+    parts = merge_parts(json.loads(source.backend_tokenizer.to_str())["model"])
+    assert all(vocabulary.is_kept(part) for i in parts if vocabulary.is_kept(i) for part in parts[i])
+    free = FREE.get(f"{name}, free")
+    if free is not None:
+        orphans = [i for i in parts if free.vocabulary.is_kept(i) and not all(map(free.vocabulary.is_kept, parts[i]))]
+        assert orphans, "else this shows nothing"
+        assert json.loads(free.student.backend_tokenizer.to_str())["model"]["ignore_merges"]
+
+
+def test_a_token_has_the_parts_that_the_tokenizer_merges_it_from():
+    """Against the tokenizer itself: without a token's own merge it falls into exactly its two parts."""
+    for name in ("gpt2", "llama2"):
+        state = json.loads(CASES[name].source.backend_tokenizer.to_str())
+        entries = {i: token for token, i in state["model"]["vocab"].items()}
+        parts = merge_parts(state["model"])
+        assert len(parts) > 100
+        for i, (left, right) in list(parts.items())[::9]:
+            model = copy.deepcopy(state["model"])
+            pair = [entries[left], entries[right]]
+            model["merges"] = [m for m in model["merges"] if (m.split(" ") if isinstance(m, str) else list(m)) != pair]
+            alone = {"version": "1.0", "model": model, "added_tokens": []}
+            assert Tokenizer.from_str(json.dumps(alone)).encode(entries[i]).tokens == pair
+
+
+def test_a_prefix_of_byte_pairs_is_refused_by_name():
+    backend = Tokenizer(models.BPE({"a": 0, "##b": 1, "a##b": 2}, [], continuing_subword_prefix="##"))
+    with pytest.raises(ModelError, match="continuing_subword_prefix is not supported"):
+        merge_parts(json.loads(backend.to_str())["model"])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "roberta", "smollm2", "mistral-v1-spm", "unigram-8k-own"])
+def real_tokenizer(request, shared, tmp_path_factory):
+    """The tokenizer that a user would load from such files."""
+    from transformers import GPT2Tokenizer, LlamaTokenizer, RobertaTokenizer, T5Tokenizer
+
+    classes = {"gpt2": GPT2Tokenizer, "roberta": RobertaTokenizer, "mistral-v1-spm": LlamaTokenizer}
+    folder = shared / "data/tokenizers" / request.param
+    if request.param == "unigram-8k-own":
+        named = tmp_path_factory.mktemp("t5")
+        (named / "spiece.model").write_bytes((folder / "unigram8k.model").read_bytes())
+        return T5Tokenizer.from_pretrained(named)
+    return classes.get(request.param, AutoTokenizer).from_pretrained(folder)
+
+
+@pytest.mark.real
+def test_real_text_is_encoded_exactly_and_text_of_kept_tokens_alike_without_glmd(real_tokenizer, shared, tmp_path):
+    tokenizer, size = real_tokenizer, len(real_tokenizer)
+    lines = (shared / "data/corpus/state_union.txt").read_text().splitlines()
+    counts = np.zeros(size, dtype=np.int64)
+    for row in tokenizer(lines[:3000], add_special_tokens=False)["input_ids"]:
+        counts += np.bincount(row, minlength=size) if row else 0
+    embeddings = np.random.default_rng(0).standard_normal((size, 4))
+    vocabulary = build_vocabulary(tokenizer, embeddings, counts, keep_ratio=0.25)
+    student = compress_tokenizer(tokenizer, vocabulary)
+    save_tokenizer(student, tmp_path)
+    student = load_tokenizer(tmp_path)
+    other = [line for line in (shared / "data/corpus/movie_reviews.txt").read_text().splitlines() if line][:400]
+    other += lines[-400:]
+    alike = 0
+    for text, ids in zip(other, tokenizer(other)["input_ids"], strict=True):
+        exact = student(text)["input_ids"]
+        assert exact == vocabulary.token_map[ids].tolist()
+        if all(vocabulary.is_kept(i) for i in ids):
+            alike += 1
+            assert student.backend_tokenizer.encode(text).ids == exact
+    assert alike > 50, "lines of kept tokens alone are not rare"

@@ -19,10 +19,12 @@ from glmd.vocabulary import (
     MAPPINGS,
     Vocabulary,
     build_vocabulary,
+    byte_ids,
     choose_kept_ids,
     in_degrees,
     map_tokens,
     must_keep_ids,
+    parts_to_keep,
 )
 
 V = 60
@@ -683,3 +685,66 @@ def test_a_real_masked_lm_keeps_its_predictions_with_half_of_its_vocabulary(shar
     loaded = load_tokenizer(tmp_path)
     expected_ids = [vocabulary.token_map[row].tolist() for row in tokenizer(tests, verbose=False)["input_ids"]]
     assert loaded(tests, verbose=False)["input_ids"] == expected_ids
+
+
+# Merged tokens
+
+
+def test_a_merged_token_is_kept_with_all_its_parts_or_passed_over():
+    """0-4 are letters, 5 = 0+1, 6 = 5+2, 7 = 3+4; 6 is the most frequent and needs 5."""
+    parts = {5: (0, 1), 6: (5, 2), 7: (3, 4)}
+    counts = np.array([9, 9, 9, 9, 9, 0, 50, 40])
+    letters = range(5)
+    assert choose_kept_ids(counts, letters, size=7, parts=parts).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert choose_kept_ids(counts, letters, size=6, parts=parts).tolist() == [0, 1, 2, 3, 4, 7], "6 does not fit"
+    assert choose_kept_ids(counts, letters, size=7).tolist() == [0, 1, 2, 3, 4, 6, 7], "by count alone"
+    with pytest.raises(ModelError, match=r"4 of 8 tokens would be kept, but 5 must be .*all they are merged from"):
+        choose_kept_ids(counts, {6}, size=4, parts=parts)
+    assert choose_kept_ids(counts, {6}, size=5, parts=parts).tolist() == [0, 1, 2, 5, 6]
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_closed_selection_is_closed_and_of_the_size_asked_for(data):
+    size = data.draw(st.integers(4, 30))
+    # Parts have smaller ids, as merges build on what is there; a few tokens have none.
+    ids = st.integers(0, size - 1)
+    parts = {i: (data.draw(st.integers(0, i - 1)), data.draw(st.integers(0, i - 1))) for i in range(3, size) if i % 4}
+    counts = np.array(data.draw(st.lists(st.integers(0, 9), min_size=size, max_size=size)))
+    must = {data.draw(ids)}
+    wanted = data.draw(st.integers(_closed_size(must, parts), size))
+    kept = set(choose_kept_ids(counts, must, size=wanted, parts=parts).tolist())
+    assert len(kept) == wanted and must <= kept
+    assert all(part in kept for i in kept for part in parts.get(i, ()))
+
+
+def _closed_size(ids: set[int], parts: dict[int, tuple[int, int]]) -> int:
+    found, to_visit = set(), list(ids)
+    while to_visit:
+        i = to_visit.pop()
+        found.add(i)
+        to_visit += [part for part in parts.get(i, ()) if part not in found]
+    return len(found)
+
+
+def test_a_selection_that_does_nothing_or_is_unknown_is_refused(tokenizer):
+    with pytest.raises(ModelError, match="selection free has no effect: tokens of WordPiece are not merged; remove it"):
+        parts_to_keep(tokenizer, "free")
+    with pytest.raises(ModelError, match="selection must be one of closed, free, got 'fre'"):
+        parts_to_keep(tokenizer, "fre")
+    assert parts_to_keep(tokenizer, "closed") == {}
+
+
+def test_bytes_are_told_by_the_tokenizers_own_alphabet():
+    from families import FAMILIES
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    gpt2, llama2, xlm_r = (FAMILIES[name]() for name in ("gpt2", "llama2", "xlm-r"))
+    letters = {gpt2.convert_ids_to_tokens(i): byte for i, byte in byte_ids(gpt2).items()}
+    assert set(letters) == set(ByteLevel.alphabet()) and sorted(letters.values()) == list(range(256))
+    # A character beyond ASCII is cut into the letters of its bytes.
+    for character in "é猫 \n":
+        spelled = "".join(piece for piece, _ in ByteLevel(False, use_regex=False).pre_tokenize_str(character))
+        assert bytes(letters[letter] for letter in spelled) == character.encode()
+    assert byte_ids(llama2) == {3 + byte: byte for byte in range(256)}
+    assert byte_ids(xlm_r) == {}

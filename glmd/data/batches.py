@@ -186,7 +186,7 @@ def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
     """The ids of a task's verbalisers. Raises ConfigError for a word that is not one known token of its own."""
     ids: list[int] = []
     for word in task.verbalisers:
-        pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
+        (pieces,) = _ids_in_text([word], tokenizer)
         if len(pieces) != 1 or pieces[0] in tokenizer.all_special_ids:
             shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
             raise ConfigError(f"task {task.name}: cloze.words: {word!r} is not one word of the vocabulary ({shown})")
@@ -203,7 +203,7 @@ def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> Non
     """A compressed vocabulary reads a word that it dropped as another one, which would be scored in its place."""
     source = getattr(tokenizer, "source_tokenizer", None)
     if source is not None:
-        original = source.convert_ids_to_tokens(source(word, add_special_tokens=False)["input_ids"][0])
+        original = source.convert_ids_to_tokens(_ids_in_text([word], source)[0][0])
         kept = tokenizer.convert_ids_to_tokens(token_id)
         if original != kept:
             found = f"{word!r} was dropped from this vocabulary, which reads {kept!r} for it"
@@ -215,12 +215,20 @@ def candidate_ids(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[
     candidates = [choice for example in examples for choice in example.choices]
     if not candidates:
         return [[0]] * len(examples)
-    fillings: list[list[int]] = tokenizer(candidates, add_special_tokens=False, verbose=False)["input_ids"]
+    fillings = _ids_in_text(candidates, tokenizer)
     owners = (example for example in examples for _ in example.choices)
     for example, candidate, filling in zip(owners, candidates, fillings, strict=True):
         if not filling:
             raise DataError(f"{_place(example)}: the candidate {candidate!r} has no tokens, so it cannot fill a blank")
     return fillings
+
+
+def _ids_in_text(words: list[str], tokenizer: Any) -> list[list[int]]:
+    """The ids of each word as it stands within a text: after a space, where a tokenizer has other tokens for that."""
+    spaced = [f" {word}" for word in words]
+    both = (tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (spaced, words))
+    # Where a space would be a token of its own, the word has the same tokens without it.
+    return [after if len(after) <= len(alone) else alone for after, alone in zip(*both, strict=True)]
 
 
 def _refuse_masks(examples: Sequence[TaskExample], tokenizer: Any) -> None:

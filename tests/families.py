@@ -1,0 +1,131 @@
+"""Small tokenizers of every family, trained on the spot: what a test says of one it says of all."""
+
+import json
+import string
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = (
+    "the cat dog bird river mountain sing sang singing running light lighter dark green over under blue stone paper "
+    "quick quickest slow slowly unlike likely river's can't 2024 1999 wörter über naïve 猫 mountains papers stones"
+)
+WORDS = TEXT.split()
+
+
+def sentences(count: int = 400) -> list[str]:
+    rng = np.random.default_rng(7)
+    ranks = rng.zipf(1.3, (count, 9)) % len(WORDS)
+    return [" ".join(WORDS[rank] for rank in row) + "." for row in ranks]
+
+
+def byte_level_bpe() -> PreTrainedTokenizerFast:
+    """As GPT-2's: no normalizer, no special token in a text, a space belongs to its word."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    _train(backend, trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return _wrapped(backend, eos_token="<|end|>", unk_token="<|end|>", pad_token="<|pad|>")
+
+
+def roberta_bpe() -> PreTrainedTokenizerFast:
+    """As RoBERTa's: special tokens come first, the mask swallows the space before it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True, special=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    _train(backend, trainers.BpeTrainer(vocab_size=425, initial_alphabet=alphabet, special_tokens=special))
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    names = {"bos": "<s>", "cls": "<s>", "pad": "<pad>", "eos": "</s>", "sep": "</s>", "unk": "<unk>"}
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    return _wrapped(backend, **{f"{name}_token": token for name, token in names.items()}, mask_token=mask)
+
+
+def llama3_bpe() -> PreTrainedTokenizerFast:
+    """As Llama 3's: whole words are looked up before merging, a chat template, a token at the beginning."""
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(r"'s|\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    _train(backend, trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    backend.add_special_tokens(["<|begin|>", "<|end|>", "<|user|>"])
+    begin = [("<|begin|>", backend.token_to_id("<|begin|>"))]
+    template = processors.TemplateProcessing("<|begin|> $A", "<|begin|> $A <|begin|> $B:1", begin)
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    tokenizer = _wrapped(backend, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = (
+        "<|begin|>{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+        "{% endgeneration %}{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def llama2_bpe() -> PreTrainedTokenizerFast:
+    """As Llama 2's: no pre-tokenizer, spaces are letters, what is unknown is spelt in bytes."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # Merges within words, as sentencepiece learns them.
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    _train(backend, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"]))
+    state = json.loads(backend.to_str())
+    learnt = list(state["model"]["vocab"])
+    first, rest = learnt[:3], learnt[3:]
+    entries = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *rest]
+    state["model"]["vocab"] = {token: i for i, token in enumerate(entries)}
+    state["pre_tokenizer"] = None
+    backend = Tokenizer.from_str(json.dumps(state))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    template = processors.TemplateProcessing("<s> $A", "<s> $A <s>:1 $B:1", [("<s>", 1)])
+    backend.post_processor = template
+    return _wrapped(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """As XLM-R's: scores instead of merges, an unknown token, ids are places in a list."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    backend = _unigram(vocab_size=150, special_tokens=special, unk_token="<unk>")
+    template = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> </s> $B </s>", [("<s>", 0), ("</s>", 2)])
+    backend.post_processor = template
+    names = {"bos": "<s>", "cls": "<s>", "pad": "<pad>", "eos": "</s>", "sep": "</s>", "unk": "<unk>"}
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    return _wrapped(backend, **{f"{name}_token": token for name, token in names.items()}, mask_token=mask)
+
+
+def t5_unigram() -> PreTrainedTokenizerFast:
+    """As T5's: sentinels beyond the model's own list, an end and no beginning."""
+    backend = _unigram(vocab_size=150, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
+    backend.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    sentinels = [f"<extra_id_{i}>" for i in range(5)]
+    return _wrapped(backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_special_tokens=sentinels)
+
+
+def _unigram(**options: object) -> Tokenizer:
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    _train(backend, trainers.UnigramTrainer(initial_alphabet=list(string.ascii_lowercase), **options))
+    return backend
+
+
+def _train(backend: Tokenizer, trainer: trainers.Trainer) -> None:
+    trainer.show_progress = False
+    backend.train_from_iterator(sentences(), trainer)
+
+
+def _wrapped(backend: Tokenizer, **special: object) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=48, **special)
+
+
+FAMILIES = {
+    "gpt2": byte_level_bpe,
+    "roberta": roberta_bpe,
+    "llama3": llama3_bpe,
+    "llama2": llama2_bpe,
+    "xlm-r": unigram,
+    "t5": t5_unigram,
+}

@@ -1,0 +1,155 @@
+"""`glmd compress` for every family of tokenizers and kind of head: fewer words, the same logits, a stock folder."""
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, sentences
+
+from glmd.cli import main
+from glmd.tokenizer import load_tokenizer
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+CLASSES = {
+    "GPT2LMHeadModel": ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    "RobertaForMaskedLM": ("roberta", {**SMALL, "max_position_embeddings": 66}),
+    "RobertaForSequenceClassification": ("roberta", {**SMALL, "max_position_embeddings": 66}),
+    "ModernBertForMaskedLM": ("roberta", {**SMALL, "max_position_embeddings": 64}),
+    "BartForConditionalGeneration": ("roberta", BART),
+    "LlamaForCausalLM": ("llama3", {**SMALL, "tie_word_embeddings": True}),
+    "MistralForCausalLM": ("llama2", {**SMALL, "num_key_value_heads": 2}),
+    "XLMRobertaForMaskedLM": ("xlm-r", {**SMALL, "max_position_embeddings": 66}),
+    "AlbertForMaskedLM": ("xlm-r", {**SMALL, "embedding_size": 8}),
+    "T5ForConditionalGeneration": ("t5", T5),
+    "T5EncoderModel": ("t5", T5),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with model and tokenizer of each class, their ids agreeing."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "corpus.txt").write_text("\n".join(sentences()), encoding="utf-8")
+    for name, (family, settings) in CLASSES.items():
+        tokenizer, model_class = FAMILIES[family](), getattr(transformers, name)
+        roles = ("pad", "bos", "eos", "cls", "sep", "mask")
+        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in roles}
+        config_class = model_class.config_class
+        known = config_class().to_dict()
+        ids = {key: value for key, value in ids.items() if key in known}
+        if "decoder_start_token_id" in known:
+            ids["decoder_start_token_id"] = tokenizer.eos_token_id
+        if "forced_eos_token_id" in known:
+            ids["forced_eos_token_id"] = tokenizer.eos_token_id
+        torch.manual_seed(0)
+        model_class(config_class(vocab_size=len(tokenizer), **settings, **ids)).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def logits_of(folder, name: str, ids: torch.Tensor) -> torch.Tensor:
+    model = getattr(transformers, name).from_pretrained(folder).eval()
+    decoder = {"decoder_input_ids": ids} if "ConditionalGeneration" in name else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **decoder)[0]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_kind_of_model_keeps_its_output_on_kept_tokens(name, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("glmd.compress.check_exports", lambda folders: None)
+    folder, source = tmp_path / "small", transformers.AutoTokenizer.from_pretrained(models / name)
+    arguments = ["compress", str(models / name), str(folder), "--corpus", str(models / "corpus.txt")]
+    assert main([*arguments, "--keep-ratio", "0.85"]) == 0, capsys.readouterr().err
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.is_exact and len(tokenizer) < len(source)
+    kept = source.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    ids = torch.arange(len(tokenizer) - 40, len(tokenizer))[None]
+    expected = logits_of(models / name, name, torch.tensor(kept)[ids])
+    if expected.shape[-1] == len(source):
+        expected = expected[..., kept]
+    torch.testing.assert_close(logits_of(folder, name, ids), expected)
+    text = "the quickest cat sang über 猫 mountains"
+    source_ids = source(text)["input_ids"]
+    assert tokenizer(text)["input_ids"] == [tokenizer.token_map[i] for i in source_ids]
+
+
+def test_every_compressed_folder_opens_without_glmd(models, tmp_path, monkeypatch):
+    from glmd.export import check_exports
+
+    proved = []
+    monkeypatch.setattr("glmd.compress.check_exports", proved.extend)
+    for name in CLASSES:
+        arguments = ["compress", str(models / name), str(tmp_path / name), "--corpus", str(models / "corpus.txt")]
+        assert main([*arguments, "--size", str(len(load_tokenizer(models / name)) - 20)]) == 0
+    assert len(proved) == len(CLASSES)
+    check_exports(proved)  # one process for all of them
+
+
+def test_a_model_type_without_an_ordinary_tokenizer_opens_by_the_general_class(models, tmp_path, monkeypatch):
+    """AutoTokenizer has none for llama: it asks for trust, or refuses; glmd and the general class need neither."""
+    monkeypatch.setattr("glmd.compress.check_exports", lambda folders: None)
+    folder, name = tmp_path / "small", "LlamaForCausalLM"
+    arguments = ["compress", str(models / name), str(folder), "--corpus", str(models / "corpus.txt"), "--size", "370"]
+    assert main(arguments) == 0
+    plain, exact = transformers.PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
+    text = "the quickest cat"
+    assert len(plain) == len(exact) == 370 and not hasattr(plain, "is_exact")
+    assert plain(text)["input_ids"] == exact.backend_tokenizer.encode(text).ids
+    remote = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert remote(text)["input_ids"] == exact(text)["input_ids"]
+
+
+@pytest.mark.parametrize("casting", ["head", "cloze"])
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "XLMRobertaForMaskedLM"])
+def test_masked_lms_of_other_families_distil_to_the_end(name, casting, models, tiny, trusting, tmp_path):
+    """Byte pairs and scores in place of WordPiece, positions that count from the pad token on."""
+    from glmd.evaluation import evaluate_folder
+    from glmd.pipeline import run
+
+    results = run(
+        tiny.config(
+            tmp_path / "run",
+            f"teacher={models / name}",
+            f"data.corpus={models / 'corpus.txt'}",
+            f"casting={casting}",
+            "vocabulary.keep_ratio=0.95",
+            "tasks.RTE.max_length=48",
+            *(["tasks.RTE.definition=" + str(_roberta_rte(tmp_path))] if casting == "cloze" else []),
+        )
+    )
+    row = next(row for row in results["rows"] if row["stage"] == "labels")
+    student = tmp_path / "run/tasks/RTE/seed-0/labels/student"
+    task = str(_roberta_rte(tmp_path)) if casting == "cloze" else "RTE"
+    scores = evaluate_folder(str(student), task, str(tiny.superglue), "val", max_length=48, batch_size=5)
+    assert scores["accuracy"] == pytest.approx(row["metrics"]["accuracy"])
+    assert scores["casting"] == casting
+
+
+def _roberta_rte(folder):
+    path = folder / "rte.yaml"
+    path.write_text(
+        "name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: '{premise}'\n"
+        "text_pair: '{hypothesis}'\nlabels: [entailment, not_entailment]\nmetrics: [accuracy]\nmax_length: 48\n"
+        "cloze: {text: 'light {blank} .', text_pair: '{premise} {hypothesis}', words: [dark, green]}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("GPT2LMHeadModel", ["--size", "100"], "vocabulary: 100 of 398 tokens would be kept, but 258 must be"),
+        ("T5EncoderModel", ["--size", "100", "--selection", "free"], "selection free has no effect: tokens of Unigram"),
+        ("LlamaForCausalLM", ["--size", "380", "--keep-words", ""], "keep_words: the tokenizer does not know ''"),
+        ("AlbertForMaskedLM", ["--size", "100", "--keep-words", "Ω"], "keep_words: the tokenizer does not know 'Ω'"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_before_text_and_model_are_read(
+    name, arguments, says, models, tmp_path, monkeypatch, capsys
+):
+    for function in ("build_token_store", "load_model_as_saved"):
+        monkeypatch.setattr(f"glmd.compress.{function}", lambda *_, **__: pytest.fail("read"))
+    assert main(["compress", str(models / name), str(tmp_path / "out"), "--corpus", "absent.txt", *arguments]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
