@@ -1,4 +1,4 @@
-"""The command line: `glmd run`, `check`, `compress`, `evaluate`, `predict`, `export`, `report`.
+"""The command line: `glmd run`, `check`, `compress`, `evaluate`, `predict`, `verify`, `export`, `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2.
@@ -85,6 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_for_task("predict", _predict, "Write a task model's answers in the leaderboard's form.")
     command.add_argument("--file", required=True, help="jsonl in the official form; labels are not needed")
     command.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+
+    command = add("verify", _verify, "Check a model folder from weights to tokenizer files; exit code 1 if it fails.")
+    command.add_argument("folder", type=Path, help="an exported student, or any folder of a model and its tokenizer")
 
     command = add("export", _export, "Write the student of an unfinished stage's newest checkpoint as a model folder.")
     command.add_argument("stage", type=Path, help="a stage folder of a run, for example runs/NAME/pretraining")
@@ -198,6 +201,16 @@ def _export(options: argparse.Namespace) -> None:
 
     step = export_checkpoint(options.stage, options.output)
     print(f"{options.output}: the student after step {step}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from glmd.verify import verify_folder
+
+    checks = verify_folder(options.folder)
+    for check in checks:
+        print(check.line())
+    if any(check.problem for check in checks):
+        raise SystemExit(1)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ print(compress_model("bert-base-uncased", Path("bert-half"), corpus=["text/"], k
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,7 @@ def compress_model(
         tokenizer,
         embeddings.weight.detach().float(),
         counts,
-        keep_ratio=settings.keep_ratio,
-        size=settings.size,
-        multiple_of=settings.multiple_of,
-        selection=settings.selection,
-        mapping=settings.mapping,
-        keep_words=settings.keep_words,
+        **asdict(settings),
     )
     student = slice_model(source, vocabulary)
     facts = {"kept tokens": f"{vocabulary.size:,} of {vocabulary.source_size:,}", "mapping": settings.mapping}

@@ -210,6 +210,18 @@ def renumber_generation_config(generation_config: Any, vocabulary: Vocabulary) -
     return renumbered
 
 
+def token_id_fields(holder: Any) -> list[tuple[str, int]]:
+    """(field, id) of every token id in a model's configuration and its parts, or in a generation configuration."""
+    parts = _config_parts(holder) if hasattr(holder, "get_text_config") else [holder]
+    found = []
+    for part in parts:
+        for name, value in vars(part).items():
+            if _ID_FIELD.fullmatch(name.removeprefix("_")):
+                ids = value if isinstance(value, (list, tuple)) else [value]
+                found += [(f"{type(part).__name__}.{name}", i) for i in ids if isinstance(i, int)]
+    return found
+
+
 def _renumber_fields(holder: Any, vocabulary: Vocabulary, place: str) -> None:
     for name, value in list(vars(holder).items()):
         new = _renumber_field(name, value, vocabulary, place)

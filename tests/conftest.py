@@ -120,6 +120,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(root, **places)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small random models of many classes, each in a folder of its name, and a corpus for them."""
+    from families import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A whole run of `tiny` to its end. Tests read it; one that writes takes a copy."""

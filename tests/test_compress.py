@@ -3,50 +3,10 @@
 import pytest
 import torch
 import transformers
-from families import FAMILIES, sentences
+from families import CLASSES
 
 from glmd.cli import main
 from glmd.tokenizer import load_tokenizer
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
-CLASSES = {
-    "GPT2LMHeadModel": ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
-    "RobertaForMaskedLM": ("roberta", {**SMALL, "max_position_embeddings": 66}),
-    "RobertaForSequenceClassification": ("roberta", {**SMALL, "max_position_embeddings": 66}),
-    "ModernBertForMaskedLM": ("roberta", {**SMALL, "max_position_embeddings": 64}),
-    "BartForConditionalGeneration": ("roberta", BART),
-    "LlamaForCausalLM": ("llama3", {**SMALL, "tie_word_embeddings": True}),
-    "MistralForCausalLM": ("llama2", {**SMALL, "num_key_value_heads": 2}),
-    "XLMRobertaForMaskedLM": ("xlm-r", {**SMALL, "max_position_embeddings": 66}),
-    "AlbertForMaskedLM": ("xlm-r", {**SMALL, "embedding_size": 8}),
-    "T5ForConditionalGeneration": ("t5", T5),
-    "T5EncoderModel": ("t5", T5),
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder with model and tokenizer of each class, their ids agreeing."""
-    root = tmp_path_factory.mktemp("models")
-    (root / "corpus.txt").write_text("\n".join(sentences()), encoding="utf-8")
-    for name, (family, settings) in CLASSES.items():
-        tokenizer, model_class = FAMILIES[family](), getattr(transformers, name)
-        roles = ("pad", "bos", "eos", "cls", "sep", "mask")
-        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in roles}
-        config_class = model_class.config_class
-        known = config_class().to_dict()
-        ids = {key: value for key, value in ids.items() if key in known}
-        if "decoder_start_token_id" in known:
-            ids["decoder_start_token_id"] = tokenizer.eos_token_id
-        if "forced_eos_token_id" in known:
-            ids["forced_eos_token_id"] = tokenizer.eos_token_id
-        torch.manual_seed(0)
-        model_class(config_class(vocab_size=len(tokenizer), **settings, **ids)).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return root
 
 
 def logits_of(folder, name: str, ids: torch.Tensor) -> torch.Tensor:
