@@ -1,4 +1,4 @@
-"""The command line: `glmd run`, `check`, `compress`, `evaluate`, `predict`, `verify`, `export`, `report`.
+"""The command line: `glmd run`, `check`, `compress`, `evaluate`, `predict`, `vocab`, `verify`, `export`, `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2.
@@ -85,6 +85,17 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_for_task("predict", _predict, "Write a task model's answers in the leaderboard's form.")
     command.add_argument("--file", required=True, help="jsonl in the official form; labels are not needed")
     command.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+
+    command = add("vocab", _vocab, "Show what each keep ratio covers and saves, to choose one by.")
+    command.add_argument("corpus", nargs="+", help="text or jsonl files, folders, or a data set's id")
+    command.add_argument("--teacher", required=True, help="local folder or hub id, with any head")
+    command.add_argument("--keep-ratios", type=float, nargs="+", help="default: 0.05 to 1")
+    command.add_argument("--selection", default="closed", choices=("closed", "free"), help="of merged tokens (BPE)")
+    command.add_argument("--mapping", default="inner_product", choices=("inner_product", "cosine", "euclidean", "unk"))
+    command.add_argument("--examples", type=_positive, help="show where so many dropped tokens go, at the knee")
+    command.add_argument("--text-field", default="text", help="field of jsonl rows")
+    command.add_argument("--json", type=Path, help="write the curve to this file too")
+    command.add_argument("--picture", type=Path, help="draw it into this .png, .svg or .pdf (needs matplotlib)")
 
     command = add("verify", _verify, "Check a model folder from weights to tokenizer files; exit code 1 if it fails.")
     command.add_argument("folder", type=Path, help="an exported student, or any folder of a model and its tokenizer")
@@ -201,6 +212,29 @@ def _export(options: argparse.Namespace) -> None:
 
     step = export_checkpoint(options.stage, options.output)
     print(f"{options.output}: the student after step {step}")
+
+
+def _vocab(options: argparse.Namespace) -> None:
+    from glmd import budget
+
+    if options.picture is not None:
+        budget.require_plots()
+    for path in (options.json, options.picture):
+        budget.require_free_file(path)
+    common = {"selection": options.selection, "text_field": options.text_field}
+    curve = budget.budget_curve(options.teacher, options.corpus, ratios=options.keep_ratios or budget.RATIOS, **common)
+    print(budget.curve_table(curve))
+    if options.json is not None:
+        options.json.write_text(budget.curve_json(curve), encoding="utf-8")
+    if options.picture is not None:
+        budget.draw_curve(curve, options.picture)
+    if options.examples is not None:
+        ratio = curve.knee.keep_ratio
+        rows = budget.examples(
+            options.teacher, options.corpus, ratio, mapping=options.mapping, top=options.examples, **common
+        )
+        print(f"\nAt {ratio:g}, mapped by {options.mapping}, the most frequent of the dropped tokens:\n")
+        print(budget.examples_table(rows))
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -44,6 +44,28 @@ def vocabulary_axes(config: Any, model_class: type) -> dict[str, int]:
     return axes
 
 
+def parameters_by_vocabulary(config: Any, vocab_size: int) -> tuple[int, int]:
+    """Parameters in all, and in tensors with a vocabulary axis, of the config's own class with `vocab_size` rows.
+
+    Tied ones count once. Raises ModelError for an architecture that transformers has not.
+    """
+    import torch
+    import transformers
+
+    architecture = (config.architectures or [None])[0]
+    model_class: Any = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise ModelError(f"the config names the architecture {architecture!r}, which transformers has not")
+    axes = vocabulary_axes(config, model_class)
+    rows = _config_rows(config)
+    with torch.device("meta"):
+        parameters = dict(model_class(config).named_parameters())
+    total = sum(tensor.numel() for tensor in parameters.values())
+    rated = sum(tensor.numel() for name, tensor in parameters.items() if name in axes)
+    resized = rated // rows * vocab_size
+    return total - rated + resized, resized
+
+
 def slice_model(model: "nn.Module", vocabulary: Vocabulary) -> "nn.Module":
     """A new model of the same class with the kept rows only, in the same order. `model` is not touched.
 

@@ -28,7 +28,7 @@ metrics superglue_metric distiller
 checkpoint runlog run_folder plan trainer evaluation export
 report workbench
 task_stages
-pipeline compress verify
+pipeline compress verify budget
 cli __main__
 """
 ORDER = LAYERS.split()
