@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glmd.config import VocabularyConfig
-from glmd.data.corpus import build_token_store
+from glmd.data.corpus import build_token_store, require_text_field
 from glmd.errors import ConfigError, ModelError
 from glmd.export import ModelCard, check_exports, export_model, require_free_output
 from glmd.loading import load_model_as_saved, load_source_tokenizer, require_model
@@ -33,6 +33,7 @@ def compress_model(
         raise ConfigError("--keep-ratio is missing; 0.5 keeps half of the tokens (or give --size)")
     require_free_output(output)
     require_model(model, field="model")
+    require_text_field(corpus, text_field)
     tokenizer = load_source_tokenizer(model, words=False)
     kept_size(settings, tokenizer)  # refuses what cannot be, before text is counted and the model loaded
     with tempfile.TemporaryDirectory() as temporary:

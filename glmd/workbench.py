@@ -72,10 +72,13 @@ class Workbench:
         assert self.store is not None and stage.max_length is not None, "checked by config and plan"
         length = stage.max_length
         total = self.store.num_blocks(length - 2)
-        reserved = min(self.config.data.eval_blocks, total // 5)
+        wanted = self.config.data.eval_blocks
+        reserved = min(wanted, total // 5)
         if reserved < 1:
             found = f"{self.store.num_tokens} tokens are {total} blocks of {length}"
             raise DataError(f"data.corpus: {found}; at least 5 are needed: give more text, or a smaller max_length")
+        if held_out and reserved < wanted:
+            logger.info("data.eval_blocks: %d of %d blocks are held out, a fifth of the corpus", reserved, total)
         blocks = range(total - reserved, total) if held_out else range(total - reserved)
         corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed)
         return BlockDataset(self.store, self.tokenizer, max_length=length, blocks=blocks, corruption=corruption)

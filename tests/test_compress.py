@@ -111,5 +111,10 @@ def test_what_cannot_be_compressed_is_refused_before_text_and_model_are_read(
 ):
     for function in ("build_token_store", "load_model_as_saved"):
         monkeypatch.setattr(f"glmd.compress.{function}", lambda *_, **__: pytest.fail("read"))
-    assert main(["compress", str(models / name), str(tmp_path / "out"), "--corpus", "absent.txt", *arguments]) == 2
+    assert (
+        main(
+            ["compress", str(models / name), str(tmp_path / "out"), "--corpus", str(models / "corpus.txt"), *arguments]
+        )
+        == 2
+    )
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -58,6 +58,7 @@ def refusal(tiny, tmp_path, capsys):
         ("tasks.RTE.inptus=a", "ConfigError", "tasks.RTE.inptus is unknown; did you mean inputs?"),
         ("tasks.RTE.inputs=''", "ConfigError", "tasks.RTE.inputs is empty; give a path"),
         ("vocabulary.size=40", "ConfigError", "keep_ratio and size are both given; keep one (keep_ratio= removes it)"),
+        ("data.text_field=body", "DataError", "text_field 'body' has no effect: the corpus is .txt files alone"),
         ("data.corpus=[]", "ConfigError", "data.corpus is missing; method glmd pretrains on it"),
         ("data.corpus=absent.txt", "DataError", "absent.txt: no such file or folder"),
         ("data.superglue=", "ConfigError", "data.superglue is missing; RTE is read from it"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_DOCUMENT_CHARACTERS = 16_000_000
 STORE_VERSION = 1
+TEXT_FIELD = "text"  # the default
 SUFFIXES = (".txt", ".jsonl")
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ def read_documents(sources: Sequence[str], *, text_field: str = "text") -> Itera
     Raises DataError naming source, line and field.
     """
     return itertools.chain.from_iterable(_documents(each, text_field) for each in _resolve(sources))
+
+
+def require_text_field(sources: Sequence[str], text_field: str) -> None:
+    """Refuse the name of a field where no source has fields. Raises DataError, also for a source that is not there."""
+    if text_field != TEXT_FIELD and all(isinstance(each, Path) and each.suffix == ".txt" for each in _resolve(sources)):
+        raise DataError(f"text_field {text_field!r} has no effect: the corpus is .txt files alone; remove it")
 
 
 def corpus_fingerprint(sources: Sequence[str]) -> dict[str, Any]:
