@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.heads import backbone, run_head, run_task_head, share_backbone
+from glmd.heads import run_backbone, run_head, run_task_head, share_backbone
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
@@ -59,7 +59,7 @@ class Distiller(nn.Module):
         student = self.classifier if self.classifier is not None else self.language_model
         assert student is not None, "an objective has at least one term"
         inputs = model_inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
-        outputs = backbone(student)(**inputs)
+        outputs = run_backbone(student, inputs)
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
             words = [term for term in self.objective.terms if term.signal in WORD_SIGNALS]

@@ -18,7 +18,14 @@ from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluat
 from glmd.data.predictions import require_idx, write_predictions
 from glmd.data.tasks import Split, Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
-from glmd.heads import backbone, choice_logits, final_linear, hidden_before_final_linear, one_choice_each, run_task_head
+from glmd.heads import (
+    choice_logits,
+    final_linear,
+    hidden_before_final_linear,
+    one_choice_each,
+    run_backbone,
+    run_task_head,
+)
 from glmd.loading import load_classifier, load_model_config, model_positions, require_model, require_task_head
 from glmd.losses.logits import kl_divergence
 from glmd.metrics import score
@@ -50,7 +57,7 @@ def predict(
         inputs = _student_inputs(batch, token_map)
         if "blank_ids" in batch:
             own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
-            logits = run_task_head(classifier, backbone(classifier)(**inputs), inputs, batch, own_ids)
+            logits = run_task_head(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
         elif "num_choices" in batch:
             logits = choice_logits(classifier(**one_choice_each(inputs)).logits, batch["num_choices"])
         else:
@@ -87,7 +94,7 @@ def score_words(
     totals = np.zeros(6)
     for batch in _share(dataset, collate, accelerator, batch_size):
         outputs = teacher(batch)
-        hidden = hidden_before_final_linear(student, backbone(student)(**_student_inputs(batch, token_map)))
+        hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
         valid = batch["attention_mask"].bool()
         labels = batch["word_labels"][valid] if "word_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states

@@ -174,7 +174,8 @@ def _run_tokenizer(stage: Path, vocab_size: int) -> Any:
         raise RunError(f"{stage} is not inside a run folder (none above it has config.yaml)")
     teacher = load_config(root / "config.yaml").teacher
     place = teacher.model or str(root / "world" / "tokenizer")
-    source = load_source_tokenizer(place, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    source = load_source_tokenizer(place, words=False, **options)
     vocabulary = Vocabulary.load(root / "vocabulary")
     return compress_tokenizer(source, vocabulary) if vocabulary.size == vocab_size else source
 

@@ -31,6 +31,16 @@ def backbone(model: nn.Module) -> nn.Module:
     return getattr(model, name)
 
 
+def is_causal(config: Any) -> bool:
+    """Whether a model of this config predicts the next word: by the architecture that the config names."""
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
+
+
+def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """The backbone's outputs. A decoder keeps no keys and values: nothing is generated."""
+    return backbone(model)(**inputs, **({"use_cache": False} if is_causal(model.config) else {}))
+
+
 def final_linear(model: nn.Module) -> nn.Linear:
     """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
     linear = model.get_output_embeddings()  # type: ignore[operator]
@@ -135,7 +145,7 @@ def prove_split(model: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -
     Raises ModelError naming the class and the largest difference: what stands after the linear map
     (soft-capping, logit scaling, concatenated weights) would make every distilled logit wrong.
     """
-    encoder, linear = backbone(model), final_linear(model)
+    _, linear = backbone(model), final_linear(model)  # each refuses a model that has none
     device = linear.weight.device
     probe = torch.arange(8, device=device).reshape(2, 4) % max(1, vocab_size)
     was_training = model.training
@@ -143,7 +153,7 @@ def prove_split(model: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -
     try:
         inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
         expected = model(**inputs).logits
-        hidden = hidden_before_final_linear(model, encoder(**inputs))
+        hidden = hidden_before_final_linear(model, run_backbone(model, inputs))
         got = nn.functional.linear(hidden, linear.weight, linear.bias)
     finally:
         model.train(was_training)

@@ -19,7 +19,7 @@ from torch import nn
 from glmd.config import TeacherConfig
 from glmd.data.tasks import Task
 from glmd.errors import GlmdError, ModelError
-from glmd.heads import prove_split
+from glmd.heads import is_causal, prove_split
 
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
 WEIGHTS: dict[str, Any] = {
@@ -80,7 +80,7 @@ def load_source_tokenizer(
 ) -> Any:
     """The teacher's tokenizer, checked to have what distillation needs.
 
-    words: it must also serve masked-word prediction (pad, mask, cls and sep token).
+    words: it must serve masked-word prediction (pad, mask, cls and sep token); else one that cuts text will do.
     """
     from transformers import AutoTokenizer
 
@@ -102,15 +102,20 @@ def load_source_tokenizer(
     return tokenizer
 
 
-def load_language_model(teacher: TeacherConfig) -> Any:
-    """A masked LM with a trained head, in the teacher's dtype, in evaluation mode."""
-    from transformers import AutoModelForMaskedLM
+def language_model_class(config: Any) -> Any:
+    """The auto class of a teacher's language model: causal where its config names such an architecture, else masked."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+    return AutoModelForCausalLM if is_causal(config) else AutoModelForMaskedLM
+
+
+def load_language_model(teacher: TeacherConfig) -> Any:
+    """A masked or causal LM with a trained head, in the teacher's dtype, in evaluation mode."""
     assert teacher.model is not None, "checked before"
     dtype = getattr(torch, teacher.dtype)
-    options = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
     model, info = _from_pretrained(
-        AutoModelForMaskedLM,
+        language_model_class(load_model_config(teacher.model, **options)),
         teacher.model,
         dtype=dtype,
         **WEIGHTS,

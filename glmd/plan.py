@@ -21,6 +21,7 @@ from glmd.data.batches import TaskDataset, verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint, require_text_field
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import ConfigError, DataError, ModelError
+from glmd.heads import is_causal
 from glmd.metrics import require_metrics, score
 from glmd.objective import Objective, load_method
 from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep
@@ -75,9 +76,11 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     world: where the embedded world lies, for `data.world`.
     """
     method = load_method(config.method, count_positions=config.gkd_compat)
-    config = _resolved(config, method)
+    asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
     tokenizer, teacher_config = _load_teacher_side(config, world)
+    if is_causal(teacher_config):
+        config = _for_decoder(config, method, asked)
     verbalisers = {name: verbaliser_ids(_task(config, name), tokenizer) for name in config.tasks}
     words = [word for name in config.tasks for word in _task(config, name).verbalisers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
@@ -132,6 +135,21 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
         ):
             raise ConfigError("task_labels.mlm_probability has no effect: its terms compare no words; remove it")
     return replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
+
+
+def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
+    """The config for a causal teacher, which predicts the next word of whole text: nothing is masked."""
+    if config.tasks:
+        raise ConfigError(
+            f"tasks: {', '.join(config.tasks)}: a causal teacher is distilled on text alone yet; tasks={{}}"
+        )
+    if method["pretraining"].needs_corruption:
+        raise ConfigError(f"method {config.method} speaks of corrupted tokens; a causal teacher has none: give glmd")
+    if mlm_probability:
+        raise ConfigError(
+            f"pretraining.mlm_probability is {mlm_probability}; a causal teacher reads whole text: remove it"
+        )
+    return replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
 
 
 def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> None:
@@ -198,7 +216,7 @@ def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]
     else:
         require_model(teacher.model)
         model_config = load_model_config(teacher.model, **options)
-        tokenizer = load_source_tokenizer(teacher.model, **options)
+        tokenizer = load_source_tokenizer(teacher.model, **options, words=not is_causal(model_config))
     if len(tokenizer) > model_config.vocab_size:
         raise ConfigError(
             f"teacher: its tokenizer has {len(tokenizer)} tokens, its embeddings {model_config.vocab_size} rows; "
@@ -359,6 +377,8 @@ def _with_parameters(plan: Plan) -> Plan:
     teacher = _on_meta("teacher", plan.teacher_config)
     cut_config = copy.deepcopy(plan.teacher_config)
     cut_config.vocab_size = plan.kept_size
+    if (getattr(cut_config, "pad_token_id", None) or 0) >= plan.kept_size:
+        cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
     student_config = student_model_config(cut_config, student, count, chosen)
     _check_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
     small = _on_meta("student", student_config)
@@ -372,16 +392,17 @@ def _with_parameters(plan: Plan) -> Plan:
 
 
 def _on_meta(name: str, model_config: Any) -> Any:
-    """A masked LM of this config, without memory for its weights."""
+    """A language model of this config, without memory for its weights."""
     import torch
-    from transformers import AutoModelForMaskedLM
+
+    from glmd.loading import language_model_class
 
     try:
         with torch.device("meta"):
-            return AutoModelForMaskedLM.from_config(model_config)
+            return language_model_class(model_config).from_config(model_config)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{name}: no masked LM can be made of its config ({reason})") from None
+        raise ConfigError(f"{name}: no language model can be made of its config ({reason})") from None
 
 
 def split_parameters(model: Any, vocabulary_names: set[str]) -> dict[str, int]:

@@ -35,6 +35,8 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     torch.manual_seed(seed)
     student = type(teacher)(student_model_config(sliced.config, config, count, chosen))
     student.to(torch.float32)
+    if getattr(sliced, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(sliced.generation_config)
     if chosen is not None:
         _copy_weights(student, sliced, chosen)
     student.tie_weights()

@@ -6,13 +6,12 @@ outputs = teacher(batch)      # TeacherOutputs
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.heads import backbone, final_linear, hidden_before_final_linear, run_task_head, share_backbone
+from glmd.heads import final_linear, hidden_before_final_linear, run_backbone, run_task_head, share_backbone
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class TeacherOutputs:
 
 
 class OnlineTeacher:
-    """A frozen masked LM, a frozen classifier, or both over the classifier's backbone, run batch by batch.
+    """A frozen language model, a frozen classifier, or both over the classifier's backbone, run batch by batch.
 
     With both, the fine-tuned backbone feeds the LM head it was pretrained with: one forward, two answers.
     """
@@ -38,7 +37,7 @@ class OnlineTeacher:
         models = [model for model in (classifier, language_model) if model is not None]
         for model in models:
             model.eval().requires_grad_(False)
-        self.backbone = backbone(models[0])
+        self.base = models[0]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         if language_model is not None:
@@ -52,7 +51,7 @@ class OnlineTeacher:
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Run on source `input_ids` (B, S)."""
         inputs = model_inputs(batch)
-        outputs: Any = self.backbone(**inputs)
+        outputs = run_backbone(self.base, inputs)
         hidden = task_logits = None
         if self.language_model is not None:
             hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from glmd import __version__
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
-from glmd.data.batches import BlockDataset, Collate, TaskDataset, candidate_ids, corruption_for
+from glmd.data.batches import BlockDataset, Collate, TaskDataset, block_frame, candidate_ids, corruption_for
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
@@ -60,7 +60,8 @@ class Workbench:
         self.plan, self.config, self.run_folder, self.accelerator = plan, plan.config, run_folder, accelerator
         self.tokenizer = plan.tokenizer
         self.identity_map = np.arange(len(plan.tokenizer))
-        self.collate = Collate(plan.tokenizer.pad_token_id)
+        # Pads are masked out; a decoder's tokenizer may have no id for them.
+        self.collate = Collate(plan.tokenizer.pad_token_id or 0)
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
@@ -71,7 +72,8 @@ class Workbench:
         """The corpus in blocks of the stage's length; the last ones are held out."""
         assert self.store is not None and stage.max_length is not None, "checked by config and plan"
         length = stage.max_length
-        total = self.store.num_blocks(length - 2)
+        frame = sum(map(len, block_frame(self.tokenizer)))
+        total = self.store.num_blocks(length - frame)
         wanted = self.config.data.eval_blocks
         reserved = min(wanted, total // 5)
         if reserved < 1:
@@ -258,7 +260,8 @@ class Workbench:
             "data": ", ".join(sources) or "a generated world of facts",
             "glmd": __version__,
         }
-        heads = ("SequenceClassification", "MultipleChoice", "MaskedLM")
+        name = type(model).__name__.replace("LMHeadModel", "ForCausalLM")
+        heads = ("SequenceClassification", "MultipleChoice", "MaskedLM", "CausalLM")
         card = ModelCard(
             title,
             base or "",
@@ -266,7 +269,7 @@ class Workbench:
             known | facts,
             metrics or {},
             exact_tokenizer=tokenizer is not self.tokenizer,
-            auto_class="AutoModelFor" + next(head for head in heads if head in type(model).__name__),
+            auto_class="AutoModelFor" + next(head for head in heads if head in name),
         )
         if self.accelerator.is_main_process:
             export_model(model, tokenizer, folder, card=card)

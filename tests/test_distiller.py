@@ -254,7 +254,7 @@ def counted_calls(module: nn.Module) -> list[Tensor]:
 def test_one_backbone_forward_serves_all_terms_of_student_and_of_teacher(terms: tuple[Term, ...]) -> None:
     distiller, model = Distiller(Objective(terms), TOKEN_MAP, **students()), teacher()
     student = distiller.classifier if distiller.classifier is not None else distiller.language_model
-    ours, theirs = counted_calls(student.bert), counted_calls(model.backbone)
+    ours, theirs = counted_calls(student.bert), counted_calls(model.base.bert)
     inputs = batch()
     distiller(inputs, model(inputs))
     assert len(ours) == len(theirs) == 1
@@ -313,7 +313,7 @@ def test_a_teacher_with_both_heads_reads_the_fine_tuned_backbone_and_learns_noth
         model_of(BertForSequenceClassification, V, 2, 1),
     )
     model, inputs = OnlineTeacher(language_model, classifier, KEPT), batch()
-    assert model.backbone is classifier.bert is language_model.bert
+    assert model.base.bert is classifier.bert is language_model.bert
     outputs = model(inputs)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert_same(outputs.task_logits, classifier(**given).logits.float())

@@ -68,8 +68,18 @@ def corruption_for(tokenizer: Any, probability: float, seed: int) -> Corruption 
     return Corruption(probability, tokenizer.mask_token_id, special, ordinary, seed)
 
 
+def block_frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that the tokenizer puts before and after a text."""
+    framed, text = (tokenizer(each)["input_ids"] for each in ("", "a"))
+    before = next((i for i, (a, b) in enumerate(zip(framed, text, strict=False)) if a != b), len(framed))
+    return np.array(framed[:before], dtype=np.int64), np.array(framed[before:], dtype=np.int64)
+
+
 class BlockDataset(Dataset[dict[str, Any]]):
-    """Corpus blocks `[CLS] tokens [SEP]` of at most `max_length` ids, from the memory-mapped store."""
+    """Corpus blocks of at most `max_length` ids, from the memory-mapped store, framed as the tokenizer frames a text.
+
+    That is `[CLS] tokens [SEP]` for BERT, a token at the beginning or nothing for a decoder.
+    """
 
     def __init__(
         self,
@@ -81,9 +91,8 @@ class BlockDataset(Dataset[dict[str, Any]]):
         corruption: Corruption | None,
     ) -> None:
         self.store, self.blocks, self.corruption = store, blocks, corruption
-        self.start = np.array([tokenizer.cls_token_id])
-        self.end = np.array([tokenizer.sep_token_id])
-        self.block_length = max_length - 2
+        self.start, self.end = block_frame(tokenizer)
+        self.block_length = max_length - len(self.start) - len(self.end)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -1,0 +1,143 @@
+"""Causal teachers: distilled on whole text, every position counts, the student is a stock causal LM."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+
+from glmd.data.batches import BlockDataset, Collate, block_frame
+from glmd.data.corpus import build_token_store
+from glmd.distiller import Distiller
+from glmd.objective import load_method
+from glmd.pipeline import run
+from glmd.report import results_table
+from glmd.slicing import slice_model
+from glmd.teacher import OnlineTeacher
+from glmd.tokenizer import load_tokenizer
+from glmd.vocabulary import Vocabulary
+
+DECODERS = ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM"]
+
+
+def decoder_run(tiny, models, name: str, folder, *more: str):
+    return tiny.config(
+        folder, f"teacher={models / name}", f"data.corpus={models / 'corpus.txt'}", "tasks={}",
+        "vocabulary.keep_ratio=0.9", "pretraining.max_steps=30", "pretraining.learning_rate=3e-3", *more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(name, tiny, models, tmp_path):
+    """Its exports are proved in a fresh process, and opened here by the general class."""
+    results = run(decoder_run(tiny, models, name, tmp_path / "run"))
+    (row,) = results["rows"]
+    assert row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
+    assert "masked_accuracy" not in row["words"], "nothing is masked"
+    assert "student: pretraining, held-out corpus" in results_table(results)
+    folder = tmp_path / "run/pretraining/student"
+    student = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    assert type(student).__name__ == name and student.config.num_hidden_layers == 1
+    assert len(tokenizer) == student.config.vocab_size
+    assert "AutoModelForCausalLM.from_pretrained" in (folder / "README.md").read_text()
+    ids = tokenizer("the cat sang over", return_tensors="pt")["input_ids"]
+    text = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(text[0]) and int(text.max()) < len(tokenizer)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_loss_is_that_of_whole_models_at_every_position(name, models, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / name)
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64).eval()
+    kept = np.setdiff1d(np.arange(len(tokenizer)), [300, 301, 302])
+    token_map = np.zeros(len(tokenizer), dtype=int)
+    token_map[kept] = np.arange(len(kept))
+    vocabulary = Vocabulary(kept, token_map)
+    torch.manual_seed(1)
+    student = slice_model(teacher, vocabulary)
+    for parameter in student.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    store = build_token_store(tmp_path / "store", [str(models / "corpus.txt")], tokenizer)
+    data = BlockDataset(store, tokenizer, max_length=16, blocks=range(300), corruption=None)
+    last = store.num_blocks(data.block_length) - 1
+    data.blocks = range(last + 1)
+    batch = Collate(0)([data[0, i] for i in (0, 3, last)])  # the last block is a short one
+    distiller = Distiller(load_method("glmd")["pretraining"], token_map, language_model=student)
+    outputs = OnlineTeacher(teacher, None, kept)(batch)
+    got = distiller(batch, outputs)
+
+    valid, mask = batch["attention_mask"].bool(), batch["attention_mask"]
+    theirs = teacher(input_ids=batch["input_ids"], attention_mask=mask).logits[..., kept][valid] / 15
+    ours = student(input_ids=torch.from_numpy(token_map)[batch["input_ids"]], attention_mask=mask).logits[valid] / 15
+    p, log_p, log_q = theirs.softmax(-1), theirs.log_softmax(-1), ours.log_softmax(-1)
+    expected = 225 * (p * (log_p - log_q)).sum()
+    torch.testing.assert_close(got.double().squeeze(), expected, rtol=1e-5, atol=1e-6)
+    parameters = list(student.parameters())
+    wanted = torch.autograd.grad(expected, parameters)
+    for gradient, plain in zip(torch.autograd.grad(got.sum(), parameters), wanted, strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [("gpt2", [], []), ("llama3", ["<|begin|>"], []), ("llama2", ["<s>"], []), ("t5", [], ["</s>"]),
+     ("roberta", ["<s>"], ["</s>"])],
+)  # fmt: skip
+def test_a_block_is_framed_as_the_tokenizer_frames_a_text(family, before, after):
+    tokenizer = FAMILIES[family]()
+    start, end = block_frame(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(start.tolist()) == before
+    assert tokenizer.convert_ids_to_tokens(end.tolist()) == after
+
+
+def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, models, trusting, tmp_path, monkeypatch):
+    from glmd.trainer import Trainer
+
+    options = ("pretraining.save_steps=4", "pretraining.max_steps=10")
+    whole, broken = (decoder_run(tiny, models, DECODERS[1], tmp_path / each, *options) for each in ("whole", "broken"))
+    run(whole)
+    real, steps = Trainer._step, []
+
+    def dies(self, *arguments):
+        steps.append(1)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken)
+    monkeypatch.setattr(Trainer, "_step", real)
+    run(broken)
+    name = "pretraining/student/model.safetensors"
+    assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tasks=[RTE]", "tasks: RTE: a causal teacher is distilled on text alone yet; tasks={}"),
+        ("pretraining.mlm_probability=0.15", "pretraining.mlm_probability is 0.15; a causal teacher reads whole text"),
+        ("method=glmd-masked-only", "method glmd-masked-only speaks of corrupted tokens; a causal teacher has none"),
+        ("method=kd", "tasks is empty and method kd has no pretraining"),
+    ],
+)
+def test_what_a_decoder_cannot_do_yet_is_refused(override, says, tiny, models, tmp_path, capsys):
+    from glmd.cli import main
+
+    arguments = [f"teacher={models / DECODERS[0]}", f"data.corpus={models / 'corpus.txt'}", "tasks={}", override]
+    assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_ids_of_the_generation_config_follow_the_students_vocabulary(tiny, models, trusting, tmp_path):
+    run(decoder_run(tiny, models, "LlamaForCausalLM", tmp_path / "run", "pretraining.max_steps=1"))
+    folder = tmp_path / "run/pretraining/student"
+    saved, tokenizer = json.loads((folder / "generation_config.json").read_text()), load_tokenizer(folder)
+    for role in ("bos", "eos", "pad"):
+        if f"{role}_token_id" in saved:
+            assert saved[f"{role}_token_id"] == getattr(tokenizer, f"{role}_token_id")
+    assert "eos_token_id" in saved
