@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from glmd import __version__
-from glmd.config import RunConfig, load_config
+from glmd.config import RunConfig, differences, load_config, to_dict
 from glmd.errors import GlmdError
 
 
@@ -250,7 +250,16 @@ def _verify(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from glmd.report import load_results, results_table
 
-    print(results_table(load_results(options.run)), end="")
+    results = load_results(options.run)
+    print(results_table(results), end="")
+    recorded = options.run / "config.yaml"
+    if "of" in results and recorded.is_file():
+        now = to_dict(load_config(recorded))
+        grown = differences(results["of"], {key: now[key] for key in results["of"]})
+        if grown:
+            print(
+                f"glmd: the run has grown since ({'; '.join(grown)}); `glmd run` completes the table", file=sys.stderr
+            )
 
 
 def _set_up_logging() -> None:

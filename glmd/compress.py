@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glmd.config import VocabularyConfig
 from glmd.data.corpus import build_token_store, require_text_field
 from glmd.errors import ConfigError, ModelError
-from glmd.export import ModelCard, check_exports, export_model, require_free_output
+from glmd.export import ModelCard, check_exports, export_model, prove_slice, require_free_output
 from glmd.loading import load_model_as_saved, load_source_tokenizer, require_model
 from glmd.plan import kept_size
 from glmd.slicing import slice_model
@@ -49,6 +51,7 @@ def compress_model(
         **asdict(settings),
     )
     student = slice_model(source, vocabulary)
+    prove_slice(source, student, torch.from_numpy(vocabulary.kept_ids))
     facts = {"kept tokens": f"{vocabulary.size:,} of {vocabulary.source_size:,}", "mapping": settings.mapping}
     card = ModelCard(
         f"{Path(model).name} with {vocabulary.size:,} tokens",

@@ -31,6 +31,7 @@ NOT_SWEPT = (
     "max_length",
     "mlm_probability",
 )
+GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 
 
@@ -291,8 +292,13 @@ class RunConfig:
 
     @property
     def cells(self) -> list[Cell]:
-        """Every combination of the sweep's values, in their order; one that changes nothing without a sweep."""
-        axes = {f"{stage}.{key}": values for stage, keys in self.sweep.items() for key, values in keys.items()}
+        """Every combination of the sweep's values, by the keys' names; one that changes nothing without a sweep."""
+        axes = {
+            f"{stage}.{key}": self._swept(stage, key)
+            for stage in SWEPT_STAGES
+            if stage in self.sweep
+            for key in sorted(self.sweep[stage])
+        }
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
     def stage(self, name: str, task: str | None = None, cell: Cell | None = None) -> StageConfig:
@@ -312,6 +318,10 @@ class RunConfig:
         )
         return stage
 
+    def _swept(self, stage: str, key: str) -> list[Any]:
+        """The values of one axis as the stage has them: 1 is 1.0 where a number is wanted."""
+        return [getattr(self.stage(stage, None, {f"{stage}.{key}": v}), key) for v in self.sweep[stage][key]]
+
     def _check_sweep(self) -> None:
         known = [each.name for each in dataclasses.fields(StageConfig) if each.name not in NOT_SWEPT]
         for stage, keys in self.sweep.items():
@@ -320,17 +330,25 @@ class RunConfig:
                 f"sweep.{stage} is no stage that can be swept; {' and '.join(SWEPT_STAGES)} can: the teachers and the "
                 "pretrained student are shared",
             )
+            _require(len(keys) > 0, f"sweep.{stage} names no setting; name one, or remove it")
             for key, values in keys.items():
                 where = f"sweep.{stage}.{key}"
                 _require(key in known, f"{where} is no setting that can be swept{suggestion(str(key), known)}")
                 _require(len(values) > 1, f"{where} must list two or more values, got {values}")
-                _require(len({*map(repr, values)}) == len(values), f"{where} has a value twice: {values}")
-                for value in values:
-                    self.stage(stage, None, {f"{stage}.{key}": value})
+                _require(len(set(self._swept(stage, key))) == len(values), f"{where} has a value twice: {values}")
         _require(not self.sweep or bool(self.tasks), "sweep has no effect without tasks; remove it")
+        longest = max(len(cell_name(cell)) for cell in self.cells)
+        _require(
+            longest <= 200, f"sweep: a cell's folder would have a name of {longest} characters; sweep fewer settings"
+        )
         for task, cell in itertools.product(self.tasks, self.cells):
             for stage in SWEPT_STAGES:
                 self.stage(stage, task, cell)
+
+
+def cell_name(cell: Cell) -> str:
+    """A cell as its folder is called."""
+    return ",".join(f"{key}={value}" for key, value in cell.items())
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:

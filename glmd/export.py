@@ -126,16 +126,37 @@ for folder in sys.argv[1:]:
 """
 
 
-@torch.no_grad()
 def _probe(model: Any) -> dict[str, Any]:
     size = model.config.get_text_config().vocab_size
     # Spread over the vocabulary, so that swapped or missing rows show.
-    shape = (1, 2, 8) if "MultipleChoice" in type(model).__name__ else (2, 8)
-    ids = torch.linspace(0, size - 1, 16).long().reshape(shape)
+    ids = torch.linspace(0, size - 1, 16).long()
+    ids = ids.reshape((1, 2, 8) if "MultipleChoice" in type(model).__name__ else (2, 8))
+    output = _output(model, ids).flatten()[:256]
+    return {"class": type(model).__name__, "input_ids": ids.tolist(), "output": output.tolist()}
+
+
+@torch.no_grad()
+def _output(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What a model with any head says of some ids, in float32 on the CPU."""
     ids = ids.to(model.device)
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    output = model(input_ids=ids, **decoder)[0].flatten()[:256].float().cpu()
-    return {"class": type(model).__name__, "input_ids": ids.tolist(), "output": output.tolist()}
+    output: torch.Tensor = model(input_ids=ids, **decoder)[0].float().cpu()
+    return output
+
+
+def prove_slice(source: Any, student: Any, kept_ids: torch.Tensor) -> None:
+    """Compare a cut model, not trained yet, with its source on kept tokens. Raises ModelError naming the difference."""
+    rows = source.config.get_text_config().vocab_size
+    ids = torch.tensor(_probe(student)["input_ids"])
+    ours, theirs = _output(student, ids), _output(source, kept_ids[ids])
+    if theirs.shape[-1] == rows and ours.shape[-1] == len(kept_ids):
+        theirs = theirs[..., kept_ids]
+    error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
+    if not error <= TOLERANCE:
+        raise ModelError(
+            f"{type(source).__name__}: its output differs with fewer words (relative difference {error:.1e}); "
+            "something in it follows token ids otherwise than by rows, and it is not supported"
+        )
 
 
 def export_checkpoint(stage: Path, output: Path) -> int:

@@ -23,13 +23,14 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from glmd import __version__
 from glmd.checkpoint import write_atomically
-from glmd.config import RunConfig, TeacherConfig
+from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
 from glmd.data.corpus import TokenStore, build_token_store, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.errors import ConfigError, RunError
 from glmd.loading import load_language_model
 from glmd.objective import Objective, Term
 from glmd.plan import Plan, make_plan
+from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.student import build_student
 from glmd.task_stages import TaskStages
@@ -89,6 +90,9 @@ class Pipeline:
             for seed, cell in itertools.product(self.config.seeds, self.config.cells):
                 task.distil(arm, seed, cell)
         results = {"glmd": __version__, "parameters": self.plan.parameters, "rows": self.rows}
+        results["of"] = {key: to_dict(self.config)[key] for key in GROWING}
+        if self.config.sweep:
+            results["best_cells"] = best_cells(results)
         if self.accelerator.is_main_process:
             self.bench.check_exports()
             write_atomically(self.folder / "results.json", json.dumps(results, indent=1))

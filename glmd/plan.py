@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from glmd.config import RunConfig, StageConfig, VocabularyConfig
+from glmd.config import RunConfig, StageConfig, VocabularyConfig, cell_name
 from glmd.data.batches import TaskDataset, verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint, require_text_field
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
@@ -24,7 +24,7 @@ from glmd.errors import ConfigError, DataError, ModelError
 from glmd.heads import is_causal
 from glmd.metrics import require_metrics, score
 from glmd.objective import Objective, load_method
-from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
 
 
 @dataclass(frozen=True)
@@ -347,8 +347,8 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
         "size": settings.size,
         "multiple_of": settings.multiple_of,
     }
-    uncounted = np.zeros(len(tokenizer), dtype=np.int64)
     try:
+        uncounted = np.zeros(source_size_of(tokenizer), dtype=np.int64)
         must_keep = must_keep_ids(tokenizer, words=settings.keep_words)
         parts = parts_to_keep(tokenizer, settings.selection)
         kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **budget)
@@ -400,7 +400,7 @@ def _on_meta(name: str, model_config: Any) -> Any:
     try:
         with torch.device("meta"):
             return language_model_class(model_config).from_config(model_config)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: no language model can be made of its config ({reason})") from None
 
@@ -435,26 +435,32 @@ def describe(plan: Plan, world_size: int) -> str:
     return "\n".join([*lines, f"output    {config.output_dir}"])
 
 
-def _stages(plan: Plan) -> Iterator[tuple[str, StageConfig, int, int | None]]:
-    """(name, settings, length, examples) of each stage, in order; a corpus is not counted yet."""
+def _stages(plan: Plan) -> Iterator[tuple[str, StageConfig, int, int | None, str]]:
+    """(name, settings, length, examples, what a sweep changes) of each stage, in order; a corpus is not counted yet."""
     config = plan.config
     if config.teacher.pretraining is not None:
-        yield "teacher", config.teacher.pretraining, config.teacher.pretraining.max_length or 0, None
+        yield "teacher", config.teacher.pretraining, config.teacher.pretraining.max_length or 0, None, ""
     stages = {name: _task_stages(config, plan.method, name) for name in plan.tasks}
     for name, task in plan.tasks.items():
         stage = stages[name].pop("task_teacher")
         if name not in config.teacher.tasks:
-            yield f"{name} task_teacher", stage, stage.max_length or task.task.max_length, len(task.train)
+            yield f"{name} task_teacher", stage, stage.max_length or task.task.max_length, len(task.train), ""
     if "pretraining" in plan.method:
-        yield "pretraining", config.pretraining, config.pretraining.max_length or 0, None
+        yield "pretraining", config.pretraining, config.pretraining.max_length or 0, None, ""
     for name, task in plan.tasks.items():
         for each in stages[name]:
-            cells = [config.stage(each, name, cell) for cell in config.cells]
-            for stage in dict.fromkeys(cells):
-                yield f"{name} {each}", stage, stage.max_length or task.task.max_length, len(task.inputs)
+            # A first pass is shared by the cells that differ in the second alone.
+            cells = [{key: value for key, value in cell.items() if key.startswith(f"{each}.")} for cell in config.cells]
+            for number, cell in enumerate(cells):
+                if cell not in cells[:number]:
+                    stage = config.stage(each, name, cell)
+                    length = stage.max_length or task.task.max_length
+                    yield f"{name} {each}", stage, length, len(task.inputs), cell_name(cell).replace(f"{each}.", "")
 
 
-def _stage_line(name: str, stage: StageConfig, length: int, examples: int | None, world_size: int) -> str:
+def _stage_line(name: str, stage: StageConfig, length: int, examples: int | None, swept: str, world_size: int) -> str:
     steps, batch = stage.steps(examples or 0, world_size), stage.global_batch_size(world_size)
     shown = f"{examples:,}" if examples is not None else "corpus"
-    return f"{name:<20}{steps:>9,}{batch:>7}{length:>8}{shown:>10}{steps * batch * length:>17,}"
+    return f"{name:<20}{steps:>9,}{batch:>7}{length:>8}{shown:>10}{steps * batch * length:>17,}" + (
+        f"  {swept}" if swept else ""
+    )

@@ -52,6 +52,12 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def best_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a sweep: system, task and the cell of each that the table shows."""
+    best = _best_cells(results["rows"])
+    return [{"system": system, "task": task, "cell": cell} for (system, task), cell in best.items()]
+
+
 def _best_cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Of a sweep: for each system and task the cell whose mean over seeds is the highest; the first of equals."""
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -66,10 +72,14 @@ def _best_cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, A
     }
 
 
+def _is_by_agreement(row: dict[str, Any]) -> bool:
+    """Whether a cell is chosen by agreement with the teacher: labels are not looked at, or there are none."""
+    return row["selection"] == NEAREST or "metrics" not in row
+
+
 def _merit(row: dict[str, Any]) -> float:
-    """What a cell is chosen by: the task's first metric, or agreement where labels are not looked at."""
-    by_agreement = row["selection"] == NEAREST or "metrics" not in row
-    return float(row["agreement"] if by_agreement else next(iter(row["metrics"].values())))
+    """What a cell is chosen by: agreement, or the task's first metric."""
+    return float(row["agreement"] if _is_by_agreement(row) else next(iter(row["metrics"].values())))
 
 
 def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> bool:
@@ -79,16 +89,20 @@ def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> 
 
 
 def _sweep_note(rows: list[dict[str, Any]]) -> Iterator[str]:
-    count = len({json.dumps(row["cell"]) for row in rows if "cell" in row and "agreement" in row})
-    if count:
-        nearest = any(row.get("selection") == NEAREST for row in rows)
-        by = "the student's by agreement with the teacher, the control's by scores" if nearest else "by scores"
-        yield f" For each system and task the best of {count} cells, chosen on val, {by}; all of them below."
+    swept = [row for row in rows if "cell" in row and "agreement" in row]
+    if swept:
+        count = len({json.dumps(row["cell"]) for row in swept if row["system"] == swept[0]["system"]})
+        ways = [_is_by_agreement(row) for row in swept]
+        by = "agreement with the teacher" if all(ways) else "score"
+        if any(ways) and not all(ways):
+            by += ", or by agreement with the teacher where labels are not looked at or not there"
+        yield f" For each system and task the best of {count} cells, chosen on val by {by}; below all, it with a *."
 
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
     """Every cell of a sweep: mean and standard deviation of each system's scores and agreement."""
     swept = [row for row in rows if "cell" in row and "agreement" in row]
+    best = _best_cells(rows)
     columns = list(dict.fromkeys((row["task"], m) for row in swept for m in (*row.get("metrics", ()), "agreement")))
     body = []
     for system, cell in dict.fromkeys((row["system"], json.dumps(row["cell"])) for row in swept):
@@ -96,7 +110,8 @@ def _sweep_table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for task, metric in columns:
             of_task = [row.get("metrics", {}) | row for row in found if row["task"] == task]
-            cells.append(_mean([row[metric] for row in of_task if metric in row]))
+            star = " *" if any(json.dumps(best.get((system, task))) == cell for _ in of_task) else ""
+            cells.append(_mean([row[metric] for row in of_task if metric in row]) + star)
         settings = ", ".join(f"{key.removeprefix('task_')}={value}" for key, value in json.loads(cell).items())
         body.append([f"{system}: {settings}", *cells])
     header = ["sweep", *(f"{task} {metric}" for task, metric in columns)]

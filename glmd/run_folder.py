@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from glmd.checkpoint import describe_files, files_problem, write_atomically, write_problem
-from glmd.config import RunConfig, differences, dump_config, load_config, to_dict
+from glmd.config import GROWING, RunConfig, differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError, GlmdError, RunError
 from glmd.loading import model_fingerprint
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 WATCHING_KEYS = ("*.logging_steps", "*.save_steps", "*.save_total_limit", "*.per_device_eval_batch_size")
 # Keys that add to a run, or change where and with how many workers it runs. A task cannot be added: the vocabulary
 # counts its text.
-GROWING_KEYS = (*WATCHING_KEYS, "output_dir", "seeds", "sweep", "controls", "report_to", "dataloader_num_workers")
+GROWING_KEYS = (*WATCHING_KEYS, "output_dir", *GROWING, "report_to", "dataloader_num_workers")
 # What may lie in a folder before its run has begun.
 BEFORE_THE_RUN = {"lock", "world", "config.yaml.tmp"}
 # What lies in a stage's folder and is not its result: its own record, and the way there.

@@ -27,6 +27,7 @@ def vocabulary_axes(config: Any, model_class: type) -> dict[str, int]:
     Two models that differ only in vocabulary size are laid out on the meta device, where they cost nothing; the
     axes whose lengths differ are the vocabulary's.
     """
+    _refuse_second_tables(config)
     rows = _config_rows(config)
     # Larger, not smaller: a smaller one could fall below a pad id.
     shapes = [_shapes_on_meta(config, model_class, size) for size in (rows, rows + 64)]
@@ -172,12 +173,28 @@ def _config_rows(config: Any) -> int:
     return rows
 
 
+# Tables that are indexed by something other than token ids.
+_OTHER_TABLES = ("type_vocab_size", "entity_vocab_size")
+
+
+def _refuse_second_tables(config: Any) -> None:
+    """Refuse tables of tokens besides the one of vocab_size: cut alone, it would leave their ids behind."""
+    for part in _config_parts(config):
+        shared = getattr(part, "share_encoder_decoder_embeddings", False) and part.decoder_vocab_size == part.vocab_size
+        known = ("vocab_size", *_OTHER_TABLES, *(("decoder_vocab_size",) if shared else ()))
+        for name, value in vars(part).items():
+            if "vocab_size" in name and name not in known and isinstance(value, int):
+                found = f"{type(part).__name__}.{name} = {value}"
+                raise ModelError(f"{found} is a second table of tokens; models with two are not supported yet")
+
+
 def _set_rows(config: Any, rows: int) -> None:
     """Set vocab_size wherever the configuration or a part of it has the same one."""
     old = _config_rows(config)
     for part in _config_parts(config):
-        if getattr(part, "vocab_size", None) == old:
-            part.vocab_size = rows
+        for name in ("vocab_size", "decoder_vocab_size"):
+            if getattr(part, name, None) == old:
+                setattr(part, name, rows)
 
 
 def _config_parts(config: Any) -> list[Any]:

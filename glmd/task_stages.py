@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmd.config import Cell, StageConfig, TeacherConfig
+from glmd.config import Cell, StageConfig, TeacherConfig, cell_name
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import WORD_SIGNALS, Objective, Term
@@ -22,6 +22,8 @@ from glmd.plan import TaskPlan
 from glmd.report import NEAREST
 from glmd.workbench import Arm, Workbench, control_budget
 
+# Settings that say how many updates a stage has.
+LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
 
 
@@ -98,7 +100,15 @@ class TaskStages:
         if self.config.controls.hard_labels and arm.name == "student":
             world_size = self.bench.accelerator.num_processes
             budget = control_budget(labels, words, len(self.task.inputs), world_size)
-            self._distil_labels(arm, place / "hard_labels", seed, budget, cell, HARD_LABELS, start)
+            # Of the first pass the control has but the number of updates.
+            its_cell = {
+                key: value
+                for key, value in cell.items()
+                if key.startswith("task_labels.") or key.partition(".")[2] in LENGTH_KEYS
+            }
+            place = _below(root, its_cell, seed) / "hard_labels"
+            if place not in self.run_folder.left:
+                self._distil_labels(arm, place, seed, budget, its_cell, HARD_LABELS, start)
 
     def _distil_words(self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, start: Path) -> None:
         """First pass: word-prediction logits of the fine-tuned teacher on the task's inputs."""
@@ -193,6 +203,7 @@ class TaskStages:
                 summary=summary if is_control else f"the fine-tuned teacher's answers on {self.name}",
                 facts={
                     "seed": str(seed),
+                    "max_length": str(stage.max_length or self.task.task.max_length),
                     "checkpoint": self._selection(is_student=not is_control),
                     "scored on": f"{self.name} val",
                 },
@@ -251,5 +262,4 @@ class TaskStages:
 
 def _below(root: Path, cell: Cell, seed: int) -> Path:
     """The folder of a cell and seed; without a sweep of the seed alone."""
-    name = ",".join(f"{key}={value}" for key, value in cell.items())
-    return (root / name if name else root) / f"seed-{seed}"
+    return root / cell_name(cell) / f"seed-{seed}"

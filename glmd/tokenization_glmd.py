@@ -83,7 +83,8 @@ class GlmdTokenizer(TokenizersBackend):
         super().__init__(*args, **kwargs)
         for name in _LOADING_ONLY:
             self.init_kwargs.pop(name, None)
-        self._auto_map = (f"tokenization_glmd.{type(self).__name__}",) * 2
+        # As transformers itself would write it for a class that came with a folder.
+        self._auto_map = {"AutoTokenizer": (f"tokenization_glmd.{type(self).__name__}", None)}
         self._extend_map()
 
     @property

@@ -153,6 +153,11 @@ def require_fast(tokenizer: Any) -> None:
         raise ModelError(
             f"{type(tokenizer).__name__} is not backed by the tokenizers library; convert it to a tokenizer.json first"
         )
+    if dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise ModelError(
+            f"{type(tokenizer).__name__}: tokenizer.json has a dropout of {dropout}: no text would be cut alike twice; "
+            "set it to null"
+        )
 
 
 def _wants_exact(folder: Path) -> bool:
@@ -169,6 +174,11 @@ def _wants_exact(folder: Path) -> bool:
 def _refuse_class_logic(tokenizer: TokenizersBackend) -> None:
     if isinstance(tokenizer, GlmdTokenizer):
         raise ModelError("the tokenizer is compressed already; start from the source tokenizer")
+    for name in getattr(tokenizer.backend_tokenizer, "__dict__", ()):
+        raise ModelError(
+            f"{type(tokenizer).__name__} replaces {name} of its backend, which a trimmed tokenizer would lose; "
+            "it is not supported"
+        )
     for cls in type(tokenizer).__mro__:
         if cls is TokenizersBackend:
             return

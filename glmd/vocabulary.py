@@ -11,6 +11,7 @@ nobody's tokens and are dropped.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ SUMMARY_FILE = "vocabulary.json"
 FORMAT_VERSION = 1
 # One target that takes more than this share of the dropped tokens is a hub that says nothing about them.
 HUB_SHARE = 0.05
+HUB_SIZE = 10  # of a few dropped tokens some share one by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +308,9 @@ def choose_kept_ids(
     if kept_size < len(required):
         found = f"{kept_size} of {len(counts)} tokens would be kept, but {len(required)} must be"
         what = "special tokens, bytes, single characters, keep_words" + (", all they are merged from" if parts else "")
-        raise ModelError(f"{found} ({what}); raise keep_ratio to at least {len(required) / len(counts):.4f}")
+        least = math.ceil(len(required) / len(counts) * 10_000) / 10_000
+        remedy = f"keep_ratio to at least {least:.4f}" if size is None else f"size to at least {len(required)}"
+        raise ModelError(f"{found} ({what}); raise {remedy}")
     is_required = np.zeros(len(counts), dtype=bool)
     is_required[required] = True
     # The last key sorts first: required, then frequent, then low ids.
@@ -438,7 +442,7 @@ def build_vocabulary(
     counts: (V,) how often each token of `tokenizer` was seen.
     selection: "closed" keeps a token of byte-pair encoding together with what it is merged from; "free" by count alone.
     """
-    source_size = _source_size(tokenizer)
+    source_size = source_size_of(tokenizer)
     if len(counts) != source_size:
         raise ModelError(f"{len(counts)} counts for a tokenizer of {source_size} tokens; count with this tokenizer")
     if len(embeddings) < source_size:
@@ -485,7 +489,7 @@ def parts_to_keep(tokenizer: Any, selection: str) -> dict[int, tuple[int, int]]:
     return merge_parts(model) if selection == "closed" else {}
 
 
-def _source_size(tokenizer: Any) -> int:
+def source_size_of(tokenizer: Any) -> int:
     """V. Ids must be 0..V-1: a hole would be a row that no token owns."""
     size = len(tokenizer)
     largest = max(tokenizer.get_vocab().values())
@@ -503,8 +507,8 @@ def _report_map(tokenizer: Any, vocabulary: Vocabulary) -> None:
         "unknown" if vocabulary.coverage is None else f"{vocabulary.coverage:.4f}",
         degrees.targets,
     )
-    if vocabulary.mapping != "unk" and degrees.largest_share > HUB_SHARE:
-        hub, taken = degrees.hubs[0]
+    hub, taken = degrees.hubs[0] if degrees.hubs else (0, 0)
+    if vocabulary.mapping != "unk" and degrees.largest_share > HUB_SHARE and taken >= HUB_SIZE:
         logger.warning(
             "vocabulary: %r takes %d of %d dropped tokens (%.1f %%); another mapping may spread them better",
             tokenizer.convert_ids_to_tokens(hub),

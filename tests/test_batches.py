@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from glmd.data.batches import (
     IGNORED,
@@ -351,6 +352,20 @@ def test_a_verbaliser_is_one_known_token(tokenizer: Any) -> None:
             verbaliser_ids(task(yes, wrong), tokenizer)
     with pytest.raises(ConfigError, match="are one token to the tokenizer"):
         verbaliser_ids(task(yes, yes.upper()), tokenizer)
+
+
+@pytest.mark.parametrize("lstrip", [True, False])
+@pytest.mark.parametrize("family", ["roberta", "xlm-r"])
+def test_a_blank_stands_where_its_words_would_whatever_the_mask_token_does_to_spaces(family: str, lstrip: bool) -> None:
+    tokenizer = FAMILIES[family]()
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<gap>", lstrip=lstrip, special=True)})
+    words = ("light dark", "quickest")
+    data = TaskDataset(asked(tokenizer, f"the cat {BLANK} sang.", None, words), tokenizer, max_length=40)
+    for row, choice in zip(data.rows, words, strict=True):
+        running = tokenizer(f"the cat {choice} sang.")["input_ids"]
+        filled = np.where(row["blank_ids"] >= 0, row["blank_ids"], row["input_ids"])
+        assert filled.tolist() == running
+        assert (row["input_ids"] == tokenizer.mask_token_id).sum() == (row["blank_ids"] >= 0).sum() > 0
 
 
 @pytest.mark.parametrize("family", ["roberta", "xlm-r"])

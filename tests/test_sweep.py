@@ -5,7 +5,7 @@ import json
 import pytest
 
 from glmd.cli import main
-from glmd.config import load_config
+from glmd.config import cell_name, load_config
 from glmd.errors import ConfigError
 from glmd.pipeline import run
 from glmd.report import results_table
@@ -84,6 +84,8 @@ def scored(system: str, cell: dict, accuracy: float, **more) -> dict:
     } | more  # fmt: skip
 
 
+MANY = ("adam_beta1", "adam_beta2", "warmup_ratio", "min_lr_ratio", "learning_rate", "weight_decay", "max_grad_norm",
+        "adam_epsilon")  # fmt: skip
 LOW, HIGH = {"task_labels.learning_rate": 1e-5}, {"task_labels.learning_rate": 1e-4}
 PARAMETERS = {"teacher": {"total": 1, "vocabulary": 1, "body": 0}}
 
@@ -102,9 +104,11 @@ def test_the_table_has_the_best_mean_of_a_system_and_every_cell_below():
     text = results_table({"rows": rows, "parameters": PARAMETERS})
     assert line_of(text, "student (distilled)") == ["0.750 ± 0.000"]
     assert line_of(text, "control: same student, hard labels only") == ["0.600"]
-    assert "the best of 2 cells, chosen on val, by scores; all of them below" in text
+    assert "the best of 2 cells, chosen on val by score; below all, it with a *" in text
     assert line_of(text, "student: labels.learning_rate=1e-05")[0].startswith("0.700 ± 0.28")
+    assert line_of(text, "student: labels.learning_rate=0.0001")[0] == "0.750 ± 0.000 *"
     assert line_of(text, "hard labels: labels.learning_rate=0.0001")[0] == "0.400"
+    assert line_of(text, "hard labels: labels.learning_rate=1e-05")[0] == "0.600 *"
 
 
 def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_teacher():
@@ -117,7 +121,9 @@ def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_tea
     text = results_table({"rows": rows, "parameters": PARAMETERS})
     assert line_of(text, "student (distilled)") == ["0.700"]
     assert line_of(text, "control: same student, hard labels only") == ["0.900"]
-    assert "the student's by agreement with the teacher, the control's by scores" in text
+    assert "by score, or by agreement with the teacher where labels are not looked at or not there" in text
+    bare = [{key: value for key, value in row.items() if key != "metrics"} for row in rows[:2]]
+    assert "chosen on val by agreement with the teacher;" in results_table({"rows": bare, "parameters": PARAMETERS})
 
 
 def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, tmp_path):
@@ -133,12 +139,47 @@ def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, t
     assert load_config(tiny.root / "run.yaml").cells == [{}]
 
 
+def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
+    """In another order, or with 1 for 1.0: its folders are found again."""
+    first = tiny.config(tmp_path / "run", "sweep={task_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}")
+    other = "sweep={task_labels: {learning_rate: [0.001, 1.0], num_train_epochs: [1.0, 2.0]}}"
+    assert first.cells == tiny.config(tmp_path / "run", other).cells
+    assert cell_name(first.cells[0]) == "task_labels.learning_rate=0.001,task_labels.num_train_epochs=1.0"
+
+
+def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting, tmp_path):
+    """Of the first pass it has but the number of updates."""
+    axes = "{task_words: {learning_rate: [1e-3, 1e-2], max_steps: [1, 2]}}"
+    results = run(tiny.config(tmp_path / "run", f"sweep={axes}", "pretraining.max_steps=1"))
+    cells = {
+        stage: [row["cell"] for row in results["rows"] if row["stage"] == stage] for stage in ("labels", "hard_labels")
+    }
+    assert len(cells["labels"]) == 4 and cells["hard_labels"] == [{"task_words.max_steps": n} for n in (1, 2)]
+    assert {each["system"] for each in results["best_cells"]} == {"student", "hard labels"}
+    assert "control: same student, hard labels only" in results_table(results)
+
+
+def test_report_says_when_the_run_has_grown_since(swept, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(swept[0], tmp_path / "run")
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().err == ""
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("seeds:\n- 0", "seeds:\n- 0\n- 1"))
+    assert main(["report", str(folder)]) == 0
+    assert "the run has grown since (seeds: [0] -> [0, 1]); `glmd run` completes the table" in capsys.readouterr().err
+
+
 def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
     assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", RATES,
                  "sweep.task_labels.max_steps=[7, 9]"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     lines = [line.split()[2] for line in out.splitlines() if line.startswith("RTE task_labels")]
     assert lines == ["7", "9", "7", "9"] and sum(line.startswith("RTE task_words") for line in out.splitlines()) == 1
+    assert next(line for line in out.splitlines() if line.startswith("RTE task_labels")).endswith(
+        "learning_rate=0.001,max_steps=7"
+    )
     assert "sweep     4 cells: task_labels.learning_rate [0.001, 0.05], task_labels.max_steps [7, 9]" in out
 
 
@@ -150,6 +191,10 @@ def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
         ("sweep.task_labels.max_length=[16, 32]", "sweep.task_labels.max_length is no setting that can be swept"),
         ("sweep.task_labels.learning_rate=[1e-3]", "must list two or more values, got [0.001]"),
         ("sweep.task_labels.learning_rate=[1e-3, 0.001]", "has a value twice"),
+        ("sweep.task_labels.num_train_epochs=[1, 1.0]", "has a value twice: [1, 1.0]"),
+        ("sweep.task_labels.weight_decay=[0, -0.0]", "has a value twice"),
+        ("sweep={task_labels: {}}", "sweep.task_labels names no setting; name one, or remove it"),
+        (f"sweep.task_labels={ {key: [0.1, 0.2] for key in MANY} }", "sweep: a cell's folder would have a name of"),
         ("sweep.task_labels.learning_rate=1e-3", "sweep.task_labels.learning_rate must be a list, got 0.001"),
         ("sweep.task_labels.learning_rate=[1e-3, -1]", "sweep.task_labels.learning_rate must be above 0, got -1"),
         (

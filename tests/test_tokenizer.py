@@ -401,6 +401,7 @@ from transformers import AutoConfig, AutoTokenizer
 folder, texts = sys.argv[1], json.loads(sys.argv[2])
 plain = AutoTokenizer.from_pretrained(folder)
 exact = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+exact.save_pretrained(sys.argv[3])
 assert not any(name == "glmd" or name.startswith("glmd.") for name in sys.modules)
 print(json.dumps({
     "class": type(plain).__name__, "exact class": type(exact).__name__,
@@ -417,7 +418,7 @@ def test_without_glmd_the_folder_loads_as_an_ordinary_tokenizer_in_silence(tmp_p
     folder = tmp_path / "student"
     BertConfig(vocab_size=len(student)).save_pretrained(folder)
     save_tokenizer(student, folder)
-    arguments = [sys.executable, "-c", STOCK, str(folder), json.dumps(TEXTS)]
+    arguments = [sys.executable, "-c", STOCK, str(folder), json.dumps(TEXTS), str(tmp_path / "again")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
     seen = json.loads(run.stdout)
@@ -429,6 +430,8 @@ def test_without_glmd_the_folder_loads_as_an_ordinary_tokenizer_in_silence(tmp_p
     assert seen["names"] == student.model_input_names
     assert seen["exact"] == student(TEXTS)["input_ids"]
     assert seen["plain"] == [student.backend_tokenizer.encode(text).ids for text in TEXTS]
+    again = files_of(tmp_path / "again")
+    assert again == {name: content for name, content in files_of(folder).items() if name in again} and len(again) == 5
     assert seen["decoded"] == student.decode(seen["plain"][0], skip_special_tokens=True)
 
 
@@ -670,3 +673,23 @@ def test_real_text_is_encoded_exactly_and_text_of_kept_tokens_alike_without_glmd
             alike += 1
             assert student.backend_tokenizer.encode(text).ids == exact
     assert alike > 50, "lines of kept tokens alone are not rare"
+
+
+def test_a_tokenizer_that_cuts_at_random_is_refused():
+    state = json.loads(CASES["gpt2"].source.backend_tokenizer.to_str())
+    state["model"]["dropout"] = 0.3
+    tokenizer = PlainTokenizer(tokenizer_object=Tokenizer.from_str(json.dumps(state)), pad_token="<|pad|>")
+    with pytest.raises(ModelError, match=r"has a dropout of 0.3.*; set it to null"):
+        compress_tokenizer(tokenizer, CASES["gpt2"].vocabulary)
+
+
+def test_a_class_that_changes_its_own_backend_is_refused_by_name():
+    """As CLIP's: it puts a decode of its own on the instance."""
+    from transformers import CLIPTokenizer
+
+    letters = {f"{c}{end}": i for i, (c, end) in enumerate((c, e) for c in "abc" for e in ("", "</w>"))}
+    special = {token: len(letters) + i for i, token in enumerate(("<|startoftext|>", "<|endoftext|>"))}
+    tokenizer = CLIPTokenizer(vocab=letters | special, merges=[])
+    vocabulary = Vocabulary(np.arange(1, len(tokenizer)), np.maximum(np.arange(len(tokenizer)) - 1, 0))
+    with pytest.raises(ModelError, match="CLIPTokenizer replaces decode of its backend"):
+        compress_tokenizer(tokenizer, vocabulary)

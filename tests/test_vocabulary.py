@@ -97,7 +97,8 @@ def test_a_ratio_counts_as_written_and_may_be_rounded_up_to_a_multiple():
         ({"size": 5, "multiple_of": 0}, "multiple_of must be at least 1"),
         ({"size": 5, "multiple_of": 11}, "multiple_of is 11, more than the 10 tokens there are"),
         ({"size": 11}, "size is 11, but there are 10 tokens"),
-        ({"size": 2}, r"2 of 10 tokens would be kept, but 3 must be .* raise keep_ratio to at least 0.3000"),
+        ({"size": 2}, r"2 of 10 tokens would be kept, but 3 must be .* raise size to at least 3"),
+        ({"keep_ratio": 0.2}, r"2 of 10 tokens would be kept, but 3 must be .* raise keep_ratio to at least 0.3000"),
     ],
 )
 def test_impossible_budgets_are_refused_with_what_would_work(kwargs, message):
@@ -748,3 +749,65 @@ def test_bytes_are_told_by_the_tokenizers_own_alphabet():
         assert bytes(letters[letter] for letter in spelled) == character.encode()
     assert byte_ids(llama2) == {3 + byte: byte for byte in range(256)}
     assert byte_ids(xlm_r) == {}
+
+
+@given(st.integers(1, 3000), st.data())
+def test_the_ratio_that_a_refusal_names_is_not_refused_again(size, data):
+    required = range(data.draw(st.integers(1, size)))
+    counts = np.zeros(size, dtype=int)
+    try:
+        choose_kept_ids(counts, required, keep_ratio=0.0001)
+    except ModelError as error:
+        if "raise keep_ratio to at least" in str(error):
+            named = float(str(error).rpartition(" ")[2])
+            assert len(choose_kept_ids(counts, required, keep_ratio=named)) >= len(required)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "field"),
+    [
+        ("MarianMTModel", ("MarianConfig", {**BART, "vocab_size": 40, "decoder_vocab_size": 40,
+                                            "share_encoder_decoder_embeddings": False}), "decoder_vocab_size"),
+        ("Gemma3nForCausalLM", ("Gemma3nTextConfig", {"vocab_size": 60, "vocab_size_per_layer_input": 40}),
+         "vocab_size_per_layer_input"),
+    ],
+)  # fmt: skip
+def test_a_second_table_of_tokens_is_refused_by_name(name, config, field):
+    import transformers
+
+    made = getattr(transformers, config[0])(**config[1])
+    with pytest.raises(ModelError, match=rf"{field} = 40 is a second table of tokens"):
+        vocabulary_axes(made, getattr(transformers, name))
+
+
+def test_a_model_that_follows_token_ids_otherwise_is_found_by_its_output():
+    import torch
+
+    from glmd.export import prove_slice
+
+    class Odd(transformers.BertForMaskedLM):
+        """Adds a table of its own, as long as it was when it was made."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.table = torch.nn.Embedding(V, config.hidden_size)
+
+        def forward(self, input_ids=None, **rest):
+            outputs = super().forward(input_ids=input_ids, **rest)
+            return (outputs[0] + self.table(input_ids).sum(-1, keepdim=True),)
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    kept = np.setdiff1d(np.arange(V), [30, 31, 32])
+    token_map = np.zeros(V, dtype=int)
+    token_map[kept] = np.arange(len(kept))
+    for model_class in (transformers.BertForMaskedLM, Odd):
+        source = model_class(config).eval()
+        student = slice_model(source, Vocabulary(kept, token_map))
+        if model_class is Odd:
+            with pytest.raises(ModelError, match="Odd: its output differs with fewer words"):
+                prove_slice(source, student, torch.from_numpy(kept))
+        else:
+            prove_slice(source, student, torch.from_numpy(kept))

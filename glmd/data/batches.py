@@ -8,6 +8,7 @@ cached teacher all see the same batches.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,7 +255,8 @@ def _place(example: TaskExample) -> str:
 
 
 def _with_masks(text: str, filling: list[int], tokenizer: Any) -> str:
-    return text.replace(BLANK, " ".join([tokenizer.mask_token] * len(filling)))
+    # The space before a blank belongs to what fills it (`_ids_in_text`); not every mask token takes it along.
+    return re.sub(f" ?{BLANK}", tokenizer.mask_token * len(filling), text)
 
 
 def _corrupted(example: dict[str, Any], key: tuple[int, ...], corruption: Corruption | None) -> dict[str, Any]:

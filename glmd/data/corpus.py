@@ -252,7 +252,7 @@ def _write_store(
         for path in temporary:
             if path.exists():
                 path.unlink()
-    logger.info("%s: %d tokens, %d documents, %d empty ones skipped", folder, *list(counted.values())[:3])
+    logger.info("corpus: %d tokens, %d documents, %d empty ones skipped", *list(counted.values())[:3])
     return open_token_store(folder)
 
 
