@@ -11,6 +11,7 @@ from families import FAMILIES
 from glmd.data.batches import BlockDataset, Collate, block_frame
 from glmd.data.corpus import build_token_store
 from glmd.distiller import Distiller
+from glmd.heads import run_backbone
 from glmd.objective import load_method
 from glmd.pipeline import run
 from glmd.report import results_table
@@ -141,3 +142,10 @@ def test_ids_of_the_generation_config_follow_the_students_vocabulary(tiny, model
         if f"{role}_token_id" in saved:
             assert saved[f"{role}_token_id"] == getattr(tokenizer, f"{role}_token_id")
     assert "eos_token_id" in saved
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_keys_and_values_are_kept_for_words_that_are_not_generated(name, models):
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / name)
+    outputs = run_backbone(model, {"input_ids": torch.arange(8).reshape(2, 4) + 5})
+    assert outputs.past_key_values is None and model.config.use_cache, "the model itself is left as it was"
