@@ -7,7 +7,6 @@ Reads results.json alone. Several seeds become mean and standard deviation; noth
 
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,10 @@ def load_results(folder: Path) -> dict[str, Any]:
 def results_table(results: dict[str, Any]) -> str:
     """Markdown: task scores by system, word prediction after each pass, parameters and seconds."""
     rows = results["rows"]
-    best, of_all = _best_cells(rows), "".join(_sweep_note(rows))
+    best = _best_cells(rows)
     chosen = [row for row in rows if _is_of(row, best)]
     sections = [
-        _task_table(chosen, of_all),
+        _task_table(chosen, _sweep_note(rows)),
         _word_table(chosen),
         _sweep_table(rows),
         _size_table(results),
@@ -88,15 +87,16 @@ def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> 
     return row.get("cell", {}).items() <= chosen.items()
 
 
-def _sweep_note(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _sweep_note(rows: list[dict[str, Any]]) -> str:
     swept = [row for row in rows if "cell" in row and "agreement" in row]
-    if swept:
-        count = len({json.dumps(row["cell"]) for row in swept if row["system"] == swept[0]["system"]})
-        ways = [_is_by_agreement(row) for row in swept]
-        by = "agreement with the teacher" if all(ways) else "score"
-        if any(ways) and not all(ways):
-            by += ", or by agreement with the teacher where labels are not looked at or not there"
-        yield f" For each system and task the best of {count} cells, chosen on val by {by}; below all, it with a *."
+    if not swept:
+        return ""
+    count = len({json.dumps(row["cell"]) for row in swept if row["system"] == swept[0]["system"]})
+    ways = [_is_by_agreement(row) for row in swept]
+    by = "agreement with the teacher" if all(ways) else "score"
+    if any(ways) and not all(ways):
+        by += ", or by agreement with the teacher where labels are not looked at or not there"
+    return f" For each system and task the best of {count} cells, chosen on val by {by}; below all, it with a *."
 
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
