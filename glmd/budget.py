@@ -20,9 +20,10 @@ from glmd.data.corpus import read_documents, require_text_field
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.loading import load_model_as_saved, load_model_config, load_source_tokenizer, require_model
 from glmd.report import markdown_table
+from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep
 from glmd.slicing import parameters_by_vocabulary
 from glmd.tokenizer import compress_tokenizer
-from glmd.vocabulary import Vocabulary, build_vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.vocabulary import Vocabulary, build_vocabulary
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HELD_OUT = 10  # every tenth line

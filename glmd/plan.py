@@ -24,7 +24,8 @@ from glmd.errors import ConfigError, DataError, ModelError
 from glmd.heads import is_causal
 from glmd.metrics import require_metrics, score
 from glmd.objective import Objective, load_method
-from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
+from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
+from glmd.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

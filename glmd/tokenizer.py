@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from glmd.errors import ModelError
+from glmd.selection import merge_parts
 from glmd.tokenization_glmd import SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE, GlmdTokenizer
-from glmd.vocabulary import Vocabulary, merge_parts
+from glmd.vocabulary import Vocabulary
 
 __all__ = [
     "GlmdTokenizer",

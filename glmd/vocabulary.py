@@ -1,4 +1,4 @@
-"""Which tokens a student keeps, and where the others go (arXiv:2306.06625, section 3.3).
+"""The kept tokens of a student, and where the others go (arXiv:2306.06625, section 3.3).
 
     vocabulary = build_vocabulary(tokenizer, embeddings, counts, keep_ratio=0.5)
     student_ids = vocabulary.token_map[source_ids]
@@ -11,23 +11,19 @@ nobody's tokens and are dropped.
 import hashlib
 import json
 import logging
-import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from glmd.errors import ModelError
+from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
 
 logger = logging.getLogger(__name__)
 
-SELECTIONS = ("closed", "free")
 MAPPINGS = ("inner_product", "cosine", "euclidean", "unk")
 ARRAYS_FILE = "vocabulary.safetensors"
 SUMMARY_FILE = "vocabulary.json"
@@ -182,187 +178,6 @@ def in_degrees(vocabulary: Vocabulary, *, top: int = 10) -> InDegrees:
     return InDegrees(dropped=int(taken.sum()), targets=int((taken > 0).sum()), hubs=hubs)
 
 
-def must_keep_ids(tokenizer: Any, *, words: Iterable[str] = (), single_characters: bool | None = None) -> set[int]:
-    """Source ids that no budget may drop.
-
-    These are special and added tokens, the unknown token, bytes, every piece of each of `words` (label words, names of
-    classes) and, if `single_characters`, every one-character piece: with them in place the ordinary tokenizer of the
-    exported folder spells a rare word out where it would else give up.
-
-    single_characters: None keeps them where there are no bytes to spell with.
-    """
-    vocabulary = tokenizer.get_vocab()
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    keep_bytes = byte_ids(tokenizer)
-    if single_characters is None:
-        single_characters = not keep_bytes
-    keep = {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *keep_bytes)}
-    if tokenizer.unk_token_id is not None:
-        keep.add(int(tokenizer.unk_token_id))
-    if model.get("unk_token") in vocabulary:
-        keep.add(vocabulary[model["unk_token"]])
-    if model.get("unk_id") is not None:
-        keep.add(model["unk_id"])
-    prefix = model.get("continuing_subword_prefix") or ""
-    for token, i in vocabulary.items():
-        piece = token[len(prefix) :] if prefix and token.startswith(prefix) else token
-        if single_characters and len(piece) == 1:
-            keep.add(i)
-    for word in words:
-        keep |= _word_ids(tokenizer, word)
-    return keep
-
-
-def byte_ids(tokenizer: Any) -> dict[int, int]:
-    """Token id -> the byte it stands for, in tokenizers that spell what they do not know in bytes."""
-    vocabulary = tokenizer.get_vocab()
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    found: dict[int, int] = {}
-    if '"ByteLevel"' in json.dumps([backend.get("pre_tokenizer"), backend.get("decoder")]):
-        # Bytes that are visible letters stand for themselves, the others for letters from 256 on, in their order.
-        visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-        hidden = [byte for byte in range(256) if byte not in visible]
-        letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-        found |= {vocabulary[letter]: byte for byte, letter in letters.items() if letter in vocabulary}
-    if backend["model"].get("byte_fallback"):
-        found |= {i: int(token[3:5], 16) for token, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", token)}
-    return found
-
-
-def _word_ids(tokenizer: Any, word: str) -> set[int]:
-    """Ids of all pieces of a word, at the start of a text and after a space."""
-    unknown = tokenizer.unk_token_id
-    ids: set[int] = set()
-    for text in (word, f" {word}"):
-        pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not pieces or (unknown in pieces and word != tokenizer.unk_token):
-            raise ModelError(f"keep_words: the tokenizer does not know {word!r}; remove it or spell it otherwise")
-        ids.update(pieces)
-    return ids
-
-
-def merge_parts(model: dict[str, Any]) -> dict[int, tuple[int, int]]:
-    """The two tokens that a token of byte-pair encoding is merged from last; {} for other models.
-
-    model: of a tokenizer.json. A token has one derivation: what the merges make of its own characters. Within a longer
-    text they do the same, as no merge across the borders of a token that is there can have happened. A token that they
-    do not make at all has no parts.
-    """
-    if model.get("type") != "BPE":
-        return {}
-    if model.get("continuing_subword_prefix"):
-        raise ModelError("tokenizer.json: byte-pair encoding with a continuing_subword_prefix is not supported")
-    ids: dict[str, int] = model["vocab"]
-    suffix = model.get("end_of_word_suffix") or ""
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
-    found = {}
-    for token, i in ids.items():
-        parts = _last_merge(token, ranks, suffix)
-        if parts is not None:
-            found[i] = (ids[parts[0]], ids[parts[1]])
-    return found
-
-
-def _last_merge(token: str, ranks: dict[tuple[str, str], int], suffix: str) -> tuple[str, str] | None:
-    symbols = list(token)
-    if suffix and token.endswith(suffix):
-        symbols = [*token[: -len(suffix)]]
-        symbols[-1:] = [symbols[-1] + suffix] if symbols else [suffix]
-    while len(symbols) > 2:
-        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(symbols)))
-        if rank == len(ranks):
-            return None
-        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-    return (symbols[0], symbols[1]) if len(symbols) == 2 and (symbols[0], symbols[1]) in ranks else None
-
-
-def choose_kept_ids(
-    counts: np.ndarray,
-    must_keep: Iterable[int],
-    *,
-    keep_ratio: float | None = None,
-    size: int | None = None,
-    multiple_of: int | None = None,
-    parts: Mapping[int, Sequence[int]] | None = None,
-) -> np.ndarray:
-    """The K most frequent tokens, those of `must_keep` first. Equal counts: the lower id.
-
-    counts: (V,) how often each source token was seen.
-    parts: of `merge_parts`; a token is then kept together with all that it is merged from, and passed over where these
-        are more than the budget has left.
-    Exactly one of keep_ratio (a share of V) and size; multiple_of rounds their K up. Returns (K,) ascending ids.
-    """
-    parts = parts or {}
-    counts = np.asarray(counts)
-    if counts.ndim != 1 or not len(counts) or not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0:
-        raise ModelError(f"counts must be a row of integers of at least 0, got {counts.dtype} {counts.shape}")
-    kept_size = _kept_size(len(counts), keep_ratio, size, multiple_of)
-    required = np.unique(np.fromiter(must_keep, dtype=np.int64))
-    if len(required) and not 0 <= required[0] <= required[-1] < len(counts):
-        raise ModelError(f"must_keep holds ids outside 0 to {len(counts) - 1}")
-    closed: set[int] = set()
-    for i in required.tolist():
-        closed |= _with_parts(i, parts, closed)
-    required = np.array(sorted(closed), dtype=np.int64)
-    if kept_size < len(required):
-        found = f"{kept_size} of {len(counts)} tokens would be kept, but {len(required)} must be"
-        what = "special tokens, bytes, single characters, keep_words" + (", all they are merged from" if parts else "")
-        least = math.ceil(len(required) / len(counts) * 10_000) / 10_000
-        remedy = f"keep_ratio to at least {least:.4f}" if size is None else f"size to at least {len(required)}"
-        raise ModelError(f"{found} ({what}); raise {remedy}")
-    is_required = np.zeros(len(counts), dtype=bool)
-    is_required[required] = True
-    # The last key sorts first: required, then frequent, then low ids.
-    order = np.lexsort((np.arange(len(counts)), -counts.astype(np.int64), ~is_required))
-    if not parts:
-        return np.sort(order[:kept_size]).astype(np.int64)
-    kept = closed
-    # Some token always has all its parts kept, so every round finds one more until the budget is used up.
-    while len(kept) < kept_size:
-        for i in order.tolist():
-            needed = _with_parts(i, parts, kept)
-            if len(kept) + len(needed) <= kept_size:
-                kept |= needed
-    return np.array(sorted(kept), dtype=np.int64)
-
-
-def _with_parts(token_id: int, parts: Mapping[int, Sequence[int]], kept: set[int]) -> set[int]:
-    """The token and all that it is merged from, but for those that are kept already."""
-    needed: set[int] = set()
-    to_visit = [token_id]
-    while to_visit:
-        i = to_visit.pop()
-        if i not in kept and i not in needed:
-            needed.add(i)
-            to_visit += parts.get(i, ())
-    return needed
-
-
-def _kept_size(source_size: int, keep_ratio: float | None, size: int | None, multiple_of: int | None) -> int:
-    if (keep_ratio is None) == (size is None):
-        raise ModelError(f"give exactly one of keep_ratio and size, got keep_ratio={keep_ratio}, size={size}")
-    if keep_ratio is not None:
-        if not 0 < keep_ratio <= 1:
-            raise ModelError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-        # As a fraction of the number as written: 0.29 of 100 is 29, while int(0.29 * 100) is 28.
-        kept_size = int(Fraction(str(keep_ratio)) * source_size)
-    else:
-        assert size is not None
-        if size > source_size:
-            raise ModelError(f"size is {size}, but there are {source_size} tokens; give at most as many")
-        kept_size = size
-    if kept_size < 1:
-        raise ModelError(f"at least one token must be kept, got keep_ratio={keep_ratio}, size={size} of {source_size}")
-    if multiple_of is not None:
-        if multiple_of < 1:
-            raise ModelError(f"multiple_of must be at least 1, got {multiple_of}")
-        if multiple_of > source_size:
-            raise ModelError(f"multiple_of is {multiple_of}, more than the {source_size} tokens there are")
-        kept_size = -(-kept_size // multiple_of) * multiple_of
-    return min(kept_size, source_size)
-
-
 def map_tokens(
     embeddings: Any,
     kept_ids: np.ndarray,
@@ -477,25 +292,6 @@ def _no_targets(tokenizer: Any) -> set[int]:
     """Tokens that no other is mapped onto: special ones, and bytes that are a part of a character or invisible."""
     parts = {i for i, byte in byte_ids(tokenizer).items() if not 0x20 < byte < 0x7F}
     return {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder)} | parts
-
-
-def parts_to_keep(tokenizer: Any, selection: str) -> dict[int, tuple[int, int]]:
-    """What `choose_kept_ids` needs for a selection. Raises ModelError for one that there is not or does nothing."""
-    if selection not in SELECTIONS:
-        raise ModelError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if selection == "free" and model["type"] != "BPE":
-        raise ModelError(f"selection free has no effect: tokens of {model['type']} are not merged; remove it")
-    return merge_parts(model) if selection == "closed" else {}
-
-
-def source_size_of(tokenizer: Any) -> int:
-    """V. Ids must be 0..V-1: a hole would be a row that no token owns."""
-    size = len(tokenizer)
-    largest = max(tokenizer.get_vocab().values())
-    if largest != size - 1:
-        raise ModelError(f"the tokenizer has {size} tokens but ids up to {largest}; ids with holes are not supported")
-    return size
 
 
 def _report_map(tokenizer: Any, vocabulary: Vocabulary) -> None:

@@ -21,7 +21,7 @@ PACKAGE = Path(glmd.__file__).parent
 # Lowest first. A module may import those of lower rows, and those to its left.
 LAYERS = """
 errors schedules layers losses.logits losses.labels losses.linear
-strict_yaml configs_root config vocabulary slicing tokenization_glmd tokenizer
+strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.superglue data.tasks data.predictions data.corpus data.batches data.world
 heads objective loading teacher student
 metrics superglue_metric distiller

@@ -10,9 +10,10 @@ from families import CLASSES
 
 from glmd.budget import HELD_OUT, Curve, Point, budget_curve, examples
 from glmd.cli import main
+from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep
 from glmd.slicing import parameters_by_vocabulary, slice_model
 from glmd.tokenizer import compress_tokenizer
-from glmd.vocabulary import Vocabulary, choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.vocabulary import Vocabulary
 
 
 def vocab(models, name: str, *arguments: object) -> int:

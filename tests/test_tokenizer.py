@@ -21,6 +21,7 @@ from transformers import AddedToken, AutoTokenizer, BertConfig, BertTokenizer, D
 from transformers import PreTrainedTokenizerFast as PlainTokenizer
 
 from glmd.errors import ModelError
+from glmd.selection import choose_kept_ids, merge_parts
 from glmd.tokenizer import (
     GlmdTokenizer,
     compress_tokenizer,
@@ -29,7 +30,7 @@ from glmd.tokenizer import (
     save_tokenizer,
     tokenizer_fingerprint,
 )
-from glmd.vocabulary import Vocabulary, build_vocabulary, choose_kept_ids, merge_parts
+from glmd.vocabulary import Vocabulary, build_vocabulary
 
 WORDS = "the cat dog bird river mountain sing sang run light dark green over under blue stone paper quick slow"
 PIECES = "##ing ##ed ##es ##er ##est ##ly ##ness ##ful ##ish ##able"

@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, GenerationConfig
 
 from glmd.errors import ModelError
+from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep
 from glmd.slicing import renumber_config, renumber_generation_config, slice_model, vocabulary_axes
 from glmd.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer
-from glmd.vocabulary import (
-    MAPPINGS,
-    Vocabulary,
-    build_vocabulary,
-    byte_ids,
-    choose_kept_ids,
-    in_degrees,
-    map_tokens,
-    must_keep_ids,
-    parts_to_keep,
-)
+from glmd.vocabulary import MAPPINGS, Vocabulary, build_vocabulary, in_degrees, map_tokens
 
 V = 60
 TOKENS = [
