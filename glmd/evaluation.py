@@ -120,6 +120,12 @@ def score_words(
     return {name: float(value) for name, value in scores.items()}
 
 
+def answers_of(task: Task, logits: np.ndarray) -> np.ndarray:
+    """(examples,) class ids, or positions of choices, from (examples, C) logits."""
+    best: np.ndarray = logits.argmax(-1)
+    return (best == 0).astype(best.dtype) if task.asks_first else best
+
+
 def _share(
     dataset: BlockDataset | TaskDataset, collate: Collate, accelerator: Accelerator, batch_size: int
 ) -> Iterator[Batch]:
@@ -207,9 +213,15 @@ def _answers(
     classifier = load_classifier(model, task)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     verbalisers = verbaliser_ids(task, tokenizer)
-    dataset = TaskDataset(examples, tokenizer, max_length=max_length, verbalisers=verbalisers)
+    dataset = TaskDataset(
+        examples,
+        tokenizer,
+        max_length=max_length,
+        verbalisers=verbalisers,
+        mean_over_tokens=task.mean_over_tokens,
+    )
     collate = Collate(tokenizer.pad_token_id)
     classifier.to(accelerator.device)
     # The folder's tokenizer gives the model's own ids, so there is nothing to map.
     logits = predict(classifier, dataset, collate, token_map=None, accelerator=accelerator, batch_size=batch_size)
-    return logits.argmax(-1), dataset.truncated
+    return answers_of(task, logits), dataset.truncated

@@ -82,7 +82,8 @@ def run_task_head(
 
     batch: with `num_choices` (B,) the rows of inputs (R, S) are the choices of all examples one after another; choices
         that an example has not get -inf: they do not exist for the losses. With `blank_ids` (R, S) the model is a
-        masked LM, and a row's score is what it says of the words in its blank.
+        masked LM, and a row's score is what it says of the words in its blank: the sum over them, or their mean where
+        there is a column `mean_over_tokens`.
     token_map: (V,) source id -> the model's own, for words in a blank.
     """
     num_choices = batch.get("num_choices")
@@ -109,7 +110,8 @@ def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden:
     logits = nn.functional.linear(in_blank, linear.weight, linear.bias)
     of_tokens = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, words[:, None])
     rows = is_blank.nonzero()[:, 0]
-    return of_tokens.new_zeros(len(hidden), 1).index_add(0, rows, of_tokens)
+    sums = of_tokens.new_zeros(len(hidden), 1).index_add(0, rows, of_tokens)
+    return sums / is_blank.sum(1, keepdim=True) if "mean_over_tokens" in batch else sums
 
 
 def one_choice_each(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ def require_metrics(task: Task) -> None:
         where = f"task {task.name}: metric {name!r}"
         if name not in METRICS:
             raise ConfigError(f"{where} is unknown{suggestion(name, METRICS)}")
-        if name in OVER_CLASSES and task.is_choice:
+        if name in OVER_CLASSES and not task.labels:
             raise ConfigError(f"{where} needs classes, and the task has candidates; accuracy would work")
         if name == "f1_binary" and len(task.labels) != 2:
             raise ConfigError(f"{where} needs two labels, got {len(task.labels)}; macro_f1 would work")
@@ -170,10 +170,10 @@ def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -
     if len(given) != len(examples):
         raise ValueError(f"{len(given)} predictions for {len(examples)} examples")
     for example, prediction in zip(examples, given.tolist(), strict=True):
-        count = len(example.texts) if task.is_choice else len(task.labels)
+        count = len(task.labels) or len(example.texts)
         for value, what in ((prediction, "prediction"), (example.label, "label")):
             if value is not None and not 0 <= value < count:
-                kind = "candidates" if task.is_choice else "classes"
+                kind = "classes" if task.labels else "candidates"
                 raise DataError(
                     f"{_place(task, example)}: {what} {value} is none of its {count} {kind}, counted from 0"
                 )

@@ -37,7 +37,7 @@ class SuperGlueMetric(evaluate.Metric):
         self.task = task if isinstance(task, Task) else load_task(task)
         require_metrics(self.task)
         self.fields = tuple(dict.fromkeys(field for name in self.task.metrics for field in METRICS[name].fields))
-        if self.task.choices_from and "choices" not in self.fields:
+        if self.task.choices_from and not self.task.labels and "choices" not in self.fields:
             self.fields += ("choices",)  # their number differs, and a prediction is checked against it
         super().__init__(config_name=self.task.name, **settings)
 

@@ -251,7 +251,7 @@ class TaskStages:
         row |= {"cell": cell} | result if cell else result
         if self.task.is_scored:
             # What one answer to everything scores; with choices, one position.
-            answers = range(min(len(example.choices) for example in self.task.val) or len(task.labels))
+            answers = range(len(task.labels) or min(len(example.choices) for example in self.task.val))
             constants = [score(task, np.full(len(self.task.val), answer), self.task.val) for answer in answers]
             row["constant"] = {name: max(each[name] for each in constants) for name in task.metrics}
         if is_student and self.task.has_own_inputs:

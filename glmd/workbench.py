@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from glmd import __version__
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
-from glmd.data.batches import BlockDataset, Collate, TaskDataset, block_frame, candidate_ids, corruption_for
+from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_frame, candidate_ids, corruption_for
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
 from glmd.errors import DataError
-from glmd.evaluation import predict, score_words
+from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
@@ -89,17 +89,26 @@ class Workbench:
         """Examples of a task to train on, corrupted where the stage says so."""
         length = stage.max_length or task.task.max_length
         corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed)
-        data = TaskDataset(
-            examples, self.tokenizer, max_length=length, corruption=corruption, verbalisers=task.verbalisers
-        )
+        data = self._task_data(task, examples, length, corruption)
         if data.truncated:
             logger.info("%s: %d of %d inputs are cut to %d tokens", task.task.name, data.truncated, len(data), length)
         return data
 
     def val_data(self, task: TaskPlan, stage: StageConfig) -> TaskDataset:
         """A task's validation inputs, as they are."""
-        length = stage.max_length or task.task.max_length
-        return TaskDataset(task.val, self.tokenizer, max_length=length, verbalisers=task.verbalisers)
+        return self._task_data(task, task.val, stage.max_length or task.task.max_length, None)
+
+    def _task_data(
+        self, task: TaskPlan, examples: Sequence[TaskExample], length: int, corruption: Corruption | None
+    ) -> TaskDataset:
+        return TaskDataset(
+            examples,
+            self.tokenizer,
+            max_length=length,
+            corruption=corruption,
+            verbalisers=task.verbalisers,
+            mean_over_tokens=task.task.mean_over_tokens,
+        )
 
     def warn_of_equal_candidates(self, task: TaskPlan, arm: Arm) -> None:
         """Say where candidates for a blank differ for the teacher and not for the student, whatever it learns."""
@@ -235,8 +244,7 @@ class Workbench:
             accelerator=self.accelerator,
             batch_size=stage.per_device_eval_batch_size,
         )
-        answers: np.ndarray = logits.argmax(-1)
-        return answers
+        return answers_of(task.task, logits)
 
     # Exports
 

@@ -178,6 +178,51 @@ def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
     assert row_of(results, "student", "labels")["metrics"]["accuracy"] == pytest.approx(right / 16)
 
 
+def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_one_scores_best(
+    tiny, trusting, tmp_path
+):
+    """WSC: candidates score the mean of their tokens' log-probabilities; rows labelled no are only scored."""
+    from transformers import AutoModelForMaskedLM
+
+    words = sorted({word for line in tiny.corpus.read_text().splitlines() for word in line.split()} - {"."})[:12]
+    rows = []
+    for i in range(16):
+        names = [words[i % 12], f"{words[(i + 5) % 12]} {words[(i + 7) % 12]}", words[(i + 2) % 12]]
+        target = {"span1_text": names[0], "span1_index": 0, "span2_text": words[(i + 3) % 12], "span2_index": 1}
+        text = " ".join([*names[:1], target["span2_text"], *names[1:]])
+        rows.append({"text": text, "target": target, "candidates": names[1:], "label": i % 2 == 0, "idx": i})
+    wsc = tmp_path / "wsc.jsonl"
+    wsc.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = run(
+        tiny.config(
+            tmp_path / "run",
+            "casting=cloze",
+            f"tasks={{WSC: {{train: {wsc}, val: {wsc}}}}}",
+            "pretraining.max_steps=2",
+            *(f"{stage}.max_length=64" for stage in ("task_teacher", "task_words", "task_labels")),
+        )
+    )
+    folder = tmp_path / "run/tasks/WSC/seed-0/labels/student"
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
+    answers = []
+    for example in read_split(load_task("WSC", "cloze"), str(wsc), "val", require_labels=True):
+        scores = []
+        for (text, pair), candidate in zip(example.texts, example.choices, strict=True):
+            ids = tokenizer(candidate, add_special_tokens=False)["input_ids"]
+            pair = pair.replace("\ufdd0", " ".join(["[MASK]"] * len(ids)))
+            with torch.no_grad():
+                log_probabilities = model(**tokenizer(text, pair, return_tensors="pt")).logits[0].log_softmax(-1)
+            at = tokenizer.mask_token_id == tokenizer(text, pair, return_tensors="pt")["input_ids"][0]
+            scores.append(log_probabilities[at].gather(1, torch.tensor(ids)[:, None]).mean().item())
+        answers.append(int(np.argmax(scores)) == 0)
+    assert len(set(answers)) == 2, "else this shows little"
+    right = np.mean([answer == row["label"] for answer, row in zip(answers, rows, strict=True)])
+    assert row_of(results, "student", "labels")["metrics"]["accuracy"] == pytest.approx(right)
+    output, arguments = tmp_path / "WSC.jsonl", ("--task", "WSC", "--max-length", "64")
+    assert main(["predict", str(folder), *arguments, "--file", str(wsc), "--output", str(output)]) == 0
+    assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == list(map(str, answers))
+
+
 def test_candidates_that_become_equal_in_the_students_vocabulary_are_told(tiny, tmp_path, caplog):
     from types import SimpleNamespace
 

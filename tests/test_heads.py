@@ -278,3 +278,6 @@ def test_candidates_in_a_blank_score_the_sum_of_their_tokens_log_probabilities()
     ours = gradients(model, logits[logits > -torch.inf])
     for got, wanted in zip(ours, gradients(model, expected), strict=True):
         torch.testing.assert_close(got, wanted)
+    batch["mean_over_tokens"] = torch.ones(2, dtype=torch.long)
+    means = run_task_head(model, backbone(model)(**inputs), inputs, batch, token_map)
+    torch.testing.assert_close(means[means > -torch.inf], expected / torch.tensor([2.0, 1.0, 1.0]))

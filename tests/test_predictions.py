@@ -26,7 +26,7 @@ def written(tmp_path, name, predictions, examples):
     [
         ("BoolQ", ["true", "false"]),
         ("WiC", ["true", "false"]),
-        ("WSC", ["True", "False"]),
+        ("WSC", ["True", "False"]),  # asked of a candidate, answered by yes or no
         ("CB", ["contradiction", "entailment"]),
         ("RTE", ["not_entailment", "entailment"]),
         ("AXb", ["not_entailment", "entailment"]),

@@ -91,7 +91,7 @@ OFFICIAL = {
             "text": 'The old cat saw  a dog, and the dog saw it, "because it barked."',
             "target": {"span1_text": "the old\ncat.", "span1_index": 0, "span2_text": "It", "span2_index": 10},
             "idx": 9,
-            "label": False,
+            "label": True,
         }
     ],
     "AXb": [{"sentence1": "s", "sentence2": "t", "logic": "Negation", "label": "entailment", "idx": 10}],
@@ -321,7 +321,36 @@ def test_record_puts_each_entity_into_the_query(tmp_path):
 def test_wsc_marks_the_pronoun_that_is_meant_and_leaves_the_text_as_it_is(tmp_path):
     (example,) = read("WSC", OFFICIAL["WSC"], tmp_path)
     text = 'The old cat saw  a dog, and the dog saw *it*, "because it barked."'
-    assert example.texts == ((text, "it refers to The old cat"),)
+    assert example.texts == ((text, "it refers to The old cat"), (text, "it refers to a dog"))
+
+
+def wsc(label: bool | None, **more) -> list[dict]:
+    (row,) = OFFICIAL["WSC"]
+    return [{**row, "label": label, **more}]
+
+
+def test_wsc_asks_whether_the_first_candidate_is_the_right_one(tmp_path):
+    for label, answers in ((True, ("The old cat",)), (False, ()), (None, ())):
+        (example,) = read("WSC", wsc(label), tmp_path, require_labels=label is not None)
+        assert (example.choices, example.answers) == (("The old cat", "a dog"), answers)
+        assert example.label == (None if label is None else int(label))
+
+
+def test_wsc_learns_from_labels_only_where_the_right_candidate_is_told(tmp_path):
+    (example,) = read("WSC", wsc(True), tmp_path, training=True)
+    assert (example.choices[example.label], set(example.choices)) == ("The old cat", {"The old cat", "a dog"})
+    found = refusal(read, "WSC", wsc(False), tmp_path, training=True)
+    assert found.endswith("WSC has no rows labelled true to learn from in val")
+    for label in (True, False, None):  # inputs teach the same with labels and without
+        (example,) = read("WSC", wsc(label), tmp_path, training=True, require_labels=False)
+        assert (set(example.choices), example.label) == ({"The old cat", "a dog"}, None)
+
+
+def test_wsc_takes_the_candidates_of_a_row_before_its_own_and_no_name_twice(tmp_path):
+    names = ["the cat", "A bird", "an old cat", "The Bird", "it", "two fish"]
+    (example,) = read("WSC", wsc(True, candidates=names), tmp_path)
+    assert example.choices == ("The old cat", "A bird", "two fish")
+    assert "field 'candidates[1]' must be text" in refusal(read, "WSC", wsc(True, candidates=["a", 2]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +535,8 @@ def test_the_real_rows_are_the_same_through_the_hub(shared, put, name, file):
 def test_every_real_wsc_text_is_marked_once_at_the_pronoun(shared, file):
     source = str(shared / "data" / "fewglue" / "WSC" / f"{file}.jsonl")
     for example in read_split(load_task("WSC"), source, "train", require_labels=False):
-        ((text, pair),) = example.texts
+        text, pair = example.texts[0]
         before, pronoun, after = text.split("*")
         assert pronoun == pair.split(" refers to ")[0]
+        assert pair.endswith(f" refers to {example.choices[0]}")
         assert not (before[-1:] + after[:1]).isalnum()

@@ -83,7 +83,7 @@ def test_the_diagnostics_are_answered_by_a_model_of_rte(name):
 
 
 def test_the_tasks_that_score_candidates_are_known():
-    assert {name for name in task_names() if load_task(name).is_choice} == {"COPA", "ReCoRD"}
+    assert {name for name in task_names() if load_task(name).is_choice} == {"COPA", "ReCoRD", "WSC"}
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name(tmp_path):
@@ -146,6 +146,15 @@ def test_a_task_of_your_own_is_a_path(make_task):
         ({**PICK_FROM, "label_field": "right"}, "label_field has no effect beside choices_from"),
         ({**PICK_FROM, "placeholder": " "}, "placeholder is blank"),
         ({**PICK_FROM, "max_choices": 1}, "max_choices must be at least 2, got 1"),
+        ({"asks_first": True}, "asks_first has no effect without choices"),
+        ({**PICK, "asks_first": True}, "asks_first needs choices_from, and two labels"),
+        ({**PICK_FROM, "asks_first": True}, "asks_first needs choices_from, and two labels"),
+        ({**PICK_FROM, "asks_first": True, "labels": [0, 0]}, "labels must be two or more and differ; got 0, 0"),
+        ({**PICK_FROM, "labels": [0, 1]}, "labels has no effect beside choices"),
+        (
+            {"cloze": {"text": "{claim} {proof} {blank}", "words": ["a", "b"], "mean_over_tokens": True}},
+            "cloze.mean_over_tokens has no effect on words of one token",
+        ),
     ],
 )
 def test_a_yaml_that_cannot_work_is_refused_by_file_and_key(make_task, tmp_path, changes, says):

@@ -110,7 +110,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
     `truncated` counts the rows that were longer than max_length and lost tokens of the longer sentence, or, where the
     other one has a blank, of that without. A blank becomes mask tokens, one for each token that fills it.
 
-    verbalisers: ids of the words that fill the blank for each label. Raises DataError where a blank is cut off.
+    verbalisers: ids of the words that fill the blank for each label. mean_over_tokens: a candidate in a blank scores
+    the mean over its tokens. Raises DataError where a blank is cut off.
     """
 
     def __init__(
@@ -121,8 +122,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
         max_length: int,
         corruption: Corruption | None = None,
         verbalisers: Sequence[int] = (),
+        mean_over_tokens: bool = False,
     ) -> None:
-        self.examples, self.corruption = examples, corruption
+        self.examples, self.corruption, self.mean_over_tokens = examples, corruption, mean_over_tokens
         self.verbalisers = np.array(verbalisers, dtype=np.int64)
         texts = [text for example in examples for text, _ in example.texts]
         pairs = [pair or "" for example in examples for _, pair in example.texts]
@@ -184,6 +186,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
         example = self.examples[key[1]]
         rows = self.rows[self.first_row[key[1]] : self.first_row[key[1] + 1]]
         numbers = {"labels": IGNORED if example.label is None else example.label, "example_id": key[1]}
+        if self.mean_over_tokens:
+            numbers["mean_over_tokens"] = 1
         if not example.choices:
             words = {"verbalisers": self.verbalisers} if len(self.verbalisers) else {}
             return _corrupted({**rows[0], **numbers, **words}, key, self.corruption)

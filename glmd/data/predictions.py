@@ -39,7 +39,7 @@ def write_predictions(
         raise DataError(f"predictions must be one row of class ids or positions, got {chosen.dtype}")
     require_idx(task, examples)
     for example, prediction in zip(examples, chosen.tolist(), strict=True):
-        count = len(example.choices) if task.is_choice else len(task.labels)
+        count = len(task.labels) or len(example.choices)
         if not 0 <= prediction < count:
             found = f"prediction {prediction} for idx {json.dumps(example.idx)}"
             raise DataError(f"{task.name}: {found}, which has {count} possible answers")
@@ -74,10 +74,10 @@ def _flat_rows(task: Task, chosen: list[int], examples: Sequence[TaskExample]) -
     for prediction, example in zip(chosen, examples, strict=True):
         if task.rows == "record":
             rows.append({"idx": example.idx["query"], "label": example.choices[prediction]})
-        elif task.is_choice:
-            rows.append({"idx": example.idx, "label": prediction})
         else:
-            rows.append({"idx": example.idx, "label": _word(task, task.labels[prediction])})
+            rows.append(
+                {"idx": example.idx, "label": _word(task, task.labels[prediction]) if task.labels else prediction}
+            )
     return rows
 
 

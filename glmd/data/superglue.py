@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from glmd.data.noun_phrases import OPENERS, noun_phrases
 from glmd.errors import DataError
 from glmd.strict_yaml import suggestion
 
@@ -193,7 +194,31 @@ def _checked_wsc(row: Row, where: str) -> Row:
     word = words[row["span2_index"]]
     pronoun = re.compile(re.escape(row["span2_text"]), re.IGNORECASE).search(text, word.start(), word.end()) or word
     marked = f"{text[: pronoun.start()]}*{pronoun.group()}*{text[pronoun.end() :]}"
-    return row | {"marked_text": marked}
+    return row | {"marked_text": marked, "candidates": _wsc_candidates(row, where)}
+
+
+def _wsc_candidates(row: Row, where: str) -> list[str]:
+    """span1_text, of which a row asks, and what else the pronoun may stand for.
+
+    The paper's come from a file of its authors: a row's own `candidates` are taken where it has any.
+    """
+    asked = row["span1_text"]
+    others = _texts(row, "candidates", where) if row.get("candidates") else noun_phrases(row["text"])
+    # Another name for the same would be as right: the old cat, cat.
+    taken = [_WORD.findall(text.casefold()) for text in (row["span2_text"], asked)]
+    kept = [asked]
+    for each in others:
+        words = _WORD.findall(each.casefold())
+        if not any(_is_within(words, other) for other in taken):
+            taken.append(words)
+            kept.append(each)
+    return kept
+
+
+def _is_within(words: list[str], others: list[str]) -> bool:
+    """Whether one is a part of the other, but for an opening article or possessive."""
+    bare = [f" {' '.join(each[1:] if each[:1] and each[0] in OPENERS else each)} " for each in (words, others)]
+    return bare[0] in bare[1] or bare[1] in bare[0]
 
 
 _WORD = re.compile(r"\w+")

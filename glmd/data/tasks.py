@@ -45,6 +45,7 @@ class Cloze:
     text: str  # with {field} for a field, and {blank} once here or in text_pair (or where `placeholder` stands)
     text_pair: str | None = None  # the one without the blank loses its end at max_length
     words: tuple[str, ...] = ()  # what fills the blank for each label: one token each. Candidates fill it themselves
+    mean_over_tokens: bool = False  # a candidate's score: the mean of its tokens' log-probabilities, not their sum
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Task:
     choices_from: str | None = None  # or: the field that lists a row's candidates; its `answers` are the right ones
     placeholder: str | None = None  # what stands for the candidate in the fields' text, where no template has {choice}
     max_choices: int | None = None  # candidates of a training example; None: all, as in evaluation
+    asks_first: bool = False  # a row asks only whether its first candidate is the right one: the second of the labels
     group_by: tuple[str, ...] = ()  # fields whose values make an example's group, for metrics over groups
     cloze: Cloze | None = None  # the task's other form
     casting: Casting = "head"  # which of the two it is asked in; a run's choice
@@ -74,6 +76,11 @@ class Task:
     def is_choice(self) -> bool:
         """Whether the model scores candidates rather than classes."""
         return bool(self.choices or self.choices_from)
+
+    @property
+    def mean_over_tokens(self) -> bool:
+        """Whether a candidate in a blank scores the mean over its tokens."""
+        return self.cloze is not None and self.casting == "cloze" and self.cloze.mean_over_tokens
 
     @property
     def verbalisers(self) -> tuple[str, ...]:
@@ -112,11 +119,15 @@ class Task:
             raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
 
     def _check_choices(self) -> None:
-        if self.labels:
+        if self.asks_first:
+            if self.choices_from is None or len(self.labels) != 2:
+                raise ConfigError("asks_first needs choices_from, and two labels: the first is no, the second yes")
+            self._check_labels()
+        elif self.labels:
             raise ConfigError("labels has no effect beside choices: the label is a position; remove it")
         if self.choices and self.choices_from:
             raise ConfigError("choices and choices_from exclude each other; keep one")
-        if self.choices_from and self.label_field != "label":
+        if self.choices_from and not self.asks_first and self.label_field != "label":
             raise ConfigError(
                 "label_field has no effect beside choices_from: the row's answers are the label; remove it"
             )
@@ -139,17 +150,22 @@ class Task:
         if used.count("blank") != (self.placeholder is None):
             where = "no template: placeholder is given" if self.placeholder else "exactly one of text and text_pair"
             raise ConfigError(f"cloze: {{blank}} must stand once in {where}")
-        if len(set(cloze.words)) != len(self.labels) or len(cloze.words) != len(self.labels):
-            wanted = "a different word for each label" if self.labels else "nothing: the candidates fill the blank"
+        if len(set(cloze.words)) != len(cloze.words) or len(cloze.words) != (0 if self.is_choice else len(self.labels)):
+            wanted = "nothing: the candidates fill the blank" if self.is_choice else "a different word for each label"
             raise ConfigError(f"cloze.words must be {wanted}; got {', '.join(cloze.words) or 'none'}")
+        if cloze.mean_over_tokens and not self.is_choice:
+            raise ConfigError("cloze.mean_over_tokens has no effect on words of one token; remove it")
         return used
 
-    def _check_classes(self) -> None:
+    def _check_labels(self) -> None:
         # 1 == True in Python, and a row's 1 is not a row's true.
         if len({(type(label), label) for label in self.labels}) < max(2, len(self.labels)):
             raise ConfigError(f"labels must be two or more and differ; got {_listed(self.labels) or 'none'}")
-        for key in ("placeholder", "max_choices"):
-            if getattr(self, key) is not None:
+
+    def _check_classes(self) -> None:
+        self._check_labels()
+        for key in ("placeholder", "max_choices", "asks_first"):
+            if getattr(self, key):
                 raise ConfigError(f"{key} has no effect without choices or choices_from; remove it")
 
 
@@ -174,7 +190,7 @@ class TaskExample:
 
     example_id: int  # its place in the split, from 0
     texts: tuple[tuple[str, str | None], ...]  # (text, text_pair) of each choice; classification has one
-    label: int | None  # class id, or the right choice's position
+    label: int | None  # class id, or the right choice's position (to train on, also where a row asks for the first)
     idx: Any = None  # as the row has it, for prediction files: a number, or a dict of numbers
     group: tuple[Any, ...] | None = None  # the values of task.group_by
     choices: tuple[str, ...] = ()  # the candidates themselves
@@ -210,8 +226,9 @@ def read_split(
         with which the hub marks hidden labels, count as none.
     training: make examples to learn from. Where a row lists its candidates, an example has at most
         `task.max_choices` of them, drawn by the row's idx alone: a right one and wrong ones, an example for each right
-        one, where labels are required; any, and no label, where they are not, so that inputs without labels and with
-        them teach the same. Without `training` a row is one example with all its candidates.
+        one, where labels are required (none, where a row only says that its first is wrong); any, and no label, where
+        they are not, so that inputs without labels and with them teach the same. Without `training` a row is one
+        example with all its candidates.
     Raises DataError naming file, line and field.
     """
     examples: list[TaskExample] = []
@@ -219,14 +236,15 @@ def read_split(
     for where, row in _rows(task, str(source), split):
         row = checked(task.rows, row, where)
         made = _examples(task, row, where, len(examples), require_labels=require_labels, training=training)
-        if row.get("idx") is not None:
+        if made and row.get("idx") is not None:
             before, twin = first_of.setdefault(_key(row["idx"]), (where, made[0]))
             # A pool without labels may hold one input twice, as a published one of WiC does.
             if before != where and (made[0].label is not None or made[0].texts != twin.texts):
                 raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
         examples += made
     if not examples:
-        raise DataError(f"{source}: {task.name} has no rows in {split}")
+        found = f"no rows labelled {_shown(task.labels[1])} to learn from" if task.asks_first else "no rows"
+        raise DataError(f"{source}: {task.name} has {found} in {split}")
     return examples
 
 
@@ -289,14 +307,18 @@ def _examples(
     answers: tuple[str, ...] = ()
     if task.choices_from is not None:
         candidates = _text_list(row, task.choices_from, where)
-        answers = _answers(row, candidates, where, require_labels)
+        if task.asks_first:
+            known = _label(task, task.labels, row, where, require_labels)
+            answers, label = candidates[:1] if known == 1 else (), known
+        else:
+            answers = _answers(row, candidates, where, require_labels)
+            label = next((i for i, each in enumerate(candidates) if each in answers), None)
+        if training and require_labels and not answers:
+            return []  # which of the others is right nobody says
         answers = answers if require_labels or not training else ()
-        first = next((i for i, each in enumerate(candidates) if each in answers), None)
-        variants = _drawn(task, row, candidates, answers) if training else [(candidates, first)]
+        variants = _drawn(task, row, candidates, answers) if training else [(candidates, label)]
     else:
-        label = row.get(task.label_field)
-        known = task.labels or tuple(range(len(task.choices)))
-        label = _class_id(task, known, label, where) if _is_given(label) or require_labels else None
+        label = _label(task, task.labels or tuple(range(len(task.choices))), row, where, require_labels)
         variants = [(tuple(choice.format(**fields) for choice in task.choices), label)]
     return [
         TaskExample(
@@ -409,6 +431,11 @@ def _text_list(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
 
 def _is_given(label: Any) -> bool:
     return label is not None and not (label == -1 and type(label) is int)
+
+
+def _label(task: Task, known: tuple[Label, ...], row: dict[str, Any], where: str, require_labels: bool) -> int | None:
+    label = row.get(task.label_field)
+    return _class_id(task, known, label, where) if _is_given(label) or require_labels else None
 
 
 def _class_id(task: Task, known: tuple[Label, ...], label: Any, where: str) -> int:
