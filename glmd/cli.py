@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from glmd import __version__
-from glmd.config import RunConfig, differences, load_config, to_dict
+from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
 from glmd.errors import GlmdError
 
 
@@ -67,7 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--multiple-of", type=_positive, help="round the number up to a multiple")
     command.add_argument("--selection", default="closed", choices=("closed", "free"), help="of merged tokens (BPE)")
     command.add_argument("--mapping", default="inner_product", choices=("inner_product", "cosine", "euclidean", "unk"))
+    command.add_argument("--within-class", action="store_true", help="map beginnings of words onto such only")
+    command.add_argument("--similarity", default="input", choices=("input", "output"), help="embeddings to map by")
     command.add_argument("--keep-words", nargs="*", default=[], metavar="WORD", help="words that must stay")
+    command.add_argument("--keep-words-file", metavar="FILE", help="more of them, one on each line")
+    command.add_argument("--corpus-weights", type=float, nargs="*", default=[], metavar="SHARE", help="of each corpus")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
 
     def add_for_task(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -163,6 +167,7 @@ def _check(options: argparse.Namespace) -> None:
 def _compress(options: argparse.Namespace) -> None:
     from glmd.compress import compress_model
 
+    listed = words_of_file(options.keep_words_file, "--keep-words-file") if options.keep_words_file else []
     text = compress_model(
         options.model,
         options.output,
@@ -172,7 +177,10 @@ def _compress(options: argparse.Namespace) -> None:
         multiple_of=options.multiple_of,
         selection=options.selection,
         mapping=options.mapping,
-        keep_words=options.keep_words,
+        within_class=options.within_class,
+        similarity=options.similarity,
+        keep_words=[*options.keep_words, *listed],
+        corpus_weights=options.corpus_weights,
         text_field=options.text_field,
     )
     print(text)

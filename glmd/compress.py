@@ -5,7 +5,6 @@ print(compress_model("bert-base-uncased", Path("bert-half"), corpus=["text/"], k
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 
 from glmd.config import VocabularyConfig
 from glmd.data.corpus import build_token_store, require_text_field
-from glmd.errors import ConfigError, ModelError
+from glmd.errors import ConfigError
 from glmd.export import ModelCard, check_exports, export_model, prove_slice, require_free_output
-from glmd.loading import load_model_as_saved, load_source_tokenizer, require_model
+from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
 from glmd.plan import kept_size
 from glmd.slicing import slice_model
 from glmd.tokenizer import compress_tokenizer
@@ -33,23 +32,22 @@ def compress_model(
     settings = VocabularyConfig(**{key: value for key, value in vocabulary_settings.items() if value is not None})
     if settings.keep_ratio is None and settings.size is None:
         raise ConfigError("--keep-ratio is missing; 0.5 keeps half of the tokens (or give --size)")
+    if settings.corpus_weights and not len(settings.corpus_weights) == len(corpus) > 1:
+        found = f"{len(settings.corpus_weights)} numbers for {len(corpus)} sources"
+        raise ConfigError(f"--corpus-weights: {found}; give one for each of two or more")
+    if settings.teacher_mass != "renormalise":
+        raise ConfigError("teacher_mass has no effect without training; remove it")
     require_free_output(output)
     require_model(model, field="model")
     require_text_field(corpus, text_field)
     tokenizer = load_source_tokenizer(model, words=False)
     kept_size(settings, tokenizer)  # refuses what cannot be, before text is counted and the model loaded
     with tempfile.TemporaryDirectory() as temporary:
-        counts = build_token_store(temporary, corpus, tokenizer, text_field=text_field).counts(len(tokenizer))
+        store = build_token_store(temporary, corpus, tokenizer, text_field=text_field)
+        counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
     source = load_model_as_saved(model)
-    embeddings = source.get_input_embeddings()
-    if embeddings is None:
-        raise ModelError(f"{model}: {type(source).__name__} has no input embeddings")
-    vocabulary = build_vocabulary(
-        tokenizer,
-        embeddings.weight.detach().float(),
-        counts,
-        **asdict(settings),
-    )
+    embeddings = compared_embeddings(source, settings.similarity)
+    vocabulary = build_vocabulary(tokenizer, embeddings.float(), counts, **settings.choice)
     student = slice_model(source, vocabulary)
     prove_slice(source, student, torch.from_numpy(vocabulary.kept_ids))
     facts = {"kept tokens": f"{vocabulary.size:,} of {vocabulary.source_size:,}", "mapping": settings.mapping}

@@ -156,7 +156,13 @@ class VocabularyConfig:
     multiple_of: int | None = None  # round the number up to a multiple
     selection: Literal["closed", "free"] = "closed"  # of merged tokens (BPE): with what they are merged from, or alone
     mapping: Literal["inner_product", "cosine", "euclidean", "unk"] = "inner_product"  # where dropped tokens go
-    keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept
+    within_class: bool = False  # beginnings of words only onto such, and what goes on within a word likewise
+    similarity: Literal["input", "output"] = "input"  # whose embeddings `mapping` compares, where they are not tied
+    # What becomes of the teacher's probability of dropped words: spread over the kept ones in their proportion (the
+    # paper), or given to the words that they are mapped onto
+    teacher_mass: Literal["renormalise", "merge"] = "renormalise"
+    keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept; or a file, one on a line
+    corpus_weights: list[float] = field(default_factory=list)  # shares of data.corpus in the count, in its order
 
     def __post_init__(self) -> None:
         _require(
@@ -168,6 +174,30 @@ class VocabularyConfig:
         for name in ("size", "multiple_of"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        if self.mapping == "unk":
+            for name in ("within_class", "similarity"):
+                given = getattr(self, name) != getattr(type(self), name)
+                _require(not given, f"{name} has no effect beside mapping unk, which compares nothing; remove it")
+        weights = self.corpus_weights
+        _require(all(0 < w < float("inf") for w in weights), f"corpus_weights must be above 0, got {weights}")
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What `build_vocabulary` takes: the settings that choose tokens and map them."""
+        others = ("similarity", "teacher_mass", "corpus_weights")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+
+
+def words_of_file(path: str, field: str) -> list[str]:
+    """The words of a text file with one on each line. Raises ConfigError naming the field."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8"
+        raise ConfigError(f"{field}: {path} cannot be read ({reason}); give a file with a word a line") from None
+    words = [line.strip() for line in lines if line.strip()]
+    _require(len(words) > 0, f"{field}: {path} holds no word")
+    return words
 
 
 @dataclass(frozen=True)
@@ -280,6 +310,12 @@ class RunConfig:
             "task_teacher.mlm_probability has no effect: a teacher is fine-tuned on clean inputs",
         )
 
+        weights, sources = self.vocabulary.corpus_weights, self.data.corpus
+        _require(
+            not weights or len(weights) == len(sources) > 1,
+            f"vocabulary.corpus_weights has {len(weights)} numbers, data.corpus {len(sources)} sources; "
+            "give one number for each of two or more, or none",
+        )
         self._check_sweep()
         for name, corpus_stage in (
             ("pretraining", self.pretraining),
@@ -374,6 +410,11 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mappi
         values["tasks"] = {task: changes or {} for task, changes in values["tasks"].items()}
     if isinstance(values.get("data"), dict) and isinstance(values["data"].get("corpus"), str):
         values["data"]["corpus"] = [values["data"]["corpus"]]
+    vocabulary = values.get("vocabulary")
+    if isinstance(vocabulary, dict) and isinstance(vocabulary.get("keep_words"), str):
+        # The words themselves are recorded with the run: the file may be another one when it is continued.
+        words = words_of_file(vocabulary["keep_words"], f"{file}: vocabulary.keep_words")
+        values["vocabulary"] = {**vocabulary, "keep_words": words}
     return build(RunConfig, values, where=f"{file}:")
 
 

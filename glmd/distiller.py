@@ -97,6 +97,7 @@ class Distiller(nn.Module):
             teacher.head_weight,
             student_bias=linear.bias,
             teacher_bias=teacher.head_bias,
+            merged_into=teacher.merged_into,
             token_weights=weights,
             loss=term.loss,
             **term.options,

@@ -27,7 +27,7 @@ from glmd.heads import (
     run_task_head,
 )
 from glmd.loading import load_classifier, load_model_config, model_positions, require_model, require_task_head
-from glmd.losses.logits import kl_divergence
+from glmd.losses.logits import kl_divergence, merge_words
 from glmd.metrics import score
 from glmd.teacher import TeacherOutputs, model_inputs
 from glmd.tokenizer import load_tokenizer
@@ -102,6 +102,8 @@ def score_words(
         for rows in torch.arange(len(student_hidden), device=student_hidden.device).split(ROWS):
             ours = nn.functional.linear(student_hidden[rows], linear.weight, linear.bias).float()
             theirs = nn.functional.linear(teacher_hidden[rows], outputs.head_weight, outputs.head_bias).float()
+            if outputs.merged_into is not None:
+                theirs = merge_words(theirs, outputs.merged_into)
             best, teacher_best = ours.argmax(-1), theirs.argmax(-1)
             totals[:3] += [
                 len(rows),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glmd.config import TeacherConfig
 from glmd.data.tasks import Task
@@ -125,6 +125,25 @@ def load_language_model(teacher: TeacherConfig) -> Any:
     # Half precision rounds alike on both ways; what differs is a head that is more than one linear map.
     prove_split(model, model.config.vocab_size)
     return model.eval()
+
+
+def compared_embeddings(model: Any, similarity: str) -> Tensor:
+    """(rows, H) the embeddings by which dropped tokens are mapped, of the model's `input` or `output`.
+
+    Raises ModelError where it has none, or where the output's are the input's.
+    """
+    name, given = type(model).__name__, model.get_input_embeddings()
+    if given is None:
+        raise ModelError(f"{name} has no input embeddings")
+    if similarity == "output":
+        output = model.get_output_embeddings()
+        if output is None:
+            raise ModelError(f"vocabulary.similarity output: {name} predicts no words; give input")
+        if output.weight is given.weight:
+            raise ModelError(f"vocabulary.similarity output has no effect: {name} has one matrix for both; remove it")
+        given = output
+    weight: Tensor = given.weight.detach()
+    return weight
 
 
 def load_model_as_saved(name: str) -> Any:

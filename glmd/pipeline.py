@@ -27,14 +27,13 @@ from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
 from glmd.data.corpus import TokenStore, build_token_store, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.errors import ConfigError, RunError
-from glmd.loading import load_language_model
+from glmd.loading import compared_embeddings, load_language_model
 from glmd.objective import Objective, Term
 from glmd.plan import Plan, make_plan
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.student import build_student
 from glmd.task_stages import TaskStages
-from glmd.teacher import OnlineTeacher
 from glmd.tokenizer import compress_tokenizer
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
@@ -150,16 +149,15 @@ class Pipeline:
 
         def work() -> dict[str, Any]:
             if self.accelerator.is_main_process:
-                embeddings = (
-                    load_language_model(replace(teacher, dtype="float32")).get_input_embeddings().weight.detach()
-                )
-                build_vocabulary(source, embeddings, self._counts(), **asdict(settings)).save(place)
+                model = load_language_model(replace(teacher, dtype="float32"))
+                embeddings = compared_embeddings(model, settings.similarity)
+                build_vocabulary(source, embeddings, self._counts(), **settings.choice).save(place)
             self.accelerator.wait_for_everyone()
             return {}
 
         tasks = {name: task.fingerprint() for name, task in self.plan.tasks.items()}
         inputs = {
-            "vocabulary": asdict(settings),
+            "vocabulary": asdict(replace(settings, teacher_mass="renormalise")),  # of which it does not depend
             "teacher": self.bench.teacher_hash,
             "corpus": self.plan.corpus,
             "tokens": self.bench.tokens(),
@@ -180,7 +178,11 @@ class Pipeline:
         """
         tokenizer, store = self.plan.tokenizer, self.bench.store
         size = len(tokenizer)
-        counts = store.counts(size) if store is not None else np.zeros(size, dtype=np.int64)
+        counts = (
+            store.counts(size, weights=self.config.vocabulary.corpus_weights)
+            if store is not None
+            else np.zeros(size, dtype=np.int64)
+        )
         for task in self.plan.tasks.values():
             # Each text once: a passage stands in many rows.
             texts = [*dict.fromkeys(text for e in [*task.train, *task.inputs] for text in _words_of(e))]
@@ -201,7 +203,7 @@ class Pipeline:
             source.to(getattr(torch, teacher.dtype))
             result: dict[str, Any] = {"parameters": self.bench.parameters(student)}
             if objective is not None:
-                live = OnlineTeacher(source.to(self.accelerator.device), None, arm.vocabulary.kept_ids)
+                live = self.bench.teacher(source.to(self.accelerator.device), None, arm)
                 held_out = self.bench.blocks(stage, seed, held_out=True)
                 result["words_before"] = self.bench.score_words(student, live, held_out, arm)
                 data, token_map = self.bench.blocks(stage, seed), arm.vocabulary.token_map

@@ -376,6 +376,7 @@ def _with_parameters(plan: Plan) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"student.initialisation and num_hidden_layers: {error}") from None
     teacher = _on_meta("teacher", plan.teacher_config)
+    _check_vocabulary_effects(plan, teacher)
     cut_config = copy.deepcopy(plan.teacher_config)
     cut_config.vocab_size = plan.kept_size
     if (getattr(cut_config, "pad_token_id", None) or 0) >= plan.kept_size:
@@ -390,6 +391,26 @@ def _with_parameters(plan: Plan) -> Plan:
         for name, model in (("teacher", teacher), ("student", small))
     }
     return replace(plan, student_config=student_config, parameters=parameters)
+
+
+def _check_vocabulary_effects(plan: Plan, teacher: Any) -> None:
+    """Refuse settings of the vocabulary that this teacher or method makes nothing of."""
+    from glmd.loading import compared_embeddings
+
+    settings = plan.config.vocabulary
+    try:
+        compared_embeddings(teacher, settings.similarity)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    is_whole = plan.kept_size == len(plan.tokenizer)
+    if settings.teacher_mass == "merge" and (
+        is_whole or not any(objective.uses("word_logits") for objective in plan.method.values())
+    ):
+        why = "every token is kept" if is_whole else f"method {plan.config.method} distils no words"
+        raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")
+    for name, default in (("within_class", False), ("similarity", "input"), ("corpus_weights", [])):
+        if is_whole and getattr(settings, name) != default:
+            raise ConfigError(f"vocabulary.{name} has no effect: every token is kept; remove it")
 
 
 def _on_meta(name: str, model_config: Any) -> Any:

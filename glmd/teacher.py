@@ -1,6 +1,6 @@
 """What the teacher said, as one noun, and the live teacher that says it.
 
-teacher = OnlineTeacher(language_model, classifier=None, kept_ids=vocabulary.kept_ids)
+teacher = OnlineTeacher(language_model, classifier=None, vocabulary=vocabulary)
 outputs = teacher(batch)      # TeacherOutputs
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glmd.heads import final_linear, hidden_before_final_linear, run_backbone, run_task_head, share_backbone
+from glmd.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class TeacherOutputs:
     """What a batch's terms may ask of a teacher. N: non-pad tokens in row order, K: kept vocabulary, C: classes."""
 
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
-    head_weight: Tensor | None = None  # (K, H) the rows of the kept tokens
-    head_bias: Tensor | None = None  # (K,)
+    head_weight: Tensor | None = None  # (K, H) the rows of the kept tokens; (K + D, H) with those to be merged
+    head_bias: Tensor | None = None  # (K,) or (K + D,)
+    merged_into: Tensor | None = None  # (D,) the student's word that each further row gives its probability to
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
 
 
@@ -28,9 +30,19 @@ class OnlineTeacher:
     """A frozen language model, a frozen classifier, or both over the classifier's backbone, run batch by batch.
 
     With both, the fine-tuned backbone feeds the LM head it was pretrained with: one forward, two answers.
+
+    merge_dropped: give the probability of a dropped word to the one it is mapped onto. Else it is spread over all kept
+        words in their proportion, as in the paper.
     """
 
-    def __init__(self, language_model: nn.Module | None, classifier: nn.Module | None, kept_ids: np.ndarray) -> None:
+    def __init__(
+        self,
+        language_model: nn.Module | None,
+        classifier: nn.Module | None,
+        vocabulary: Vocabulary,
+        *,
+        merge_dropped: bool = False,
+    ) -> None:
         if language_model is not None and classifier not in (None, language_model):
             share_backbone(classifier, language_model)
         self.language_model, self.classifier = language_model, classifier
@@ -40,12 +52,18 @@ class OnlineTeacher:
         self.base = models[0]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.merged_into: Tensor | None = None
         if language_model is not None:
             linear = final_linear(language_model)
-            kept = torch.from_numpy(kept_ids).to(linear.weight.device)
-            # The teacher's probability is renormalised over the kept tokens (the paper); slicing its head does that.
-            self.weight = linear.weight.detach()[kept]
-            self.bias = linear.bias.detach()[kept] if linear.bias is not None else None
+            # Slicing the head renormalises the probability over the kept tokens.
+            rows = vocabulary.kept_ids
+            if merge_dropped and not vocabulary.is_identity:
+                rows = np.concatenate([rows, vocabulary.dropped_ids])
+                targets = torch.from_numpy(vocabulary.token_map[vocabulary.dropped_ids])
+                self.merged_into = targets.to(linear.weight.device)
+            chosen = torch.from_numpy(rows).to(linear.weight.device)
+            self.weight = linear.weight.detach()[chosen]
+            self.bias = linear.bias.detach()[chosen] if linear.bias is not None else None
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
@@ -57,7 +75,7 @@ class OnlineTeacher:
             hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
         if self.classifier is not None:
             task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
-        return TeacherOutputs(hidden, self.weight, self.bias, task_logits)
+        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

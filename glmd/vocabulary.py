@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ def map_tokens(
     method: str = "inner_product",
     forbidden_targets: Iterable[int] = (),
     unk_id: int | None = None,
+    classes: np.ndarray | None = None,
     chunk_size: int = 4096,
 ) -> np.ndarray:
     """Send each dropped token to the kept token whose embedding is nearest. Returns (V,) student ids.
@@ -194,6 +195,7 @@ def map_tokens(
     method: "inner_product" (the paper's best), "cosine", "euclidean", or "unk": all to the unknown token.
     forbidden_targets: source ids no token is sent to: a special token inside a text would change its meaning.
     unk_id: source id of the unknown token, for "unk".
+    classes: (V,) of `token_classes`; a token is sent to one of its own class, where one is kept.
     Equal scores: the lower id.
     """
     if method not in MAPPINGS:
@@ -213,11 +215,37 @@ def map_tokens(
         raise ModelError("every kept token is a special one; no token is left to map the others onto")
     if not np.isfinite(matrix).all():
         raise ModelError("the embeddings hold values that are not finite; no nearest token can be found")
-    targets = matrix[kept_ids[candidates]]
-    for start in range(0, len(dropped), chunk_size):
-        ids = dropped[start : start + chunk_size]
-        token_map[ids] = candidates[_similarity(matrix[ids], targets, method).argmax(axis=1)]
+    for ids, own in _by_class(dropped, candidates, kept_ids, classes):
+        targets = matrix[kept_ids[own]]
+        for start in range(0, len(ids), chunk_size):
+            chunk = ids[start : start + chunk_size]
+            token_map[chunk] = own[_similarity(matrix[chunk], targets, method).argmax(axis=1)]
     return token_map
+
+
+def _by_class(
+    dropped: np.ndarray, candidates: np.ndarray, kept_ids: np.ndarray, classes: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(source ids of dropped tokens, student ids of those that they may be sent to), one pair a class."""
+    if classes is None:
+        yield dropped, candidates
+        return
+    for each in np.unique(classes[dropped]):
+        own = candidates[classes[kept_ids[candidates]] == each]
+        yield dropped[classes[dropped] == each], own if len(own) else candidates
+
+
+def token_classes(tokenizer: Any) -> np.ndarray:
+    """(V,) whether a token is a byte (2), begins a word or stands alone (1), or goes on within one (0).
+
+    By the signs that the families know: ## of WordPiece, Ġ of byte-level BPE, ▁ of sentencepiece.
+    """
+    classes = np.zeros(source_size_of(tokenizer), dtype=np.int64)
+    prefix = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("continuing_subword_prefix") or ""
+    for token, i in tokenizer.get_vocab().items():
+        classes[i] = not token.startswith(prefix) if prefix else token.startswith(("Ġ", "▁"))
+    classes[[*byte_ids(tokenizer)]] = 2
+    return classes
 
 
 def _similarity(rows: np.ndarray, targets: np.ndarray, method: str) -> np.ndarray:
@@ -249,13 +277,15 @@ def build_vocabulary(
     multiple_of: int | None = None,
     selection: str = "closed",
     mapping: str = "inner_product",
+    within_class: bool = False,
     keep_words: Iterable[str] = (),
 ) -> Vocabulary:
     """Choose the kept tokens by count and map the others by embedding.
 
-    embeddings: (V or more, H) the teacher's; rows beyond the tokenizer are dropped.
+    embeddings: (V or more, H) the teacher's, of its input or output; rows beyond the tokenizer are dropped.
     counts: (V,) how often each token of `tokenizer` was seen.
     selection: "closed" keeps a token of byte-pair encoding together with what it is merged from; "free" by count alone.
+    within_class: map beginnings of words onto such, what goes on within a word likewise.
     """
     source_size = source_size_of(tokenizer)
     if len(counts) != source_size:
@@ -280,15 +310,16 @@ def build_vocabulary(
         embeddings[:source_size],
         kept_ids,
         method=mapping,
-        forbidden_targets=_no_targets(tokenizer),
+        forbidden_targets=forbidden_targets(tokenizer),
         unk_id=tokenizer.unk_token_id,
+        classes=token_classes(tokenizer) if within_class else None,
     )
     vocabulary = Vocabulary(kept_ids, token_map, mapping, counts)
     _report_map(tokenizer, vocabulary)
     return vocabulary
 
 
-def _no_targets(tokenizer: Any) -> set[int]:
+def forbidden_targets(tokenizer: Any) -> set[int]:
     """Tokens that no other is mapped onto: special ones, and bytes that are a part of a character or invisible."""
     parts = {i for i, byte in byte_ids(tokenizer).items() if not 0x20 < byte < 0x7F}
     return {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder)} | parts

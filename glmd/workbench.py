@@ -149,6 +149,7 @@ class Workbench:
             "teacher_dtype": self.config.teacher.dtype,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "vocabulary": arm.vocabulary.fingerprint() if arm is not None else None,
+            "teacher_mass": self.config.vocabulary.teacher_mass if arm is not None else None,
             "data": task.fingerprint() if task is not None else self.plan.corpus,
             "tokens": self.tokens() if task is None else None,
             "classifier": self.run_folder.fingerprint(classifier) if classifier is not None else None,
@@ -173,7 +174,12 @@ class Workbench:
         if words:  # in a blank the fine-tuned model has predicted words itself
             language_model = model if task.task.casting == "cloze" else load_language_model(teacher)
             language_model.to(self.accelerator.device)
-        return OnlineTeacher(language_model, model, arm.vocabulary.kept_ids)
+        return self.teacher(language_model, model, arm)
+
+    def teacher(self, language_model: Any, classifier: Any, arm: Arm) -> OnlineTeacher:
+        """A live teacher for students with the arm's vocabulary."""
+        merges = self.config.vocabulary.teacher_mass == "merge"
+        return OnlineTeacher(language_model, classifier, arm.vocabulary, merge_dropped=merges)
 
     def parameters(self, model: Any) -> dict[str, int]:
         return split_parameters(model, set(vocabulary_axes(model.config, type(model))))

@@ -141,7 +141,8 @@ KEYS = {
         report_to""",
     "teacher.": "model revision trust_remote_code dtype tasks scratch",
     "student.": "num_hidden_layers initialisation config",
-    "vocabulary.": "keep_ratio size multiple_of selection mapping keep_words",
+    "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
+    "corpus_weights",
     "data.": "corpus text_field superglue world eval_blocks",
     "controls.": "hard_labels full_vocabulary",
     "teacher.pretraining.": STAGE,

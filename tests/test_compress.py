@@ -97,12 +97,41 @@ def _roberta_rte(folder):
     return path
 
 
+def test_words_of_a_file_shares_of_corpora_and_the_output_matrix_shape_a_compressed_vocabulary(
+    models, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("glmd.compress.check_exports", lambda folders: None)
+    (tmp_path / "words.txt").write_text("unlike\n")
+    rare = tmp_path / "rare.txt"
+    rare.write_text("mountains papers stones\n")
+
+    def kept(*arguments) -> tuple[set[str], list[int]]:
+        output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        place = ["compress", str(models / "MistralForCausalLM"), str(output), "--size", "300"]
+        assert main([*place, "--corpus", str(models / "corpus.txt"), *arguments]) == 0
+        tokenizer = load_tokenizer(output)
+        return set(tokenizer.get_vocab()), tokenizer.token_map
+
+    plain, map_of_input = kept()
+    assert not plain.issuperset(kept("--keep-words-file", str(tmp_path / "words.txt"))[0])
+    assert "▁unlike" in kept("--keep-words-file", str(tmp_path / "words.txt"))[0]
+    common, rarer = (kept(str(rare), "--corpus-weights", *shares)[0] for shares in (("1", "0.001"), ("0.001", "1")))
+    assert "▁papers" in rarer and rarer != common
+    assert kept("--similarity", "output")[1] != map_of_input
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
         ("GPT2LMHeadModel", ["--size", "100"], "vocabulary: 100 of 398 tokens would be kept, but 258 must be"),
         ("T5EncoderModel", ["--size", "100", "--selection", "free"], "selection free has no effect: tokens of Unigram"),
         ("LlamaForCausalLM", ["--size", "380", "--keep-words", ""], "keep_words: the tokenizer does not know ''"),
+        ("LlamaForCausalLM", ["--size", "380", "--corpus-weights", "1"], "--corpus-weights: 1 numbers for 1 sources"),
+        (
+            "LlamaForCausalLM",
+            ["--size", "380", "--keep-words-file", "absent"],
+            "--keep-words-file: absent cannot be read",
+        ),
         ("AlbertForMaskedLM", ["--size", "100", "--keep-words", "Ω"], "keep_words: the tokenizer does not know 'Ω'"),
     ],
 )

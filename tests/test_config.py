@@ -173,6 +173,16 @@ def test_keep_ratio_and_size_exclude_each_other(load):
     assert "keep_ratio and size are both given; keep one" in refusal(load, "", "vocabulary.size=100")
 
 
+def test_words_to_keep_may_stand_in_a_file(load, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("yes\n\n two words \nnaïve\n", encoding="utf-8")
+    assert load("", f"vocabulary.keep_words={words}").vocabulary.keep_words == ["yes", "two words", "naïve"]
+    words.write_bytes(b"\xff")
+    assert "cannot be read (no UTF-8)" in refusal(load, "", f"vocabulary.keep_words={words}")
+    words.write_text("\n")
+    assert "holds no word" in refusal(load, "", f"vocabulary.keep_words={words}")
+
+
 def test_a_fine_tuned_teacher_must_be_for_a_task_of_the_run(load):
     text = "tasks: [RTE, BoolQ]\n"
     message = refusal(load, text, "teacher.tasks.BolQ=some/classifier")

@@ -237,6 +237,29 @@ def test_batches_are_cut_by_text_and_by_number():
     assert sizes == [[5, 5], [1, 1, 1], [1, 30], [2]]
 
 
+def test_weights_are_the_shares_of_the_sources_whatever_their_sizes(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    sources, own = [], []
+    for name, size, words in (("a", 4000, range(8, 13)), ("b", 300, range(5, 9)), ("empty", 0, ())):
+        ids = rng.choice(list(words), size) if size else []
+        rows = [" ".join(WORDS[i] for i in part) for part in np.array_split(ids, 50)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        sources.append(str(tmp_path / f"{name}.jsonl"))
+        own.append(np.bincount(ids, minlength=13) if size else np.zeros(13))
+    store = build_token_store(tmp_path / "store", sources, tokenizer)
+    assert store.manifest["source_ends"] == [4049, 4399, 4399]
+    counts = store.counts(13, weights=[1, 3, 7])
+    words = counts.copy()
+    words[3] = 0  # the separators
+    shares = [each / max(1, each.sum()) for each in own]
+    expected = (1 * shares[0] + 3 * shares[1]) / 4
+    assert np.allclose(words / words.sum(), expected, atol=0.01)
+    assert abs(counts.sum() - store.num_tokens * 4 / 11) < 20, "an empty source has its share and no tokens"
+    tiny = store.counts(13, weights=[1e9, 1, 1])
+    assert (tiny[5:8] == 1).all(), "what is seen counts"
+    assert np.array_equal(store.counts(13), np.bincount(store.tokens, minlength=13))
+
+
 def test_counts_refuse_a_vocabulary_that_is_too_small(tmp_path, trees, tokenizer):
     store = build_token_store(tmp_path / "store", [trees], tokenizer)
     assert store.counts(14)[13] == 0
@@ -355,7 +378,7 @@ DAMAGES = {
     "garbage manifest": lambda folder: (folder / "manifest.json").write_bytes(b"\x00\xff"),
     "empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
     "list manifest": lambda folder: (folder / "manifest.json").write_text("[1]"),
-    "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"version": 1, "num_tokens": 8}'),
+    "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"version": 2, "num_tokens": 8}'),
 }
 
 
@@ -377,8 +400,8 @@ def test_a_store_of_another_version_is_refused(tmp_path, trees, tokenizer):
     build_token_store(folder, [trees], tokenizer)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
-    assert "has version 99, not 1" in refusal(RunError, open_token_store, folder)
-    assert "has version 99, not 1" in refusal(RunError, build_token_store, folder, [trees], tokenizer)
+    assert "has version 99, not 2" in refusal(RunError, open_token_store, folder)
+    assert "has version 99, not 2" in refusal(RunError, build_token_store, folder, [trees], tokenizer)
 
 
 def test_where_there_is_no_store_opening_says_so(tmp_path):

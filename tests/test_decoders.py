@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_whole_models_at_every_position(name, models, tmp_pa
     data.blocks = range(last + 1)
     batch = Collate(0)([data[0, i] for i in (0, 3, last)])  # the last block is a short one
     distiller = Distiller(load_method("glmd")["pretraining"], token_map, language_model=student)
-    outputs = OnlineTeacher(teacher, None, kept)(batch)
+    outputs = OnlineTeacher(teacher, None, vocabulary)(batch)
     got = distiller(batch, outputs)
 
     valid, mask = batch["attention_mask"].bool(), batch["attention_mask"]

@@ -23,10 +23,12 @@ from transformers import (
 from glmd.distiller import Distiller
 from glmd.objective import Objective, Term
 from glmd.teacher import OnlineTeacher, TeacherOutputs
+from glmd.vocabulary import Vocabulary
 
 V, C = 30, 3
 KEPT = np.array([0, 1, 2, 3, 4, *range(6, V, 2)])
 TOKEN_MAP = np.where(np.isin(np.arange(V), KEPT), np.searchsorted(KEPT, np.arange(V)), 7)
+VOCABULARY = Vocabulary(KEPT, TOKEN_MAP)
 
 Batch = dict[str, Tensor]
 WORDS = Term("word_logits", "kl_divergence", options={"temperature": 15.0})
@@ -69,7 +71,7 @@ def students() -> dict[str, Any]:
 
 def teacher() -> OnlineTeacher:
     language_model = model_of(BertForMaskedLM, V, 2, seed=0)
-    return OnlineTeacher(language_model, model_of(BertForSequenceClassification, V, 2, seed=1), KEPT)
+    return OnlineTeacher(language_model, model_of(BertForSequenceClassification, V, 2, seed=1), VOCABULARY)
 
 
 def batch(length: int = 7) -> Batch:
@@ -196,7 +198,7 @@ def test_padding_changes_nothing_for_a_task_head_that_averages_over_tokens() -> 
     fields |= {"classifier_pooling": "mean"}
     heads = ModernBertForMaskedLM, ModernBertForSequenceClassification
     pair = [model_of(head, len(KEPT), 1, seed, **fields) for seed, head in enumerate(heads)]
-    model = OnlineTeacher(*(model_of(head, V, 2, seed, **fields) for seed, head in enumerate(heads, 2)), KEPT)
+    model = OnlineTeacher(*(model_of(head, V, 2, seed, **fields) for seed, head in enumerate(heads, 2)), VOCABULARY)
     distiller = Distiller(Objective((WORDS, TASK)), TOKEN_MAP, language_model=pair[0], classifier=pair[1])
     short, long = (loss_of(distiller, model, batch(length)) for length in (7, 13))
     torch.testing.assert_close(long, short, rtol=1e-6, atol=1e-9)
@@ -225,10 +227,35 @@ def test_splitting_a_step_into_micro_batches_gives_the_same_loss_and_gradients(c
     torch.testing.assert_close(gradients(distiller, split), gradients(distiller, whole), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["words", "masked words", "reverse"])
+def test_merged_words_give_their_probability_to_the_word_they_are_mapped_onto(name: str) -> None:
+    """At temperature 1 the teacher's probabilities of a group add up; the sums' logarithms are its logits."""
+    distiller, term = Distiller(Objective((TERMS[name],)), TOKEN_MAP, **students()), TERMS[name]
+    model = OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=0), None, VOCABULARY, merge_dropped=True)
+
+    class Merged(torch.nn.Module):
+        """The teacher with the logits of groups where the kept words' stood."""
+
+        def forward(self, **inputs: Any) -> Any:
+            outputs = model.language_model(**inputs)
+            sums = outputs.logits.softmax(-1) @ torch.eye(len(KEPT), dtype=torch.float64)[TOKEN_MAP]
+            outputs.logits = torch.zeros_like(outputs.logits)
+            outputs.logits[..., KEPT] = sums.log()
+            return outputs
+
+    plain = teacher()
+    plain.language_model = Merged()
+    loss, expected = loss_of(distiller, model, batch()), plain_loss(term, distiller, plain, batch())
+    assert_same(loss, expected)
+    assert abs(loss - plain_loss(term, distiller, teacher(), batch())) > 1e-3, "renormalising is another loss"
+    ours, theirs = gradients(distiller, loss), gradients(distiller, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("terms", [(WORDS,), (MASKED,), (TASK,), (WORDS, TASK)])
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_zero_gradient(terms: tuple[Term, ...]) -> None:
     model = OnlineTeacher(
-        *(model_of(head, V, 2, 0) for head in (BertForMaskedLM, BertForSequenceClassification)), np.arange(V)
+        *(model_of(head, V, 2, 0) for head in (BertForMaskedLM, BertForSequenceClassification)), Vocabulary.identity(V)
     )
     pair = {name: copy.deepcopy(getattr(model, name)).requires_grad_() for name in ("language_model", "classifier")}
     distiller = Distiller(Objective(terms), np.arange(V), **pair)
@@ -312,7 +339,7 @@ def test_a_teacher_with_both_heads_reads_the_fine_tuned_backbone_and_learns_noth
         model_of(BertForMaskedLM, V, 2, seed=0),
         model_of(BertForSequenceClassification, V, 2, 1),
     )
-    model, inputs = OnlineTeacher(language_model, classifier, KEPT), batch()
+    model, inputs = OnlineTeacher(language_model, classifier, VOCABULARY), batch()
     assert model.base.bert is classifier.bert is language_model.bert
     outputs = model(inputs)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -325,8 +352,8 @@ def test_a_teacher_with_both_heads_reads_the_fine_tuned_backbone_and_learns_noth
 
 
 def test_a_teacher_says_only_what_it_has_heads_for() -> None:
-    words = OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=0), None, KEPT)(batch())
-    task = OnlineTeacher(None, model_of(BertForSequenceClassification, V, 2, seed=1), KEPT)(batch())
+    words = OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=0), None, VOCABULARY)(batch())
+    task = OnlineTeacher(None, model_of(BertForSequenceClassification, V, 2, seed=1), VOCABULARY)(batch())
     assert words.task_logits is None and words.hidden_states is not None
     assert task == TeacherOutputs(task_logits=task.task_logits) and task.task_logits is not None
 
@@ -335,7 +362,7 @@ def test_choices_are_distilled_like_the_plain_softmax_over_each_examples_own() -
     task, hard = Term("task_logits", "kl_divergence", options={"temperature": 3.0}), TASK_LABELS
     student = model_of(BertForMultipleChoice, len(KEPT), 1, seed=3)
     source = model_of(BertForMultipleChoice, V, 2, seed=1)
-    teacher_of_choices = OnlineTeacher(None, source, KEPT)
+    teacher_of_choices = OnlineTeacher(None, source, VOCABULARY)
     data = batch() | {
         "num_choices": torch.tensor([1, 3]),
         "labels": torch.tensor([0, 2]),
@@ -367,5 +394,5 @@ def test_the_words_of_every_choice_are_distilled() -> None:
     flat = batch()
     choices = flat | {"num_choices": torch.tensor([1, 3]), "labels": flat["labels"][:2], "example_id": torch.arange(2)}
     distiller = Distiller(Objective((WORDS, MASKED)), TOKEN_MAP, language_model=students()["language_model"])
-    language_model = OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=0), None, KEPT)
+    language_model = OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=0), None, VOCABULARY)
     torch.testing.assert_close(loss_of(distiller, language_model, choices), loss_of(distiller, language_model, flat))

@@ -15,7 +15,7 @@ from torch import Tensor
 from glmd.errors import ConfigError
 from glmd.losses import linear
 from glmd.losses.linear import ROW_LOSSES, linear_distillation_loss
-from glmd.losses.logits import LOGIT_LOSSES
+from glmd.losses.logits import LOGIT_LOSSES, merge_words
 
 TEMPERED = [name for name in LOGIT_LOSSES if name != "mse"]
 
@@ -141,6 +141,48 @@ def test_it_equals_full_logits_in_values_and_gradients(
     case = make(n, *sizes, seed=seed, biases=biases, weights=weights)
     with chunks_of(chunk):
         assert_equal_to_plain(case, loss, 1.0 if loss == "mse" else temperature)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    loss=st.sampled_from(list(LOGIT_LOSSES)),
+    temperature=st.sampled_from([1.0, 4.0, 15.0]),
+    n=st.integers(0, 20),
+    sizes=st.tuples(st.integers(1, 30), st.integers(1, 6), st.integers(1, 6)),
+    dropped=st.integers(0, 40),
+    seed=st.integers(0, 999),
+)
+def test_merged_words_equal_the_logarithm_of_each_groups_sum(
+    loss: str, temperature: float, n: int, sizes: tuple[int, int, int], dropped: int, seed: int
+) -> None:
+    temperature = 1.0 if loss == "mse" else temperature
+    case, more = (make(n, *sizes, seed=seed, biases="student teacher") for seed in (seed, seed + 1000))
+    generator = torch.Generator().manual_seed(seed)
+    words = sizes[0]
+    merged_into = torch.randint(words, (dropped,), generator=generator)
+    spare = torch.randint(words, (dropped,), generator=generator)
+    weight = torch.cat([case.teacher_weight, more.teacher_weight[spare]])
+    bias = torch.cat([case.teacher_bias, more.teacher_bias[spare]])
+    probabilities = torch.nn.functional.linear(case.teacher_hidden, weight, bias).exp()
+    groups = torch.cat([torch.arange(words), merged_into])
+    logits = torch.stack([probabilities[:, groups == word].sum(-1) for word in range(words)], dim=-1).log()
+    # A teacher of these very logits: its hidden states are they, and its map the identity.
+    exact = replace(case, teacher_hidden=logits, teacher_weight=torch.eye(words).double(), teacher_bias=None)
+    ours, exact = replace(case, teacher_weight=weight, teacher_bias=bias).to(torch.float64), exact.to(torch.float64)
+    with chunks_of(8):
+        value = linear_distillation_loss(**vars(ours), temperature=temperature, loss=loss, merged_into=merged_into)
+    expected = plain(exact, loss, temperature)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    for gradient, twin in zip(ours.gradients, exact.gradients, strict=True):
+        torch.testing.assert_close(gradient, twin, rtol=1e-9, atol=1e-9)
+
+
+def test_merging_overflows_nowhere() -> None:
+    logits = torch.tensor([[500.0, -500.0, 400.0, 501.0], [-3e38, 0.0, 3e38, -3e38]])
+    merged = merge_words(logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(merged, torch.tensor([[501.3133, 400.0], [-3e38, 3e38]]), rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("n", [7, 8, 9, 15, 16, 17])

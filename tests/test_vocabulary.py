@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer, GenerationConfig
@@ -16,7 +17,7 @@ from glmd.errors import ModelError
 from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep
 from glmd.slicing import renumber_config, renumber_generation_config, slice_model, vocabulary_axes
 from glmd.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer
-from glmd.vocabulary import MAPPINGS, Vocabulary, build_vocabulary, in_degrees, map_tokens
+from glmd.vocabulary import MAPPINGS, Vocabulary, build_vocabulary, in_degrees, map_tokens, token_classes
 
 V = 60
 TOKENS = [
@@ -188,6 +189,42 @@ def test_equal_scores_go_to_the_lower_id_and_half_precision_decides_like_single(
     assert np.array_equal(map_tokens(tensor.requires_grad_(), EVEN.kept_ids), expected)
     nearly_equal = torch.tensor([[1.0], [1.0 + 1e-12], [1.0]], dtype=torch.float64)
     assert map_tokens(nearly_equal, np.array([0, 1])).tolist() == [0, 1, 1]
+
+
+def test_within_classes_a_token_is_mapped_onto_its_own_kind_where_one_is_kept():
+    embeddings = np.random.default_rng(3).standard_normal((V, 5))
+    classes = np.arange(V) % 3
+    classes[7] = 9  # alone: no kept token is like it
+    found = map_tokens(embeddings, EVEN.kept_ids, classes=classes, forbidden_targets={0}, chunk_size=4)
+    for i in EVEN.dropped_ids:
+        like = set(np.flatnonzero(classes != classes[i]).tolist()) if i != 7 else set()
+        assert found[i] == nearest(embeddings, EVEN.kept_ids, "inner_product", {0} | like)[i]
+    assert np.array_equal(found[EVEN.kept_ids], np.arange(EVEN.size))
+
+
+@pytest.mark.parametrize(
+    ("family", "begins", "goes_on"),
+    [("gpt2", "Ġlight", "er"), ("llama2", "▁light", "er"), ("xlm-r", "▁light", "s"), ("t5", "▁light", "s")],
+)
+def test_classes_tell_beginnings_of_words_from_what_goes_on_and_bytes(family, begins, goes_on):
+    tokenizer = FAMILIES[family]()
+    ids, classes, in_bytes = tokenizer.get_vocab(), token_classes(tokenizer), byte_ids(tokenizer)
+    assert (classes[ids[begins]], classes[ids[goes_on]]) == (1, 0)
+    assert sorted(np.flatnonzero(classes == 2)) == sorted(in_bytes)
+
+
+def test_a_vocabulary_within_classes_maps_pieces_onto_pieces(tokenizer):
+    embeddings = np.random.default_rng(0).standard_normal((V, 4))
+    counts = np.arange(V)[::-1].copy()
+    classes, share = token_classes(tokenizer), []
+    assert np.array_equal(classes == 0, [token.startswith("##") for token in TOKENS])
+    counts[[TOKENS.index("##a"), TOKENS.index("##b")]] = V + 1
+    for within in (False, True):
+        vocabulary = build_vocabulary(tokenizer, embeddings, counts, size=45, within_class=within)
+        dropped = vocabulary.dropped_ids
+        targets = vocabulary.kept_ids[vocabulary.token_map[dropped]]
+        share.append((classes[dropped] == classes[targets]).mean())
+    assert share[1] == 1 > share[0]
 
 
 def test_mapping_unk_sends_every_dropped_token_to_the_unknown_token():

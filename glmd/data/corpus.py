@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_DOCUMENT_CHARACTERS = 16_000_000
-STORE_VERSION = 1
+STORE_VERSION = 2
 TEXT_FIELD = "text"  # the default
 SUFFIXES = (".txt", ".jsonl")
 
@@ -110,12 +110,28 @@ class TokenStore:
             raise IndexError(f"block {index} of {self.num_blocks(block_length)}")
         return self.tokens[index * block_length : (index + 1) * block_length].astype(np.int64)
 
-    def counts(self, vocab_size: int) -> np.ndarray:
-        """(V,) int64: how often each id stands in the store, separators included."""
+    def counts(self, vocab_size: int, *, weights: Sequence[float] = ()) -> np.ndarray:
+        """(V,) int64: how often each id stands in the store, separators included.
+
+        weights: one for each source, its share of the count whatever its size; the counts still add up to about the
+            tokens there are, and an id that is seen counts at least once.
+        """
+        if not weights:
+            return self._counts(0, self.num_tokens, vocab_size)
+        ends: list[int] = self.manifest["source_ends"]
+        if len(weights) != len(ends):
+            raise ValueError(f"{len(weights)} weights for {len(ends)} sources")
+        counts = np.zeros(vocab_size)
+        for weight, start, end in zip(weights, [0, *ends], ends, strict=False):
+            own = self._counts(start, end, vocab_size)
+            counts += own * (weight / sum(weights) * self.num_tokens / max(1, end - start))
+        return np.maximum(counts.round(), counts > 0).astype(np.int64)
+
+    def _counts(self, first: int, stop: int, vocab_size: int) -> np.ndarray:
         counts = np.zeros(vocab_size, dtype=np.int64)
         step = 1 << 22  # bincount makes int64 of what it is given: 32 MB at a time
-        for start in range(0, self.num_tokens, step):
-            chunk = np.bincount(self.tokens[start : start + step], minlength=vocab_size)
+        for start in range(first, stop, step):
+            chunk = np.bincount(self.tokens[start : min(start + step, stop)], minlength=vocab_size)
             if len(chunk) > vocab_size:
                 raise DataError(
                     f"{self.folder}: holds token {len(chunk) - 1}, but the vocabulary has {vocab_size}; "
@@ -172,9 +188,8 @@ def build_token_store(
         "text_field": text_field,
     }
     store = _reusable_store(folder, fingerprint)
-    return store or _write_store(
-        folder, read_documents(sources, text_field=text_field), tokenizer, fingerprint, sources
-    )
+    documents = [read_documents([source], text_field=text_field) for source in sources]
+    return store or _write_store(folder, documents, tokenizer, fingerprint, sources)
 
 
 class _NoWholeStore(RunError):
@@ -213,7 +228,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _write_store(
     folder: Path,
-    documents: Iterable[str],
+    documents: Sequence[Iterable[str]],
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: dict[str, Any],
     sources: Sequence[str],
@@ -258,19 +273,21 @@ def _write_store(
 
 def _write_tokens(
     file: BinaryIO,
-    documents: Iterable[str],
+    documents: Sequence[Iterable[str]],
     tokenizer: "PreTrainedTokenizerBase",
     separator: int,
     dtype: np.dtype,
 ) -> dict[str, Any]:
-    """Tokenize in batches into an open file; how much of what was written, and its sha256."""
+    """Tokenize each source's documents in batches into an open file; how much of what was written, and its sha256."""
     from tqdm import tqdm
 
     digest = hashlib.sha256()
     num_tokens = num_documents = num_empty = 0
+    ends = [0] * len(documents)
+    batches = ((i, batch) for i, source in enumerate(documents) for batch in _batches(source))
     # disable=None: no bar unless stderr is a terminal.
     with tqdm(unit=" documents", desc="tokenizing", disable=None) as progress:
-        for batch in _batches(documents):
+        for source, batch in batches:
             encoded = [ids for ids in _encode(tokenizer, [text for text in batch if text.strip()]) if ids]
             num_empty += len(batch) - len(encoded)
             pieces: list[list[int]] = []
@@ -283,11 +300,13 @@ def _write_tokens(
             file.write(data)
             digest.update(data)
             num_tokens += row.size
+            ends[source:] = [num_tokens] * (len(ends) - source)
             progress.update(len(batch))
     return {
         "num_tokens": num_tokens,
         "num_documents": num_documents,
         "num_empty_documents": num_empty,
+        "source_ends": ends,
         "sha256": digest.hexdigest(),
     }
 

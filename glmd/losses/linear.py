@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glmd.errors import ConfigError
-from glmd.losses.logits import check_temperature
+from glmd.losses.logits import check_temperature, merge_words
 
 # Smaller chunks read and write the weight's gradient more often; larger ones gained nothing on a CPU.
 CHUNK_TOKENS = 512
@@ -33,6 +33,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    merged_into: Tensor | None = None,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,
     loss: str = "kl_divergence",
@@ -41,6 +42,8 @@ def linear_distillation_loss(
 
     student_hidden: (N, H), teacher_hidden: (N, H of the teacher) states before the final linear map.
     student_weight: (K, H), teacher_weight: (K, H of the teacher). student_bias, teacher_bias: (K,).
+    merged_into: (D,) for a teacher of K + D words, whose last D each give their probability to one of the first K
+        (`merge_words`).
     token_weights: (N,); tokens of weight 0 are dropped before anything is computed.
 
     Returns a scalar, differentiable once in the student's three tensors; the teacher is a constant.
@@ -51,7 +54,7 @@ def linear_distillation_loss(
     """
     rows = _checked_rows(loss, temperature)
     student = _Head(student_hidden, student_weight, student_bias)
-    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias)
+    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, merged_into)
     _check_shapes(student, teacher)
     if token_weights is not None:
         if token_weights.shape != student_hidden.shape[:1] or token_weights.requires_grad:
@@ -63,7 +66,13 @@ def linear_distillation_loss(
         student, teacher = _at_tokens(student, kept), _at_tokens(teacher, kept)
         token_weights = token_weights[kept]
     apply: Callable[..., Tensor] = _LinearLoss.apply
-    return apply(*student, teacher, _Task(rows, temperature, token_weights, torch.is_grad_enabled()))
+    return apply(
+        student.hidden,
+        student.weight,
+        student.bias,
+        teacher,
+        _Task(rows, temperature, token_weights, torch.is_grad_enabled()),
+    )
 
 
 class _Head(NamedTuple):
@@ -72,6 +81,7 @@ class _Head(NamedTuple):
     hidden: Tensor  # (N, H)
     weight: Tensor  # (K, H)
     bias: Tensor | None  # (K,)
+    merged_into: Tensor | None = None  # (D,) of a head of K + D words
 
 
 def _at_tokens(head: _Head, tokens: Tensor) -> _Head:
@@ -126,13 +136,19 @@ def _sum_and_gradients(
     grad_bias = new.new_zeros(vocabulary_size) if needed[2] else None
     # Three buffers serve all chunks: in fresh memory the elementwise work takes four times as long.
     buffers = new.new_empty(3, min(CHUNK_TOKENS, num_tokens), vocabulary_size)
+    wide = new.new_empty(2 if teacher.merged_into is not None else 0, buffers.shape[1], len(teacher.weight))
     product = torch.empty_like(student.weight) if needed[1] and student.weight.dtype != dtype else None
     with torch.autocast(new.device.type, enabled=False):
         for start in range(0, num_tokens, CHUNK_TOKENS):
             chunk = slice(start, min(start + CHUNK_TOKENS, num_tokens))
             student_logits, teacher_logits, gradient = buffers[:, : chunk.stop - start]
             _write_logits(student, chunk, student_logits, scratch=gradient)
-            _write_logits(teacher, chunk, teacher_logits, scratch=gradient)
+            if teacher.merged_into is None:
+                _write_logits(teacher, chunk, teacher_logits, scratch=gradient)
+            else:
+                every_word, scratch = wide[:, : chunk.stop - start]
+                _write_logits(teacher, chunk, every_word, scratch=scratch)
+                teacher_logits.copy_(merge_words(every_word, teacher.merged_into))
             values = task.rows(student_logits, teacher_logits, gradient, task.temperature)
             if task.token_weights is not None:
                 weights = task.token_weights[chunk].to(dtype)
@@ -159,7 +175,7 @@ def _in_product_dtype(head: _Head) -> _Head:
         dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float16:
         dtype = torch.float32
-    return _Head(head.hidden.to(dtype), head.weight.to(dtype), head.bias)
+    return head._replace(hidden=head.hidden.to(dtype), weight=head.weight.to(dtype))
 
 
 def _write_logits(head: _Head, chunk: slice, out: Tensor, *, scratch: Tensor) -> None:
@@ -277,8 +293,9 @@ def _check_shapes(student: _Head, teacher: _Head) -> None:
             f"student_hidden has {len(student.hidden)} tokens and teacher_hidden {len(teacher.hidden)}; "
             "they must be the same"
         )
-    if len(student.weight) != len(teacher.weight):
+    merged = 0 if teacher.merged_into is None else len(teacher.merged_into)
+    if len(student.weight) + merged != len(teacher.weight):
         raise ValueError(
-            f"student_weight has {len(student.weight)} words and teacher_weight {len(teacher.weight)}; "
-            "slice the teacher's to the kept words first"
+            f"student_weight has {len(student.weight)} words and teacher_weight {len(teacher.weight)}"
+            f"{f', of which {merged} are merged' if merged else ''}; slice the teacher's to the kept words first"
         )

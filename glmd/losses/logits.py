@@ -16,6 +16,19 @@ from torch import Tensor
 from glmd.errors import ConfigError
 
 
+def merge_words(logits: Tensor, merged_into: Tensor) -> Tensor:
+    """(N, K + D) logits of kept and dropped words -> (N, K): each dropped one's probability joins a kept one's.
+
+    merged_into: (D,) which kept word (0 to K - 1). The log-sum-exp of each group, so that no probability is lost;
+    slicing to the first K would renormalise instead.
+    """
+    kept, dropped = logits.split([logits.shape[1] - len(merged_into), len(merged_into)], dim=1)
+    places = merged_into.expand(len(logits), -1)
+    largest = kept.scatter_reduce(1, places, dropped, "amax")
+    sums = (kept - largest).exp_().scatter_add_(1, places, (dropped - largest.gather(1, places)).exp_())
+    return sums.log_().add_(largest)
+
+
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Forward KL(teacher || student) times temperature squared, eq. (3) of arXiv:2306.06625.
 
