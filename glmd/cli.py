@@ -85,6 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_for_task("evaluate", _evaluate, "Score a task model, stock or distilled.")
     command.add_argument("--data", required=True, help="a SuperGLUE folder, a jsonl file, or aps/super_glue")
     command.add_argument("--split", default="val", choices=("train", "val", "test"))
+    command.add_argument(
+        "--tokenizer", default="exact", choices=("exact", "ordinary"), help="ordinary: a student's text as without glmd"
+    )
 
     command = add_for_task("predict", _predict, "Write a task model's answers in the leaderboard's form.")
     command.add_argument("--file", required=True, help="jsonl in the official form; labels are not needed")
@@ -104,9 +107,18 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("verify", _verify, "Check a model folder from weights to tokenizer files; exit code 1 if it fails.")
     command.add_argument("folder", type=Path, help="an exported student, or any folder of a model and its tokenizer")
 
-    command = add("export", _export, "Write the student of an unfinished stage's newest checkpoint as a model folder.")
-    command.add_argument("stage", type=Path, help="a stage folder of a run, for example runs/NAME/pretraining")
+    command = add(
+        "export", _export, "Write a stage's newest checkpoint, or a student in another form, as a model folder."
+    )
+    command.add_argument("source", type=Path, help="a stage of a run (runs/NAME/pretraining), or a student's folder")
     command.add_argument("output", type=Path, help="folder to write")
+    command.add_argument(
+        "--kind",
+        default="exact",
+        choices=("exact", "stock", "expanded"),
+        help="stock: the ordinary tokenizer alone; expanded: the source's tokenizer and rows, for models that predict "
+        "no words",
+    )
 
     command = add("report", _report, "Print the results of a finished run as a Markdown table.")
     command.add_argument("run", type=Path, help="run folder")
@@ -196,6 +208,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.split,
         max_length=options.max_length,
         batch_size=options.batch_size,
+        ordinary=options.tokenizer == "ordinary",
     )
     for name, value in scores.items():
         print(f"{name:<22}{value:>10.4f}" if isinstance(value, float) else f"{name:<22}{value:>10}")
@@ -216,10 +229,9 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from glmd.export import export_checkpoint
+    from glmd.export import export_folder
 
-    step = export_checkpoint(options.stage, options.output)
-    print(f"{options.output}: the student after step {step}")
+    print(export_folder(options.source, options.output, kind=options.kind))
 
 
 def _vocab(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from glmd.loading import load_classifier, load_model_config, model_positions, re
 from glmd.losses.logits import kl_divergence, merge_words
 from glmd.metrics import score
 from glmd.teacher import TeacherOutputs, model_inputs
-from glmd.tokenizer import load_tokenizer
+from glmd.tokenizer import load_tokenizer, ordinary_tokenizer
 
 ROWS = 1024  # tokens whose logits over the vocabulary are held at once
 
@@ -153,9 +153,11 @@ def evaluate_folder(
     *,
     max_length: int | None,
     batch_size: int,
+    ordinary: bool = False,
 ) -> dict[str, float | str]:
     """Casting, counts and metrics of a task model on a task's split, with the folder's own tokenizer.
 
+    ordinary: read a compressed model's text as plain AutoTokenizer does without glmd.
     Raises GlmdError where task, data and model do not fit, or where a compressed model would be scored with a
     tokenizer that is not exact.
     """
@@ -163,7 +165,7 @@ def evaluate_folder(
     examples = read_split(task, data, split, require_labels=True)
     score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
     length = max_length or task.max_length
-    answers, truncated = _answers(model, task, examples, length, batch_size)
+    answers, truncated = _answers(model, task, examples, length, batch_size, ordinary=ordinary)
     return {
         "casting": task.casting,
         "examples": len(examples),
@@ -205,13 +207,17 @@ def _task_for(model: str, task_name: str) -> Task:
 
 
 def _answers(
-    model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int
+    model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, ordinary: bool = False
 ) -> tuple[np.ndarray, int]:
     """(examples,) class ids or positions of choices, and how many inputs were cut."""
     positions = model_positions(load_model_config(model))
     if positions is not None and max_length > positions:
         raise ModelError(f"{model}: {max_length} tokens are more than its {positions} positions; give --max-length")
     tokenizer = load_tokenizer(model)
+    if ordinary:
+        if not getattr(tokenizer, "is_exact", False):
+            raise ModelError(f"--tokenizer ordinary has no effect: {model} has no other tokenizer; remove it")
+        tokenizer = ordinary_tokenizer(tokenizer)
     classifier = load_classifier(model, task)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     verbalisers = verbaliser_ids(task, tokenizer)

@@ -23,8 +23,16 @@ import yaml
 from glmd.checkpoint import load_checkpoint, sync_to_disk, write_problem
 from glmd.config import load_config
 from glmd.errors import ModelError, RunError
-from glmd.loading import load_source_tokenizer
-from glmd.tokenizer import compress_tokenizer, save_tokenizer
+from glmd.loading import load_model_as_saved, load_source_tokenizer
+from glmd.slicing import expand_model
+from glmd.tokenizer import (
+    compress_tokenizer,
+    load_tokenizer,
+    ordinary_tokenizer,
+    save_tokenizer,
+    source_tokenizer,
+    vocabulary_of,
+)
 from glmd.vocabulary import Vocabulary
 
 PROBE = "export_probe.json"
@@ -146,27 +154,79 @@ def _output(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def prove_slice(source: Any, student: Any, kept_ids: torch.Tensor) -> None:
     """Compare a cut model, not trained yet, with its source on kept tokens. Raises ModelError naming the difference."""
-    rows = source.config.get_text_config().vocab_size
     ids = torch.tensor(_probe(student)["input_ids"])
-    ours, theirs = _output(student, ids), _output(source, kept_ids[ids])
-    if theirs.shape[-1] == rows and ours.shape[-1] == len(kept_ids):
-        theirs = theirs[..., kept_ids]
+    _prove_equal(student, ids, source, kept_ids[ids], kept_ids)
+
+
+def _prove_equal(
+    model: Any, ids: torch.Tensor, other: Any, other_ids: torch.Tensor, words: torch.Tensor | None = None
+) -> None:
+    """Compare the outputs of two models on the same tokens under two numberings. words: those that `model` knows."""
+    rows = other.config.get_text_config().vocab_size
+    ours, theirs = _output(model, ids), _output(other, other_ids)
+    if words is not None and theirs.shape[-1] == rows and ours.shape[-1] == len(words):
+        theirs = theirs[..., words]
     error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
     if not error <= TOLERANCE:
         raise ModelError(
-            f"{type(source).__name__}: its output differs with fewer words (relative difference {error:.1e}); "
+            f"{type(model).__name__}: its output differs with another vocabulary (relative difference {error:.1e}); "
             "something in it follows token ids otherwise than by rows, and it is not supported"
         )
 
 
-def export_checkpoint(stage: Path, output: Path) -> int:
-    """Write the student of a stage's newest checkpoint as a model folder. Returns its step.
+def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
+    """Write a student as a model folder, and say in one line what it is.
 
-    Raises RunError where the stage has no checkpoint or the output folder is taken.
+    source: a stage of a run, whose newest checkpoint is taken, or a student's folder.
+    kind: "exact"; "stock": with the ordinary tokenizer alone; "expanded": with a row for each of the source's tokens
+        again and the source's tokenizer, so that text is read exactly by nothing but stock parts.
+    Raises RunError where the stage has no checkpoint or the output folder is taken, ModelError where the kind does not
+    fit the model.
     """
+    require_free_output(output)
+    if (source / "config.json").is_file():
+        model, tokenizer = load_model_as_saved(str(source)), load_tokenizer(source)
+        origin = f"the student of {source.resolve().name}"
+        if kind == "exact":
+            raise RunError(f"{source} is a model folder already; give --kind stock or expanded, or copy it")
+    else:
+        model, tokenizer, step = _of_checkpoint(source)
+        origin = f"the student after step {step}"
+    facts = {"origin": origin, "kind": kind}
+    if kind != "exact":
+        if not getattr(tokenizer, "is_exact", False):
+            raise ModelError(f"--kind {kind} has no effect: {source} keeps every token of its source; remove it")
+        if kind == "expanded":
+            expanded = expand_model(model, vocabulary_of(tokenizer))
+            ids = torch.tensor(_probe(expanded)["input_ids"])
+            _prove_equal(expanded, ids, model, torch.tensor(tokenizer.token_map)[ids])
+            model, tokenizer = expanded, source_tokenizer(tokenizer)
+        else:
+            tokenizer = ordinary_tokenizer(tokenizer)
+    card = ModelCard(
+        origin.capitalize(),
+        "",
+        _KINDS[kind],
+        facts,
+        exact_tokenizer=getattr(tokenizer, "is_exact", False),
+        auto_class=type(model).__name__,
+    )
+    export_model(model, tokenizer, output, card=card)
+    check_exports([output])
+    return f"{output}: {origin}" + (f", {kind}" if kind != "exact" else "")
+
+
+_KINDS = {
+    "exact": "A student in its own vocabulary, with its exact tokenizer.",
+    "stock": "A student in its own vocabulary; rare words are cut into smaller tokens than those it was trained on.",
+    "expanded": "A student with a row for each token of its teacher's tokenizer, which reads text exactly.",
+}
+
+
+def _of_checkpoint(stage: Path) -> tuple[Any, Any, int]:
+    """Student, tokenizer and step of a stage's newest checkpoint."""
     import transformers
 
-    require_free_output(output)
     checkpoint = load_checkpoint(stage / "checkpoints")
     if checkpoint is None:
         hint = f"; the finished student is in {stage / 'student'}" if (stage / "student").is_dir() else ""
@@ -178,14 +238,7 @@ def export_checkpoint(stage: Path, output: Path) -> int:
     tensors = checkpoint.tensors["model"]
     for key, parameter in model.named_parameters():
         parameter.data.copy_(tensors[f"{name}.{key}"])
-    tokenizer = _run_tokenizer(stage, model.config.vocab_size)
-    step = int(checkpoint.state["progress"]["step"])
-    card = ModelCard(
-        f"Student after step {step}", "", f"An intermediate checkpoint of {stage.name}.", {"step": str(step)}
-    )
-    export_model(model, tokenizer, output, card=card)
-    check_exports([output])
-    return step
+    return model.eval(), _run_tokenizer(stage, model.config.vocab_size), int(checkpoint.state["progress"]["step"])
 
 
 def _run_tokenizer(stage: Path, vocab_size: int) -> Any:

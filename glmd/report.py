@@ -132,13 +132,17 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
             of_task = [row for row in scored if row["system"] == system and row["task"] == task]
             cells.append(_mean([row["metrics"][metric] for row in of_task if "metrics" in row]))
         body.append([_LABELS[system], *cells])
-    agreement = []
-    for task, metric in columns:
-        rows_of_task = [row for row in scored if row["system"] == "student" and row["task"] == task]
-        is_first = (task, metric) == next(column for column in columns if column[0] == task)
-        found = [row["agreement"] for row in rows_of_task if "agreement" in row and is_first]
-        agreement.append(_mean(found))
-    body.append(["student's agreement with the teacher", *agreement])
+    students = [row for row in scored if row["system"] == "student"]
+    body.append(["student's agreement with the teacher", *_agreement(students, columns)])
+    without = [row | row["ordinary"] for row in students if "ordinary" in row]
+    if without:
+        cells = [
+            _mean([row["metrics"][metric] for row in without if row["task"] == task and "metrics" in row])
+            for task, metric in columns
+        ]
+        at = next(i for i, row in enumerate(body) if row[0] == _LABELS["student"]) + 1
+        body.insert(at, ["student, read by plain AutoTokenizer", *cells])
+        body.append(["... read by plain AutoTokenizer", *_agreement(without, columns)])
     constant = {(row["task"], metric): value for row in scored for metric, value in row.get("constant", {}).items()}
     body.append(["best constant answer", *(_mean([constant[c]] if c in constant else []) for c in columns)])
     seeds = sorted({row["seed"] for row in scored if row["system"] == "student"})
@@ -155,6 +159,16 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
         + "".join(dict.fromkeys(_inputs_note(row) for row in scored if "inputs" in row))
     )
     return f"{markdown_table(header, body)}\n\n{note}"
+
+
+def _agreement(students: list[dict[str, Any]], columns: list[tuple[str, str]]) -> list[str]:
+    """How often the student's answers are the teacher's, in each task's first column."""
+    cells = []
+    for column in columns:
+        is_first = column == next(each for each in columns if each[0] == column[0])
+        found = [row["agreement"] for row in students if row["task"] == column[0] and "agreement" in row]
+        cells.append(_mean(found if is_first else []))
+    return cells
 
 
 def _inputs_note(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Cut a model to a vocabulary: every vocabulary-sized tensor sliced, every id in its configs renumbered.
 
     student = slice_model(teacher, vocabulary)      # a new model of the same class
+    as_wide = expand_model(student, vocabulary)     # and back: a row for each of the teacher's tokens again
 
 Which axes belong to the vocabulary is found by building the config at two sizes on the meta device and comparing
 shapes, so that any head of any architecture is cut by the same rule.
@@ -67,7 +68,35 @@ def parameters_by_vocabulary(config: Any, vocab_size: int) -> tuple[int, int]:
     return total - rated + resized, resized
 
 
-def slice_model(model: "nn.Module", vocabulary: Vocabulary) -> "nn.Module":
+class Expansion:
+    """A vocabulary read backwards: each source token has the row of its target, and student ids become source ids."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.kept_ids, self.token_map = vocabulary.token_map, vocabulary.kept_ids
+        self.size, self.source_size = vocabulary.source_size, vocabulary.size
+
+    def is_kept(self, _: int) -> bool:
+        return True
+
+
+Rows = Vocabulary | Expansion
+
+
+def expand_model(model: "nn.Module", vocabulary: Vocabulary) -> "nn.Module":
+    """A compressed model with a row for each source token again: a dropped one has its target's.
+
+    Reads source ids as `model` reads their targets, so that the source tokenizer serves. Raises ModelError for a model
+    that predicts words: it would predict each as often as it has rows.
+    """
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+        raise ModelError(
+            f"{type(model).__name__} predicts words, and with a row for each of the source's it would predict dropped "
+            "ones too; only models without a word head can be expanded"
+        )
+    return slice_model(model, Expansion(vocabulary))
+
+
+def slice_model(model: "nn.Module", vocabulary: Rows) -> "nn.Module":
     """A new model of the same class with the kept rows only, in the same order. `model` is not touched.
 
     Its logits are those of `model` on the kept tokens, for inputs of kept tokens. Ids in the configuration and the
@@ -98,7 +127,7 @@ def slice_model(model: "nn.Module", vocabulary: Vocabulary) -> "nn.Module":
     return sliced
 
 
-def _refuse_unsliceable(model: Any, vocabulary: Vocabulary) -> None:
+def _refuse_unsliceable(model: Any, vocabulary: Rows) -> None:
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -116,7 +145,7 @@ def _refuse_unsliceable(model: Any, vocabulary: Vocabulary) -> None:
         )
 
 
-def _kept_rows(tensor: Any, axis: int | None, vocabulary: Vocabulary) -> Any:
+def _kept_rows(tensor: Any, axis: int | None, vocabulary: Rows) -> Any:
     import torch
 
     if axis is None:
@@ -222,7 +251,7 @@ _ID_LIKE = re.compile(
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
-def renumber_config(config: Any, vocabulary: Vocabulary) -> Any:
+def renumber_config(config: Any, vocabulary: Rows) -> Any:
     """A copy of a model's configuration with vocab_size K and every token id, its parts' too, as a student id.
 
     Raises ModelError naming the field for an id that is dropped or out of range, and for a field that looks like
@@ -242,7 +271,7 @@ def renumber_config(config: Any, vocabulary: Vocabulary) -> Any:
     return renumbered
 
 
-def renumber_generation_config(generation_config: Any, vocabulary: Vocabulary) -> Any:
+def renumber_generation_config(generation_config: Any, vocabulary: Rows) -> Any:
     """A copy of a generation configuration with student ids. Suppressed tokens that no longer exist are left out."""
     renumbered = copy.deepcopy(generation_config)
     _renumber_fields(renumbered, vocabulary, type(renumbered).__name__)
@@ -261,14 +290,14 @@ def token_id_fields(holder: Any) -> list[tuple[str, int]]:
     return found
 
 
-def _renumber_fields(holder: Any, vocabulary: Vocabulary, place: str) -> None:
+def _renumber_fields(holder: Any, vocabulary: Rows, place: str) -> None:
     for name, value in list(vars(holder).items()):
         new = _renumber_field(name, value, vocabulary, place)
         if new is not value:
             setattr(holder, name, new)
 
 
-def _renumber_field(name: str, value: Any, vocabulary: Vocabulary, place: str) -> Any:
+def _renumber_field(name: str, value: Any, vocabulary: Rows, place: str) -> Any:
     """The value of one field in student ids; the value itself where it holds no ids."""
     place = f"{place}.{name}"
     if value is None or isinstance(value, bool):
@@ -287,7 +316,7 @@ def _renumber_field(name: str, value: Any, vocabulary: Vocabulary, place: str) -
     return value
 
 
-def _renumber_nested(value: Any, vocabulary: Vocabulary, place: str) -> Any:
+def _renumber_nested(value: Any, vocabulary: Rows, place: str) -> Any:
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
@@ -295,7 +324,7 @@ def _renumber_nested(value: Any, vocabulary: Vocabulary, place: str) -> Any:
     return _student_id(value, vocabulary, place)
 
 
-def _renumber_sequences(value: Any, vocabulary: Vocabulary, place: str) -> Any:
+def _renumber_sequences(value: Any, vocabulary: Rows, place: str) -> Any:
     """Token sequences, with a bias each or without. A sequence with a dropped token cannot occur and is left out."""
     if isinstance(value, dict):
         return dict(_renumber_sequences(list(value.items()), vocabulary, place))
@@ -311,7 +340,7 @@ def _renumber_sequences(value: Any, vocabulary: Vocabulary, place: str) -> Any:
     return kept
 
 
-def _is_kept(source_id: Any, vocabulary: Vocabulary, place: str) -> bool:
+def _is_kept(source_id: Any, vocabulary: Rows, place: str) -> bool:
     if isinstance(source_id, bool) or not isinstance(source_id, int):
         raise ModelError(f"{place}: {source_id!r} is no token id")
     if not 0 <= source_id < vocabulary.source_size:
@@ -322,7 +351,7 @@ def _is_kept(source_id: Any, vocabulary: Vocabulary, place: str) -> bool:
     return vocabulary.is_kept(source_id)
 
 
-def _student_id(source_id: Any, vocabulary: Vocabulary, place: str) -> int:
+def _student_id(source_id: Any, vocabulary: Rows, place: str) -> int:
     if not _is_kept(source_id, vocabulary, place):
         raise ModelError(
             f"{place} = {source_id} is a dropped token; keep it through keep_words, or set the field to None"

@@ -194,6 +194,12 @@ class TaskStages:
             )
             result = {"training": training, "parameters": self.bench.parameters(student)}
             result |= self.bench.score_task(student, self.task, stage, arm, theirs)
+            scores = result.get("metrics", {}) | {"agreement with the teacher": result["agreement"]}
+            if not arm.vocabulary.is_identity:
+                ordinary = self.bench.score_task(student, self.task, stage, arm, theirs, ordinary=True)
+                result["ordinary"] = {key: value for key, value in ordinary.items() if key != "examples"}
+                given = ordinary.get("metrics", {}) | {"agreement with the teacher": ordinary["agreement"]}
+                scores |= {f"{name}, by plain AutoTokenizer": value for name, value in given.items()}
             summary = f"the labels of {self.name}, as a control"
             self.bench.export(
                 student,
@@ -207,7 +213,7 @@ class TaskStages:
                     "checkpoint": self._selection(is_student=not is_control),
                     "scored on": f"{self.name} val",
                 },
-                metrics=result.get("metrics", {}) | {"agreement with the teacher": result["agreement"]},
+                metrics=scores,
             )
             return result
 

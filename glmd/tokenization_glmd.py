@@ -23,7 +23,7 @@ TOKEN_MAP_VERSION = 1
 # Arguments about files and backends: the private source tokenizer gets a backend of its own.
 _NOT_FOR_SOURCE = ("tokenizer_file", "tokenizer_object", "added_tokens_decoder", "chat_template", "backend")
 # How a folder was opened; from_pretrained passes it on, and it would be saved as if it were a setting.
-_LOADING_ONLY = (
+LOADING_ONLY = (
     "is_local",
     "local_files_only",
     "trust_remote_code",
@@ -81,7 +81,7 @@ class GlmdTokenizer(TokenizersBackend):
         self._source = TokenizersBackend(tokenizer_object=source_tokenizer_object, **copy.deepcopy(source_kwargs))
         self._token_map = [int(i) for i in token_map]
         super().__init__(*args, **kwargs)
-        for name in _LOADING_ONLY:
+        for name in LOADING_ONLY:
             self.init_kwargs.pop(name, None)
         # As transformers itself would write it for a class that came with a folder.
         self._auto_map = {"AutoTokenizer": (f"tokenization_glmd.{type(self).__name__}", None)}

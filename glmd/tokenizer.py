@@ -24,17 +24,20 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from glmd.errors import ModelError
 from glmd.selection import merge_parts
-from glmd.tokenization_glmd import SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE, GlmdTokenizer
+from glmd.tokenization_glmd import LOADING_ONLY, SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE, GlmdTokenizer
 from glmd.vocabulary import Vocabulary
 
 __all__ = [
     "GlmdTokenizer",
     "compress_tokenizer",
     "load_tokenizer",
+    "ordinary_tokenizer",
     "require_fast",
     "require_tokenizer",
     "save_tokenizer",
+    "source_tokenizer",
     "tokenizer_fingerprint",
+    "vocabulary_of",
 ]
 
 # Legacy vocabulary files: beside a trimmed tokenizer.json they would be a second, contradicting source of ids.
@@ -89,6 +92,23 @@ def compress_tokenizer(tokenizer: TokenizersBackend, vocabulary: Vocabulary) -> 
     return compressed
 
 
+def ordinary_tokenizer(tokenizer: GlmdTokenizer) -> TokenizersBackend:
+    """What plain AutoTokenizer gives without glmd: kept tokens alone, rare words cut into smaller ones of them."""
+    return TokenizersBackend(tokenizer_object=_plain_backend(tokenizer), **_settings(tokenizer))
+
+
+def source_tokenizer(tokenizer: GlmdTokenizer) -> TokenizersBackend:
+    """The teacher's tokenizer, as a tokenizer of its own."""
+    return TokenizersBackend(tokenizer_object=_plain_backend(tokenizer.source_tokenizer), **_settings(tokenizer))
+
+
+def vocabulary_of(tokenizer: GlmdTokenizer) -> Vocabulary:
+    """The kept tokens and the map of a student's tokenizer."""
+    source_ids = tokenizer.source_tokenizer.get_vocab()
+    kept = [source_ids[token] for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    return Vocabulary(np.array(kept), np.array(tokenizer.token_map))
+
+
 def save_tokenizer(tokenizer: TokenizersBackend, folder: Path | str) -> None:
     """Write the tokenizer's files into `folder`, each under a temporary name first. Saving again changes no byte."""
     folder = Path(folder)
@@ -98,6 +118,8 @@ def save_tokenizer(tokenizer: TokenizersBackend, folder: Path | str) -> None:
         if (folder / name).exists():
             raise ModelError(f"{folder / name} belongs to another tokenizer; save into a fresh folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
+    for name in LOADING_ONLY:
+        tokenizer.init_kwargs.pop(name, None)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
         tokenizer.save_pretrained(temporary)
         for path in sorted(Path(temporary).rglob("*")):

@@ -21,7 +21,16 @@ from accelerate import Accelerator
 from glmd import __version__
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
-from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_frame, candidate_ids, corruption_for
+from glmd.data.batches import (
+    BlockDataset,
+    Collate,
+    Corruption,
+    TaskDataset,
+    block_frame,
+    candidate_ids,
+    corruption_for,
+    verbaliser_ids,
+)
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
@@ -36,7 +45,7 @@ from glmd.run_folder import RunFolder
 from glmd.runlog import RunLog
 from glmd.slicing import vocabulary_axes
 from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.tokenizer import tokenizer_fingerprint
+from glmd.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
 from glmd.trainer import Trainer, TrainingResult
 from glmd.vocabulary import Vocabulary
 
@@ -94,19 +103,24 @@ class Workbench:
             logger.info("%s: %d of %d inputs are cut to %d tokens", task.task.name, data.truncated, len(data), length)
         return data
 
-    def val_data(self, task: TaskPlan, stage: StageConfig) -> TaskDataset:
-        """A task's validation inputs, as they are."""
-        return self._task_data(task, task.val, stage.max_length or task.task.max_length, None)
+    def val_data(self, task: TaskPlan, stage: StageConfig, tokenizer: Any = None) -> TaskDataset:
+        """A task's validation inputs, as they are; in a student's own ids with a tokenizer that gives them."""
+        return self._task_data(task, task.val, stage.max_length or task.task.max_length, None, tokenizer)
 
     def _task_data(
-        self, task: TaskPlan, examples: Sequence[TaskExample], length: int, corruption: Corruption | None
+        self,
+        task: TaskPlan,
+        examples: Sequence[TaskExample],
+        length: int,
+        corruption: Corruption | None,
+        tokenizer: Any = None,
     ) -> TaskDataset:
         return TaskDataset(
             examples,
-            self.tokenizer,
+            tokenizer or self.tokenizer,
             max_length=length,
             corruption=corruption,
-            verbalisers=task.verbalisers,
+            verbalisers=task.verbalisers if tokenizer is None else verbaliser_ids(task.task, tokenizer),
             mean_over_tokens=task.task.mean_over_tokens,
         )
 
@@ -224,13 +238,20 @@ class Workbench:
         )
 
     def score_task(
-        self, model: Any, task: TaskPlan, stage: StageConfig, arm: Arm | None, theirs: np.ndarray | None = None
+        self,
+        model: Any,
+        task: TaskPlan,
+        stage: StageConfig,
+        arm: Arm | None,
+        theirs: np.ndarray | None = None,
+        *,
+        ordinary: bool = False,
     ) -> dict[str, Any]:
         """Metrics on the validation split, if it has labels; with the teacher's answers also the share of equal ones.
 
-        arm: whose vocabulary the model has; None for a teacher.
+        arm: whose vocabulary the model has; None for a teacher. ordinary: read text as without glmd.
         """
-        answers = self.answers(model, task, stage, arm)
+        answers = self.answers(model, task, stage, arm, ordinary=ordinary)
         result: dict[str, Any] = {"examples": len(answers)}
         if task.is_scored:
             result["metrics"] = score(task.task, answers, task.val)
@@ -238,14 +259,21 @@ class Workbench:
             result["agreement"] = float((answers == theirs).mean())
         return result
 
-    def answers(self, model: Any, task: TaskPlan, stage: StageConfig, arm: Arm | None) -> np.ndarray:
+    def answers(
+        self, model: Any, task: TaskPlan, stage: StageConfig, arm: Arm | None, *, ordinary: bool = False
+    ) -> np.ndarray:
         """(examples,) class ids, or positions of choices, on the validation split."""
         model.to(self.accelerator.device)
-        data, token_map = self.val_data(task, stage), arm.vocabulary.token_map if arm is not None else None
+        data, collate = self.val_data(task, stage), self.collate
+        token_map = arm.vocabulary.token_map if arm is not None else None
+        if ordinary:
+            assert arm is not None and not arm.vocabulary.is_identity, "else there is nothing to compare"
+            tokenizer, token_map = ordinary_tokenizer(arm.tokenizer), None
+            data, collate = self.val_data(task, stage, tokenizer), Collate(tokenizer.pad_token_id)
         logits = predict(
             model,
             data,
-            self.collate,
+            collate,
             token_map=token_map,
             accelerator=self.accelerator,
             batch_size=stage.per_device_eval_batch_size,

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmd.errors import ModelError
-from glmd.export import PROBE, ModelCard, card_text, check_exports, export_model
-from glmd.tokenizer import load_tokenizer
+from glmd.cli import main
+from glmd.errors import ModelError, RunError
+from glmd.evaluation import evaluate_folder
+from glmd.export import PROBE, ModelCard, card_text, check_exports, export_folder, export_model
+from glmd.tokenizer import load_tokenizer, ordinary_tokenizer
+from glmd.verify import verify_folder
+from glmd.vocabulary import Vocabulary
 
 FOLDERS = (
     "pretraining/student",
@@ -184,3 +188,105 @@ def test_cards_of_a_run_speak_of_it_without_local_paths(finished, tiny):
     assert "- method: glmd" in text and "- seed: 0" in text and "| accuracy |" in text
     assert "AutoModelForSequenceClassification" in text
     assert str(tiny.root) not in text and str(finished.folder) not in text
+
+
+# Other forms of a student
+
+
+def texts_of(finished) -> tuple[str, ...]:
+    """Some, one of them of words that the student's vocabulary dropped."""
+    vocabulary, source = Vocabulary.load(finished.folder / "vocabulary"), load_tokenizer(finished.config.teacher.model)
+    dropped = source.convert_ids_to_tokens(vocabulary.dropped_ids.tolist())
+    return (" ".join(dropped[:9]), "[MASK] iiii, jjjj!", "", "abcj" * 5)
+
+
+@pytest.fixture
+def no_fresh_process(monkeypatch):
+    monkeypatch.setattr("glmd.export.check_exports", lambda folders: None)
+    monkeypatch.setattr("glmd.compress.check_exports", lambda folders: None)
+
+
+def says_of(folder: Path, tokenizer, texts) -> torch.Tensor:
+    model = stock_model(folder)
+    inputs = tokenizer(list(texts), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
+    return output[0] if "logits" in output else output[0] * inputs["attention_mask"][..., None]
+
+
+def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished, tmp_path):
+    from transformers import AutoTokenizer
+
+    source, output = finished.folder / "tasks/RTE/seed-0/labels/student", tmp_path / "wide"
+    assert export_folder(source, output, kind="expanded") == f"{output}: the student of student, expanded"
+    tokenizer, teacher = AutoTokenizer.from_pretrained(output), finished.config.teacher.model
+    assert tokenizer.get_vocab() == load_tokenizer(teacher).get_vocab() and not hasattr(tokenizer, "is_exact")
+    assert stock_model(output).config.vocab_size == 86
+    texts = texts_of(finished)
+    expected = says_of(source, load_tokenizer(source), texts)
+    torch.testing.assert_close(says_of(output, tokenizer, texts), expected, rtol=0, atol=1e-6)
+    # With the ordinary tokenizer it would be another answer.
+    assert not torch.allclose(says_of(source, ordinary_tokenizer(load_tokenizer(source)), texts), expected, atol=1e-4)
+    assert [check.line() for check in verify_folder(output) if check.problem] == []
+    assert "- kind: expanded" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "T5EncoderModel"])
+def test_students_of_other_families_are_expanded_with_their_special_ids(name, models, tmp_path, no_fresh_process):
+    small, wide = tmp_path / "small", tmp_path / "wide"
+    arguments = ["--corpus", str(models / "corpus.txt"), "--keep-ratio", "0.8"]
+    assert main(["compress", str(models / name), str(small), *arguments]) == 0
+    assert main(["export", str(small), str(wide), "--kind", "expanded"]) == 0
+    texts = ("unlike running stones", "the naïve 猫 rivers", "light")
+    source = load_tokenizer(models / name)
+    ours = says_of(wide, load_tokenizer(wide), texts)
+    torch.testing.assert_close(ours, says_of(small, load_tokenizer(small), texts), rtol=0, atol=1e-5)
+    assert load_tokenizer(wide)(texts[0])["input_ids"] == source(texts[0])["input_ids"]
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (models / name, wide))
+    assert {key: before.get(key) for key in ("pad_token_id", "eos_token_id", "vocab_size")} == {
+        key: after.get(key) for key in ("pad_token_id", "eos_token_id", "vocab_size")
+    }
+
+
+def test_a_stock_student_has_the_ordinary_tokenizer_alone(finished, tmp_path):
+    from transformers import AutoTokenizer
+
+    source, output = finished.folder / "pretraining/student", tmp_path / "stock"
+    export_folder(source, output, kind="stock")
+    assert not {"token_map.json", "source_tokenizer.json", "tokenization_glmd.py"} & {p.name for p in output.iterdir()}
+    assert "auto_map" not in (output / "tokenizer_config.json").read_text()
+    tokenizer, exact = AutoTokenizer.from_pretrained(output), load_tokenizer(source)
+    ordinary, texts = ordinary_tokenizer(exact), texts_of(finished)
+    assert not hasattr(tokenizer, "is_exact") and tokenizer.get_vocab() == exact.get_vocab()
+    assert all(tokenizer(text)["input_ids"] == ordinary(text)["input_ids"] for text in texts)
+    assert any(tokenizer(text)["input_ids"] != exact(text)["input_ids"] for text in texts), "else this shows nothing"
+    assert tokenizer.mask_token == exact.mask_token and tokenizer.model_max_length == exact.model_max_length
+    assert [check.line() for check in verify_folder(output) if check.problem] == []
+    assert "trust_remote_code" not in (output / "README.md").read_text()
+
+
+def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
+    student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/teacher/model"
+    for source, kind, error, says in (
+        (student, "expanded", ModelError, "BertForMaskedLM predicts words"),
+        (student, "exact", RunError, "is a model folder already; give --kind stock or expanded"),
+        (teacher, "stock", ModelError, "--kind stock has no effect"),
+        (tmp_path, "stock", RunError, "no checkpoint"),
+    ):
+        with pytest.raises(error, match=says):
+            export_folder(source, tmp_path / "out", kind=kind)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_run_tells_how_its_student_does_without_glmd(finished, tiny, capsys):
+    folder = finished.folder / "tasks/RTE/seed-0/labels/student"
+    row = next(row for row in finished.results["rows"] if row["stage"] == "labels")
+    arguments = {"max_length": 32, "batch_size": 16}
+    ordinary = evaluate_folder(str(folder), "RTE", str(tiny.superglue), "val", **arguments, ordinary=True)
+    assert ordinary["accuracy"] == pytest.approx(row["ordinary"]["metrics"]["accuracy"])
+    card = (folder / "README.md").read_text()
+    assert f"| accuracy, by plain AutoTokenizer | {ordinary['accuracy']:.4f} |" in card
+    teacher = str(finished.folder / "tasks/RTE/teacher/model")
+    command = ["evaluate", teacher, "--task", "RTE", "--data", str(tiny.superglue), "--max-length", "32"]
+    assert main([*command, "--tokenizer", "ordinary"]) == 2
+    assert "--tokenizer ordinary has no effect" in capsys.readouterr().err
