@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from glmd.checkpoint import write_problem
-from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluation_batches, verbaliser_ids
+from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluation_batches
+from glmd.data.blanks import verbaliser_ids
 from glmd.data.predictions import require_idx, write_predictions
 from glmd.data.tasks import Split, Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
@@ -22,6 +23,7 @@ from glmd.heads import (
     choice_logits,
     final_linear,
     hidden_before_final_linear,
+    is_causal,
     one_choice_each,
     run_backbone,
     run_task_head,
@@ -200,7 +202,7 @@ def _task_for(model: str, task_name: str) -> Task:
     task = load_task(task_name)
     require_model(model, field="model")
     config = load_model_config(model)
-    if any("MaskedLM" in architecture for architecture in config.architectures or ()):
+    if is_causal(config) or any("MaskedLM" in architecture for architecture in config.architectures or ()):
         task = load_task(task_name, "cloze")
     require_task_head(config, task, model)
     return task
@@ -227,6 +229,7 @@ def _answers(
         max_length=max_length,
         verbalisers=verbalisers,
         mean_over_tokens=task.mean_over_tokens,
+        is_causal=is_causal(classifier.config),
     )
     collate = Collate(tokenizer.pad_token_id)
     classifier.to(accelerator.device)

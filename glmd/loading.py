@@ -161,22 +161,22 @@ def load_model_as_saved(name: str) -> Any:
 
 
 def load_classifier(name: str, task: Task, *, new_head: bool = False, **options: Any) -> Any:
-    """A stock task model for `task`, in evaluation mode: a classifier, a multiple-choice model, or a masked LM.
+    """A stock task model for `task`, in evaluation mode: a classifier, a multiple-choice model, or a language model.
 
     new_head: begin a task head on a language model (drawn from torch's generator: seed it); otherwise the
         checkpoint must hold one with the task's labels in the task's order.
     """
-    from transformers import AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForSequenceClassification
+    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
 
+    remote = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     if not new_head:
-        remote = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
         require_task_head(load_model_config(name, **remote), task, name)
     elif task.casting == "head" and not task.is_choice:
         labels = [label_name(label) for label in task.labels]
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     auto_class: Any = AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification
     if task.casting == "cloze":
-        auto_class = AutoModelForMaskedLM
+        auto_class = language_model_class(load_model_config(name, **remote))
     model, info = _from_pretrained(auto_class, name, **WEIGHTS, **options)
     # Words in a blank need no head but the one that every masked LM has.
     may_begin = new_head and task.casting == "head"
@@ -196,6 +196,8 @@ def require_task_head(config: Any, task: Task, name: str) -> None:
     """Refuse a model with another kind of head, or whose classes are not the task's, in the task's order."""
     needed = "MultipleChoice" if task.is_choice else "SequenceClassification"
     if task.casting == "cloze":
+        if is_causal(config):
+            return
         needed = "MaskedLM"
     for architecture in config.architectures or ():
         if needed not in architecture:

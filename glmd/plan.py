@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from glmd.config import RunConfig, StageConfig, VocabularyConfig, cell_name
-from glmd.data.batches import TaskDataset, verbaliser_ids
+from glmd.data.batches import TaskDataset
+from glmd.data.blanks import verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint, require_text_field
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import ConfigError, DataError, ModelError
@@ -92,7 +93,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
     _check_named_teachers(config, method, tasks, tokenizer)
-    _check_blanks(config, method, tasks, tokenizer)
+    _check_blanks(config, method, tasks, tokenizer, causal=is_causal(teacher_config))
     plan = Plan(
         config,
         method,
@@ -140,16 +141,16 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
 
 def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
     """The config for a causal teacher, which predicts the next word of whole text: nothing is masked."""
-    if config.tasks:
+    if config.tasks and config.casting != "cloze":
         raise ConfigError(
-            f"tasks: {', '.join(config.tasks)}: a causal teacher is distilled on text alone yet; tasks={{}}"
+            f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
         )
-    if method["pretraining"].needs_corruption:
+    if any(objective.needs_corruption for objective in method.values()):
         raise ConfigError(f"method {config.method} speaks of corrupted tokens; a causal teacher has none: give glmd")
-    if mlm_probability:
-        raise ConfigError(
-            f"pretraining.mlm_probability is {mlm_probability}; a causal teacher reads whole text: remove it"
-        )
+    given = {"pretraining": mlm_probability, "task_words": config.task_words.mlm_probability}
+    for name, probability in given.items():
+        if probability:
+            raise ConfigError(f"{name}.mlm_probability is {probability}; a causal teacher reads whole text: remove it")
     return replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
 
 
@@ -327,7 +328,9 @@ def _task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> 
     return {name: config.stage(name, task) for name in names}
 
 
-def _check_blanks(config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any) -> None:
+def _check_blanks(
+    config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any, *, causal: bool
+) -> None:
     """Refuse examples whose blank does not fit into a stage's length."""
     if config.casting == "head":
         return
@@ -336,7 +339,7 @@ def _check_blanks(config: RunConfig, method: dict[str, Objective], tasks: dict[s
         shortest = min(stage.max_length or plan.task.max_length for stage in stages)
         for examples in (plan.train, plan.inputs, plan.val):
             if examples:
-                TaskDataset(examples, tokenizer, max_length=shortest)
+                TaskDataset(examples, tokenizer, max_length=shortest, is_causal=causal)
 
 
 def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:

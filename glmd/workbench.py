@@ -21,22 +21,15 @@ from accelerate import Accelerator
 from glmd import __version__
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
-from glmd.data.batches import (
-    BlockDataset,
-    Collate,
-    Corruption,
-    TaskDataset,
-    block_frame,
-    candidate_ids,
-    corruption_for,
-    verbaliser_ids,
-)
+from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, corruption_for
+from glmd.data.blanks import block_frame, candidate_ids, verbaliser_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
 from glmd.errors import DataError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
+from glmd.heads import is_causal
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
@@ -122,6 +115,7 @@ class Workbench:
             corruption=corruption,
             verbalisers=task.verbalisers if tokenizer is None else verbaliser_ids(task.task, tokenizer),
             mean_over_tokens=task.task.mean_over_tokens,
+            is_causal=is_causal(self.plan.teacher_config),
         )
 
     def warn_of_equal_candidates(self, task: TaskPlan, arm: Arm) -> None:

@@ -22,7 +22,7 @@ PACKAGE = Path(glmd.__file__).parent
 LAYERS = """
 errors schedules layers losses.logits losses.labels losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
-data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.batches data.world
+data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
 heads objective loading teacher student
 metrics superglue_metric distiller
 checkpoint runlog run_folder plan trainer evaluation export

@@ -16,20 +16,18 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from glmd.data.batches import (
-    IGNORED,
     Batch,
     BlockDataset,
     Collate,
     Corruption,
     StepPlan,
     TaskDataset,
-    candidate_ids,
     corruption_for,
     evaluation_batches,
     example_order,
     step_batches,
-    verbaliser_ids,
 )
+from glmd.data.blanks import IGNORED, candidate_ids, verbaliser_ids
 from glmd.data.corpus import TokenStore, build_token_store
 from glmd.data.tasks import BLANK, Cloze, Task, TaskExample, load_task
 from glmd.errors import ConfigError, DataError

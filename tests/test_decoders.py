@@ -1,5 +1,6 @@
 """Causal teachers: distilled on whole text, every position counts, the student is a stock causal LM."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,15 +9,19 @@ import torch
 import transformers
 from families import FAMILIES
 
-from glmd.data.batches import BlockDataset, Collate, block_frame
+from glmd.cli import main
+from glmd.data.batches import BlockDataset, Collate, TaskDataset
+from glmd.data.blanks import block_frame, verbaliser_ids
 from glmd.data.corpus import build_token_store
+from glmd.data.tasks import TaskExample, load_task, read_split
 from glmd.distiller import Distiller
-from glmd.heads import run_backbone
+from glmd.errors import DataError
+from glmd.heads import run_backbone, run_task_head
 from glmd.objective import load_method
 from glmd.pipeline import run
 from glmd.report import results_table
 from glmd.slicing import slice_model
-from glmd.teacher import OnlineTeacher
+from glmd.teacher import OnlineTeacher, model_inputs
 from glmd.tokenizer import load_tokenizer
 from glmd.vocabulary import Vocabulary
 
@@ -120,7 +125,8 @@ def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, mod
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("tasks=[RTE]", "tasks: RTE: a causal teacher is distilled on text alone yet; tasks={}"),
+        ("tasks=[RTE]", "tasks: RTE: a causal teacher is asked to go on; give casting=cloze, or tasks={}"),
+        ("task_words.mlm_probability=0.2", "task_words.mlm_probability is 0.2; a causal teacher reads whole text"),
         ("pretraining.mlm_probability=0.15", "pretraining.mlm_probability is 0.15; a causal teacher reads whole text"),
         ("method=glmd-masked-only", "method glmd-masked-only speaks of corrupted tokens; a causal teacher has none"),
         ("method=kd", "tasks is empty and method kd has no pretraining"),
@@ -149,3 +155,126 @@ def test_no_keys_and_values_are_kept_for_words_that_are_not_generated(name, mode
     model = transformers.AutoModelForCausalLM.from_pretrained(models / name)
     outputs = run_backbone(model, {"input_ids": torch.arange(8).reshape(2, 4) + 5})
     assert outputs.past_key_values is None and model.config.use_cache, "the model itself is left as it was"
+
+
+# Tasks by continuation
+
+
+def plain_scores(model, tokenizer, example, words: list[str], *, mean: bool = False) -> list[float]:
+    """What is asked last, one continuation after the other, each token's logarithm read off the model's own logits."""
+    scores = []
+    start = block_frame(tokenizer)[0].tolist()
+    for i, filled in enumerate(words):
+        text, pair = example.texts[i if example.choices else 0]
+        first, last = (text, pair) if "\ufdd0" in (pair or "") else (pair, text)
+        before, after = last.split("\ufdd0", 1)
+        context = (f"{first}\n" if first else "") + before.rstrip()
+        text = (f"{first}\n" if first else "") + before + filled
+        text += after.replace("\ufdd0", filled) if example.choices else ""
+        said = tokenizer(text, add_special_tokens=False)["input_ids"]
+        known = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([start + said])).logits[0]
+        given = logits.log_softmax(-1) if example.choices else logits
+        places = torch.arange(len(start) + known, len(start) + len(said))
+        of_tokens = given[places - 1, torch.tensor(said[known:])]
+        scores.append((of_tokens.mean() if mean else of_tokens.sum()).item())
+    return scores
+
+
+TEXTS = {"premise": "the cat sang over", "hypothesis": "a dark river", "question": "cause"}
+ROWS = {
+    "RTE": [{**TEXTS, "label": label} for label in ("entailment", "not_entailment")],
+    "COPA": [{**TEXTS, "choice1": "light", "choice2": "running stones.", "label": label} for label in (0, 1)],
+    "WSC": [
+        {
+            "text": "the cat sang and the dog saw it",
+            "target": {"span1_text": "the cat", "span1_index": 0, "span2_text": "it", "span2_index": 7},
+            "candidates": ["the dog", "light paper stones"],
+            "label": label,
+        }
+        for label in (True, False)
+    ],
+    "ReCoRD": [
+        {
+            "passage": {"text": "Bird met Stone.", "entities": [{"start": 0, "end": 3}, {"start": 9, "end": 13}]},
+            "qas": [{"query": "the @placeholder sang over @placeholder", "idx": i,
+                     "answers": [{"start": 0, "end": 3, "text": "Bird"}]}],
+        }
+        for i in (0, 1)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("model_name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, models, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / model_name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / model_name, dtype=torch.float64).eval()
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({**row, "idx": i}) + "\n" for i, row in enumerate(ROWS[name])))
+    task = load_task(name, "cloze")
+    task = dataclasses.replace(
+        task,
+        cloze=dataclasses.replace(task.cloze, words=("light", "dark") if task.labels and not task.is_choice else ()),
+    )
+    examples = read_split(task, str(file), "val", require_labels=True)
+    words = verbaliser_ids(task, tokenizer)
+    options = {"verbalisers": words, "mean_over_tokens": task.mean_over_tokens, "is_causal": True}
+    data = TaskDataset(examples, tokenizer, max_length=60, **options)
+    assert data.truncated == 0
+    batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in range(len(examples))])
+    inputs = model_inputs(batch)
+    got = run_task_head(model, run_backbone(model, inputs), inputs, batch)
+    for row, example in zip(got.tolist(), examples, strict=True):
+        filled = list(example.choices) or ["light", "dark"]
+        expected = plain_scores(model, tokenizer, example, filled, mean=task.mean_over_tokens)
+        assert row == pytest.approx(expected, abs=1e-9)
+    assert len(set(got[0].tolist())) == got.shape[1], "else this shows nothing"
+
+
+def test_the_text_without_the_question_is_cut_and_what_is_asked_stays(models):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "LlamaForCausalLM")
+    asked = TaskExample(0, (("light \ufdd0.", "the cat sang over a dark river"),), 0)
+    whole = TaskDataset([asked], tokenizer, max_length=60, is_causal=True)
+    short = TaskDataset([asked], tokenizer, max_length=8, is_causal=True)
+    assert (whole.truncated, short.truncated) == (0, 1)
+    kept = len(short.rows[0]["input_ids"])
+    assert kept == 8 and short.rows[0]["input_ids"][-2:].tolist() == whole.rows[0]["input_ids"][-2:].tolist()
+    assert short.rows[0]["blank_ids"].tolist() == [-100] * 7 + [0], "the text ends where the word would come"
+    with pytest.raises(DataError, match="the text around the blank has"):
+        TaskDataset([asked], tokenizer, max_length=2, is_causal=True)
+    gpt2 = transformers.AutoTokenizer.from_pretrained(models / "GPT2LMHeadModel")
+    with pytest.raises(DataError, match="nothing stands before the blank"):
+        TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], gpt2, max_length=20, is_causal=True)
+
+
+def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trusting, tmp_path, capsys):
+    definition = tmp_path / "rte.yaml"
+    definition.write_text(
+        "name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: '{premise}'\n"
+        "text_pair: '{hypothesis}'\nlabels: [entailment, not_entailment]\nmetrics: [accuracy]\nmax_length: 60\n"
+        "cloze: {text: '{hypothesis} ? {blank}', text_pair: '{premise}', words: [light, dark]}\n"
+    )
+    config = decoder_run(
+        tiny, models, "GPT2LMHeadModel", tmp_path / "run", f"tasks={{RTE: {{definition: {definition}}}}}",
+        "casting=cloze", "pretraining.max_steps=2",
+        *(f"{stage}.max_length=60" for stage in ("task_teacher", "task_words", "task_labels")),
+    )  # fmt: skip
+    results = run(config)
+    rows = {row["stage"]: row for row in results["rows"]}
+    assert rows["task_words"]["words"]["kl_divergence"] != rows["task_words"]["words_before"]["kl_divergence"]
+    folder = tmp_path / "run/tasks/RTE/seed-0/labels/student"
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    task = load_task(definition, "cloze")
+    examples = read_split(task, str(tiny.superglue), "val", require_labels=True)
+    right = [
+        int(np.argmax(plain_scores(model, tokenizer, example, ["light", "dark"]))) == example.label
+        for example in examples
+    ]
+    assert rows["labels"]["metrics"]["accuracy"] == pytest.approx(np.mean(right))
+    arguments = ["evaluate", str(folder), "--task", str(definition), "--data", str(tiny.superglue)]
+    assert main(arguments) == 0
+    assert f"{np.mean(right):.4f}" in capsys.readouterr().out

@@ -8,7 +8,6 @@ cached teacher all see the same batches.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from glmd.data.blanks import (
+    IGNORED,
+    block_frame,
+    candidate_ids,
+    continuations,
+    place,
+    refuse_masks,
+    with_masks,
+)
 from glmd.data.corpus import TokenStore
-from glmd.data.tasks import BLANK, Task, TaskExample
-from glmd.errors import ConfigError, DataError
+from glmd.data.tasks import BLANK, TaskExample
+from glmd.errors import DataError
 
-IGNORED = -100
 CHUNK = 1000  # texts that are tokenized at once: their ids are Python numbers for a moment, ten times the size
 Key = tuple[int, int]  # (epoch, example id)
 Batch = dict[str, Tensor]
@@ -69,13 +76,6 @@ def corruption_for(tokenizer: Any, probability: float, seed: int) -> Corruption 
     return Corruption(probability, tokenizer.mask_token_id, special, ordinary, seed)
 
 
-def block_frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that the tokenizer puts before and after a text."""
-    framed, text = (tokenizer(each)["input_ids"] for each in ("", "a"))
-    before = next((i for i, (a, b) in enumerate(zip(framed, text, strict=False)) if a != b), len(framed))
-    return np.array(framed[:before], dtype=np.int64), np.array(framed[before:], dtype=np.int64)
-
-
 class BlockDataset(Dataset[dict[str, Any]]):
     """Corpus blocks of at most `max_length` ids, from the memory-mapped store, framed as the tokenizer frames a text.
 
@@ -110,6 +110,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
     `truncated` counts the rows that were longer than max_length and lost tokens of the longer sentence, or, where the
     other one has a blank, of that without. A blank becomes mask tokens, one for each token that fills it.
 
+    is_causal: ask for what fills a blank as a continuation (`continuations`), as a causal LM must be.
     verbalisers: ids of the words that fill the blank for each label. mean_over_tokens: a candidate in a blank scores
     the mean over its tokens. Raises DataError where a blank is cut off.
     """
@@ -123,26 +124,30 @@ class TaskDataset(Dataset[dict[str, Any]]):
         corruption: Corruption | None = None,
         verbalisers: Sequence[int] = (),
         mean_over_tokens: bool = False,
+        is_causal: bool = False,
     ) -> None:
         self.examples, self.corruption, self.mean_over_tokens = examples, corruption, mean_over_tokens
         self.verbalisers = np.array(verbalisers, dtype=np.int64)
+        # Example i has the rows from first_row[i] up to first_row[i + 1].
+        self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
+        self.rows: list[dict[str, np.ndarray]]
+        if is_causal:
+            self.rows, self.truncated = continuations(examples, tokenizer, max_length=max_length)
+            return
         texts = [text for example in examples for text, _ in example.texts]
         pairs = [pair or "" for example in examples for _, pair in example.texts]
         second = pairs if examples[0].texts[0][1] is not None else None
         truncation, fillings = "longest_first", None
         keeps_first = BLANK in texts[0]
         if BLANK in texts[0] + pairs[0]:
-            _refuse_masks(examples, tokenizer)
+            refuse_masks(examples, tokenizer)
             fillings = candidate_ids(examples, tokenizer)
             texts, pairs = (
-                [_with_masks(*each, tokenizer) for each in zip(part, fillings, strict=True)] for part in (texts, pairs)
+                [with_masks(*each, tokenizer) for each in zip(part, fillings, strict=True)] for part in (texts, pairs)
             )
             if second is not None:
                 second, truncation = pairs, "only_second" if keeps_first else "only_first"
-        # Example i has the rows from first_row[i] up to first_row[i + 1].
-        self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
-        self.rows: list[dict[str, np.ndarray]] = []
-        self.truncated = 0
+        self.rows, self.truncated = [], 0
         for first in range(0, len(texts), CHUNK):
             part = (texts[first : first + CHUNK], second[first : first + CHUNK] if second is not None else None)
             try:
@@ -150,9 +155,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
             except Exception as error:  # the tokenizers library has no class of its own for it
                 kept = (texts if keeps_first else pairs)[first : first + CHUNK]
                 lengths = [len(ids) for ids in tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"]]
-                place = _place(self._owner(first + int(np.argmax(lengths)))[0])
+                where = place(self._owner(first + int(np.argmax(lengths)))[0])
                 found = f"the text around the blank has {max(lengths)} tokens"
-                raise DataError(f"{place}: {found}, too many for max_length {max_length}; give a larger one") from error
+                raise DataError(f"{where}: {found}, too many for max_length {max_length}; give a larger one") from error
             self.truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
             columns = [name for name in ("input_ids", "token_type_ids") if name in encoded]
             self.rows += [
@@ -170,7 +175,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             expected = filling * sum((part or "").count(BLANK) for part in parts)
             if places.sum() != len(expected):
                 found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
-                raise DataError(f"{_place(example)}: {found}; give a larger max_length")
+                raise DataError(f"{place(example)}: {found}; give a larger max_length")
             row["blank_ids"] = np.full(len(places), IGNORED, dtype=np.int32)
             row["blank_ids"][places] = expected
 
@@ -194,73 +199,6 @@ class TaskDataset(Dataset[dict[str, Any]]):
         parts = [_corrupted(dict(row), (*key, choice), self.corruption) for choice, row in enumerate(rows)]
         columns = {name: [part[name] for part in parts] for name in parts[0]}
         return {**columns, **numbers, "num_choices": len(rows)}
-
-
-def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
-    """The ids of a task's verbalisers. Raises ConfigError for a word that is not one known token of its own."""
-    ids: list[int] = []
-    for word in task.verbalisers:
-        (pieces,) = _ids_in_text([word], tokenizer)
-        if len(pieces) != 1 or pieces[0] in tokenizer.all_special_ids:
-            shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
-            raise ConfigError(f"task {task.name}: cloze.words: {word!r} is not one word of the vocabulary ({shown})")
-        _refuse_dropped(task, word, tokenizer, pieces[0])
-        ids += pieces
-    if len(set(ids)) < len(ids):
-        raise ConfigError(
-            f"task {task.name}: cloze.words: {', '.join(task.verbalisers)} are one token to the tokenizer"
-        )
-    return tuple(ids)
-
-
-def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> None:
-    """A compressed vocabulary reads a word that it dropped as another one, which would be scored in its place."""
-    source = getattr(tokenizer, "source_tokenizer", None)
-    if source is not None:
-        original = source.convert_ids_to_tokens(_ids_in_text([word], source)[0][0])
-        kept = tokenizer.convert_ids_to_tokens(token_id)
-        if original != kept:
-            found = f"{word!r} was dropped from this vocabulary, which reads {kept!r} for it"
-            raise ConfigError(f"task {task.name}: cloze.words: {found}; choose kept words, or vocabulary.keep_words")
-
-
-def candidate_ids(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[int]]:
-    """For each row the ids of the candidate that fills its blank; one 0 where a verbaliser will."""
-    candidates = [choice for example in examples for choice in example.choices]
-    if not candidates:
-        return [[0]] * len(examples)
-    fillings = _ids_in_text(candidates, tokenizer)
-    owners = (example for example in examples for _ in example.choices)
-    for example, candidate, filling in zip(owners, candidates, fillings, strict=True):
-        if not filling:
-            raise DataError(f"{_place(example)}: the candidate {candidate!r} has no tokens, so it cannot fill a blank")
-    return fillings
-
-
-def _ids_in_text(words: list[str], tokenizer: Any) -> list[list[int]]:
-    """The ids of each word as it stands within a text: after a space, where a tokenizer has other tokens for that."""
-    spaced = [f" {word}" for word in words]
-    both = (tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (spaced, words))
-    # Where a space would be a token of its own, the word has the same tokens without it.
-    return [after if len(after) <= len(alone) else alone for after, alone in zip(*both, strict=True)]
-
-
-def _refuse_masks(examples: Sequence[TaskExample], tokenizer: Any) -> None:
-    """The blank is known by its mask tokens, so a text must bring none of its own."""
-    for example in examples:
-        texts = [text or "" for pair in example.texts for text in pair]
-        if any(tokenizer.mask_token in text for text in (*texts, *example.choices)):
-            found = f"the text holds {tokenizer.mask_token}, which the model would take for the blank"
-            raise DataError(f"{_place(example)}: {found}; remove it")
-
-
-def _place(example: TaskExample) -> str:
-    return example.where or f"example {example.example_id} (idx {example.idx})"
-
-
-def _with_masks(text: str, filling: list[int], tokenizer: Any) -> str:
-    # The space before a blank belongs to what fills it (`_ids_in_text`); not every mask token takes it along.
-    return re.sub(f" ?{BLANK}", tokenizer.mask_token * len(filling), text)
 
 
 def _corrupted(example: dict[str, Any], key: tuple[int, ...], corruption: Corruption | None) -> dict[str, Any]:
