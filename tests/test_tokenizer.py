@@ -15,6 +15,7 @@ import pytest
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skeletoken import TokenizerModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import AddedToken, AutoTokenizer, BertConfig, BertTokenizer, DataCollatorForLanguageModeling
@@ -169,6 +170,26 @@ def test_the_plain_tokenizer_cuts_text_without_dropped_tokens_alike(case, text):
     assert all(0 <= i < vocabulary.size for i in plain)
     if all(vocabulary.is_kept(i) for i in source(text)["input_ids"]):
         assert plain == student(text)["input_ids"]
+
+
+TRIMMED_BY_OTHERS: dict[int, Any] = {}
+
+
+@closed_cases
+@settings(max_examples=60, deadline=None)
+@given(text=texts)
+def test_the_plain_tokenizer_is_what_skeletoken_makes_of_the_same_tokens(case, text):
+    """Another's typed model of tokenizer.json, as a second opinion on what is trimmed."""
+    source, student, vocabulary = case
+    if id(case) not in TRIMMED_BY_OTHERS:
+        model = TokenizerModel.from_string(source.backend_tokenizer.to_str())
+        dropped = source.convert_ids_to_tokens(vocabulary.dropped_ids.tolist())
+        TRIMMED_BY_OTHERS[id(case)] = model.remove_tokens_from_vocabulary(dropped).to_tokenizer()
+    theirs = TRIMMED_BY_OTHERS[id(case)]
+    assert theirs.get_vocab() == student.get_vocab()
+    ours = student.backend_tokenizer.encode(text)
+    assert theirs.encode(text).ids == ours.ids
+    assert theirs.decode(ours.ids) == student.backend_tokenizer.decode(ours.ids)
 
 
 @cases
