@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 # One target that takes more than this share of the dropped tokens is a hub that says nothing about them.
 HUB_SHARE = 0.05
 HUB_SIZE = 10  # of a few dropped tokens some share one by chance
+UNSEEN_SHARE = 0.1  # of kept tokens that are kept by nothing but their low ids, because the corpus has none of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,14 +297,16 @@ def build_vocabulary(
         )
     if len(embeddings) > source_size:
         logger.info("%d embedding rows beyond the tokenizer are dropped", len(embeddings) - source_size)
+    required = must_keep_ids(tokenizer, words=keep_words)
     kept_ids = choose_kept_ids(
         counts,
-        must_keep_ids(tokenizer, words=keep_words),
+        required,
         keep_ratio=keep_ratio,
         size=size,
         multiple_of=multiple_of,
         parts=parts_to_keep(tokenizer, selection),
     )
+    _report_unseen(np.asarray(counts), kept_ids, required)
     if len(kept_ids) == source_size:
         return Vocabulary.identity(source_size, counts=counts)
     token_map = map_tokens(
@@ -323,6 +326,19 @@ def forbidden_targets(tokenizer: Any) -> set[int]:
     """Tokens that no other is mapped onto: special ones, and bytes that are a part of a character or invisible."""
     parts = {i for i, byte in byte_ids(tokenizer).items() if not 0x20 < byte < 0x7F}
     return {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder)} | parts
+
+
+def _report_unseen(counts: np.ndarray, kept_ids: np.ndarray, required: set[int]) -> None:
+    unseen = sum(i not in required for i in kept_ids[counts[kept_ids] == 0].tolist())
+    if counts.any() and unseen > UNSEEN_SHARE * len(kept_ids):
+        logger.warning(
+            "vocabulary: %d of %d kept tokens stand nowhere in the text, which uses %d of %d; "
+            "count more text, or keep fewer",
+            unseen,
+            len(kept_ids),
+            np.count_nonzero(counts),
+            len(counts),
+        )
 
 
 def _report_map(tokenizer: Any, vocabulary: Vocabulary) -> None:

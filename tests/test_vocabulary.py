@@ -362,6 +362,19 @@ def test_a_hub_that_takes_a_large_share_is_named_in_a_warning(tokenizer, caplog)
     assert "'e' takes 20 of 20 dropped tokens (100.0 %)" in caplog.text
 
 
+def test_text_that_never_uses_most_of_the_vocabulary_is_told_with_numbers(tokenizer, caplog):
+    embeddings = np.random.default_rng(0).standard_normal((V, 4))
+    counts = np.zeros(V, dtype=int)
+    counts[[40, 41, 42]] = 9
+    build_vocabulary(tokenizer, embeddings, counts, size=50)
+    unseen = 50 - len(must_keep_ids(tokenizer)) - 3
+    assert unseen > 5
+    assert f"{unseen} of 50 kept tokens stand nowhere in the text, which uses 3 of {V}; count more" in caplog.text
+    caplog.clear()
+    build_vocabulary(tokenizer, embeddings, np.arange(1, V + 1), size=50)
+    assert "nowhere" not in caplog.text
+
+
 def test_counts_embeddings_and_tokenizer_must_fit(tokenizer):
     with pytest.raises(ModelError, match=r"59 counts for a tokenizer of 60 tokens"):
         build_vocabulary(tokenizer, np.zeros((V, 2)), np.zeros(V - 1, dtype=int), size=40)
