@@ -1,7 +1,7 @@
 """The one module that is wrapped for training: student and objective, from a batch to loss sums.
 
-The loss is computed inside this forward, and inside the final linear map's own call: reading the LM head's
-weight outside trains wrongly under DDP, FSDP2 and ZeRO-3.
+The loss is computed inside this forward, and inside the call of the final linear map, or of the head that reads its
+weights: reading the LM head's weight outside trains wrongly under DDP, FSDP2 and ZeRO-3.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.heads import run_backbone, run_head, run_task_head, share_backbone
+from glmd.heads import LinearMap, run_backbone, run_head, run_task_head, share_backbone
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
@@ -64,7 +64,7 @@ class Distiller(nn.Module):
         if self.language_model is not None:
             words = [term for term in self.objective.terms if term.signal in WORD_SIGNALS]
 
-            def word_sums(hidden: Tensor, linear: nn.Linear) -> dict[str, Tensor]:
+            def word_sums(hidden: Tensor, linear: LinearMap) -> dict[str, Tensor]:
                 return {term.name: self._word_sum(term, batch, teacher, hidden, linear) for term in words}
 
             sums |= run_head(self.language_model, outputs, final_linear=word_sums)
@@ -80,7 +80,7 @@ class Distiller(nn.Module):
         batch: Mapping[str, Tensor],
         teacher: TeacherOutputs,
         hidden: Tensor,
-        linear: nn.Linear,
+        linear: LinearMap,
     ) -> Tensor:
         """A word term's sum from (B, S, H) hidden states before the student's final linear map."""
         if term.signal == "word_labels":

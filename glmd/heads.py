@@ -1,8 +1,9 @@
-"""Split any Hugging Face model into backbone, head transform and final linear map, without code per model.
+"""Split any Hugging Face model into backbone, head transform and final linear map, without code per model but one.
 
 A model runs by its own forward. Two things are exchanged for the time of one call: the backbone, by outputs
 already computed, so that one backbone forward feeds a task head and an LM head; and the forward of the final
 linear map, by a function that sees the hidden states before it, so that N x V logits need never exist.
+MobileBERT's map is two weights that its head joins and multiplies by itself: there the head's forward is exchanged.
 
     outputs = backbone(model)(**inputs)
     logits = run_head(classifier, outputs, inputs=inputs)
@@ -11,6 +12,7 @@ linear map, by a function that sees the hidden states before it, so that N x V l
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,17 @@ from torch import Tensor, nn
 
 from glmd.errors import ModelError
 
-FinalLinear = Callable[[Tensor, nn.Linear], Any]
+
+@dataclass(frozen=True)
+class JoinedLinear:
+    """MobileBERT's final map: the word embeddings and a second weight, side by side."""
+
+    weight: Tensor  # (K, H)
+    bias: Tensor  # (K,)
+
+
+LinearMap = nn.Linear | JoinedLinear
+FinalLinear = Callable[[Tensor, LinearMap], Any]
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -41,14 +53,33 @@ def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     return backbone(model)(**inputs, **({"use_cache": False} if is_causal(model.config) else {}))
 
 
-def final_linear(model: nn.Module) -> nn.Linear:
+def final_linear(model: nn.Module) -> LinearMap:
     """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
+    linear, head = _output_embeddings(model), _joining_head(model)
+    return linear if head is None else _joined(head, model.config)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Linear:
     linear = model.get_output_embeddings()  # type: ignore[operator]
     if linear is None:
         raise ModelError(f"{type(model).__name__} has no output embeddings; a masked or causal LM is needed")
     if not isinstance(linear, nn.Linear):
         raise ModelError(f"{type(model).__name__}: the final map is a {type(linear).__name__}, not one linear map")
     return linear
+
+
+def _joining_head(model: Any) -> Any:
+    """MobileBERT's head, which multiplies by the final map in its own forward and never calls it; None for others."""
+    return model.cls.predictions if model.config.model_type == "mobilebert" else None
+
+
+def _joined(head: Any, config: Any) -> JoinedLinear:
+    weight, pad = head.decoder.weight, config.pad_token_id
+    if pad is not None and weight.requires_grad:
+        # The last word of a text has padding for its neighbour, or nothing, by the length of the batch's longest. A
+        # student's vector of [PAD] begins as zeros, which is what stands for nothing, and has to stay so.
+        weight = weight.index_copy(0, torch.tensor([pad], device=weight.device), weight[pad : pad + 1].detach())
+    return JoinedLinear(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
 
 
 def run_head(
@@ -62,8 +93,8 @@ def run_head(
 
     inputs: what the backbone was given; a task head that averages over tokens (ModernBERT), or looks for the last
         one (GPT-2), must know the pads.
-    final_linear: called inside the final linear map's own `__call__` (so that FSDP hooks have gathered the
-        weight) in place of its forward; what it returns is returned.
+    final_linear: called inside the own `__call__` of the final linear map, or of the head that joins it (so that
+        FSDP hooks have gathered the weight), in place of its forward; what it returns is returned.
     """
     with _replaced_forward(model, final_linear) as returned, _stub_backbone(model, outputs):
         # The stub ignores its input, but a model's forward asks for ids.
@@ -97,7 +128,7 @@ def run_task_head(
     return scores
 
 
-def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: nn.Linear) -> Tensor:
+def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: LinearMap) -> Tensor:
     """From hidden states (R, S, H): (B, C) logits of the verbalisers, or (R, 1) log-probabilities of the candidates."""
     is_blank = batch["blank_ids"] >= 0
     in_blank = hidden[is_blank]
@@ -201,21 +232,24 @@ def _replaced_forward(model: nn.Module, function: FinalLinear | None) -> Iterato
     if function is None:
         yield returned
         return
-    linear = final_linear(model)
+    linear, head = _output_embeddings(model), _joining_head(model)
+    caller: Any = linear if head is None else head
     # Placement over several devices puts a forward of its own on the instance; it must be there again afterwards.
-    own = linear.__dict__.get("forward")
+    own = caller.__dict__.get("forward")
 
     def forward(hidden: Tensor) -> Any:
-        returned.append(function(hidden, linear))
+        if head is not None:
+            hidden = head.transform(hidden)
+        returned.append(function(hidden, linear if head is None else _joined(head, model.config)))
         # The model may go on to index or reshape its logits: hand it something of that form.
         return hidden
 
-    linear.forward = forward  # type: ignore[method-assign, assignment]
+    caller.forward = forward
     try:
         yield returned
     finally:
-        del linear.forward  # the class's own forward shows again
+        del caller.forward  # the class's own forward shows again
         if own is not None:
-            linear.forward = own  # type: ignore[method-assign]
+            caller.forward = own
     if not returned:
         raise ModelError(f"{type(model).__name__} never calls its output embeddings; it is not supported")

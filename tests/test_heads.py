@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glmd.errors import ModelError
 from glmd.heads import (
+    LinearMap,
     backbone,
     final_linear,
     hidden_before_final_linear,
@@ -17,6 +18,8 @@ from glmd.heads import (
     run_task_head,
     share_backbone,
 )
+from glmd.losses.linear import linear_distillation_loss
+from glmd.losses.logits import kl_divergence
 
 V, C = 40, 3
 TRANSFORMER = {
@@ -43,7 +46,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Llama": {"num_key_value_heads": 1},
     "Gemma2": {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 5.0},
     "Cohere": {"num_key_value_heads": 1, "logit_scale": 0.5},
-    "MobileBert": {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1},
+    "MobileBert": {"embedding_size": 10, "intra_bottleneck_size": 16, "num_feedforward_networks": 1},
     "T5": {"d_kv": 8, "decoder_start_token_id": 0},
     "Bart": {"d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 32, "decoder_attention_heads": 2},
 }
@@ -53,7 +56,7 @@ LANGUAGE_MODELS = {
     "GPT2": "GPT2LMHeadModel",
     **{name: f"{name}ForConditionalGeneration" for name in ("T5", "Bart")},
 }
-MASKED = ("Bert", "Roberta", "Electra", "Albert", "DistilBert", "ModernBert", "DebertaV2")
+MASKED = ("Bert", "Roberta", "Electra", "Albert", "DistilBert", "ModernBert", "DebertaV2", "MobileBert")
 SPLIT = (*MASKED, "GPT2", "Llama")
 
 
@@ -98,14 +101,48 @@ def test_choices_of_unequal_number_score_as_the_stock_model_scores_each_example(
 @pytest.mark.parametrize("name", SPLIT)
 def test_hidden_states_times_the_final_map_are_the_models_own_logits(name: str) -> None:
     model, inputs = model_of(name), padded_inputs()
+    model.config.pad_token_id = None  # else a MobileBERT keeps the vector of [PAD] as it is: see below
     expected = model(**inputs).logits
     hidden = hidden_before_final_linear(model, backbone(model)(**inputs))
-    linear = model.get_output_embeddings()
+    linear = final_linear(model)
     logits = hidden @ linear.weight.T + (0 if linear.bias is None else linear.bias)
     torch.testing.assert_close(logits, expected)
     assert expected.std() > 0.1, "the logits say something"
     torch.testing.assert_close(gradients(model, logits), gradients(model, expected), atol=1e-10, rtol=1e-8)
     prove_split(model, V)
+
+
+def test_the_distillation_loss_of_a_mobilebert_reaches_both_parts_of_its_final_map() -> None:
+    """The chunked loss within the head's call, against plain logits of the stock model."""
+    model, inputs = model_of("MobileBert"), padded_inputs()
+    valid, generator = inputs["attention_mask"].bool(), torch.Generator().manual_seed(2)
+    theirs, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (int(valid.sum()), V))
+
+    def loss_of(hidden: Tensor, linear: LinearMap) -> Tensor:
+        return linear_distillation_loss(
+            hidden[valid], linear.weight, theirs, weight, student_bias=linear.bias, temperature=3.0
+        )
+
+    ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
+    expected = kl_divergence(model(**inputs).logits[valid], theirs @ weight.T, temperature=3.0).sum()
+    torch.testing.assert_close(ours, expected)
+    names = [name for name, _ in model.named_parameters()]
+    got, wanted = (
+        dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True)) for loss in (ours, expected)
+    )
+    embeddings = "mobilebert.embeddings.word_embeddings.weight"
+    assert got[embeddings][0].eq(0).all() and not wanted[embeddings][0].eq(0).any(), "[PAD] alone is kept as it is"
+    got[embeddings][0] = wanted[embeddings][0]
+    torch.testing.assert_close(got, wanted)
+    assert got["cls.predictions.dense.weight"].abs().max() > 1e-3
+
+
+def test_a_mobilebert_whose_pad_vector_is_zero_does_not_see_more_padding() -> None:
+    model, inputs = model_of("MobileBert"), padded_inputs()
+    assert model.get_input_embeddings().weight[0].eq(0).all(), "as it begins"
+    longer = {name: nn.functional.pad(each, (0, 3)) for name, each in inputs.items()}
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**longer).logits[:, :7][valid], model(**inputs).logits[valid])
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -115,7 +152,7 @@ def test_a_head_on_the_backbones_outputs_gives_the_models_own_logits(name: str) 
     assert torch.equal(run_head(model, backbone(model)(**inputs)), expected)
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Cohere", "MobileBert", "T5"])
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere", "T5"])
 def test_a_model_whose_logits_are_more_than_one_linear_map_is_refused_by_name(name: str) -> None:
     with pytest.raises(ModelError, match=LANGUAGE_MODELS[name]) as refusal:
         prove_split(model_of(name), V)
@@ -152,7 +189,7 @@ def test_a_model_of_nan_weights_is_refused() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_proving_the_split_leaves_the_models_mode(training: bool) -> None:
-    for name in ("Bert", "Gemma2", "MobileBert"):
+    for name in ("Bert", "Gemma2", "Cohere"):
         model = model_of(name).train(training)
         try:
             prove_split(model, V)
@@ -219,7 +256,9 @@ def test_the_model_is_as_before_when_the_head_itself_raises() -> None:
 
 
 def test_a_model_that_never_calls_its_final_map_is_refused_and_left_as_it_was() -> None:
+    """As MobileBERT, were it not handled by name."""
     model, inputs = model_of("MobileBert"), padded_inputs()
+    model.config.model_type = "another"
     expected = model(**inputs).logits
     with pytest.raises(ModelError, match="never calls its output embeddings"):
         hidden_before_final_linear(model, backbone(model)(**inputs))
