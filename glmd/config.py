@@ -138,7 +138,10 @@ class StudentConfig:
     num_hidden_layers: int | None = None  # None: as many as the teacher
     # Which teacher layers are copied; "scratch" copies nothing, embeddings included.
     initialisation: Literal["uniform", "first", "last", "even", "scratch"] | list[int] = "uniform"
-    config: dict[str, Any] = field(default_factory=dict)  # other fields of the teacher's config to change
+    config: dict[str, Any] = field(default_factory=dict)  # other fields of the config to change, else the teacher's
+    # For word vectors narrower than the hidden states (config.embedding_size, 128): electra factorises them, the
+    # paper's +al; mobilebert reads each beside its neighbours', +mo. None: the teacher's own architecture.
+    architecture: Literal["electra", "mobilebert"] | None = None
 
     def __post_init__(self) -> None:
         n = self.num_hidden_layers

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class ModelCard:
 
 def export_model(model: Any, tokenizer: Any, folder: Path, *, card: ModelCard) -> None:
     """Write model, tokenizer, generation config where there is one, model card and probe to `folder`, replacing it."""
+    if hasattr(model.config, "embedding_size"):
+        width = f"{model.config.embedding_size} (hidden_size {model.config.hidden_size})"
+        card = replace(card, facts={**card.facts, "embedding_size": width})
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

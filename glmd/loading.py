@@ -180,8 +180,12 @@ def load_classifier(name: str, task: Task, *, new_head: bool = False, **options:
     model, info = _from_pretrained(auto_class, name, **WEIGHTS, **options)
     # Words in a blank need no head but the one that every masked LM has.
     may_begin = new_head and task.casting == "head"
-    _require_complete(model, info, name, allowed_missing=("classifier", "pooler", "score") if may_begin else ())
+    _require_complete(model, info, name, allowed_missing=_HEADS if may_begin else ())
     return model.eval()
+
+
+# Parts of a task's head that a language model has not.
+_HEADS = ("classifier", "pooler", "score", "sequence_summary")
 
 
 def model_positions(config: Any) -> int | None:

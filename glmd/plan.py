@@ -431,10 +431,14 @@ def _on_meta(name: str, model_config: Any) -> Any:
 
 
 def split_parameters(model: Any, vocabulary_names: set[str]) -> dict[str, int]:
-    """Parameters in all, in tensors with a vocabulary axis, and in the body. Tied ones count once."""
+    """Parameters in all, in tensors with a vocabulary axis, and in the body; the width of a word's vector.
+
+    Tied ones count once.
+    """
     total = sum(p.numel() for p in model.parameters())
     vocabulary = sum(p.numel() for name, p in model.named_parameters() if name in vocabulary_names)
-    return {"total": total, "vocabulary": vocabulary, "body": total - vocabulary}
+    width = model.get_input_embeddings().weight.shape[1]
+    return {"total": total, "vocabulary": vocabulary, "body": total - vocabulary, "embedding_size": width}
 
 
 def describe(plan: Plan, world_size: int) -> str:
@@ -444,13 +448,13 @@ def describe(plan: Plan, world_size: int) -> str:
         f"teacher   {config.teacher.model or 'trained here from scratch'}",
         f"method    {config.method}",
         "",
-        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}",
+        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}{'embedding':>11}",
     ]
     sides = (("teacher", plan.teacher_config, len(plan.tokenizer)), ("student", plan.student_config, plan.kept_size))
     for name, model, words in sides:
         p = plan.parameters[name]
         counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
-        lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}")
+        lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
     swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
     lines += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
     lines += [_stage_line(*stage, world_size) for stage in _stages(plan)]

@@ -216,8 +216,9 @@ def _word_table(rows: list[dict[str, Any]]) -> str:
 def _size_table(results: dict[str, Any]) -> str:
     body = []
     for name, counts in results["parameters"].items():
-        body.append([name, *(f"{counts[key] / 1e6:.2f} M" for key in ("total", "vocabulary", "body"))])
-    return markdown_table(["parameters (masked LM)", "total", "vocabulary", "body"], body)
+        sizes = [f"{counts[key] / 1e6:.2f} M" for key in ("total", "vocabulary", "body")]
+        body.append([name, *sizes, str(counts.get("embedding_size", "–"))])
+    return markdown_table(["parameters (masked LM)", "total", "vocabulary", "body", "embedding size"], body)
 
 
 def _time_table(rows: list[dict[str, Any]]) -> str:

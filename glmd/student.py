@@ -1,4 +1,4 @@
-"""Make a student: the teacher's architecture with fewer layers, fewer words, perhaps narrower.
+"""Make a student: the teacher's architecture, or one of narrow word vectors, with fewer layers and fewer words.
 
     student = build_student(teacher, vocabulary, StudentConfig(num_hidden_layers=6), seed=0)
 
@@ -16,6 +16,8 @@ from glmd.config import StudentConfig
 from glmd.errors import ConfigError
 from glmd.heads import backbone
 from glmd.layers import layer_indices
+from glmd.loading import language_model_class
+from glmd.narrow_embeddings import check_narrow, copy_around_layers, narrow_config
 from glmd.slicing import slice_model
 from glmd.strict_yaml import suggestion
 from glmd.vocabulary import Vocabulary
@@ -26,30 +28,39 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
 
     With `initialisation: scratch` every weight is drawn from `seed`. Otherwise the chosen layers, the kept rows of
     the embeddings and all else outside the layers are copied, so that a student with every layer and every word is
-    the teacher. Raises ConfigError where a changed width makes that impossible.
+    the teacher; of a narrow `architecture` the layers, and what stands around them as nearly as it can. Raises
+    ConfigError where a changed width makes that impossible.
     """
     sliced = teacher if vocabulary.is_identity else slice_model(teacher, vocabulary)
     total = teacher.config.num_hidden_layers
     count = config.num_hidden_layers or total
     chosen = chosen_layers(config, count, total)
     torch.manual_seed(seed)
-    student = type(teacher)(student_model_config(sliced.config, config, count, chosen))
+    model_config = student_model_config(sliced.config, config, count, chosen)
+    if config.architecture is None:
+        student = type(teacher)(model_config)
+    else:
+        student = language_model_class(model_config).from_config(model_config)
     student.to(torch.float32)
     if getattr(sliced, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(sliced.generation_config)
     if chosen is not None:
         _copy_weights(student, sliced, chosen)
+        if config.architecture is not None:
+            copy_around_layers(student, sliced)
     student.tie_weights()
     return student
 
 
 def student_model_config(teacher_config: Any, config: StudentConfig, num_layers: int, chosen: list[int] | None) -> Any:
     """The teacher's config with the student's changes. Raises ConfigError for a field the architecture has not."""
-    result = copy.deepcopy(teacher_config)
+    architecture = config.architecture
+    result = copy.deepcopy(teacher_config) if architecture is None else narrow_config(teacher_config, architecture)
     known = set(result.to_dict()) | set(getattr(result, "attribute_map", {}))
     for key, value in config.config.items():
         if key not in known:
-            raise ConfigError(f"student.config.{key} is unknown to {result.model_type}{suggestion(key, known)}")
+            hint = "; electra and mobilebert have it: student.architecture" if key == "embedding_size" else ""
+            raise ConfigError(f"student.config.{key} is unknown to {result.model_type}{hint or suggestion(key, known)}")
         if key.endswith("_token_id"):
             raise ConfigError(f"student.config.{key} is set by glmd; remove it")
         try:
@@ -57,6 +68,10 @@ def student_model_config(teacher_config: Any, config: StudentConfig, num_layers:
         except Exception as error:  # the config's own checks raise classes of their own
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"student.config.{key}: {value!r} does not fit ({reason})") from None
+    if hasattr(result, "true_hidden_size"):  # MobileBERT's; follows from the others, but not when they are changed
+        result.true_hidden_size = result.intra_bottleneck_size if result.use_bottleneck else result.hidden_size
+    if architecture is not None:
+        check_narrow(result, teacher_config, copies=chosen is not None)
     old_layers = result.num_hidden_layers
     layer_types = getattr(result, "layer_types", None)
     if isinstance(layer_types, list) and len(layer_types) == old_layers:
@@ -90,14 +105,19 @@ def _copy_weights(student: Any, teacher: Any, chosen: list[int]) -> None:
 def weight_origins(student: Any, teacher: Any, chosen: list[int]) -> dict[str, str]:
     """Which of the teacher's tensors each of the student's is a copy of, by name. Shapes alone are looked at.
 
-    Raises ConfigError where a changed width makes a copy impossible.
+    Of a student of another architecture those of its layers are. Raises ConfigError where a changed width makes a copy
+    impossible.
     """
-    pattern = re.compile(rf"^({re.escape(_layer_list(teacher))}\.)(\d+)(\..*)$")
+    theirs, is_narrow = _layer_list(teacher), type(student) is not type(teacher)
+    ours = _layer_list(student) if is_narrow else theirs
+    pattern = re.compile(rf"^{re.escape(ours)}\.(\d+)(\..*)$")
     source = teacher.state_dict()
     origins = {}
     for name, tensor in student.state_dict().items():
         match = pattern.match(name)
-        origins[name] = f"{match[1]}{chosen[int(match[2])]}{match[3]}" if match else name
+        if is_narrow and not match:
+            continue
+        origins[name] = f"{theirs}.{chosen[int(match[1])]}{match[2]}" if match else name
         found = source.get(origins[name])
         if found is None or found.shape != tensor.shape:
             was = tuple(found.shape) if found is not None else "absent"

@@ -23,7 +23,7 @@ LAYERS = """
 errors schedules layers losses.logits losses.labels losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
-heads objective loading teacher student
+heads objective loading teacher narrow_embeddings student
 metrics superglue_metric distiller
 checkpoint runlog run_folder plan trainer evaluation export
 report workbench
@@ -140,7 +140,7 @@ KEYS = {
     "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision dataloader_num_workers
         report_to""",
     "teacher.": "model revision trust_remote_code dtype tasks scratch",
-    "student.": "num_hidden_layers initialisation config",
+    "student.": "num_hidden_layers initialisation config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
     "corpus_weights",
     "data.": "corpus text_field superglue world eval_blocks",

@@ -125,7 +125,7 @@ def test_parameters_are_those_of_the_exported_students(finished):
     kept = student.config.vocab_size
     assert kept == int(0.6 * 86)
     # Word embeddings (16 wide, tied to the output) and the output's bias have a vocabulary axis.
-    expected = {"total": counted, "vocabulary": kept * 17, "body": counted - kept * 17}
+    expected = {"total": counted, "vocabulary": kept * 17, "body": counted - kept * 17, "embedding_size": 16}
     assert (
         finished.results["parameters"]["student"] == row_of(finished.results, "pretraining")["parameters"] == expected
     )

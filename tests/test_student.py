@@ -28,6 +28,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "Electra": {"embedding_size": 8},
     "ModernBert": {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "sliding_window": 2},
     "DebertaV2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "MobileBert": {"embedding_size": 6, "intra_bottleneck_size": 8, "num_feedforward_networks": 2},
 }
 FAMILIES = ("Bert", "Roberta", "DistilBert", *EXTRA)
 # Every second token is kept, and with them all special ones; the others go round.
