@@ -283,8 +283,9 @@ def test_what_the_function_returns_is_returned_and_it_sees_the_map_within_its_ca
     assert seen == [(3, 7, 16)], "the hooks of the map ran, so sharded weights would have been gathered"
 
 
-def test_verbalisers_in_a_blank_score_as_the_models_own_logits_there() -> None:
-    model, inputs = model_of("Bert"), padded_inputs()
+@pytest.mark.parametrize("name", ["Bert", "MobileBert"])
+def test_verbalisers_in_a_blank_score_as_the_models_own_logits_there(name: str) -> None:
+    model, inputs = model_of(name), padded_inputs()
     places, words = torch.tensor([5, 1, 0]), torch.tensor([[7, 9], [7, 9], [7, 9]])
     blank_ids = torch.full((3, 7), -100).scatter(1, places[:, None], 0)
     token_map = torch.arange(V).flip(0)  # the words under other numbers, as a compressed student has them
