@@ -9,12 +9,12 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from glmd import __version__
 from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
-from glmd.errors import GlmdError
+from glmd.errors import ConfigError, GlmdError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,22 +74,25 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--corpus-weights", type=float, nargs="*", default=[], metavar="SHARE", help="of each corpus")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
 
-    def add_for_task(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        command = add(name, function, text)
-        command.add_argument("model", help="folder or hub id of a classifier, a multiple-choice model or a masked LM")
-        command.add_argument("--task", required=True, help="a task of SuperGLUE, AXb, AXg, or a YAML of your own")
-        command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
-        command.add_argument("--batch-size", type=_positive, default=64)
-        return command
+    task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own"
+    command = add("evaluate", _evaluate, "Score a model, stock or distilled, on a task or on text.")
+    command.add_argument("model", help="folder or hub id of a task model, a masked LM, or (on text) a causal LM")
+    command.add_argument("--task", help=task_help)
+    command.add_argument("--data", help="for --task: a SuperGLUE folder, a jsonl file, or aps/super_glue")
+    command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
+    command.add_argument("--batch-size", type=_positive, help="for --task (default: 64)")
+    command.add_argument("--text", nargs="+", help="in place of a task: files to measure bits per byte on")
+    command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's; for text 1024)")
 
-    command = add_for_task("evaluate", _evaluate, "Score a task model, stock or distilled.")
-    command.add_argument("--data", required=True, help="a SuperGLUE folder, a jsonl file, or aps/super_glue")
-    command.add_argument("--split", default="val", choices=("train", "val", "test"))
     command.add_argument(
-        "--tokenizer", default="exact", choices=("exact", "ordinary"), help="ordinary: a student's text as without glmd"
+        "--tokenizer", choices=("exact", "ordinary"), help="for --task (default: exact); ordinary: text as without glmd"
     )
 
-    command = add_for_task("predict", _predict, "Write a task model's answers in the leaderboard's form.")
+    command = add("predict", _predict, "Write a task model's answers in the leaderboard's form.")
+    command.add_argument("model", help="folder or hub id of a classifier, a multiple-choice model or a masked LM")
+    command.add_argument("--task", required=True, help=task_help)
+    command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
+    command.add_argument("--batch-size", type=_positive, default=64)
     command.add_argument("--file", required=True, help="jsonl in the official form; labels are not needed")
     command.add_argument("--output", type=Path, required=True, help="jsonl file to write")
 
@@ -199,17 +202,31 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from glmd.evaluation import evaluate_folder
+    given = [
+        name for name in ("task", "data", "split", "tokenizer", "batch_size") if getattr(options, name) is not None
+    ]
+    scores: Mapping[str, float | str]
+    if options.text is not None:
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} has no effect beside --text; remove one of them")
+        from glmd.bits_per_byte import evaluate_text
 
-    scores = evaluate_folder(
-        options.model,
-        options.task,
-        options.data,
-        options.split,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        ordinary=options.tokenizer == "ordinary",
-    )
+        scores = evaluate_text(options.model, options.text, max_length=options.max_length)
+    else:
+        for name in ("task", "data"):
+            if name not in given:
+                raise ConfigError(f"--{name} is missing; give --task and --data, or --text for a causal LM")
+        from glmd.evaluation import evaluate_folder
+
+        scores = evaluate_folder(
+            options.model,
+            options.task,
+            options.data,
+            options.split or "val",
+            max_length=options.max_length,
+            batch_size=options.batch_size or 64,
+            ordinary=options.tokenizer == "ordinary",
+        )
     for name, value in scores.items():
         print(f"{name:<22}{value:>10.4f}" if isinstance(value, float) else f"{name:<22}{value:>10}")
 

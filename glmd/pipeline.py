@@ -24,9 +24,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from glmd import __version__
 from glmd.checkpoint import write_atomically
 from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
+from glmd.data.batches import BlockDataset
 from glmd.data.corpus import TokenStore, build_token_store, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.errors import ConfigError, RunError
+from glmd.heads import is_causal
 from glmd.loading import compared_embeddings, load_language_model
 from glmd.objective import Objective, Term
 from glmd.plan import Plan, make_plan
@@ -34,6 +36,7 @@ from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.student import build_student
 from glmd.task_stages import TaskStages
+from glmd.teacher import OnlineTeacher
 from glmd.tokenizer import compress_tokenizer
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
@@ -205,12 +208,15 @@ class Pipeline:
             if objective is not None:
                 live = self.bench.teacher(source.to(self.accelerator.device), None, arm)
                 held_out = self.bench.blocks(stage, seed, held_out=True)
-                result["words_before"] = self.bench.score_words(student, live, held_out, arm)
+                result["words_before"] = self._score_words(student, live, held_out, arm)
                 data, token_map = self.bench.blocks(stage, seed), arm.vocabulary.token_map
                 result["training"] = self.bench.train(
                     place, stage, seed, objective, data, token_map, language_model=student, teacher=live
                 )
-                result["words"] = self.bench.score_words(student, live, held_out, arm)
+                result["words"] = self._score_words(student, live, held_out, arm)
+                if is_causal(self.plan.teacher_config):
+                    theirs = self.bench.score_text(source, self.plan.tokenizer, held_out)
+                    result["words"]["teacher_bits_per_byte"] = theirs["bits_per_byte"]
             self.bench.export(
                 student,
                 arm.tokenizer,
@@ -226,6 +232,13 @@ class Pipeline:
         inputs = self.bench.inputs(stage if objective else None, seed, objective, start=start, arm=arm)
         result = self.run_folder.stage(place, inputs, work)
         self.rows.append({"system": arm.name, "stage": "pretraining", "task": None, "seed": seed, **result})
+
+    def _score_words(self, student: Any, live: OnlineTeacher, held_out: BlockDataset, arm: Arm) -> dict[str, float]:
+        """Nearness to the teacher's words, and of a decoder also bits per byte."""
+        scores = self.bench.score_words(student, live, held_out, arm)
+        if is_causal(self.plan.teacher_config):
+            scores |= self.bench.score_text(student, arm.tokenizer, held_out)
+        return scores
 
 
 def _words_of(example: TaskExample) -> Iterator[str]:

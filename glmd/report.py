@@ -189,28 +189,34 @@ _LABELS = {
 def _word_table(rows: list[dict[str, Any]]) -> str:
     """Word prediction before and after each pass: how near the student's words are to the teacher's."""
     body = []
+    measured = {key for row in rows for key in row.get("words", ())}
+    # Of a decoder nothing is masked, of a masked LM no text is coded: one of both pairs is there.
+    columns = {key: title for key, title in _WORD_COLUMNS.items() if key in measured}
     groups = dict.fromkeys((row["system"], row["stage"], row["task"]) for row in rows if "words" in row)
     for system, stage, task in groups:
         found = [row for row in rows if (row["system"], row["stage"], row["task"]) == (system, stage, task)]
         cells = []
-        for key in ("kl_divergence", "agreement", "masked_accuracy", "teacher_masked_accuracy"):
+        for key in columns:
             before = [row["words_before"][key] for row in found if key in row["words_before"]]
             after = [row["words"][key] for row in found if key in row["words"]]
-            cells.append(
-                f"{_mean(before)} → {_mean(after)}" if after and key != "teacher_masked_accuracy" else _mean(after)
-            )
+            is_changed = after and not key.startswith("teacher_")
+            cells.append(f"{_mean(before)} → {_mean(after)}" if is_changed else _mean(after))
         where = "pretraining, held-out corpus" if task is None else f"{task} words pass, val inputs"
         body.append([f"{system}: {where}", *cells])
     if not body:
         return ""
-    header = [
-        "word prediction, before → after",
-        "KL to teacher (nats/token)",
-        "same top word",
-        "masked accuracy",
-        "teacher's",
-    ]
-    return markdown_table(header, body)
+    return markdown_table(["word prediction, before → after", *columns.values()], body)
+
+
+_WORD_COLUMNS = {
+    "kl_divergence": "KL to teacher (nats/token)",
+    "agreement": "same top word",
+    "masked_accuracy": "masked accuracy",
+    "teacher_masked_accuracy": "teacher's",
+    "bits_per_byte": "bits per byte",
+    "exact_bits_per_byte": "with the exact tokenizer",
+    "teacher_bits_per_byte": "teacher's",
+}
 
 
 def _size_table(results: dict[str, Any]) -> str:

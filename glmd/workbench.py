@@ -19,9 +19,10 @@ import torch
 from accelerate import Accelerator
 
 from glmd import __version__
+from glmd.bits_per_byte import score_text
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
-from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, corruption_for
+from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_texts, corruption_for
 from glmd.data.blanks import block_frame, candidate_ids, verbaliser_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
@@ -229,6 +230,16 @@ class Workbench:
             token_map=arm.vocabulary.token_map,
             accelerator=self.accelerator,
             batch_size=self.config.pretraining.per_device_eval_batch_size,
+        )
+
+    def score_text(self, model: Any, tokenizer: Any, data: BlockDataset) -> dict[str, float]:
+        """Bits per byte of a causal LM on the text of held-out blocks, with the model's own tokenizer."""
+        return score_text(
+            model.to(self.accelerator.device),
+            tokenizer,
+            block_texts(data, self.tokenizer),
+            max_length=len(data.start) + data.block_length + len(data.end),
+            accelerator=self.accelerator,
         )
 
     def score_task(

@@ -447,8 +447,8 @@ def test_a_build_killed_anywhere_leaves_no_store_or_the_whole_one(tmp_path, toke
 
         os.replace = counted
         if point == "in a batch":
-            encode = corpus._encode
-            corpus._encode = lambda t, texts: calls.append(0) or (die() if len(calls) == 4 else encode(t, texts))
+            encode = corpus.encode_texts
+            corpus.encode_texts = lambda t, texts: calls.append(0) or (die() if len(calls) == 4 else encode(t, texts))
         build_token_store(folder, [str(source)], tokenizer)
         die()
 

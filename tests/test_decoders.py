@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from families import FAMILIES
 
+from glmd.bits_per_byte import score_text
 from glmd.cli import main
-from glmd.data.batches import BlockDataset, Collate, TaskDataset
+from glmd.data.batches import BlockDataset, Collate, TaskDataset, block_texts
 from glmd.data.blanks import block_frame, verbaliser_ids
-from glmd.data.corpus import build_token_store
+from glmd.data.corpus import build_token_store, open_token_store
 from glmd.data.tasks import TaskExample, load_task, read_split
 from glmd.distiller import Distiller
 from glmd.errors import DataError
@@ -42,6 +44,7 @@ def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(na
     (row,) = results["rows"]
     assert row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
     assert "masked_accuracy" not in row["words"], "nothing is masked"
+    assert "| bits per byte | with the exact tokenizer | teacher's |" in " ".join(results_table(results).split())
     assert "student: pretraining, held-out corpus" in results_table(results)
     folder = tmp_path / "run/pretraining/student"
     student = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -52,6 +55,29 @@ def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(na
     ids = tokenizer("the cat sang over", return_tensors="pt")["input_ids"]
     text = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokenizer.decode(text[0]) and int(text.max()) < len(tokenizer)
+
+
+def test_bits_per_byte_of_a_run_are_those_of_its_folders_on_the_held_out_text(tiny, models, trusting, tmp_path):
+    """The text of the last four blocks, coded by the exported student and by the teacher, each with its own tokens."""
+    name = DECODERS[1]
+    (row,) = run(decoder_run(tiny, models, name, tmp_path / "run"))["rows"]
+    source = load_tokenizer(models / name)
+    data = BlockDataset(
+        open_token_store(tmp_path / "run/corpus"), source, max_length=16, blocks=range(1), corruption=None
+    )
+    total = data.store.num_blocks(data.block_length)
+    data.blocks = range(total - 4, total)
+    texts, measured = block_texts(data, source), {}
+    for folder in (models / name, tmp_path / "run/pretraining/student"):
+        model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+        measured[folder.name] = score_text(model, tokenizer, texts, max_length=16, accelerator=Accelerator(cpu=True))
+    student = measured["student"]
+    assert {key: row["words"][key] for key in student} == pytest.approx(student, rel=1e-5)
+    assert row["words"]["teacher_bits_per_byte"] == pytest.approx(measured[name]["bits_per_byte"], rel=1e-5)
+    assert (
+        row["words_before"].keys() >= student.keys()
+        and row["words_before"]["bits_per_byte"] != student["bits_per_byte"]
+    )
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -104,6 +104,15 @@ class BlockDataset(Dataset[dict[str, Any]]):
         return _corrupted(example, key, self.corruption)
 
 
+def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:
+    """The documents in the blocks of a data set, as the tokenizer decodes them; the first and last may be cut."""
+    length, separator = data.block_length, data.store.manifest["separator_id"]
+    ids = data.store.tokens[data.blocks.start * length : data.blocks.stop * length].astype(np.int64)
+    documents = np.split(ids, np.flatnonzero(ids == separator))
+    decoded = [tokenizer.decode(each[each != separator], clean_up_tokenization_spaces=False) for each in documents]
+    return [text for text in decoded if text.strip()]
+
+
 class TaskDataset(Dataset[dict[str, Any]]):
     """A task's examples as (pairs of) sentences, tokenized once; with choices, a row for each choice.
 

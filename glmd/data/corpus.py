@@ -71,7 +71,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     # Its own words, because a small closed vocabulary cuts every foreign text to unknown tokens alike.
     own = " ".join(word for word, _ in words[:: -(-len(words) // 1000)])
     foreign = "Größe naïve ÀÉ don't 3.14 CamelCase  two\tspaces\nnew line 東京 привет \U0001f600 unhappily re-doing"
-    probes = _encode(tokenizer, [own, own.lower(), own.upper(), foreign])
+    probes = encode_texts(tokenizer, [own, own.lower(), own.upper(), foreign])
     return hashlib.sha256(json.dumps([words, probes]).encode()).hexdigest()
 
 
@@ -288,7 +288,7 @@ def _write_tokens(
     # disable=None: no bar unless stderr is a terminal.
     with tqdm(unit=" documents", desc="tokenizing", disable=None) as progress:
         for source, batch in batches:
-            encoded = [ids for ids in _encode(tokenizer, [text for text in batch if text.strip()]) if ids]
+            encoded = [ids for ids in encode_texts(tokenizer, [text for text in batch if text.strip()]) if ids]
             num_empty += len(batch) - len(encoded)
             pieces: list[list[int]] = []
             for ids in encoded:
@@ -325,7 +325,7 @@ def _batches(documents: Iterable[str], *, characters: int = 1_000_000, length: i
         yield batch
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     """Ids without special tokens: a text that writes [MASK] or </s> means these letters, not the token."""
     if not texts:
         return []
