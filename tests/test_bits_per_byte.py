@@ -196,3 +196,23 @@ def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(arguments
     monkeypatch.chdir(models)
     assert main(["evaluate", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_a_real_byte_level_vocabulary_gives_the_text_back_at_a_quarter(shared):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "data/tokenizers/smollm2")
+    texts = list(itertools.islice(read_documents([str(shared / "data/corpus/wikitext2_valid.txt")]), 2))
+    counts = np.bincount(np.concatenate(tokenizer(texts[:1])["input_ids"]), minlength=len(tokenizer))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **{**SMALL, "tie_word_embeddings": True})
+    model = transformers.LlamaForCausalLM(config)
+    vocabulary = build_vocabulary(
+        tokenizer, model.get_input_embeddings().weight, counts, keep_ratio=0.25, mapping="cosine"
+    )
+    student = compress_tokenizer(tokenizer, vocabulary)
+    accelerator = Accelerator(cpu=True)
+    full = score_text(model, tokenizer, texts, max_length=512, accelerator=accelerator)
+    quarter = score_text(slice_model(model, vocabulary), student, texts, max_length=512, accelerator=accelerator)
+    assert full["restored"] == quarter["restored"] == 1
+    assert quarter["tokens_per_byte"] > full["tokens_per_byte"]
+    assert 0.01 < quarter["dropped"] < 0.5 and quarter["exact_bits_per_byte"] > quarter["mapped_bits_per_byte"]
