@@ -69,8 +69,8 @@ def test_check_prints_the_plan_and_touches_nothing(glmd, tiny, tmp_path, monkeyp
     run = tmp_path / "run"
     text = glmd("check", tiny.root / "run.yaml", f"output_dir={run}", "seeds=[0,1]", "tasks.RTE.max_steps=5")
     lines = plan_lines(text)
-    assert lines["teacher"] == ["7,302", "1,462", "5,840", "2", "86"]
-    assert lines["student"] == ["4,483", "867", "3,616", "1", "51"]
+    assert lines["teacher"] == ["7,302", "1,462", "5,840", "2", "86", "16"]
+    assert lines["student"] == ["4,483", "867", "3,616", "1", "51", "16"]
     assert lines["pretraining"][:3] == ["6", "4", "16"]
     for stage in ("task_teacher", "task_words", "task_labels"):
         assert lines[f"RTE {stage}"] == ["5", "8", "32", "24", "1,280"]
