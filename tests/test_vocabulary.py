@@ -406,6 +406,8 @@ GPT2 = {
     "bos_token_id": 4,
     "eos_token_id": 4,
 }
+ENDS = {"bos_token_id": 2, "eos_token_id": 2}
+IDS = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 4, "cls_token_id": 3, "sep_token_id": 4}
 T5 = {"vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 BART = {
     "vocab_size": V, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -436,6 +438,32 @@ HEADS = {
     "LlamaForCausalLM-tied": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True}, True),
     "T5ForConditionalGeneration": ("T5Config", T5, True),
     "BartForConditionalGeneration": ("BartConfig", BART, True),
+    "BertForTokenClassification": ("BertConfig", BERT, False),
+    "XLMRobertaForMaskedLM": ("XLMRobertaConfig", {**BERT, "pad_token_id": 1}, True),
+    "MPNetForMaskedLM": ("MPNetConfig", {**BERT, "pad_token_id": 1}, True),
+    "DebertaV2ForMaskedLM": ("DebertaV2Config", BERT, True),
+    "ModernBertForMaskedLM": ("ModernBertConfig", {**BERT, **IDS}, True),
+    "MobileBertForMaskedLM": ("MobileBertConfig", {**BERT, "embedding_size": 8, "intra_bottleneck_size": 8}, True),
+    "Gemma2ForCausalLM": ("Gemma2Config", {**LLAMA, "head_dim": 8}, True),
+    "Qwen2ForCausalLM": ("Qwen2Config", LLAMA, True),
+    "GlmForCausalLM": ("GlmConfig", {**LLAMA, "head_dim": 8}, True),
+    "OPTForCausalLM": (
+        "OPTConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_dim": 24,
+            "max_position_embeddings": 32,
+            "word_embed_proj_dim": 16,
+            "pad_token_id": 1,
+            **ENDS,
+        },
+        True,
+    ),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**BERT, **ENDS}, True),
+    "MT5ForConditionalGeneration": ("MT5Config", T5, True),
 }
 
 
