@@ -17,7 +17,7 @@ from glmd.losses import linear
 from glmd.losses.linear import ROW_LOSSES, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES, merge_words
 
-TEMPERED = [name for name in LOGIT_LOSSES if name != "mse"]
+TEMPERED = [name for name in LOGIT_LOSSES if "mse" not in name]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plain(case: Case, loss: str = "kl_divergence", temperature: float = 1.0) -> 
     """Full logits in the inputs' dtype."""
     student = torch.nn.functional.linear(case.student_hidden, case.student_weight, case.student_bias)
     teacher = torch.nn.functional.linear(case.teacher_hidden, case.teacher_weight, case.teacher_bias)
-    values = LOGIT_LOSSES[loss](student, teacher, **({} if loss == "mse" else {"temperature": temperature}))
+    values = LOGIT_LOSSES[loss](student, teacher, **({} if "mse" in loss else {"temperature": temperature}))
     return values.sum() if case.token_weights is None else (values * case.token_weights).sum()
 
 
@@ -140,7 +140,7 @@ def test_it_equals_full_logits_in_values_and_gradients(
 ) -> None:
     case = make(n, *sizes, seed=seed, biases=biases, weights=weights)
     with chunks_of(chunk):
-        assert_equal_to_plain(case, loss, 1.0 if loss == "mse" else temperature)
+        assert_equal_to_plain(case, loss, 1.0 if "mse" in loss else temperature)
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,7 +155,7 @@ def test_it_equals_full_logits_in_values_and_gradients(
 def test_merged_words_equal_the_logarithm_of_each_groups_sum(
     loss: str, temperature: float, n: int, sizes: tuple[int, int, int], dropped: int, seed: int
 ) -> None:
-    temperature = 1.0 if loss == "mse" else temperature
+    temperature = 1.0 if "mse" in loss else temperature
     case, more = (make(n, *sizes, seed=seed, biases="student teacher") for seed in (seed, seed + 1000))
     generator = torch.Generator().manual_seed(seed)
     words = sizes[0]
@@ -206,7 +206,7 @@ def test_gradcheck_passes_in_float64(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOGIT_LOSSES)
 def test_float32_is_exact_to_a_hundred_thousandth(loss: str) -> None:
-    temperature = 1.0 if loss == "mse" else 15.0
+    temperature = 1.0 if "mse" in loss else 15.0
     case = make(40, 4000, 24, 32, biases="student teacher")
     ours, exact = case.to(torch.float32), case.to(torch.float64)
     value, expected = chunked(ours, loss, temperature), plain(exact, loss, temperature)
@@ -330,11 +330,11 @@ def test_boolean_weights_select_tokens() -> None:
     torch.testing.assert_close(chunked(replace(case, token_weights=chosen)), plain(selected))
 
 
-@pytest.mark.parametrize("loss", ["kl_divergence", "reverse_kl", "mse"])
+@pytest.mark.parametrize("loss", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centred_mse"])
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_gradient(loss: str) -> None:
     same = make(9, 50, weights=False).to(torch.float32)
     same = replace(same, teacher_hidden=same.student_hidden, teacher_weight=same.student_weight)
-    value = chunked(same, loss, 1.0 if loss == "mse" else 15.0)
+    value = chunked(same, loss, 1.0 if "mse" in loss else 15.0)
     value.backward()
     assert value.item() == pytest.approx(0.0, abs=1e-6)
     assert all(x.abs().max() < 1e-5 for x in same.gradients)

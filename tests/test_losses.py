@@ -12,18 +12,23 @@ from torch.nn import functional
 
 from glmd.errors import ConfigError
 from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
-from glmd.losses.logits import LOGIT_LOSSES, cross_entropy, kl_divergence, mse, reverse_kl
+from glmd.losses.logits import LOGIT_LOSSES, centred_mse, cross_entropy, js_divergence, kl_divergence, mse, reverse_kl
 
-TEMPERED = (kl_divergence, reverse_kl, cross_entropy)
+TEMPERED = (kl_divergence, reverse_kl, js_divergence, cross_entropy)
 
 
 def plain(name: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The formulas, written out."""
     if name == "mse":
         return ((student - teacher) ** 2).mean(-1)
+    if name == "centred_mse":
+        centred = [each - each.mean(-1, keepdim=True) for each in (student, teacher)]
+        return ((centred[0] - centred[1]) ** 2).mean(-1)
     q = (student / temperature).exp() / (student / temperature).exp().sum(-1, keepdim=True)
     p = (teacher / temperature).exp() / (teacher / temperature).exp().sum(-1, keepdim=True)
+    m = (p + q) / 2
     sums = {
+        "js_divergence": ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2,
         "kl_divergence": (p * (p / q).log()).sum(-1),
         "reverse_kl": (q * (q / p).log()).sum(-1),
         "cross_entropy": -(p * q.log()).sum(-1),
@@ -36,7 +41,7 @@ def logits(seed: int, *shape: int, scale: float = 3.0, dtype: torch.dtype = torc
 
 
 def options(name: str, temperature: float) -> dict[str, float]:
-    return {} if name == "mse" else {"temperature": temperature}
+    return {} if "mse" in name else {"temperature": temperature}
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,7 +74,7 @@ def test_float32_is_kept_and_bfloat16_is_widened_before_the_softmax(name: str) -
     torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kl_divergence", "reverse_kl", "mse"])
+@pytest.mark.parametrize("name", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centred_mse"])
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_gradient(name: str) -> None:
     student = logits(0, 6, 50, dtype=torch.float32).requires_grad_()
     values = LOGIT_LOSSES[name](student, student.detach().clone(), **options(name, 4.0))
@@ -101,6 +106,20 @@ def test_the_kl_at_temperature_15_is_half_the_variance_of_the_difference(dtype: 
     half_variance = (student - teacher).var(-1, correction=0) / 2
     ours = kl_divergence(student.to(dtype), teacher.to(dtype), temperature=15.0).double()
     assert ((ours / half_variance - 1).abs() < 0.01).all()
+
+
+def test_the_kl_at_a_high_temperature_is_half_the_centred_mse() -> None:
+    student, teacher = logits(0, 4, 50), logits(1, 4, 50)
+    expected = centred_mse(student, teacher) / 2
+    torch.testing.assert_close(kl_divergence(student, teacher, temperature=3000.0), expected, rtol=0.01, atol=0)
+    torch.testing.assert_close(centred_mse(student + 7, teacher), centred_mse(student, teacher))
+
+
+def test_the_jensen_shannon_divergence_is_symmetric_and_below_log_2() -> None:
+    student, teacher = logits(0, 6, 50, scale=30.0), logits(1, 6, 50, scale=30.0)
+    ours = js_divergence(student, teacher)
+    torch.testing.assert_close(ours, js_divergence(teacher, student))
+    assert ((ours > 0.1) & (ours < math.log(2) + 1e-12)).all()
 
 
 def test_soft_cross_entropy_has_the_gradient_of_the_kl() -> None:

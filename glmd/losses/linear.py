@@ -227,6 +227,27 @@ def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, tempera
     return temperature**2 * values
 
 
+def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """T^2 (KL(p || m) + KL(q || m)) / 2 for m = (p + q) / 2, gradient T/2 q (log(q / m) - KL(q || m)).
+
+    With t = tanh(d / 2) for d = log(p / q): p = m (1 + t), q = m (1 - t), and the two logarithms sum to
+    t d + log(1 - t^2). Both parts are of second order in d, so that nothing cancels where the models nearly agree.
+    """
+    _divide(temperature, student, teacher)
+    teacher_normalizer = _write_softmax(teacher, out=gradient)
+    gap = teacher.sub_(student)
+    q = torch.empty_like(student)
+    student_normalizer = _write_softmax(student, out=q)
+    gap.add_((student_normalizer - teacher_normalizer).to(gap.dtype)[:, None])
+    t = torch.div(gap, 2, out=student).tanh_()
+    mixture = gradient.add_(q).div_(2)
+    values = (gap.mul_(t).add_((-t.square()).log1p_())).mul_(mixture).sum(-1) / 2
+    log_ratio = t.neg_().log1p_()
+    torch.mul(q, log_ratio, out=gradient)
+    gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True))).mul_(temperature / 2)
+    return temperature**2 * values
+
+
 def _cross_entropy_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
     """-T^2 sum(p log q), gradient T (q - p), for the teacher's softmax p and the student's q."""
     _divide(temperature, student, teacher)
@@ -245,12 +266,23 @@ def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: f
     return values
 
 
+def _centred_mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """Mean squared difference of logits less their means, gradient 2 / K times it. The temperature is 1."""
+    torch.sub(student, teacher, out=gradient)
+    gradient.sub_(gradient.mean(-1, keepdim=True))
+    values = torch.mul(gradient, gradient, out=student).mean(-1)
+    gradient.mul_(2 / gradient.shape[-1])
+    return values
+
+
 # The row form of each function in LOGIT_LOSSES.
 ROW_LOSSES: dict[str, RowLoss] = {
     "kl_divergence": _kl_divergence_rows,
     "reverse_kl": _reverse_kl_rows,
+    "js_divergence": _js_divergence_rows,
     "cross_entropy": _cross_entropy_rows,
     "mse": _mse_rows,
+    "centred_mse": _centred_mse_rows,
 }
 
 
@@ -275,8 +307,8 @@ def _checked_rows(loss: str, temperature: float) -> RowLoss:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(ROW_LOSSES)}"
         raise ConfigError(f"loss {loss!r} is unknown{hint}")
     check_temperature(temperature)
-    if loss == "mse" and temperature != 1:
-        raise ConfigError(f"temperature has no effect on mse, got {temperature}")
+    if loss in ("mse", "centred_mse") and temperature != 1:
+        raise ConfigError(f"temperature has no effect on {loss}, got {temperature}")
     return ROW_LOSSES[loss]
 
 

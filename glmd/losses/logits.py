@@ -50,6 +50,21 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     return temperature**2 * _expectation(student.exp(), student - teacher)
 
 
+def js_divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Jensen-Shannon divergence times temperature squared, as in GKD with beta 1/2 (arXiv:2306.13649).
+
+    student_logits, teacher_logits: (N, K) scores. Returns (N,).
+    The mean of both models' KL to their mixture, at most log 2: between `kl_divergence`, which makes the student cover
+    all the teacher says, and `reverse_kl`, which lets it leave out the rest.
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    padding = (student == -math.inf) & (teacher == -math.inf)
+    logs = [each.masked_fill(padding, 0.0) for each in (student, teacher)]
+    mixture = torch.logaddexp(*logs) - math.log(2)
+    of_each = [_expectation(each.exp(), log - mixture) for each, log in zip((student, teacher), logs, strict=True)]
+    return temperature**2 * (of_each[0] + of_each[1]) / 2
+
+
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Cross-entropy against the teacher's probabilities times temperature squared (arXiv:1503.02531).
 
@@ -71,12 +86,28 @@ def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (student - teacher).masked_fill(padding, 0.0).square().sum(-1) / (~padding).sum(-1)
 
 
+def centred_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """`mse` of logits less their mean, so that the level does not count, which no probability depends on.
+
+    student_logits, teacher_logits: (N, K) scores. Returns (N,).
+    Half of it is the limit of `kl_divergence` at high temperature (arXiv:1503.02531, section 2.1).
+    """
+    student, teacher = _widened(student_logits, teacher_logits)
+    padding = (student == -math.inf) & (teacher == -math.inf)
+    count = (~padding).sum(-1, keepdim=True)
+    difference = (student - teacher).masked_fill(padding, 0.0)
+    centred = (difference - difference.sum(-1, keepdim=True) / count).masked_fill(padding, 0.0)
+    return centred.square().sum(-1) / count[:, 0]
+
+
 # What a term's `loss` may name. An option is a keyword-only parameter of the function.
 LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl_divergence": kl_divergence,
     "reverse_kl": reverse_kl,
+    "js_divergence": js_divergence,
     "cross_entropy": cross_entropy,
     "mse": mse,
+    "centred_mse": centred_mse,
 }
 
 
