@@ -9,7 +9,7 @@ Nine of ten lines of the corpus are counted, the tenth is what the vocabularies 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Curve:
     used: int  # different tokens that the counted text uses
     source_size: int
     must_keep: int
+    counts: np.ndarray = field(compare=False, repr=False)  # (V,) of the counted text
 
     @property
     def knee(self) -> Point:
@@ -98,15 +99,17 @@ def budget_curve(
         smallest = len(must_keep) / len(tokenizer)
         raise ConfigError(f"--keep-ratios: the tokens that must be kept are more than each; begin at {smallest:.2f}")
     used = int((counts > 0).sum())
-    return Curve(tuple(points), int(counts.sum()), int(held_out.sum()), used, len(tokenizer), len(must_keep))
+    return Curve(tuple(points), int(counts.sum()), int(held_out.sum()), used, len(tokenizer), len(must_keep), counts)
 
 
 def examples(
-    teacher: str, corpus: Sequence[str], keep_ratio: float, *, mapping: str, selection: str, text_field: str, top: int
+    teacher: str, counts: np.ndarray, keep_ratio: float, *, mapping: str, selection: str, top: int
 ) -> list[tuple[str, str, int]]:
-    """(dropped token, the kept one it is mapped onto, how often it was counted), the most frequent first."""
+    """(dropped token, the kept one it is mapped onto, how often it was counted), the most frequent first.
+
+    counts: (V,) of a curve.
+    """
     tokenizer = load_source_tokenizer(teacher, words=False)
-    counts, _, _ = _count(tokenizer, corpus, text_field)
     embeddings = load_model_as_saved(teacher).get_input_embeddings().weight.detach().float()
     vocabulary = build_vocabulary(
         tokenizer, embeddings, counts, keep_ratio=keep_ratio, selection=selection, mapping=mapping
@@ -155,7 +158,9 @@ def curve_table(curve: Curve) -> str:
 
 
 def curve_json(curve: Curve) -> str:
-    return json.dumps({**asdict(curve), "knee": curve.knee.keep_ratio}, indent=1) + "\n"
+    fields = asdict(curve)
+    del fields["counts"]
+    return json.dumps({**fields, "knee": curve.knee.keep_ratio}, indent=1) + "\n"
 
 
 def draw_curve(curve: Curve, path: Path) -> None:

@@ -258,8 +258,13 @@ def _vocab(options: argparse.Namespace) -> None:
         budget.require_plots()
     for path in (options.json, options.picture):
         budget.require_free_file(path)
-    common = {"selection": options.selection, "text_field": options.text_field}
-    curve = budget.budget_curve(options.teacher, options.corpus, ratios=options.keep_ratios or budget.RATIOS, **common)
+    curve = budget.budget_curve(
+        options.teacher,
+        options.corpus,
+        ratios=options.keep_ratios or budget.RATIOS,
+        selection=options.selection,
+        text_field=options.text_field,
+    )
     print(budget.curve_table(curve))
     if options.json is not None:
         options.json.write_text(budget.curve_json(curve), encoding="utf-8")
@@ -268,7 +273,12 @@ def _vocab(options: argparse.Namespace) -> None:
     if options.examples is not None:
         ratio = curve.knee.keep_ratio
         rows = budget.examples(
-            options.teacher, options.corpus, ratio, mapping=options.mapping, top=options.examples, **common
+            options.teacher,
+            curve.counts,
+            ratio,
+            mapping=options.mapping,
+            selection=options.selection,
+            top=options.examples,
         )
         print(f"\nAt {ratio:g}, mapped by {options.mapping}, the most frequent of the dropped tokens:\n")
         print(budget.examples_table(rows))

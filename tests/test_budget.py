@@ -65,7 +65,7 @@ def test_parameters_are_those_of_the_model_that_compress_would_write(name, model
 
 def curve(*points: tuple[float, float]) -> Curve:
     made = tuple(Point(ratio, 1, coverage, 0.0, 1, 1) for ratio, coverage in points)
-    return Curve(made, counted=1, held_out=1, used=1, source_size=1, must_keep=1)
+    return Curve(made, counted=1, held_out=1, used=1, source_size=1, must_keep=1, counts=np.ones(1))
 
 
 def test_the_knee_is_the_point_farthest_above_the_line_between_the_ends():
@@ -75,9 +75,9 @@ def test_the_knee_is_the_point_farthest_above_the_line_between_the_ends():
 
 
 def test_the_most_frequent_dropped_tokens_are_shown_with_their_targets(models):
-    corpus = [str(models / "corpus.txt")]
-    common = {"mapping": "cosine", "selection": "closed", "text_field": "text", "top": 4}
-    rows = examples(str(models / "GPT2LMHeadModel"), corpus, 0.9, **common)
+    model = str(models / "GPT2LMHeadModel")
+    counted = budget_curve(model, [str(models / "corpus.txt")], ratios=[1.0]).counts
+    rows = examples(model, counted, 0.9, mapping="cosine", selection="closed", top=4)
     counts = [count for _, _, count in rows]
     assert len(rows) == 4 and counts == sorted(counts, reverse=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "GPT2LMHeadModel")
