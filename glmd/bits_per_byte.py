@@ -41,7 +41,7 @@ def evaluate_text(model: str, sources: Sequence[str], *, max_length: int | None)
     positions = model_positions(config)
     length = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
     if positions is not None and length > positions:
-        raise ModelError(f"{model}: {length} tokens are more than its {positions} positions; give --max-length")
+        raise ModelError(f"{model}: {length} tokens, but it has {positions} positions; give --max-length {positions}")
     texts = [text for text in read_documents(sources) if text.strip()]
     if not texts:
         raise DataError(f"{', '.join(sources)}: no text")

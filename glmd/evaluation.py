@@ -214,7 +214,9 @@ def _answers(
     """(examples,) class ids or positions of choices, and how many inputs were cut."""
     positions = model_positions(load_model_config(model))
     if positions is not None and max_length > positions:
-        raise ModelError(f"{model}: {max_length} tokens are more than its {positions} positions; give --max-length")
+        raise ModelError(
+            f"{model}: {max_length} tokens are more than its {positions} positions; give --max-length {positions}"
+        )
     tokenizer = load_tokenizer(model)
     if ordinary:
         if not getattr(tokenizer, "is_exact", False):
@@ -231,7 +233,7 @@ def _answers(
         mean_over_tokens=task.mean_over_tokens,
         is_causal=is_causal(classifier.config),
     )
-    collate = Collate(tokenizer.pad_token_id)
+    collate = Collate(tokenizer.pad_token_id or 0)  # a decoder may have none; what stands there is masked
     classifier.to(accelerator.device)
     # The folder's tokenizer gives the model's own ids, so there is nothing to map.
     logits = predict(classifier, dataset, collate, token_map=None, accelerator=accelerator, batch_size=batch_size)

@@ -9,6 +9,7 @@ without glmd must reproduce.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from glmd.checkpoint import load_checkpoint, sync_to_disk, write_problem
+from glmd.checkpoint import file_sha256, load_checkpoint, sync_to_disk, write_problem
 from glmd.config import load_config
 from glmd.errors import ModelError, RunError
 from glmd.loading import load_model_as_saved, load_source_tokenizer
@@ -36,6 +37,7 @@ from glmd.tokenizer import (
 from glmd.vocabulary import Vocabulary
 
 PROBE = "export_probe.json"
+BY_PLAIN = ", by plain AutoTokenizer"  # ends the name of what was scored so
 TOLERANCE = 1e-4
 
 
@@ -65,7 +67,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, card: ModelCard) -
     model.save_pretrained(temporary)
     save_tokenizer(tokenizer, temporary)
     (temporary / "README.md").write_text(card_text(card), encoding="utf-8")
-    (temporary / PROBE).write_text(json.dumps(_probe(model)), encoding="utf-8")
+    weights = {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+    (temporary / PROBE).write_text(json.dumps({**_probe(model), "weights": weights}), encoding="utf-8")
     model.train(was_training)
     for path in temporary.iterdir():
         sync_to_disk(path)
@@ -130,7 +133,7 @@ for folder in sys.argv[1:]:
     ids = torch.tensor(probe["input_ids"])
     decoder = {{"decoder_input_ids": ids}} if model.config.is_encoder_decoder else {{}}
     with torch.no_grad():
-        output = model.eval()(input_ids=ids, **decoder)[0].flatten()[: len(probe["output"])]
+        output = model.eval()(input_ids=ids, **decoder)[0].flatten()[probe["places"]]
     error = (output - torch.tensor(probe["output"])).abs().max().item()
     if not error <= {TOLERANCE}:
         sys.exit(f"{{folder}}: its output differs by {{error:.1e}} from those before export")
@@ -139,11 +142,17 @@ for folder in sys.argv[1:]:
 
 def _probe(model: Any) -> dict[str, Any]:
     size = model.config.get_text_config().vocab_size
-    # Spread over the vocabulary, so that swapped or missing rows show.
+    # Spread over the vocabulary, and their output over all positions and words, so that swapped or missing rows show.
     ids = torch.linspace(0, size - 1, 16).long()
     ids = ids.reshape((1, 2, 8) if "MultipleChoice" in type(model).__name__ else (2, 8))
-    output = _output(model, ids).flatten()[:256]
-    return {"class": type(model).__name__, "input_ids": ids.tolist(), "output": output.tolist()}
+    output = _output(model, ids).flatten()
+    places = torch.linspace(0, len(output) - 1, min(1024, len(output)), dtype=torch.float64).long()
+    return {
+        "class": type(model).__name__,
+        "input_ids": ids.tolist(),
+        "places": places.tolist(),
+        "output": output[places].tolist(),
+    }
 
 
 @torch.no_grad()
@@ -195,10 +204,17 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     else:
         model, tokenizer, step = _of_checkpoint(source)
         origin = f"the student after step {step}"
-    facts = {"origin": origin, "kind": kind}
+    facts, metrics = _told_by_card(source)
+    # What it scored holds for the reading that it was scored by.
+    by_plain = kind == "stock"
+    metrics = {name.removesuffix(BY_PLAIN): v for name, v in metrics.items() if name.endswith(BY_PLAIN) == by_plain}
+    facts |= {"origin": origin, "kind": kind}
     if kind != "exact":
         if not getattr(tokenizer, "is_exact", False):
-            raise ModelError(f"--kind {kind} has no effect: {source} keeps every token of its source; remove it")
+            raise ModelError(
+                f"--kind {kind} has no effect: {source} keeps every token of its source, or has the ordinary tokenizer "
+                "alone already; export from the student that it was made of"
+            )
         if kind == "expanded":
             expanded = expand_model(model, vocabulary_of(tokenizer))
             ids = torch.tensor(_probe(expanded)["input_ids"])
@@ -211,12 +227,22 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
         "",
         _KINDS[kind],
         facts,
+        metrics,
         exact_tokenizer=getattr(tokenizer, "is_exact", False),
         auto_class=type(model).__name__,
     )
     export_model(model, tokenizer, output, card=card)
     check_exports([output])
     return f"{output}: {origin}" + (f", {kind}" if kind != "exact" else "")
+
+
+def _told_by_card(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Facts and metrics of a card that `card_text` wrote; none of any other."""
+    path = folder / "README.md"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and (folder / PROBE).exists() else []
+    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
+    rows = (re.fullmatch(r"\| (.+) \| (\d+\.\d+) \|", line) for line in lines)
+    return facts, {row[1]: float(row[2]) for row in rows if row is not None}
 
 
 _KINDS = {

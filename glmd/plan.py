@@ -81,6 +81,11 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
     tokenizer, teacher_config = _load_teacher_side(config, world)
+    if (config.data.corpus or world) and tokenizer.sep_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"teacher.model {config.teacher.model}: its tokenizer has neither sep_token nor eos_token to put between "
+            "documents; set one and save it"
+        )
     if is_causal(teacher_config):
         config = _for_decoder(config, method, asked)
     verbalisers = {name: verbaliser_ids(_task(config, name), tokenizer) for name in config.tasks}

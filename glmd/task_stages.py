@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from glmd.config import Cell, StageConfig, TeacherConfig, cell_name
+from glmd.export import BY_PLAIN
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import WORD_SIGNALS, Objective, Term
@@ -199,7 +200,7 @@ class TaskStages:
                 ordinary = self.bench.score_task(student, self.task, stage, arm, theirs, ordinary=True)
                 result["ordinary"] = {key: value for key, value in ordinary.items() if key != "examples"}
                 given = ordinary.get("metrics", {}) | {"agreement with the teacher": ordinary["agreement"]}
-                scores |= {f"{name}, by plain AutoTokenizer": value for name, value in given.items()}
+                scores |= {name + BY_PLAIN: value for name, value in given.items()}
             summary = f"the labels of {self.name}, as a control"
             self.bench.export(
                 student,

@@ -196,7 +196,7 @@ def _wants_exact(folder: Path) -> bool:
 
 def _refuse_class_logic(tokenizer: TokenizersBackend) -> None:
     if isinstance(tokenizer, GlmdTokenizer):
-        raise ModelError("the tokenizer is compressed already; start from the source tokenizer")
+        raise ModelError("the tokenizer is compressed already, a student's; give the model that it was made from")
     for name in getattr(tokenizer.backend_tokenizer, "__dict__", ()):
         raise ModelError(
             f"{type(tokenizer).__name__} replaces {name} of its backend, which a trimmed tokenizer would lose; "

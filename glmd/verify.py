@@ -100,6 +100,11 @@ class _Subject:
 
 def _weights(subject: _Subject) -> str:
     model = subject.model
+    probe = subject.folder / PROBE
+    if probe.exists():
+        for name, sha256 in json.loads(probe.read_text(encoding="utf-8"))["weights"].items():
+            if file_sha256(subject.folder / name) != sha256:
+                raise ModelError(f"{name} is not the file that was exported (sha256 differs)")
     return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, complete and finite"
 
 
@@ -206,6 +211,8 @@ def _saved_again(subject: _Subject) -> str:
 
 def _without_glmd(subject: _Subject) -> str | None:
     if not (subject.folder / PROBE).exists():
+        if subject.is_compressed:
+            raise ModelError(f"{PROBE} is missing, which holds what the model said before export")
         return None
     check_exports([subject.folder])
     return "a fresh process with transformers alone loads it and gets the same output as before export"

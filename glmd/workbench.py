@@ -274,7 +274,7 @@ class Workbench:
         if ordinary:
             assert arm is not None and not arm.vocabulary.is_identity, "else there is nothing to compare"
             tokenizer, token_map = ordinary_tokenizer(arm.tokenizer), None
-            data, collate = self.val_data(task, stage, tokenizer), Collate(tokenizer.pad_token_id)
+            data, collate = self.val_data(task, stage, tokenizer), Collate(tokenizer.pad_token_id or 0)
         logits = predict(
             model,
             data,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from glmd.data.corpus import build_token_store, open_token_store
 from glmd.data.tasks import TaskExample, load_task, read_split
 from glmd.distiller import Distiller
 from glmd.errors import DataError
+from glmd.evaluation import evaluate_folder
 from glmd.heads import run_backbone, run_task_head
 from glmd.objective import load_method
 from glmd.pipeline import run
@@ -274,6 +276,32 @@ def test_the_text_without_the_question_is_cut_and_what_is_asked_stays(models):
     gpt2 = transformers.AutoTokenizer.from_pretrained(models / "GPT2LMHeadModel")
     with pytest.raises(DataError, match="nothing stands before the blank"):
         TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], gpt2, max_length=20, is_causal=True)
+
+
+def test_a_decoder_without_a_pad_token_learns_tasks_to_the_end(tiny, models, trusting, tmp_path):
+    teacher = shutil.copytree(models / "GPT2LMHeadModel", tmp_path / "teacher")
+    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    config.pop("pad_token", None)
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config))
+    assert transformers.AutoTokenizer.from_pretrained(teacher).pad_token is None
+    rows = tmp_path / "copa.jsonl"
+    rows.write_text("".join(json.dumps({**row, "idx": i}) + "\n" for i, row in enumerate(ROWS["COPA"])))
+    lengths = [f"{stage}.max_length=40" for stage in ("task_teacher", "task_words", "task_labels")]
+    tasks = f"tasks={{COPA: {{train: {rows}, val: {rows}}}}}"
+    more = ["casting=cloze", "pretraining.max_steps=1", f"teacher={teacher}", *lengths]
+    results = run(decoder_run(tiny, models, "GPT2LMHeadModel", tmp_path / "run", tasks, *more))
+    row = next(row for row in results["rows"] if row["stage"] == "labels")
+    folder = tmp_path / "run/tasks/COPA/seed-0/labels/student"
+    for ordinary, scores in ((False, row), (True, row["ordinary"])):
+        again = evaluate_folder(str(folder), "COPA", str(rows), "val", max_length=40, batch_size=1, ordinary=ordinary)
+        assert again["accuracy"] == scores["metrics"]["accuracy"]
+
+
+def test_a_candidate_without_tokens_is_refused_by_causal_models_too(models):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "LlamaForCausalLM")
+    asked = TaskExample(0, (("so \ufdd0", None),) * 2, 0, choices=("light", ""))
+    with pytest.raises(DataError, match="has no tokens"):
+        TaskDataset([asked], tokenizer, max_length=20, is_causal=True)
 
 
 def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trusting, tmp_path, capsys):

@@ -228,7 +228,11 @@ def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished,
     # With the ordinary tokenizer it would be another answer.
     assert not torch.allclose(says_of(source, ordinary_tokenizer(load_tokenizer(source)), texts), expected, atol=1e-4)
     assert [check.line() for check in verify_folder(output) if check.problem] == []
-    assert "- kind: expanded" in (output / "README.md").read_text()
+    card, before = ((folder / "README.md").read_text() for folder in (output, source))
+    assert "- kind: expanded" in card and "- max_length: 32" in card
+    assert [line for line in card.splitlines() if line.startswith("| accuracy")] == [
+        line for line in before.splitlines() if line.startswith("| accuracy |")
+    ]
 
 
 @pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "T5EncoderModel"])
@@ -270,7 +274,7 @@ def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
     for source, kind, error, says in (
         (student, "expanded", ModelError, "BertForMaskedLM predicts words"),
         (student, "exact", RunError, "is a model folder already; give --kind stock or expanded"),
-        (teacher, "stock", ModelError, "--kind stock has no effect"),
+        (teacher, "stock", ModelError, "--kind stock has no effect: .* keeps every token of its source, or"),
         (tmp_path, "stock", RunError, "no checkpoint"),
     ):
         with pytest.raises(error, match=says):

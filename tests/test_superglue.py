@@ -349,8 +349,28 @@ def test_wsc_learns_from_labels_only_where_the_right_candidate_is_told(tmp_path)
 def test_wsc_takes_the_candidates_of_a_row_before_its_own_and_no_name_twice(tmp_path):
     names = ["the cat", "A bird", "an old cat", "The Bird", "it", "two fish"]
     (example,) = read("WSC", wsc(True, candidates=names), tmp_path)
-    assert example.choices == ("The old cat", "A bird", "two fish")
+    assert example.choices == ("The old cat", "the cat", "A bird", "two fish")
     assert "field 'candidates[1]' must be text" in refusal(read, "WSC", wsc(True, candidates=["a", 2]), tmp_path)
+    assert "field 'candidates' must be a list" in refusal(read, "WSC", wsc(True, candidates="a"), tmp_path)
+
+
+@pytest.mark.parametrize("names", [["the old cat"], ["Old cat", "THE OLD CAT"], ["it", "It"], ["!!!"]])
+def test_candidates_that_leave_no_choice_are_refused(names, tmp_path):
+    found = refusal(read, "WSC", wsc(True, candidates=names), tmp_path)
+    assert found.endswith("field 'candidates' has nothing besides 'The old cat', of which the row asks; add others")
+
+
+def test_rows_whose_text_leaves_no_choice_are_counted_in_a_warning(tmp_path, caplog):
+    target = {"span1_text": "The drain", "span1_index": 0, "span2_text": "It", "span2_index": 5}
+    row = {"text": "The drain is clogged often. It has to go.", "target": target, "label": True, "idx": 0}
+    (example,) = read("WSC", [row], tmp_path)
+    assert example.choices == ("The drain",) and "in 1 of 1 rows nothing but the phrase" in caplog.text
+
+
+def test_a_phrase_that_the_pronoun_opens_is_no_candidate(tmp_path):
+    target = {"span1_text": "Ann", "span1_index": 0, "span2_text": "his", "span2_index": 4}
+    row = {"text": "Ann told Bob that his old key was lost.", "target": target, "label": False, "idx": 0}
+    assert read("WSC", [row], tmp_path)[0].choices == ("Ann", "Bob")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from families import CLASSES
 from safetensors.torch import load_file, save_file
 
 from glmd.cli import main
+from glmd.errors import ModelError
+from glmd.export import check_exports
 from glmd.verify import verify_folder
 
 
@@ -120,6 +122,11 @@ FAULTS = {
         lambda f: change_weights(f, lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].flip(0).contiguous()})),
         "without glmd", "its output differs",
     ),
+    "some bytes of the weights changed": (
+        lambda f: change_weights(f, lambda t: t[EMBEDDINGS].__setitem__((300, 3), 0.5)),
+        "weights", "model.safetensors is not the file that was exported",
+    ),
+    "lost probe": (lambda f: (f / "export_probe.json").unlink(), "without glmd", "export_probe.json is missing"),
     "fewer rows than tokens": (
         lambda f: change_json(f, "tokenizer.json", lambda t: t["added_tokens"].append(
             {"id": 360, "content": "<more>", "single_word": False, "lstrip": False, "rstrip": False,
@@ -139,6 +146,20 @@ def test_a_planted_fault_is_found_and_named(fault, compressed, tmp_path, monkeyp
     problems = {check.name: check.line() for check in verify_folder(folder) if check.problem}
     assert name in problems and says in problems[name], problems
     assert all("\n" not in line and line.startswith("FAIL  ") for line in problems.values())
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "RobertaForMaskedLM"])
+def test_rows_that_moved_by_one_change_the_output_of_the_probe(name, compressed, tmp_path, monkeypatch):
+    """Also where the first position and the first words say nothing of it, as in a decoder."""
+    folder = shutil.copytree(compressed(name), tmp_path / "moved")
+    words = {"GPT2LMHeadModel": "transformer.wte.weight", "RobertaForMaskedLM": EMBEDDINGS}[name]
+
+    def roll(tensors):
+        tensors[words][300:] = tensors[words][300:].roll(1, 0)
+
+    change_weights(folder, roll)
+    with pytest.raises(ModelError, match="its output differs"):
+        check_exports([folder])
 
 
 def test_a_failing_check_ends_with_code_1(compressed, tmp_path, no_fresh_process, capsys):

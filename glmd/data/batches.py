@@ -116,8 +116,8 @@ def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:
 class TaskDataset(Dataset[dict[str, Any]]):
     """A task's examples as (pairs of) sentences, tokenized once; with choices, a row for each choice.
 
-    `truncated` counts the rows that were longer than max_length and lost tokens of the longer sentence, or, where the
-    other one has a blank, of that without. A blank becomes mask tokens, one for each token that fills it.
+    `truncated` counts the examples of which a row was longer than max_length and lost tokens of the longer sentence,
+    or, where the other one has a blank, of that without. A blank becomes mask tokens, one for each token that fills it.
 
     is_causal: ask for what fills a blank as a continuation (`continuations`), as a causal LM must be.
     verbalisers: ids of the words that fill the blank for each label. mean_over_tokens: a candidate in a blank scores
@@ -141,7 +141,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
         self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
         self.rows: list[dict[str, np.ndarray]]
         if is_causal:
-            self.rows, self.truncated = continuations(examples, tokenizer, max_length=max_length)
+            self.rows, cut = continuations(examples, tokenizer, max_length=max_length)
+            self.truncated = self._owners_of(cut)
             return
         texts = [text for example in examples for text, _ in example.texts]
         pairs = [pair or "" for example in examples for _, pair in example.texts]
@@ -156,7 +157,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             )
             if second is not None:
                 second, truncation = pairs, "only_second" if keeps_first else "only_first"
-        self.rows, self.truncated = [], 0
+        self.rows, cut = [], []
         for first in range(0, len(texts), CHUNK):
             part = (texts[first : first + CHUNK], second[first : first + CHUNK] if second is not None else None)
             try:
@@ -167,13 +168,18 @@ class TaskDataset(Dataset[dict[str, Any]]):
                 where = place(self._owner(first + int(np.argmax(lengths)))[0])
                 found = f"the text around the blank has {max(lengths)} tokens"
                 raise DataError(f"{where}: {found}, too many for max_length {max_length}; give a larger one") from error
-            self.truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+            cut += [bool(encoding.overflowing) for encoding in encoded.encodings]
             columns = [name for name in ("input_ids", "token_type_ids") if name in encoded]
             self.rows += [
                 {name: np.array(encoded[name][i], dtype=np.int32) for name in columns} for i in range(len(part[0]))
             ]
+        self.truncated = self._owners_of(cut)
         if fillings is not None:
             self._mark_blanks(fillings, tokenizer.mask_token_id, max_length)
+
+    def _owners_of(self, chosen: list[bool]) -> int:
+        """How many examples have a chosen row."""
+        return int(np.logical_or.reduceat(chosen, self.first_row[:-1]).sum())
 
     def _mark_blanks(self, fillings: list[list[int]], mask_id: int, max_length: int) -> None:
         """Give every row `blank_ids`: in its blank the ids that fill it (0 for a verbaliser), elsewhere -100."""

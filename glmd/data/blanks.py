@@ -17,8 +17,8 @@ IGNORED = -100  # a position that a loss or a score leaves out
 
 def continuations(
     examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int
-) -> tuple[list[dict[str, np.ndarray]], int]:
-    """A row for each text of each example, for a model that says each token from those before; and how many were cut.
+) -> tuple[list[dict[str, np.ndarray]], list[bool]]:
+    """A row for each text of each example, for a model that says each token from those before; and whether it was cut.
 
     The text with the blank comes last, whatever its place in the pair, after a line end; the other loses its end at
     max_length. A row's `blank_ids` stand one place early, where the model says them: of a candidate those of its tokens
@@ -34,7 +34,10 @@ def continuations(
         others.append(other)
         before.append(asking.partition(BLANK)[0].removesuffix(" "))
         whole.append(asking.replace(BLANK, choice) if example.choices else before[-1])
-    rows, cut = [], 0
+    if examples[0].choices:
+        candidate_ids(examples, tokenizer)  # refuses one without tokens
+    rows: list[dict[str, np.ndarray]] = []
+    cut = []
     columns = [_ids(texts, tokenizer) for texts in (others, before, whole)]
     for (example, _), given, context, asked in zip(owners, *columns, strict=True):
         # Where the candidate begins: a token that spans the border is its first one.
@@ -49,8 +52,10 @@ def continuations(
         row = np.array([*start, *given[:room], *asked], dtype=np.int32)
         first_scored = len(row) - len(scored) - 1
         if first_scored < 0:
-            raise DataError(f"{place(example)}: nothing stands before the blank, from which a causal model could go on")
-        cut += len(given) > room
+            raise DataError(
+                f"{place(example)}: nothing stands before the blank for a causal model to go on from; write text there"
+            )
+        cut.append(len(given) > room)
         blank_ids = np.full(len(row), IGNORED, dtype=np.int32)
         blank_ids[first_scored : first_scored + max(1, len(scored))] = scored or [0]
         rows.append({"input_ids": row, "blank_ids": blank_ids})

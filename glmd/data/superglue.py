@@ -194,31 +194,36 @@ def _checked_wsc(row: Row, where: str) -> Row:
     word = words[row["span2_index"]]
     pronoun = re.compile(re.escape(row["span2_text"]), re.IGNORECASE).search(text, word.start(), word.end()) or word
     marked = f"{text[: pronoun.start()]}*{pronoun.group()}*{text[pronoun.end() :]}"
-    return row | {"marked_text": marked, "candidates": _wsc_candidates(row, where)}
+    return row | {"marked_text": marked, "candidates": _wsc_candidates(row, marked, where)}
 
 
-def _wsc_candidates(row: Row, where: str) -> list[str]:
+def _wsc_candidates(row: Row, marked: str, where: str) -> list[str]:
     """span1_text, of which a row asks, and what else the pronoun may stand for.
 
     The paper's come from a file of its authors: a row's own `candidates` are taken where it has any.
     """
-    asked = row["span1_text"]
-    others = _texts(row, "candidates", where) if row.get("candidates") else noun_phrases(row["text"])
-    # Another name for the same would be as right: the old cat, cat.
-    taken = [_WORD.findall(text.casefold()) for text in (row["span2_text"], asked)]
+    asked, given = row["span1_text"], row.get("candidates")
+    # The pronoun's stars keep it out of every phrase that is found.
+    others = noun_phrases(marked) if given is None or given == [] else _texts(row, "candidates", where)
+    taken = [_bare(text) for text in (row["span2_text"], asked)]
     kept = [asked]
     for each in others:
-        words = _WORD.findall(each.casefold())
-        if not any(_is_within(words, other) for other in taken):
+        words = _bare(each)
+        # Another name for the same would be as right: the old cat, cat. Of given ones only the very same is.
+        if words.strip() and not any(words == t or (not given and (words in t or t in words)) for t in taken):
             taken.append(words)
             kept.append(each)
+    if given and len(kept) == 1:
+        raise DataError(
+            f"{where}: field 'candidates' has nothing besides {asked[:60]!r}, of which the row asks; add others"
+        )
     return kept
 
 
-def _is_within(words: list[str], others: list[str]) -> bool:
-    """Whether one is a part of the other, but for an opening article or possessive."""
-    bare = [f" {' '.join(each[1:] if each[:1] and each[0] in OPENERS else each)} " for each in (words, others)]
-    return bare[0] in bare[1] or bare[1] in bare[0]
+def _bare(phrase: str) -> str:
+    """The words of a phrase without capitals, signs and an opening article or possessive, a space around each."""
+    words = _WORD.findall(phrase.casefold())
+    return f" {' '.join(words[1:] if len(words) > 1 and words[0] in OPENERS else words)} "
 
 
 _WORD = re.compile(r"\w+")

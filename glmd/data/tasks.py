@@ -10,6 +10,7 @@ from the hub.
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import re
@@ -25,6 +26,8 @@ from glmd.data.jsonl import read_jsonl
 from glmd.data.superglue import MAY_BE_BLANK, Form, checked, flat_rows
 from glmd.errors import ConfigError, DataError
 from glmd.strict_yaml import build, load_yaml, suggestion
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 Label = str | bool | int
@@ -242,6 +245,15 @@ def read_split(
             if before != where and (made[0].label is not None or made[0].texts != twin.texts):
                 raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
         examples += made
+    alone = sum(task.asks_first and len(example.choices) == 1 for example in examples)
+    if alone:
+        logger.warning(
+            "%s: in %d of %d rows nothing but the phrase that is asked about can be meant; whatever a model says, the "
+            "answer is yes",
+            source,
+            alone,
+            len(examples),
+        )
     if not examples:
         found = f"no rows labelled {_shown(task.labels[1])} to learn from" if task.asks_first else "no rows"
         raise DataError(f"{source}: {task.name} has {found} in {split}")
