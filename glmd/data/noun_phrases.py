@@ -16,14 +16,13 @@ many all
 """
 # Words that a noun phrase ends before: conjunctions, prepositions, pronouns, auxiliaries, the commonest verbs.
 _ENDING = """
-and or but nor so yet that if because although though since while when where as than then which who whom whose what how
-why of in on at by for with from to into onto over under about after before between through during against until upon out
-up down off near beside behind above below without within around across toward towards along beyond inside outside except
-is are was were be been being am has have had having do does did will would shall should can could may might must ought
-i you he she it we they me him us them himself herself itself themselves myself yourself
-not never just very too also only even still again ever always there here same
-luckily suddenly finally
-said says say asked told saw went came got took made gave knew thought 's n't
+and or but nor so yet that if because although though since while when where as than then which who whom whose what
+how why of in on at by for with from to into onto over under about after before between through during against until
+upon out up down off near beside behind above below without within around across toward towards along beyond inside
+outside except is are was were be been being am has have had having do does did will would shall should can could may
+might must ought i you he she it we they me him us them himself herself itself themselves myself yourself not never
+just very too also only even still again ever always there here same luckily suddenly finally said says say asked told
+saw went came got took made gave knew thought 's n't
 """
 OPENERS = frozenset(_OPENING.split())
 _SMALL = OPENERS | frozenset(_ENDING.split())
