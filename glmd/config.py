@@ -30,6 +30,7 @@ NOT_SWEPT = (
     "per_device_eval_batch_size",
     "max_length",
     "mlm_probability",
+    "num_maskings",
 )
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
@@ -59,6 +60,7 @@ class StageConfig:
     max_grad_norm: float = 1.0
     max_length: int | None = None  # tokens; a task's own value if not given
     mlm_probability: float | None = None  # share of corrupted tokens; None: 0.15 where the method needs it
+    num_maskings: int | None = None  # corrupted copies of each text, taken in turn by the epochs; None: one an epoch
     logging_steps: int = 50
     save_steps: int = 500
     save_total_limit: int = 2
@@ -90,6 +92,8 @@ class StageConfig:
         _require(0 <= self.weight_decay < float("inf"), f"weight_decay must be at least 0, got {self.weight_decay}")
         p = self.mlm_probability
         _require(p is None or 0 <= p < 1, f"mlm_probability must be in [0, 1), got {p}")
+        n = self.num_maskings
+        _require(n is None or n >= 1, f"num_maskings must be at least 1, got {n}")
         _require(
             self.max_length is None or self.max_length >= 8,
             f"max_length must be at least 8, got {self.max_length}",
@@ -308,10 +312,11 @@ class RunConfig:
                 )
         for task in self.teacher.tasks:
             _require(task in self.tasks, f"teacher.tasks.{task} is not among tasks{suggestion(task, self.tasks)}")
-        _require(
-            self.task_teacher.mlm_probability is None,
-            "task_teacher.mlm_probability has no effect: a teacher is fine-tuned on clean inputs",
-        )
+        for key in ("mlm_probability", "num_maskings"):
+            _require(
+                getattr(self.task_teacher, key) is None,
+                f"task_teacher.{key} has no effect: a teacher is fine-tuned on clean inputs",
+            )
 
         weights, sources = self.vocabulary.corpus_weights, self.data.corpus
         _require(

@@ -141,7 +141,21 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
             and not method["task_labels"].uses("word_logits", "word_labels")
         ):
             raise ConfigError("task_labels.mlm_probability has no effect: its terms compare no words; remove it")
-    return replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
+    config = replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
+    _check_maskings(config)
+    return config
+
+
+def _check_maskings(config: RunConfig) -> None:
+    """Refuse a number of maskings where nothing is masked."""
+    for name in ("pretraining", "task_words", "task_labels"):
+        stage: StageConfig = getattr(config, name)
+        if stage.num_maskings and not stage.mlm_probability:
+            raise ConfigError(f"{name}.num_maskings has no effect: nothing is masked there; remove it")
+    for task, changes in config.tasks.items():
+        stages = [config.stage(name, task) for name in ("task_words", "task_labels")]
+        if changes.get("num_maskings") and not any(stage.mlm_probability for stage in stages):
+            raise ConfigError(f"tasks.{task}.num_maskings has no effect: nothing is masked there; remove it")
 
 
 def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
@@ -156,7 +170,9 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
     for name, probability in given.items():
         if probability:
             raise ConfigError(f"{name}.mlm_probability is {probability}; a causal teacher reads whole text: remove it")
-    return replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
+    config = replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
+    _check_maskings(config)
+    return config
 
 
 def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> None:

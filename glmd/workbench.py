@@ -85,13 +85,13 @@ class Workbench:
         if held_out and reserved < wanted:
             logger.info("data.eval_blocks: %d of %d blocks are held out, a fifth of the corpus", reserved, total)
         blocks = range(total - reserved, total) if held_out else range(total - reserved)
-        corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed)
+        corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
         return BlockDataset(self.store, self.tokenizer, max_length=length, blocks=blocks, corruption=corruption)
 
     def train_data(self, task: TaskPlan, examples: Sequence[TaskExample], stage: StageConfig, seed: int) -> TaskDataset:
         """Examples of a task to train on, corrupted where the stage says so."""
         length = stage.max_length or task.task.max_length
-        corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed)
+        corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
         data = self._task_data(task, examples, length, corruption)
         if data.truncated:
             logger.info("%s: %d of %d inputs are cut to %d tokens", task.task.name, data.truncated, len(data), length)

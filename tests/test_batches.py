@@ -176,6 +176,18 @@ def test_the_corruption_of_a_tokenizer_knows_its_special_ids(tokenizer: Any) -> 
     assert made.ordinary_ids.tolist() == list(range(5, len(tokenizer)))
 
 
+def test_epochs_take_a_fixed_number_of_maskings_in_turn(tokenizer: Any) -> None:
+    free, fixed = (corruption_for(tokenizer, 0.4, 2, number) for number in (None, 3))
+    assert free is not None and fixed is not None
+    ids = np.arange(5, 45)
+    for epoch in range(7):
+        for key in ((0, 11), (0, 11, 1)):  # a text, and the choice of one
+            expected, labels = free(ids, (epoch % 3, *key[1:]))
+            got = fixed(ids, (epoch, *key[1:]))
+            assert np.array_equal(got[0], expected) and np.array_equal(got[1], labels)
+    assert not np.array_equal(fixed(ids, (3, 11))[0], free(ids, (3, 11))[0])
+
+
 # Data sets
 
 

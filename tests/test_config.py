@@ -138,6 +138,8 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("task_labels: {max_steps: 3, num_train_epochs: 1}", "max_steps and num_train_epochs are both given; keep one"),
         ("tasks: [RTE]\ntask_labels: {num_train_epochs: null}", "task_labels needs max_steps or num_train_epochs"),
         ("task_teacher: {mlm_probability: 0.15}", "task_teacher.mlm_probability has no effect"),
+        ("task_teacher: {num_maskings: 2}", "task_teacher.num_maskings has no effect"),
+        ("pretraining: {num_maskings: 0}", "pretraining.num_maskings must be at least 1, got 0"),
         ("tasks: {RTE: {learning_rate: fast}}", "tasks.RTE.learning_rate must be a number, got 'fast'"),
         ("tasks: {RTE: {train: 3}}", "tasks.RTE.train must be text, got 3"),
         ("tasks: {../RTE: {}}", "tasks.../RTE: letters, digits, - and _ only"),

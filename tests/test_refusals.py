@@ -73,6 +73,8 @@ def refusal(tiny, tmp_path, capsys):
         ("pretraining.max_length=65", "ConfigError", "pretraining.max_length is 65, the teacher has 64 positions"),
         ("task_labels.max_length=128", "ConfigError", "is 128, the teacher has 64 positions; give at most 64"),
         ("task_labels.mlm_probability=0.15", "ConfigError", "task_labels.mlm_probability has no effect"),
+        ("task_words.num_maskings=4", "ConfigError", "task_words.num_maskings has no effect: nothing is masked"),
+        ("tasks.RTE.num_maskings=4", "ConfigError", "tasks.RTE.num_maskings has no effect: nothing is masked"),
         ("student.num_hidden_layers=3", "ConfigError", "3"),
         ("student.config.hiden_size=8", "ConfigError", "student.config.hiden_size is unknown"),
         ("student.initialisation=[5]", "ConfigError", "5"),

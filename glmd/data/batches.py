@@ -47,17 +47,22 @@ def example_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Corruption:
-    """BERT's corruption of inputs (arXiv:1810.04805, section 3.1): 80 % mask, 10 % random, 10 % as it was."""
+    """BERT's corruption of inputs (arXiv:1810.04805, section 3.1): 80 % mask, 10 % random, 10 % as it was.
+
+    num_maskings: how many corrupted copies of a text there are; epochs take them in turn. None: a new one each epoch.
+    """
 
     probability: float
     mask_id: int
     special_ids: np.ndarray  # never chosen
     ordinary_ids: np.ndarray  # what a random replacement is drawn from
     seed: int
+    num_maskings: int | None = None
 
     def __call__(self, input_ids: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """(S,) ids -> (S,) corrupted ids, (S,) labels: the original id where a token was chosen, else -100."""
-        generator = random_generator(1, self.seed, *key)
+        epoch, *example = key
+        generator = random_generator(1, self.seed, epoch % self.num_maskings if self.num_maskings else epoch, *example)
         chosen = generator.random(len(input_ids)) < self.probability
         chosen &= ~np.isin(input_ids, self.special_ids)
         action = generator.random(len(input_ids))
@@ -67,13 +72,13 @@ class Corruption:
         return corrupted, np.where(chosen, input_ids, IGNORED)
 
 
-def corruption_for(tokenizer: Any, probability: float, seed: int) -> Corruption | None:
+def corruption_for(tokenizer: Any, probability: float, seed: int, num_maskings: int | None = None) -> Corruption | None:
     """The corruption of a tokenizer's ids; None at probability 0."""
     if probability == 0:
         return None
     special = np.unique(np.array(tokenizer.all_special_ids, dtype=np.int64))
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
-    return Corruption(probability, tokenizer.mask_token_id, special, ordinary, seed)
+    return Corruption(probability, tokenizer.mask_token_id, special, ordinary, seed, num_maskings)
 
 
 class BlockDataset(Dataset[dict[str, Any]]):
