@@ -1,4 +1,5 @@
-"""The command line: `glmd run`, `check`, `compress`, `evaluate`, `predict`, `vocab`, `verify`, `export`, `report`.
+"""The command line: `glmd run`, `check`, `cache`, `compress`, `evaluate`, `predict`, `vocab`, `verify`, `export` and
+`report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2.
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "Run a whole distillation; continue it where it was interrupted."),
         ("check", _check, "Refuse what can be refused and print the plan; train nothing."),
+        ("cache", _cache, "Make a run's teacher.cache ahead of it, for this and other students."),
     ):
         command = add(name, function, text)
         command.add_argument(
@@ -177,6 +179,15 @@ def _check(options: argparse.Namespace) -> None:
             world = world / "world"
         plan = make_plan(config, world=world)
     print(describe(plan, world_size))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    config = _config(options)
+    from glmd.pipeline import make_cache
+
+    make_cache(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{config.teacher.cache}: complete; runs with this teacher.cache read it.")
 
 
 def _compress(options: argparse.Namespace) -> None:

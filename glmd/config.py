@@ -119,6 +119,8 @@ class TeacherConfig:
     revision: str | None = None  # branch, tag or commit of a hub id
     trust_remote_code: bool = False  # run Python code of the model's repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; losses are float32 anyway
+    # A folder for what the teacher says of the corpus, made once and read by every epoch and every student afterwards
+    cache: str | None = None
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
     pretraining: StageConfig | None = None  # how `scratch` is trained
@@ -133,6 +135,7 @@ class TeacherConfig:
             "scratch and pretraining belong together: give both or neither",
         )
         _require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
+        _require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.student import build_student
 from glmd.task_stages import TaskStages
-from glmd.teacher import OnlineTeacher
 from glmd.tokenizer import compress_tokenizer
+from glmd.trainer import Teacher
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
 
@@ -51,6 +51,21 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Raises GlmdError with one line for whatever cannot be done; SystemExit 143 or 130 after a signal.
     """
+    with _pipeline(config) as pipeline:
+        return pipeline.run()
+
+
+def make_cache(config: RunConfig) -> None:
+    """Do what a run does up to its `teacher.cache`, and make that. Raises GlmdError, one line."""
+    if config.teacher.cache is None:
+        raise ConfigError("teacher.cache is missing; give teacher.cache=FOLDER")
+    with _pipeline(config) as pipeline:
+        pipeline.make_cache()
+
+
+@contextmanager
+def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
+    """The checked pipeline of a run, in its folder, which is held as long."""
     folder = require_free_folder(config)
     with _accelerator(config) as accelerator:
         run_folder = RunFolder(folder, accelerator)
@@ -60,7 +75,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             run_folder.record_config(config)
             if config.report_to:  # not before: a tracker's files would make the folder of a refused run a foreign one
                 accelerator.init_trackers("glmd")
-            return Pipeline(plan, run_folder, accelerator, world).run()
+            yield Pipeline(plan, run_folder, accelerator, world)
 
 
 class Pipeline:
@@ -75,11 +90,7 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """All stages, then the reload check of every exported folder, then results.json."""
-        self.bench.store = self._token_store()
-        if "pretraining" in self.plan.method:
-            self.bench.blocks(self.config.pretraining, self.first_seed)  # refuses a corpus that is too short for it
-        teacher = self._teacher()
-        self.bench.teacher_hash = self.run_folder.fingerprint(str(teacher.model), teacher.revision)
+        teacher = self._begin()
         arms = self._arms(teacher)
         # Before the long stage, so that a teacher that cannot serve or has learnt nothing is seen in time.
         tasks = [TaskStages(self.bench, task, teacher, self.rows) for task in self.plan.tasks.values()]
@@ -101,7 +112,25 @@ class Pipeline:
         self.accelerator.wait_for_everyone()
         return results
 
+    def make_cache(self) -> None:
+        """The run up to what the teacher says of the corpus."""
+        teacher = self._begin()
+        cache = self.bench.cache(self.config.pretraining, self.first_seed)
+        self.bench.complete_cache(cache, lambda: load_language_model(teacher))
+
     # Stages, in order
+
+    def _begin(self) -> TeacherConfig:
+        """The corpus as ids, and the teacher. Refuses what is known only now."""
+        self.bench.store = self._token_store()
+        if "pretraining" in self.plan.method:
+            self.bench.blocks(self.config.pretraining, self.first_seed)  # refuses a corpus that is too short for it
+        teacher = self._teacher()
+        self.bench.teacher_hash = self.run_folder.fingerprint(str(teacher.model), teacher.revision)
+        if teacher.cache is not None and not self.run_folder.is_complete(self.folder / "pretraining"):
+            cache = self.bench.cache(self.config.pretraining, self.first_seed)
+            self.run_folder.on_main(lambda: cache.missing(whole=False))  # refuses a stale one, and a disk too small
+        return teacher
 
     def _token_store(self) -> TokenStore | None:
         sources = [str(self.world / "corpus.txt")] if self.world else self.config.data.corpus
@@ -206,17 +235,18 @@ class Pipeline:
             source.to(getattr(torch, teacher.dtype))
             result: dict[str, Any] = {"parameters": self.bench.parameters(student)}
             if objective is not None:
-                live = self.bench.teacher(source.to(self.accelerator.device), None, arm)
-                held_out = self.bench.blocks(stage, seed, held_out=True)
-                result["words_before"] = self._score_words(student, live, held_out, arm)
+                words = self.bench.word_teacher(source, stage, seed, arm)
+                held_out, theirs = self.bench.blocks(stage, seed, held_out=True), {}
+                if is_causal(self.plan.teacher_config):
+                    bits = self.bench.score_text(source, self.plan.tokenizer, held_out)["bits_per_byte"]
+                    theirs = {"teacher_bits_per_byte": bits}
+                del source  # of a cached teacher only the head is kept
+                result["words_before"] = self._score_words(student, words, held_out, arm)
                 data, token_map = self.bench.blocks(stage, seed), arm.vocabulary.token_map
                 result["training"] = self.bench.train(
-                    place, stage, seed, objective, data, token_map, language_model=student, teacher=live
+                    place, stage, seed, objective, data, token_map, language_model=student, teacher=words
                 )
-                result["words"] = self._score_words(student, live, held_out, arm)
-                if is_causal(self.plan.teacher_config):
-                    theirs = self.bench.score_text(source, self.plan.tokenizer, held_out)
-                    result["words"]["teacher_bits_per_byte"] = theirs["bits_per_byte"]
+                result["words"] = self._score_words(student, words, held_out, arm) | theirs
             self.bench.export(
                 student,
                 arm.tokenizer,
@@ -233,9 +263,9 @@ class Pipeline:
         result = self.run_folder.stage(place, inputs, work)
         self.rows.append({"system": arm.name, "stage": "pretraining", "task": None, "seed": seed, **result})
 
-    def _score_words(self, student: Any, live: OnlineTeacher, held_out: BlockDataset, arm: Arm) -> dict[str, float]:
+    def _score_words(self, student: Any, teacher: Teacher, held_out: BlockDataset, arm: Arm) -> dict[str, float]:
         """Nearness to the teacher's words, and of a decoder also bits per byte."""
-        scores = self.bench.score_words(student, live, held_out, arm)
+        scores = self.bench.score_words(student, teacher, held_out, arm)
         if is_causal(self.plan.teacher_config):
             scores |= self.bench.score_text(student, arm.tokenizer, held_out)
         return scores

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from glmd.checkpoint import write_problem
 from glmd.config import RunConfig, StageConfig, VocabularyConfig, cell_name
 from glmd.data.batches import TaskDataset
 from glmd.data.blanks import verbaliser_ids
@@ -80,6 +81,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     method = load_method(config.method, count_positions=config.gkd_compat)
     asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
+    _check_cache(config, method)
     tokenizer, teacher_config = _load_teacher_side(config, world)
     if (config.data.corpus or world) and tokenizer.sep_token_id is None and tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -88,6 +90,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         )
     if is_causal(teacher_config):
         config = _for_decoder(config, method, asked)
+    _check_cached_maskings(config)
     verbalisers = {name: verbaliser_ids(_task(config, name), tokenizer) for name in config.tasks}
     words = [word for name in config.tasks for word in _task(config, name).verbalisers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
@@ -110,6 +113,8 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         corpus=corpus_fingerprint(corpus) if corpus else None,
     )
     plan = _with_parameters(plan)
+    if config.teacher.cache is not None:
+        word_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
     return plan
 
@@ -173,6 +178,40 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
     config = replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
     _check_maskings(config)
     return config
+
+
+def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse a cache that no stage would read, or that has no place."""
+    if config.teacher.cache is None:
+        return
+    if not ("pretraining" in method and method["pretraining"].uses("word_logits")):
+        raise ConfigError(
+            f"teacher.cache has no effect: method {config.method} compares no words with the teacher's on the corpus; "
+            "remove it"
+        )
+    folder = Path(config.teacher.cache)
+    problem = write_problem(folder)
+    if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
+        problem = f"lies in output_dir {config.output_dir}"
+    if problem is not None:
+        raise ConfigError(f"teacher.cache {folder} {problem}; give a folder of its own, which other runs can share")
+
+
+def _check_cached_maskings(config: RunConfig) -> None:
+    """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
+    if config.teacher.cache is not None and config.pretraining.mlm_probability and not config.pretraining.num_maskings:
+        raise ConfigError(
+            "pretraining.num_maskings is missing; with teacher.cache the texts are masked so many times and no more, "
+            "for example 4, which pays from the fifth epoch"
+        )
+
+
+def word_width(plan: Plan) -> int:
+    """H, what the teacher's final linear map sees of a token. Raises ModelError where there is no such map."""
+    from glmd.heads import final_linear
+
+    width: int = final_linear(_on_meta("teacher", plan.teacher_config)).weight.shape[1]
+    return width
 
 
 def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> None:

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 # Keys that say how a run is watched and kept, not what it computes.
 WATCHING_KEYS = ("*.logging_steps", "*.save_steps", "*.save_total_limit", "*.per_device_eval_batch_size")
 # Keys that add to a run, or change where and with how many workers it runs. A task cannot be added: the vocabulary
-# counts its text.
-GROWING_KEYS = (*WATCHING_KEYS, "output_dir", *GROWING, "report_to", "dataloader_num_workers")
+# counts its text. Whether a stage learns from a cache is in its own record; where that lies makes no difference.
+GROWING_KEYS = (*WATCHING_KEYS, "output_dir", *GROWING, "report_to", "dataloader_num_workers", "teacher.cache")
 # What may lie in a folder before its run has begun.
 BEFORE_THE_RUN = {"lock", "world", "config.yaml.tmp"}
 # What lies in a stage's folder and is not its result: its own record, and the way there.
@@ -148,6 +148,11 @@ class RunFolder:
             for name in ("checkpoints", "best"):
                 shutil.rmtree(place / name, ignore_errors=True)
         return result
+
+    def is_complete(self, place: Path) -> bool:
+        """Whether a stage will be skipped, or refused."""
+        record = self.on_main(lambda: _read_record(place / "stage.json"))
+        return record is not None and bool(record["complete"])
 
     def fingerprint(self, model: str, revision: str | None = None) -> str:
         """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""

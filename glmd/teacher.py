@@ -54,16 +54,9 @@ class OnlineTeacher:
         self.bias: Tensor | None = None
         self.merged_into: Tensor | None = None
         if language_model is not None:
-            linear = final_linear(language_model)
-            # Slicing the head renormalises the probability over the kept tokens.
-            rows = vocabulary.kept_ids
-            if merge_dropped and not vocabulary.is_identity:
-                rows = np.concatenate([rows, vocabulary.dropped_ids])
-                targets = torch.from_numpy(vocabulary.token_map[vocabulary.dropped_ids])
-                self.merged_into = targets.to(linear.weight.device)
-            chosen = torch.from_numpy(rows).to(linear.weight.device)
-            self.weight = linear.weight.detach()[chosen]
-            self.bias = linear.bias.detach()[chosen] if linear.bias is not None else None
+            self.weight, self.bias, self.merged_into = sliced_head(
+                language_model, vocabulary, merge_dropped=merge_dropped
+            )
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
@@ -76,6 +69,21 @@ class OnlineTeacher:
         if self.classifier is not None:
             task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
         return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits)
+
+
+def sliced_head(
+    language_model: nn.Module, vocabulary: Vocabulary, *, merge_dropped: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`head_weight`, `head_bias` and `merged_into` of a teacher for students with this vocabulary."""
+    linear, merged_into = final_linear(language_model), None
+    # Slicing the head renormalises the probability over the kept tokens.
+    rows = vocabulary.kept_ids
+    if merge_dropped and not vocabulary.is_identity:
+        rows = np.concatenate([rows, vocabulary.dropped_ids])
+        merged_into = torch.from_numpy(vocabulary.token_map[vocabulary.dropped_ids]).to(linear.weight.device)
+    chosen = torch.from_numpy(rows).to(linear.weight.device)
+    bias = linear.bias.detach()[chosen] if linear.bias is not None else None
+    return linear.weight.detach()[chosen], bias, merged_into
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

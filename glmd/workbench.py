@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from glmd import __version__
 from glmd.bits_per_byte import score_text
+from glmd.cache import STORED, CachedTeacher, TeacherCache
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig, TeacherConfig
 from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_texts, corruption_for
@@ -27,20 +31,20 @@ from glmd.data.blanks import block_frame, candidate_ids, verbaliser_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
-from glmd.errors import DataError
+from glmd.errors import DataError, GlmdError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
 from glmd.heads import is_causal
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
-from glmd.plan import Plan, TaskPlan, split_parameters
+from glmd.plan import Plan, TaskPlan, split_parameters, word_width
 from glmd.run_folder import RunFolder
 from glmd.runlog import RunLog
 from glmd.slicing import vocabulary_axes
 from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
-from glmd.trainer import Trainer, TrainingResult
+from glmd.trainer import Teacher, Trainer, TrainingResult
 from glmd.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -163,6 +167,7 @@ class Workbench:
             "tokens": self.tokens() if task is None else None,
             "classifier": self.run_folder.fingerprint(classifier) if classifier is not None else None,
             "eval_blocks": self.config.data.eval_blocks if task is None else None,
+            "teacher_kept_in": self._kept_in() if objective is not None and task is None and arm is not None else None,
             "start": start,
             "processes": self.accelerator.num_processes,
         }
@@ -190,6 +195,68 @@ class Workbench:
         merges = self.config.vocabulary.teacher_mass == "merge"
         return OnlineTeacher(language_model, classifier, arm.vocabulary, merge_dropped=merges)
 
+    def cache(self, stage: StageConfig, seed: int) -> TeacherCache:
+        """What `teacher.cache` is to hold: the corpus in every masking that training sees, and the held-out blocks."""
+        assert self.store is not None and self.config.teacher.cache is not None, "asked for by the config"
+        training, held_out = self.blocks(stage, seed), self.blocks(stage, seed, held_out=True)
+        maskings = stage.num_maskings or 1
+        return TeacherCache(
+            Path(self.config.teacher.cache),
+            ((training, maskings), (held_out, 1)),
+            width=word_width(self.plan),
+            dtype=self.config.teacher.dtype,
+            made_from={
+                "teacher": self.teacher_hash,
+                "tokenizer": tokenizer_fingerprint(self.tokenizer),
+                "corpus": self.tokens(),
+                "blocks": {"training": len(training), "held_out": len(held_out), "max_length": stage.max_length},
+                "masking": {
+                    "mlm_probability": stage.mlm_probability or 0.0,
+                    "num_maskings": maskings,
+                    "seed": seed if stage.mlm_probability else None,
+                },
+            },
+        )
+
+    def complete_cache(self, cache: TeacherCache, load: Callable[[], Any]) -> None:
+        """Make what is missing of a cache, shared out over the ranks. load: the teacher; not called for nothing."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        with cache.lock() if self.accelerator.is_main_process else nullcontext():
+            missing = self.run_folder.on_main(cache.missing)
+            if not missing:
+                return
+            self.run_folder.on_main(cache.begin)
+            problems: list[GlmdError | None] = [None]
+            try:
+                self._write_shards(cache, missing[rank::world_size], load)
+            except GlmdError as error:  # of one rank, that the others would wait for
+                problems = [error]
+            for problem in gather_object(problems):
+                if problem is not None:
+                    raise problem
+            self.run_folder.on_main(cache.finish)
+
+    def _write_shards(self, cache: TeacherCache, numbers: Sequence[int], load: Callable[[], Any]) -> None:
+        model = load().to(self.accelerator.device)
+        batch_size = self.config.pretraining.per_device_eval_batch_size
+        for number in tqdm(numbers, desc="teacher.cache", unit="shard", disable=None):
+            cache.write_shard(number, model, self.collate, batch_size=batch_size)
+
+    def word_teacher(self, language_model: Any, stage: StageConfig, seed: int, arm: Arm) -> Teacher:
+        """The teacher on the corpus for students with the arm's vocabulary, from the cache where there is to be one."""
+        if self.config.teacher.cache is None:
+            return self.teacher(language_model.to(self.accelerator.device), None, arm)
+        cache, merges = self.cache(stage, seed), self.config.vocabulary.teacher_mass == "merge"
+        self.complete_cache(cache, lambda: language_model)
+        return CachedTeacher(
+            cache.open(), language_model, arm.vocabulary, merge_dropped=merges, device=self.accelerator.device
+        )
+
+    def _kept_in(self) -> str | None:
+        """The precision of hidden states that come from a cache."""
+        teacher = self.config.teacher
+        return str(STORED[teacher.dtype]).removeprefix("torch.") if teacher.cache is not None else None
+
     def parameters(self, model: Any) -> dict[str, int]:
         return split_parameters(model, set(vocabulary_axes(model.config, type(model))))
 
@@ -206,7 +273,7 @@ class Workbench:
         *,
         language_model: Any = None,
         classifier: Any = None,
-        teacher: OnlineTeacher | None = None,
+        teacher: Teacher | None = None,
         evaluate: Callable[[], float] | None = None,
     ) -> dict[str, Any]:
         """Train the given student in place, from the stage's newest checkpoint if there is one."""
@@ -219,7 +286,7 @@ class Workbench:
         return asdict(result)
 
     def score_words(
-        self, student: Any, teacher: OnlineTeacher, data: BlockDataset | TaskDataset, arm: Arm
+        self, student: Any, teacher: Teacher, data: BlockDataset | TaskDataset, arm: Arm
     ) -> dict[str, float]:
         """How near the student's word prediction is to the teacher's."""
         return score_words(

@@ -75,6 +75,10 @@ def refusal(tiny, tmp_path, capsys):
         ("task_labels.mlm_probability=0.15", "ConfigError", "task_labels.mlm_probability has no effect"),
         ("task_words.num_maskings=4", "ConfigError", "task_words.num_maskings has no effect: nothing is masked"),
         ("tasks.RTE.num_maskings=4", "ConfigError", "tasks.RTE.num_maskings has no effect: nothing is masked"),
+        ("teacher.cache=' '", "ConfigError", "teacher.cache is empty; give a folder"),
+        ("teacher.cache=c", "ConfigError", "pretraining.num_maskings is missing; with teacher.cache the texts are"),
+        ("teacher.cache=/proc/c", "ConfigError", "teacher.cache /proc/c cannot be written"),
+        ("teacher.cache=/dev/null", "ConfigError", "teacher.cache /dev/null is a file"),
         ("student.num_hidden_layers=3", "ConfigError", "3"),
         ("student.config.hiden_size=8", "ConfigError", "student.config.hiden_size is unknown"),
         ("student.initialisation=[5]", "ConfigError", "5"),
@@ -101,6 +105,14 @@ def test_a_setting_that_cannot_be_is_refused_without_weights(refusal, bare_teach
 def test_uncorrupted_input_is_refused_where_only_corrupted_tokens_are_distilled(refusal, bare_teacher):
     message = refusal("method=glmd-masked-only", "pretraining.mlm_probability=0", teacher=bare_teacher)
     assert "pretraining.mlm_probability is 0, but method glmd-masked-only speaks of corrupted tokens" in message
+
+
+def test_a_cache_that_nothing_reads_or_that_lies_in_its_run_is_refused(refusal, bare_teacher, tmp_path):
+    message = refusal("method=kd", "teacher.cache=c", teacher=bare_teacher)
+    assert "teacher.cache has no effect: method kd compares no words with the teacher's on the corpus" in message
+    place = tmp_path / "run"
+    message = refusal(f"output_dir={place}", f"teacher.cache={place}/pretraining/c", teacher=bare_teacher)
+    assert "lies in output_dir" in message
 
 
 def test_an_unknown_run_is_refused_with_the_nearest(capsys):

@@ -98,10 +98,18 @@ class BlockDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.store, self.blocks, self.corruption = store, blocks, corruption
         self.start, self.end = block_frame(tokenizer)
+        self.max_length = max_length
         self.block_length = max_length - len(self.start) - len(self.end)
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids of all blocks, with those of their frames."""
+        ends = (self.blocks.start * self.block_length, self.blocks.stop * self.block_length)
+        first, last = (min(each, self.store.num_tokens) for each in ends)
+        return last - first + len(self) * (self.max_length - self.block_length)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         tokens = self.store.block(self.blocks[key[1]], self.block_length).astype(np.int64)
