@@ -222,7 +222,8 @@ class Workbench:
         """Make what is missing of a cache, shared out over the ranks. load: the teacher; not called for nothing."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         with cache.lock() if self.accelerator.is_main_process else nullcontext():
-            missing = self.run_folder.on_main(cache.missing)
+            # Half a cache has shards of the size that it was begun with.
+            missing, cache.rows_per_shard = self.run_folder.on_main(lambda: (cache.missing(), cache.rows_per_shard))
             if not missing:
                 return
             self.run_folder.on_main(cache.begin)

@@ -13,18 +13,24 @@ import torch
 pytestmark = pytest.mark.slow
 
 
-def launch(arguments: list[str], processes: int = 2) -> None:
+def launch(
+    arguments: list[str],
+    processes: int = 2,
+    *,
+    command: str = "run",
+    printed: str = "| student (distilled)",
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), "-m", "glmd", "run", *arguments]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words += ["--main_process_port", str(port), "-m", "glmd", command, *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     # Ranks that wait for one another for ever are a failure, not a long test.
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| student (distilled)") == 1, "only the main process prints"
+    assert done.stdout.count(printed) == 1, "only the main process prints"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +96,43 @@ def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
         for key in ("words", "words_before"):
             assert row.get(key, {}) == pytest.approx(twin.get(key, {}), rel=1e-5)
     assert results["rows"][-1]["examples"] == 11
+
+
+def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, trusting, tmp_path, monkeypatch):
+    """The cache is begun here in small shards, of which one is made; the ranks make the others."""
+    from glmd.cache import TeacherCache
+    from glmd.pipeline import make_cache, run
+
+    monkeypatch.setattr("glmd.cache.SHARD_BYTES", 16 * 16 * 2 * 20)  # twenty texts of 16 tokens
+    plain = "student.config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
+    shared = ["tasks={}", "pretraining.num_maskings=2", "pretraining.max_steps=30", plain]
+    shared.append("pretraining.logging_steps=1")
+    one, two, size = tmp_path / "one", tmp_path / "two", "pretraining.per_device_train_batch_size"
+    run(tiny.config(one / "run", *shared, f"teacher.cache={one / 'cache'}", f"{size}=4"))
+
+    real = TeacherCache.write_shard
+    written: list[int] = []
+
+    def first_alone(self, number, *rest, **options):
+        if written:
+            raise KeyboardInterrupt
+        written.append(number)
+        real(self, number, *rest, **options)
+
+    monkeypatch.setattr(TeacherCache, "write_shard", first_alone)
+    arguments = [*shared, f"teacher.cache={two / 'cache'}", f"{size}=2"]
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(tiny.config(two / "begun", *arguments))
+    arguments = [str(tiny.root / "run.yaml"), f"output_dir={two / 'run'}", *arguments]
+    launch(arguments, command="cache", printed=": complete")
+    names = {path.name for path in (one / "cache").iterdir()}
+    assert names == {path.name for path in (two / "cache").iterdir()} and len(names) > 6
+    for name in names - {"lock"}:
+        assert (one / "cache" / name).read_bytes() == (two / "cache" / name).read_bytes(), name
+    launch(arguments, printed="student: pretraining, held-out corpus")
+    logs = [(place / "run/log.jsonl").read_text().splitlines() for place in (one, two)]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert len(losses[0]) == 30 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 # Two ranks ask the main one, which answers, refuses, answers again: what each rank found, as a line.
