@@ -161,6 +161,7 @@ def test_the_disk_holds_what_was_said_before(cache, model):
     make(cache, model)
     on_disk = sum(path.stat().st_size for path in cache.folder.iterdir())
     assert cache.num_shards > 3
+    assert sum(map(len, cache.open().maps)) == cache.num_tokens
     assert cache.num_bytes < on_disk < cache.num_bytes + 1000 * (cache.num_shards + 1)
     assert {path.suffix for path in cache.folder.iterdir()} == {".safetensors", ".json"}
 
@@ -327,10 +328,14 @@ def test_an_interrupted_cached_run_ends_in_the_weights_of_a_whole_one(tiny, trus
 
 
 def test_a_finished_run_needs_its_cache_no_more(tiny, trusting, tmp_path):
+    """Nor does it matter where it lay."""
     config = tiny.config(tmp_path / "run", *CACHED, "pretraining.max_steps=2", f"teacher.cache={tmp_path / 'cache'}")
     results = run(config)
     shutil.rmtree(tmp_path / "cache")
-    assert run(config)["rows"] == results["rows"] and not (tmp_path / "cache").exists()
+    moved = replace(config, teacher=replace(config.teacher, cache=str(tmp_path / "moved")))
+    for each in (config, moved):
+        assert run(each)["rows"] == results["rows"]
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "moved").exists()
 
 
 def test_a_run_that_began_without_a_cache_does_not_go_on_with_one(tiny, trusting, tmp_path):
