@@ -104,8 +104,8 @@ class TeacherCache:
     def missing(self, *, whole: bool = True) -> list[int]:
         """The shards that are not there, or not as they were written; none when the cache is complete.
 
-        whole: compare every byte, by sha256; else the files' sizes. Raises RunError for a cache of something else,
-        naming what differs, and for a disk without room for the rest.
+        whole: compare every byte, by sha256, and say what the disk will hold; else the files' sizes. Raises RunError
+        for a cache of something else, naming what differs, and for a disk without room for the rest.
         """
         self._require_folder()
         manifest = self._manifest()
@@ -125,7 +125,8 @@ class TeacherCache:
                 wanted.append(number)
                 if record is not None:
                     logger.warning("teacher.cache %s: %s; it is made again", self.folder, problem)
-        self._require_room(len(wanted))
+        if wanted:
+            self._require_room(len(wanted), say=whole)
         return wanted
 
     def begin(self) -> None:
@@ -216,24 +217,16 @@ class TeacherCache:
         if problem is not None:
             raise RunError(f"teacher.cache {self.folder} {problem}; choose another folder")
 
-    def _require_room(self, missing: int) -> None:
-        """Say what the disk will hold before anything is made; refuse where that does not fit."""
-        if not missing:
-            return
+    def _require_room(self, missing: int, *, say: bool) -> None:
+        """Refuse a disk that cannot hold what is missing, before any of it is made."""
         needed = self.num_bytes * missing / self.num_shards
         existing = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
         free = shutil.disk_usage(existing).free
         sizes = f"{_gigabytes(needed)} are needed and {_gigabytes(free)} free"
-        logger.info(
-            "teacher.cache %s: %s tokens of %d bytes, %s in all; %d of %d shards are missing, %s",
-            self.folder,
-            f"{self.num_tokens:,}",
-            self.width * 2,
-            _gigabytes(self.num_bytes),
-            missing,
-            self.num_shards,
-            sizes,
-        )
+        if say:
+            whole = f"{self.num_tokens:,} tokens of {self.width * 2} bytes, {_gigabytes(self.num_bytes)} in all"
+            shards = f"{missing} of {self.num_shards} shards are missing"
+            logger.info("teacher.cache %s: %s; %s, %s", self.folder, whole, shards, sizes)
         if needed > free:
             raise RunError(
                 f"teacher.cache {self.folder}: {sizes}; give another disk, fewer pretraining.num_maskings, or no cache"

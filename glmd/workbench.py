@@ -227,6 +227,7 @@ class Workbench:
             if not missing:
                 return
             self.run_folder.on_main(cache.begin)
+            self._say_how_often_read(cache)
             problems: list[GlmdError | None] = [None]
             try:
                 self._write_shards(cache, missing[rank::world_size], load)
@@ -236,6 +237,14 @@ class Workbench:
                 if problem is not None:
                     raise problem
             self.run_folder.on_main(cache.finish)
+
+    def _say_how_often_read(self, cache: TeacherCache) -> None:
+        (training, maskings), stage = cache.parts[0], self.config.pretraining
+        assert stage.max_steps is not None, "checked by config"
+        epochs = stage.max_steps * stage.global_batch_size(self.accelerator.num_processes) / len(training)
+        if epochs <= maskings:
+            found = f"{epochs:.2g} epochs of {maskings} maskings are less than what is asked of the teacher for it"
+            logger.info("teacher.cache: %s; it pays with further students, or more steps", found)
 
     def _write_shards(self, cache: TeacherCache, numbers: Sequence[int], load: Callable[[], Any]) -> None:
         model = load().to(self.accelerator.device)
