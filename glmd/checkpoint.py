@@ -7,13 +7,16 @@ A checkpoint is written under a temporary name, every file is flushed to disk an
 size and sha256, and the folder is renamed: a kill at any moment leaves the previous checkpoint as it was.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glmd.errors import RunError
+from glmd.errors import DiskError, GlmdError, RunError
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
+MAKE_ROOM = "make room, and the same command continues the run"
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def save_checkpoint(
         os.rename(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{final}: could not be written ({error}); the previous checkpoint is intact") from error
+        raise DiskError(f"{final}: could not be written ({error}); the previous checkpoint is intact") from error
     sync_to_disk(folder)
     found = _checkpoints(folder)
     # A later one was damaged and skipped on resume; it must not count among those kept.
@@ -155,9 +160,22 @@ def write_atomically(path: Path, text: str) -> None:
         sync_to_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror}); make room, and the same command continues the run"
-        ) from None
+        raise DiskError(f"{path}: cannot be written ({error.strerror}); {MAKE_ROOM}") from None
+
+
+@contextmanager
+def full_disk_refused(folder: Path) -> Iterator[None]:
+    """Say in one line that a disk took no more, wherever below `folder` it was. Raises DiskError."""
+    try:
+        yield
+    except GlmdError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have errors of their own, which end in (os error 28)
+        inner = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(inner[1]) if inner else None
+        if number not in DISK_ERRORS:
+            raise
+        raise DiskError(f"{folder}: the disk takes no more ({os.strerror(number)}); {MAKE_ROOM}") from error
 
 
 def write_problem(folder: Path) -> str | None:

@@ -23,6 +23,12 @@ class RunError(GlmdError):
     """A run folder that cannot be used or continued as asked."""
 
 
+class DiskError(RunError):
+    """A disk that is full or refuses to be written. What was whole stays so; the same command goes on from there."""
+
+    exit_code = 4
+
+
 class NumericsError(GlmdError):
     """A loss or gradient that is not finite. The last good checkpoint is kept."""
 

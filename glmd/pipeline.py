@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from glmd import __version__
-from glmd.checkpoint import write_atomically
+from glmd.checkpoint import full_disk_refused, write_atomically
 from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
 from glmd.data.batches import BlockDataset
 from glmd.data.corpus import TokenStore, build_token_store, open_token_store
@@ -67,7 +67,7 @@ def make_cache(config: RunConfig) -> None:
 def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
     """The checked pipeline of a run, in its folder, which is held as long."""
     folder = require_free_folder(config)
-    with _accelerator(config) as accelerator:
+    with full_disk_refused(folder), _accelerator(config) as accelerator:
         run_folder = RunFolder(folder, accelerator)
         with run_folder.lock():
             world = _build_world(folder, accelerator) if config.data.world else None

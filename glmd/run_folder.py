@@ -133,6 +133,7 @@ class RunFolder:
                     found = f"{place} is not what the complete stage left ({problem})"
                     raise RunError(f"{found}; delete {place} to make it anew")
                 self.left[place] = record["files"]
+                self._forget_the_way(place)  # a kill may have come before it was
                 logger.info("%s: complete, skipped", self.name(place))
                 result: dict[str, Any] = record["result"]
                 return result
@@ -143,11 +144,14 @@ class RunFolder:
         self.left[place] = self.on_main(lambda: _result_files(place))
         self._write(path, {"complete": True, "inputs": inputs, "result": result, "files": self.left[place]})
         gc.collect()  # models hold themselves in cycles: gigabytes that would stay for the next stage
+        self._forget_the_way(place)
+        return result
+
+    def _forget_the_way(self, place: Path) -> None:
+        """What a finished stage leaves is its model; the way there is no longer needed."""
         if self.accelerator.is_main_process:
-            # What a finished stage leaves is its model; the way there is no longer needed.
             for name in ("checkpoints", "best"):
                 shutil.rmtree(place / name, ignore_errors=True)
-        return result
 
     def is_complete(self, place: Path) -> bool:
         """Whether a stage will be skipped, or refused."""

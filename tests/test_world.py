@@ -15,7 +15,7 @@ import pytest
 from glmd.data import world
 from glmd.data.corpus import build_token_store
 from glmd.data.tasks import load_task, read_split
-from glmd.errors import DataError
+from glmd.errors import DataError, DiskError
 
 TASKS = ("RTE", "BoolQ")
 
@@ -150,7 +150,7 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(world, "_write_world", fail)
-    with pytest.raises(DataError, match="disk full"):
+    with pytest.raises(DiskError, match="disk full"):
         world.build_world(tmp_path / "world")
     assert list(tmp_path.iterdir()) == []
 

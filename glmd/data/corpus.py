@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from glmd.data.jsonl import read_jsonl, read_lines
-from glmd.errors import DataError, ModelError, RunError
+from glmd.errors import DataError, DiskError, ModelError, RunError
 from glmd.strict_yaml import suggestion
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _write_store(
         os.replace(temporary[0], tokens_path)
         os.replace(temporary[1], manifest_path)
     except OSError as error:
-        raise RunError(f"{folder}: the token store cannot be written ({error.strerror})") from error
+        raise DiskError(f"{folder}: the token store cannot be written ({error.strerror})") from error
     finally:
         for path in temporary:
             if path.exists():

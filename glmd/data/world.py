@@ -32,7 +32,7 @@ from random import Random
 from string import ascii_lowercase, digits, punctuation
 from typing import Any, TypeVar
 
-from glmd.errors import DataError
+from glmd.errors import DataError, DiskError
 
 T = TypeVar("T")
 
@@ -352,7 +352,7 @@ def build_world(folder: Path, *, seed: int = 0) -> None:
     """Write the world of a seed into `folder`, or leave the one that is there whole.
 
     The same seed gives the same bytes on every machine. `folder` appears at once and complete: it is written under a
-    temporary name beside it. Raises DataError if something else is there.
+    temporary name beside it. Raises DataError if something else is there, DiskError if it cannot be written.
     """
     folder = Path(folder)
     identity = {"version": VERSION, "seed": seed}
@@ -369,7 +369,7 @@ def build_world(folder: Path, *, seed: int = 0) -> None:
         os.rename(place, folder)
     except OSError as error:
         if not folder.exists():
-            raise DataError(f"{folder}: the world cannot be written ({error})") from None
+            raise DiskError(f"{folder}: the world cannot be written ({error})") from None
         _check(folder, identity)  # somebody else was faster
     finally:
         shutil.rmtree(place, ignore_errors=True)

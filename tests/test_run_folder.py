@@ -1,0 +1,75 @@
+"""The folder of a run, in process: what a kill leaves behind is cleared, and a full disk is one line."""
+
+import os
+import shutil
+import socket
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmd.checkpoint import full_disk_refused
+from glmd.errors import DiskError, RunError
+from glmd.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    accelerator: Any = types.SimpleNamespace(num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
+    return RunFolder(tmp_path / "run", accelerator)
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing catches SIGKILL."""
+
+
+def test_a_kill_between_a_stages_end_and_the_removal_of_its_checkpoints_leaves_none_for_ever(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = folder.path / "pretraining"
+
+    def work() -> dict[str, Any]:
+        (place / "checkpoints" / "step-000002").mkdir(parents=True)
+        return {}
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", die)
+        with pytest.raises(Killed):
+            folder.stage(place, {"seed": 0}, work)
+    assert (place / "checkpoints").exists()
+    folder.stage(place, {"seed": 0}, lambda: pytest.fail("the stage is complete"))
+    assert not (place / "checkpoints").exists()
+
+
+def test_the_lock_names_process_and_host(folder: RunFolder) -> None:
+    with folder.lock(), pytest.raises(RunError) as refused, folder.lock():
+        pass
+    assert str(refused.value).endswith(f"is in use by process {os.getpid()} on {socket.gethostname()}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(27, "File too large"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_with_code_4_whoever_met_it(error: Exception) -> None:
+    with (
+        pytest.raises(DiskError, match=r"^runs/a: the disk takes no more .*make room, and the same") as refused,
+        full_disk_refused(Path("runs/a")),
+    ):
+        raise error
+    assert refused.value.exit_code == 4 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file"), RuntimeError("os error of mine"), RunError("full")])
+def test_another_error_is_not_taken_for_a_full_disk(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, full_disk_refused(Path("runs/a")):
+        raise error
+    assert raised.value is error
