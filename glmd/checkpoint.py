@@ -50,7 +50,7 @@ def save_checkpoint(
     temporary = folder / f"{final.name}.tmp"
     for leftover in (temporary, final):
         # A checkpoint of this very step is only met when a damaged one was skipped on resume.
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     temporary.mkdir(parents=True)
     try:
         for name, group in tensors.items():
@@ -67,7 +67,7 @@ def save_checkpoint(
     # A later one was damaged and skipped on resume; it must not count among those kept.
     later = [path for path in found if _step(path) > step]
     for path in [*later, *found[: len(found) - len(later)][:-keep]]:
-        shutil.rmtree(path)
+        _remove(path)
     return final
 
 
@@ -81,7 +81,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(found):
         problem = manifest_problem(path)
         if problem is None:
-            tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+            listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]  # others are not ours
+            files = [path / name for name in sorted(listed) if name.endswith(".safetensors")]
+            tensors = {file.stem: load_file(file) for file in files}
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             return Checkpoint(path, tensors, state)
         logger.warning("%s is damaged (%s) and is skipped", path, problem)
@@ -106,6 +108,8 @@ def write_manifest(folder: Path) -> None:
 
 def manifest_problem(folder: Path) -> str | None:
     """Why the folder is not what its manifest says, or None when it is."""
+    if folder.is_symlink():
+        return "it is a link"
     try:
         return files_problem(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -128,6 +132,9 @@ def files_problem(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
         try:
             if not path.is_file():
                 return f"{name} is missing"
+            # Nothing that glmd writes is a link, and what lies outside may change unseen.
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{name} leads out of the folder"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
             if file_sha256(path) != sha256:
@@ -198,9 +205,17 @@ def write_problem(folder: Path) -> str | None:
     return None
 
 
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link where one should be; not what the link leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, whole or not, from the oldest to the newest."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".tmp"]
+    found = [path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=_step)
 
 

@@ -28,6 +28,7 @@ NOT_SWEPT = (
     "save_steps",
     "save_total_limit",
     "per_device_eval_batch_size",
+    "skip_nonfinite",
     "max_length",
     "mlm_probability",
     "num_maskings",
@@ -58,6 +59,7 @@ class StageConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    skip_nonfinite: int = 0  # so many steps may have a loss or gradient that is not finite: they are left out
     max_length: int | None = None  # tokens; a task's own value if not given
     mlm_probability: float | None = None  # share of corrupted tokens; None: 0.15 where the method needs it
     num_maskings: int | None = None  # corrupted copies of each text, taken in turn by the epochs; None: one an epoch
@@ -89,6 +91,7 @@ class StageConfig:
             _require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(self.skip_nonfinite >= 0, f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
         _require(0 <= self.weight_decay < float("inf"), f"weight_decay must be at least 0, got {self.weight_decay}")
         p = self.mlm_probability
         _require(p is None or 0 <= p < 1, f"mlm_probability must be in [0, 1), got {p}")

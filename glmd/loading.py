@@ -236,12 +236,17 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
 
 def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """`auto_class.from_pretrained` with its many errors as one line."""
+    options.setdefault("trust_remote_code", False)  # unset, it would ask on the terminal, and wait for an answer
     try:
         _require_safe_index(Path(name))
         return auto_class.from_pretrained(name, **options)
     except GlmdError:
         raise
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, HTTP errors, ...
+        if "trust_remote_code=True" in str(error):
+            raise ModelError(
+                f"{name}: brings Python code of its own; read it, and give teacher.trust_remote_code: true to run it"
+            ) from None
         reason = " ".join(str(error).split())[:300]
         hint = "" if looks_local(name) else "; without internet give a local folder"
         raise ModelError(f"{name}: cannot be loaded as {auto_class.__name__} ({reason}){hint}") from error

@@ -282,6 +282,12 @@ def _words_of(example: TaskExample) -> Iterator[str]:
 def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
     """Accelerate's state for this run. Refuses N launched processes that did not become N ranks."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        # Its launcher for one process is given a port only where more were asked for.
+        raise RunError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; "
+            "launch as in docs/multi-gpu.md"
+        )
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),

@@ -19,6 +19,7 @@ class RunLog:
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
+        self._is_tracked = True
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. NaN and infinity are written as they are, never hidden."""
@@ -29,7 +30,12 @@ class RunLog:
         # tqdm.write keeps a progress bar in one piece.
         tqdm.write(_line(row), file=sys.stderr)
         numbers = {f"{row['stage']}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=row["step"])
+        if self._is_tracked:
+            try:
+                self.accelerator.log(numbers, step=row["step"])
+            except Exception as error:  # a tracker is somebody else's server: days of training do not hang on it
+                self._is_tracked = False
+                logger.warning("report_to: %s; the run goes on without it, %s has all rows", error, self.path)
 
     def drop_after(self, stage: str, step: int) -> None:
         """Forget a stage's rows after `step`: those steps are about to be run again."""
@@ -57,6 +63,8 @@ def _line(row: dict[str, Any]) -> str:
             parts.append(f"lr {value:.2e}")
         elif key == "tokens_per_second":
             parts.append(f"{value} tokens/s")
+        elif isinstance(value, list):
+            parts.append(f"{key} {value}")
         elif key not in ("stage", "step", "max_steps", "seconds"):
             parts.append(f"{key} {value:.4g}")
     return "  ".join(parts)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,6 +52,7 @@ class Progress:
     best_score: float | None = None
     best_step: int | None = None
     scaler: dict[str, Any] | None = None
+    skipped: int = 0  # steps that were left out because of `skip_nonfinite`
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Trainer:
     ) -> TrainingResult:
         """Train to the end, from the newest valid checkpoint if there is one. `distiller` holds the result.
 
-        Raises NumericsError when a loss or gradient is not finite, Interrupted after a signal.
+        Raises NumericsError when losses or gradients of more than `skip_nonfinite` steps are not finite, Interrupted
+        after a signal.
         """
         settings, accelerator = self.settings, self.accelerator
         plan = StepPlan(
@@ -176,7 +178,6 @@ class Trainer:
         sums = reduce(sums, "sum") if world_size > 1 else sums
         norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm)
         means = objective.means(sums, counts)
-        self._require_finite(means, norm, step, micro_batches)
         factor = learning_rate_factor(
             step / max_steps,
             kind=self.settings.lr_scheduler_type,
@@ -185,21 +186,37 @@ class Trainer:
         )
         for group in optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * factor
-        optimizer.step()
+        if self._is_finite(means, norm):
+            optimizer.step()
+        else:
+            self._skip_or_stop(means, norm, step, micro_batches)
         optimizer.zero_grad()
         return means
 
-    def _require_finite(self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch]) -> None:
-        """Stop before the optimiser spreads a NaN. fp16's scaler skips a step with infinite gradients by itself."""
+    def _is_finite(self, means: Tensor, norm: Tensor) -> bool:
+        """Whether the optimiser may see this step. fp16's scaler skips one with infinite gradients by itself."""
         finite = torch.isfinite(means).all()
         if self.accelerator.scaler is None:
             finite &= torch.isfinite(norm)
-        if not finite:
-            ids = [int(i) for batch in micro_batches for i in batch["example_id"]]
+        return bool(finite)
+
+    def _skip_or_stop(self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch]) -> None:
+        """Log the examples of all ranks, which have the same means and norm; stop where no more is tolerated."""
+        ids: list[int] = gather_object([int(i) for batch in micro_batches for i in batch["example_id"]])
+        losses, norm_value = means.tolist(), float(norm)
+        found = {"stage": self.stage, "step": step, "losses": losses, "gradient_norm": norm_value, "examples": ids}
+        self.log.write(found)
+        self.progress.skipped += 1
+        tolerated = self.settings.skip_nonfinite
+        if self.progress.skipped > tolerated:
             raise NumericsError(
-                f"{self.stage}: step {step}: loss {means.tolist()} or gradient norm {float(norm):g} is not finite; "
+                f"{self.stage}: step {step}: loss {losses} or gradient norm {norm_value:g} is not finite; "
                 f"examples {ids}; the last checkpoint is kept. Lower learning_rate or check the teacher"
+                + (f"; skip_nonfinite {tolerated} is used up" if tolerated else "")
             )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # else it would take the next gradients for unscaled ones
+        logger.warning("%s: step %d is left out (%d of %d)", self.stage, step, self.progress.skipped, tolerated)
 
     def _log(self, meter: "Meter", distiller: Distiller, step: int, max_steps: int, optimizer: Any) -> None:
         losses = meter.read(self.accelerator.num_processes)

@@ -245,6 +245,47 @@ def test_a_manifest_of_another_form_is_damage(tmp_path: Path, text: str) -> None
     assert loaded_step(tmp_path) == 2
 
 
+def test_a_checkpoint_with_a_link_out_of_its_folder_is_damage(tmp_path: Path) -> None:
+    """What lies outside has the same bytes today; nothing that glmd writes is a link."""
+    folder = tmp_path / "checkpoints"
+    save(folder, 2)
+    newest = save(folder, 4)
+    (newest / "model.safetensors").rename(tmp_path / "elsewhere")
+    (newest / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert manifest_problem(newest) == "model.safetensors leads out of the folder"
+    assert loaded_step(folder) == 2
+
+
+def test_a_checkpoint_that_is_a_link_is_damage_and_what_it_leads_to_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 2, keep=1)
+    theirs = save(tmp_path / "theirs", 4)
+    (folder / theirs.name).symlink_to(theirs)
+    assert loaded_step(folder) == 2
+    save(folder, 4, keep=1)
+    assert names(folder) == ["step-000004"] and not (folder / theirs.name).is_symlink()
+    assert manifest_problem(theirs) is None and loaded_step(folder) == 4
+
+
+@pytest.mark.parametrize("name", ["../theirs.json", "/etc/hostname"])
+def test_a_manifest_that_names_a_file_outside_is_damage(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 2)
+    (folder / "theirs.json").write_text("{}", encoding="utf-8")
+    path = save(folder, 4) / MANIFEST
+    files = module.describe_files(folder, [])
+    outside = path.parent / name
+    files[name] = {"size": outside.stat().st_size, "sha256": module.file_sha256(outside)}
+    path.write_text(json.dumps({"version": 1, "files": files}), encoding="utf-8")
+    assert manifest_problem(path.parent) is not None and loaded_step(folder) == 2
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_loaded(tmp_path: Path) -> None:
+    (save(tmp_path, 2) / "more.safetensors").write_bytes(b"not even tensors")
+    (tmp_path / "step-of-mine").mkdir()
+    assert loaded_step(tmp_path) == 2
+
+
 def test_when_all_are_damaged_the_run_is_refused_not_begun_anew(tmp_path: Path) -> None:
     for step in (2, 4):
         truncate(save(tmp_path, step) / "model.safetensors")

@@ -32,6 +32,8 @@ def refusal(tiny, tmp_path, capsys):
         arguments = [f"output_dir={tmp_path / 'run'}", f"teacher={teacher}", *overrides]
         assert main([command, str(tiny.root / "run.yaml"), *arguments]) == code
         out, err = capsys.readouterr()
+        # A step with a NaN is logged before it is refused.
+        err = "".join(line for line in err.splitlines(keepends=True) if " step 2  losses [nan]" not in line)
         assert out == "" and err.startswith("glmd: ")
         lines = err.splitlines()
         assert len(lines) == 1, err
@@ -281,6 +283,7 @@ def test_a_missing_split_is_refused_with_what_is_there(refusal, bare_teacher, su
         ("corpus.jsonl", "", "the file holds no rows"),
         ("corpus.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "corpus.jsonl:2: field 'text' is missing; did you mean"),
         ("corpus.csv", "a,b\n", "a corpus file ends in .txt or .jsonl"),
+        ("corpus.jsonl.gz", "a bomb", "a corpus file ends in .txt or .jsonl"),
         ("corpus.txt", "a b c\n", "at least 5 are needed: give more text, or a smaller max_length"),
     ],
 )
@@ -413,6 +416,38 @@ def test_a_loss_that_is_not_finite_ends_with_code_3_and_its_examples(refusal):
     assert "is not finite; examples [" in message and "Lower learning_rate" in message
 
 
+CODE_OF_A_STRANGER = """
+from pathlib import Path
+from transformers import BertConfig
+Path({!r}).touch()
+class TheirConfig(BertConfig):
+    model_type = "theirs"
+"""
+
+
+def test_code_of_a_model_folder_is_neither_run_nor_asked_about(refusal, bare_teacher, tmp_path, monkeypatch):
+    """Left to its default, transformers asks on the terminal and waits."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    (bare_teacher / "theirs.py").write_text(CODE_OF_A_STRANGER.format(str(tmp_path / "was run")))
+    change_config(bare_teacher, model_type="theirs", auto_map={"AutoConfig": "theirs.TheirConfig"})
+    message = refusal(teacher=bare_teacher)
+    remedy = "brings Python code of its own; read it, and give teacher.trust_remote_code: true to run it"
+    assert message == f"ModelError: {bare_teacher}: {remedy}"
+    assert not (tmp_path / "was run").exists()
+
+
+def test_every_model_and_tokenizer_is_loaded_with_an_explicit_answer_about_its_code(monkeypatch):
+    from glmd import loading
+
+    class Loads:
+        @staticmethod
+        def from_pretrained(name, **options):
+            return options
+
+    assert loading._from_pretrained(Loads, "a") == {"trust_remote_code": False}
+    assert loading._from_pretrained(Loads, "a", trust_remote_code=True) == {"trust_remote_code": True}
+
+
 # --- Folders ------------------------------------------------------------------------------------------------------
 
 
@@ -484,3 +519,12 @@ def test_processes_that_are_no_ranks_are_refused(refusal, bare_teacher, monkeypa
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     message = refusal(teacher=bare_teacher)
     assert message.startswith("RunError: 2 processes were launched, but they are 1 ranks; launch as in")
+
+
+def test_several_processes_asked_of_the_launcher_that_starts_one_are_refused(refusal, bare_teacher, monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` starts one, and gives it a port to meet the other that is none."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    message = refusal(teacher=bare_teacher)
+    assert message.startswith("RunError: accelerate launch was asked for several processes and started one")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -27,6 +28,7 @@ from glmd.objective import Objective, Term
 from glmd.runlog import RunLog
 from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.trainer import Interrupted, Trainer, TrainingResult, trainable
+from glmd.vocabulary import Vocabulary
 
 V, C = 30, 2
 WORDS = Term("word_logits", "kl_divergence", {"from": 1.0, "to": 0.5}, options={"temperature": 15.0})
@@ -86,7 +88,8 @@ def distiller_of(objective: Objective = OBJECTIVE, *, dropout: float = 0.3) -> D
 
 
 def teacher_of() -> OnlineTeacher:
-    return OnlineTeacher(model_of(BertForMaskedLM, 2, 0), model_of(BertForSequenceClassification, 2, 1), np.arange(V))
+    models = model_of(BertForMaskedLM, 2, 0), model_of(BertForSequenceClassification, 2, 1)
+    return OnlineTeacher(*models, Vocabulary.identity(V))
 
 
 def settings_of(**changes: Any) -> StageConfig:
@@ -388,6 +391,28 @@ def test_a_signal_ends_the_run_after_its_step_is_saved(
     assert log_rows(tmp_path) == uninterrupted[1]
 
 
+def test_a_signal_in_the_middle_of_a_save_lets_it_end_and_saves_the_next_step(
+    tmp_path: Path, uninterrupted: tuple[Weights, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file of step 2 is half a checkpoint; what the signal asks for is the next whole one."""
+    from glmd import checkpoint
+
+    real, asked = checkpoint.save_file, []
+
+    def save_and_be_asked(tensors: Any, path: Path) -> None:
+        real(tensors, path)
+        if not asked:
+            asked.append(path)
+            ask_to_stop()()
+
+    monkeypatch.setattr(checkpoint, "save_file", save_and_be_asked)
+    with pytest.raises(Interrupted):
+        train(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert load_checkpoint_of(tmp_path, 2) and load_checkpoint_of(tmp_path, 3)
+    assert_identical(train(tmp_path), uninterrupted[0])
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(code: int) -> None:
         raise Killed(code)
@@ -423,7 +448,9 @@ def assert_stopped_at_step_3(folder: Path, distiller: Distiller, error: Numerics
     found = load_checkpoint(folder / "checkpoints")
     assert found is not None and found.state["progress"]["step"] == 2
     assert_identical(weights_of(distiller), found.tensors["model"])
-    assert [row["step"] for row in log_rows(folder)] == [1, 2]
+    *good, bad = log_rows(folder)
+    assert [row["step"] for row in good] == [1, 2] and bad["step"] == 3 and bad["examples"] == ids
+    assert not np.isfinite([*bad["losses"], bad["gradient_norm"]]).all(), "what is not finite is written as it is"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -460,6 +487,53 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_though_the_gradient_is_
     with pytest.raises(NumericsError, match=r"loss \[inf, inf\]") as stop:
         train(tmp_path, distiller=distiller, teacher=spoil)
     assert_stopped_at_step_3(tmp_path, distiller, stop.value)
+
+
+def spoiled_at(*calls: int) -> Callable[[Batch], TeacherOutputs]:
+    """A teacher with a NaN for every word in these micro-steps, as for an example that it cannot read."""
+    teacher, number = teacher_of(), iter(range(10_000))
+
+    def answer(batch: Batch) -> TeacherOutputs:
+        sound = teacher.bias
+        teacher.bias = sound * float("nan") if next(number) in calls else sound  # type: ignore[operator]
+        outputs = teacher(batch)
+        teacher.bias = sound
+        return outputs
+
+    return answer
+
+
+def test_as_many_bad_steps_as_tolerated_are_left_out_and_the_next_one_stops(tmp_path: Path) -> None:
+    spoiled = spoiled_at(2, 5, 6)  # in steps 2, 3 and 4
+    with pytest.raises(NumericsError, match=r"step 4: .*; skip_nonfinite 2 is used up"):
+        train(tmp_path, teacher=spoiled, skip_nonfinite=2)
+    rows = log_rows(tmp_path)
+    assert [row["step"] for row in rows if "examples" in row] == [2, 3, 4]
+    assert [np.isfinite(row["loss"]) for row in rows if "loss" in row] == [True, False, False], "no NaN is hidden"
+    found = load_checkpoint(tmp_path / "checkpoints")
+    assert found is not None and found.state["progress"]["skipped"] == 1
+
+
+def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(tmp_path: Path) -> None:
+    distiller = distiller_of()
+    train(tmp_path, distiller=distiller, teacher=spoiled_at(4), skip_nonfinite=1, max_steps=4, save_steps=1)
+    before, after = (load_checkpoint_of(tmp_path, step) for step in (2, 3))
+    for group in ("model", "optimizer"):
+        assert_identical(after[group], before[group])
+    assert all(bool(torch.isfinite(p).all()) for p in distiller.parameters())
+
+
+def load_checkpoint_of(folder: Path, step: int) -> dict[str, Weights]:
+    place = folder / "checkpoints" / f"step-{step:06d}"
+    return {name: load_file(place / f"{name}.safetensors") for name in ("model", "optimizer")}
+
+
+def test_how_many_steps_were_left_out_is_remembered_over_a_resume(tmp_path: Path) -> None:
+    bad, dying = spoiled_at(2), teacher_that(die, 8)  # in step 2; in step 5, after the checkpoint of step 4
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=lambda batch: (dying(batch), bad(batch))[1], skip_nonfinite=1)
+    with pytest.raises(NumericsError, match="skip_nonfinite 1 is used up"):
+        train(tmp_path, teacher=spoiled_at(0), skip_nonfinite=1)
 
 
 # Selection
@@ -518,6 +592,20 @@ def test_a_resumed_run_selects_what_an_uninterrupted_one_does(
         assert_identical(weights_of(resumed), weights_of(expected))
         assert again.best_step == result.best_step
         assert log_rows(folder) == log_rows(tmp_path / "whole")
+
+
+def test_a_run_killed_in_the_middle_of_an_evaluation_ends_in_the_same_bits(tmp_path: Path) -> None:
+    expected, result, _ = train_and_select(tmp_path / "whole", SCORES)
+
+    class DyingScores(dict[int, float]):
+        def __getitem__(self, step: int) -> float:
+            return die() if step == 6 else super().__getitem__(step)  # type: ignore[func-returns-value]
+
+    with pytest.raises(Killed):
+        train_and_select(tmp_path / "killed", DyingScores(SCORES))
+    resumed, again, _ = train_and_select(tmp_path / "killed", SCORES)
+    assert_identical(weights_of(resumed), weights_of(expected))
+    assert again.best_step == result.best_step == 6
 
 
 def test_a_better_score_that_does_not_come_again_after_a_resume_leaves_a_student(tmp_path: Path) -> None:
