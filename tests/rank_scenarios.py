@@ -1,0 +1,129 @@
+"""Scenarios on two ranks, each in two forked processes that meet by gloo; run by test_ranks.py in one process.
+
+    python rank_scenarios.py FOLDER
+
+Writes FOLDER/ends.json: for each scenario and rank the exit code, the seconds and the last line of its error.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from test_trainer import Rows, distiller_of, settings_of, teacher_of, trainer_of, weights_of
+
+import glmd.checkpoint
+from glmd.data.batches import Batch, Collate
+from glmd.errors import DataError, GlmdError
+from glmd.teacher import TeacherOutputs
+
+glmd.checkpoint.sync_to_disk = lambda path: None
+
+
+def train(folder: Path, rank: int, act: Callable[[int, int], Any] | None = None, **changes: Any) -> None:
+    """Five steps of two micro-steps. act: called with (rank, number of the micro-step from 0) before its teacher."""
+    teacher, distiller, calls = teacher_of(), distiller_of(), iter(range(1000))
+
+    def answer(batch: Batch) -> TeacherOutputs:
+        spoil = act(rank, next(calls)) if act else None
+        outputs = teacher(batch)
+        if spoil is not None:
+            assert outputs.head_bias is not None
+            outputs = replace(outputs, head_bias=outputs.head_bias * spoil)
+        return outputs
+
+    trainer = trainer_of(folder, settings_of(**changes))
+    assert trainer.accelerator.num_processes == 2
+    trainer.run(distiller, answer, Rows(), Collate(0))
+    torch.save(weights_of(distiller), folder / f"rank-{rank}.pt")
+
+
+def signal_to_rank_1(rank: int, call: int) -> None:
+    if (rank, call) == (1, 4):  # in step 3
+        os.kill(os.getpid(), 15)
+
+
+def kill_rank_1(rank: int, call: int) -> None:
+    if (rank, call) == (1, 6):  # in step 4, after the checkpoint of step 2
+        os.kill(os.getpid(), 9)
+
+
+def raise_on_rank_1(rank: int, call: int) -> None:
+    if (rank, call) == (1, 6):
+        raise DataError("rows.jsonl:7: cannot be read")
+
+
+def nan_on_rank_1(rank: int, call: int) -> float | None:
+    return float("nan") if (rank, call) == (1, 5) else None  # in step 3
+
+
+SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]]] = {
+    # name: (folder, what happens, settings)
+    "undisturbed": ("undisturbed", None, {}),
+    "signal": ("signal", signal_to_rank_1, {"save_steps": 100}),
+    "signal, resumed": ("signal", None, {}),
+    "killed": ("killed", kill_rank_1, {}),
+    "killed, resumed": ("killed", None, {}),
+    "raised": ("raised", raise_on_rank_1, {}),
+    "nan": ("nan", nan_on_rank_1, {}),
+    "nan, tolerated": ("tolerated", nan_on_rank_1, {"skip_nonfinite": 1}),
+}
+
+
+def start(root: Path, name: str, rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    folder, act, changes = SCENARIOS[name]
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    code = 1
+    with (root / f"{name}-{rank}.txt").open("w") as said:
+        try:
+            train(root / folder, rank, act, **changes)
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except GlmdError as error:
+            code = error.exit_code
+            said.write(f"{type(error).__name__}: {error}")
+        except BaseException:
+            said.write(traceback.format_exc())
+    os._exit(code)
+
+
+def main(root: Path) -> None:
+    ends: dict[str, Any] = {}
+    for name in SCENARIOS:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        began, ranks, ended = time.monotonic(), [start(root, name, rank, port) for rank in range(2)], {}
+        while len(ended) < 2 and time.monotonic() - began < 100:
+            for rank, child in enumerate(ranks):
+                if rank not in ended:
+                    done, status = os.waitpid(child, os.WNOHANG)
+                    if done:
+                        ended[rank] = (os.waitstatus_to_exitcode(status), time.monotonic() - began)
+            time.sleep(0.01)
+        for rank, child in enumerate(ranks):
+            if rank not in ended:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+        said = [(root / f"{name}-{rank}.txt").read_text() for rank in range(2)]
+        ends[name] = [[*ended.get(rank, (None, None)), said[rank]] for rank in range(2)]
+    (root / "ends.json").write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
