@@ -87,11 +87,12 @@ def parse_yaml(text: str, where: str) -> Any:
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping from a file. Raises ConfigError naming the file (and line)."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path}: {len(raw)} bytes; a configuration has at most {MAX_BYTES}")
+        raise ConfigError(f"{path}: a configuration has at most {MAX_BYTES} bytes")
     try:
         value = parse_yaml(raw.decode("utf-8"), str(path))
     except UnicodeDecodeError as error:

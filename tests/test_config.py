@@ -86,7 +86,14 @@ def test_code_in_yaml_is_refused(load):
 
 
 def test_a_file_that_is_too_large_is_refused_unread(load):
-    assert f"has at most {MAX_BYTES}" in refusal(load, "#" * MAX_BYTES)
+    assert f"has at most {MAX_BYTES} bytes" in refusal(load, "#" * MAX_BYTES)
+
+
+def test_no_more_of_a_huge_file_is_read_than_a_configuration_may_have(tmp_path):
+    with (tmp_path / "run.yaml").open("wb") as file:
+        file.truncate(10**12)  # a terabyte of nothing
+    with pytest.raises(ConfigError, match="has at most"):
+        load_config(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(

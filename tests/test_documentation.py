@@ -1,6 +1,7 @@
 """What README and docs say of files, keys and commands is so."""
 
 import argparse
+import ast
 import importlib.util
 import re
 import tomllib
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import glmd.errors
 from glmd.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,3 +68,27 @@ def test_every_dependency_is_pinned_to_the_version_that_is_tested():
     lines = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
     assert {re.split(r"[<>=!]", name)[0].lower() for name in needed} <= pinned
+
+
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+
+
+def test_every_test_that_a_page_names_exists():
+    for page in PAGES:
+        for file, name in re.findall(r"\b(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8")):
+            functions = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
+            assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_every_promise_and_each_of_fifty_faults_names_a_test():
+    rows = [line for line in RELIABILITY.partition("## Promises")[2].splitlines() if line.startswith("| ")]
+    rows = [line for line in rows if "---" not in line and not line.startswith(("| promise", "| #"))]
+    assert [line for line in rows if "::test_" not in line] == []
+    faults = re.findall(r"^\| (\d+) \|", RELIABILITY.partition("## Faults")[2], re.MULTILINE)
+    assert [int(number) for number in faults] == list(range(1, 51))
+
+
+def test_the_exit_codes_of_the_page_are_those_of_the_errors():
+    errors = [each for each in vars(glmd.errors).values() if isinstance(each, type)]
+    documented = {int(code) for code in re.findall(r"^\| ([234]) \| [a-z]", RELIABILITY, re.MULTILINE)}
+    assert {error.exit_code for error in errors} <= documented

@@ -170,3 +170,23 @@ def test_a_refusal_of_the_main_process_is_that_of_all(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     expected = repr([{"rank": 0}, "RunError", "rank 0 refuses", 0])
     assert [(tmp_path / rank).read_text() for rank in "01"] == [expected, expected]
+
+
+def test_a_launch_on_a_port_in_use_ends_at_once_and_says_so(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+        command += ["--master_port", str(port), "-m", "glmd", "run", f"output_dir={tmp_path / 'run'}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "EADDRINUSE" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_with_cpu_and_two_processes_is_refused_because_it_starts_one(tiny, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "glmd"]
+    command += ["run", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("glmd: RunError: accelerate launch was asked for several processes and started one") == 1

@@ -212,6 +212,16 @@ def test_a_stage_whose_inputs_changed_is_refused_field_by_field(tiny, trusting, 
     run(config)
 
 
+def test_a_stage_begun_by_another_number_of_processes_is_refused_with_both(finished, tiny, trusting, tmp_path):
+    folder = finished.copy(tmp_path / "run")
+    record = folder / "pretraining/stage.json"
+    values = json.loads(record.read_text())
+    values["inputs"]["processes"] = 2
+    record.write_text(json.dumps(values))
+    with pytest.raises(RunError, match=r"pretraining was made from other inputs \(processes: 2 -> 1\)"):
+        run(tiny.config(folder))
+
+
 def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trusting, tmp_path):
     named = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "named")
     config = tiny.config(tmp_path / "run", f"teacher.tasks.RTE={named}", "controls.hard_labels=false")
