@@ -8,6 +8,7 @@ run folder: config.yaml, log.jsonl, corpus/, vocabulary/, teacher/, pretraining/
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -313,6 +314,8 @@ def _build_world(folder: Path, accelerator: Accelerator) -> Path:
 
     place = folder / "world"
     if accelerator.is_main_process:
+        for leftover in folder.glob(".world-*"):  # of a start that was killed; the folder is locked for this one
+            shutil.rmtree(leftover)
         build_world(place)
     accelerator.wait_for_everyone()
     return place

@@ -45,6 +45,18 @@ def test_a_kill_between_a_stages_end_and_the_removal_of_its_checkpoints_leaves_n
     assert not (place / "checkpoints").exists()
 
 
+def test_a_kill_while_the_world_is_made_leaves_no_part_of_it_for_ever(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmd.data import world
+    from glmd.pipeline import _build_world
+
+    (folder.path / ".world-x1y2z3" / "superglue").mkdir(parents=True)  # what a kill -9 leaves
+    monkeypatch.setattr(world, "build_world", Path.mkdir)
+    assert _build_world(folder.path, folder.accelerator) == folder.path / "world"
+    assert [path.name for path in folder.path.iterdir()] == ["world"]
+
+
 def test_the_lock_names_process_and_host(folder: RunFolder) -> None:
     with folder.lock(), pytest.raises(RunError) as refused, folder.lock():
         pass
