@@ -21,9 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from test_trainer import Rows, distiller_of, settings_of, teacher_of, trainer_of, weights_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import glmd.checkpoint
-from glmd.data.batches import Batch, Collate
+from glmd.data.batches import Batch, Collate, StepPlan, step_batches
 from glmd.errors import DataError, GlmdError
 from glmd.teacher import TeacherOutputs
 
@@ -67,6 +70,48 @@ def nan_on_rank_1(rank: int, call: int) -> float | None:
     return float("nan") if (rank, call) == (1, 5) else None  # in step 3
 
 
+def compare_sharding(folder: Path, rank: int, tied: bool) -> None:
+    """Three steps of one distiller under DDP and of its twin under FSDP2, layer by layer; writes how far they part."""
+    folder.mkdir(exist_ok=True)
+    torch.distributed.init_process_group("gloo")
+    models = [distiller_of(dropout=0.0) for _ in range(2)]
+    for model in models:
+        language_model = model.language_model
+        if not tied:
+            decoder = language_model.cls.predictions.decoder
+            decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
+        assert (language_model.get_input_embeddings().weight is language_model.cls.predictions.decoder.weight) == tied
+    plain, sharded = torch.nn.parallel.DistributedDataParallel(models[0]), models[1]
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.language_model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    teacher, plan = teacher_of(), StepPlan(len(Rows()), 3, 1, rank, 2, seed=0)
+    objective, losses, norms = models[0].objective, [], []
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, foreach=False) for model in models]
+    for (batch,) in step_batches(Rows(), plan, Collate(0), start_step=0, stop_step=3):  # type: ignore[arg-type]
+        counts = objective.counts(batch).float()
+        torch.distributed.all_reduce(counts)
+        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+            loss = objective.total(objective.means(model(batch, teacher(batch)), counts), 0.0) * 2
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+    theirs = dict(models[0].named_parameters())
+    is_sharded, errors = [], []
+    for name, ours in sharded.named_parameters():
+        is_sharded.append(isinstance(ours, DTensor) and ours.to_local().numel() < ours.numel())
+        whole = ours.full_tensor() if isinstance(ours, DTensor) else ours
+        errors.append(float((whole - theirs[name]).abs().max()))
+    found = {"losses": losses, "norms": norms, "error": max(errors), "sharded": sum(is_sharded), "names": len(theirs)}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+SHARDINGS = {"sharded, tied": True, "sharded, untied": False}
 SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]]] = {
     # name: (folder, what happens, settings)
     "undisturbed": ("undisturbed", None, {}),
@@ -84,13 +129,16 @@ def start(root: Path, name: str, rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
-    folder, act, changes = SCENARIOS[name]
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     code = 1
     with (root / f"{name}-{rank}.txt").open("w") as said:
         try:
-            train(root / folder, rank, act, **changes)
+            if name in SHARDINGS:
+                compare_sharding(root / name, rank, SHARDINGS[name])
+            else:
+                folder, act, changes = SCENARIOS[name]
+                train(root / folder, rank, act, **changes)
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
@@ -104,7 +152,7 @@ def start(root: Path, name: str, rank: int, port: int) -> int:
 
 def main(root: Path) -> None:
     ends: dict[str, Any] = {}
-    for name in SCENARIOS:
+    for name in (*SCENARIOS, *SHARDINGS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

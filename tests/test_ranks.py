@@ -84,3 +84,16 @@ def test_a_tolerated_nan_on_one_rank_is_left_out_by_both(root: Path) -> None:
     first, second = weights(root, "tolerated")
     assert_equal(first, second)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_a_distiller_sharded_by_fsdp2_trains_as_under_ddp(root: Path, head: str) -> None:
+    """Only the module: the trainer saves and loads whole parameters, and does not shard."""
+    codes, said = ends(root, f"sharded, {head}")
+    assert codes == [0, 0], said
+    for rank in range(2):
+        found = json.loads((root / f"sharded, {head}" / f"rank-{rank}.json").read_text())
+        assert found["sharded"] > found["names"] / 2, "else nothing was compared"
+        for kind in ("losses", "norms"):
+            assert found[kind][::2] == pytest.approx(found[kind][1::2], rel=1e-5)
+        assert found["error"] < 1e-6
