@@ -106,6 +106,16 @@ class StageConfig:
         """Examples of one optimiser step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
 
+    def spread(self, begun_with: int, processes: int) -> "StageConfig":
+        """The same micro-batches in the same global batches for another number of processes, by accumulation."""
+        total = self.gradient_accumulation_steps * begun_with
+        _require(
+            total % processes == 0,
+            f"elastic: the {total} micro-batches of a step cannot be shared by {processes} processes; "
+            f"launch a number that divides {total}",
+        )
+        return dataclasses.replace(self, gradient_accumulation_steps=total // processes)
+
     def steps(self, num_examples: int, world_size: int) -> int:
         """Optimiser steps of the stage: max_steps, or enough for num_train_epochs."""
         if self.max_steps is not None:
@@ -289,6 +299,9 @@ class RunConfig:
     gkd_compat: bool = False  # divide word losses by all positions, pads included, as the published code does
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of matrix products in training
     dataloader_num_workers: int = 0  # no number of workers changes a batch
+    # Continue with another number of processes than the run was begun with: the same global batches in the same order,
+    # by another gradient_accumulation_steps. Only the last bits of the weights differ.
+    elastic: bool = False
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # beside log.jsonl
 
     def __post_init__(self) -> None:
@@ -339,6 +352,14 @@ class RunConfig:
                 # Epochs would have to wait for the corpus to be counted; a plan is wanted before.
                 given = corpus_stage is None or getattr(corpus_stage, key) is not None
                 _require(given, f"{name}.{key} is missing; a stage on the corpus needs it")
+
+    @property
+    def trained_stages(self) -> list[StageConfig]:
+        """The settings of every stage on the corpus and of every task stage, in all cells of the sweep."""
+        first = [self.pretraining, *([self.teacher.pretraining] if self.teacher.pretraining is not None else [])]
+        names = ("task_teacher", *SWEPT_STAGES)
+        points = itertools.product(names, self.tasks, self.cells)
+        return first + [self.stage(name, task, cell) for name, task, cell in points]
 
     @property
     def cells(self) -> list[Cell]:

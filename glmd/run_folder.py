@@ -40,7 +40,15 @@ WATCHING_KEYS = (
 )
 # Keys that add to a run, or change where and with how many workers it runs. A task cannot be added: the vocabulary
 # counts its text. Whether a stage learns from a cache is in its own record; where that lies makes no difference.
-GROWING_KEYS = (*WATCHING_KEYS, "output_dir", *GROWING, "report_to", "dataloader_num_workers", "teacher.cache")
+GROWING_KEYS = (
+    *WATCHING_KEYS,
+    "output_dir",
+    *GROWING,
+    "report_to",
+    "dataloader_num_workers",
+    "elastic",
+    "teacher.cache",
+)
 # What may lie in a folder before its run has begun.
 BEFORE_THE_RUN = {"lock", "world", "config.yaml.tmp"}
 # What lies in a stage's folder and is not its result: its own record, and the way there.
@@ -115,6 +123,16 @@ class RunFolder:
         if self.accelerator.is_main_process:
             write_atomically(self.path / "config.yaml", dump_config(config))
         self.accelerator.wait_for_everyone()
+
+    def begun_with(self) -> int:
+        """The number of processes that the run's first stage was begun with; that of now where there is none."""
+
+        def recorded() -> int:
+            records = (_read_record(path) for path in sorted(self.path.rglob("stage.json")))
+            found = (record["inputs"]["processes"] for record in records if record and "processes" in record["inputs"])
+            return next(found, self.accelerator.num_processes)
+
+        return int(self.on_main(recorded))
 
     def name(self, place: Path) -> str:
         """A stage's folder as it is called in logs: tasks/RTE/seed-0/words."""

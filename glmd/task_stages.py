@@ -99,8 +99,7 @@ class TaskStages:
         place, objective = _below(root, cell, seed), self.bench.plan.method["task_labels"]
         self._distil_labels(arm, place / "labels", seed, labels, cell, objective, after_words)
         if self.config.controls.hard_labels and arm.name == "student":
-            world_size = self.bench.accelerator.num_processes
-            budget = control_budget(labels, words, len(self.task.inputs), world_size)
+            budget = control_budget(labels, words, len(self.task.inputs), self.bench.processes)
             # Of the first pass the control has but the number of updates.
             its_cell = {
                 key: value

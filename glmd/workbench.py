@@ -72,6 +72,10 @@ class Workbench:
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
+        # Batch sizes and accumulation speak of so many processes.
+        self.processes = run_folder.begun_with() if self.config.elastic else accelerator.num_processes
+        for stage in self.config.trained_stages:
+            stage.spread(self.processes, accelerator.num_processes)  # refuses here what could not be shared there
 
     # Data
 
@@ -169,7 +173,7 @@ class Workbench:
             "eval_blocks": self.config.data.eval_blocks if task is None else None,
             "teacher_kept_in": self._kept_in() if objective is not None and task is None and arm is not None else None,
             "start": start,
-            "processes": self.accelerator.num_processes,
+            "processes": self.processes,
         }
 
     def tokens(self) -> str | None:
@@ -290,6 +294,7 @@ class Workbench:
         distiller = Distiller(objective, token_map, language_model=language_model, classifier=classifier)
         name = self.run_folder.name(place)
         workers = self.config.dataloader_num_workers
+        stage = stage.spread(self.processes, self.accelerator.num_processes)
         trainer = Trainer(self.accelerator, place, name, stage, seed, self.log, workers, evaluate)
         result: TrainingResult = trainer.run(distiller, teacher or _silent, data, self.collate)
         self.accelerator.free_memory()

@@ -138,7 +138,7 @@ max_length mlm_probability num_maskings logging_steps save_steps save_total_limi
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
     "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision dataloader_num_workers
-        report_to""",
+        elastic report_to""",
     "teacher.": "model revision trust_remote_code dtype cache tasks scratch",
     "student.": "num_hidden_layers initialisation config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "

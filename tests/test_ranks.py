@@ -30,8 +30,12 @@ def ends(root: Path, name: str) -> tuple[list[int | None], list[str]]:
     return [code for code, _, _ in ranks], [said for _, _, said in ranks]
 
 
-def weights(root: Path, folder: str) -> list[dict[str, torch.Tensor]]:
-    return [torch.load(root / folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+def weights(root: Path, folder: str, ranks: int = 2) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(root / folder / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def log_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -63,6 +67,17 @@ def test_a_rank_that_is_killed_takes_the_other_down_and_a_resume_ends_in_the_sam
         assert_equal(ours, weights(root, "undisturbed")[0])
 
 
+def test_what_two_ranks_began_one_process_ends_with_the_same_batches_and_dropout(root: Path) -> None:
+    assert ends(root, "elastic")[0][1] == -9
+    codes, said = ends(root, "elastic, resumed")
+    assert codes == [0], said
+    ours, theirs = weights(root, "elastic", 1)[0], weights(root, "whole")[0]
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    losses = [[row["loss"] for row in log_rows(root / name)] for name in ("elastic", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_a_rank_that_refuses_its_data_takes_the_other_down_and_says_why(root: Path) -> None:
     codes, said = ends(root, "raised")
     assert codes[1] == 2 and said[1] == "DataError: rows.jsonl:7: cannot be read" and codes[0] not in (0, None)
@@ -73,8 +88,7 @@ def test_a_nan_on_one_rank_stops_both_before_the_step_with_the_examples_of_both(
     codes, said = ends(root, "nan")
     assert codes == [3, 3] and said[0] == said[1]
     assert said[0].startswith("NumericsError: pretraining: step 3: loss [nan")
-    rows = [json.loads(line) for line in (root / "nan" / "log.jsonl").read_text().splitlines()]
-    bad = rows[-1]
+    bad = log_rows(root / "nan")[-1]
     assert bad["step"] == 3 and len(set(bad["examples"])) == 12 and str(bad["examples"]) in said[0]
     assert checkpoints(root, "nan") == ["step-000002"]
 

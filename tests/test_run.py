@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ import torch
 from glmd.checkpoint import load_checkpoint
 from glmd.config import dump_config, load_config
 from glmd.data.tasks import load_task, read_split
-from glmd.errors import RunError
+from glmd.errors import ConfigError, RunError
 from glmd.pipeline import run
 from glmd.report import results_table
+from glmd.run_folder import RunFolder
 from glmd.tokenizer import load_tokenizer
+from glmd.workbench import Workbench
 
 STOCK = {
     "config.json",
@@ -212,14 +215,45 @@ def test_a_stage_whose_inputs_changed_is_refused_field_by_field(tiny, trusting, 
     run(config)
 
 
+def begun_with(folder: Path, processes: int) -> None:
+    """Let the records of a run say that so many processes began it."""
+    for record in folder.rglob("stage.json"):
+        values = json.loads(record.read_text())
+        if "processes" in values["inputs"]:
+            values["inputs"]["processes"] = processes
+            record.write_text(json.dumps(values))
+
+
 def test_a_stage_begun_by_another_number_of_processes_is_refused_with_both(finished, tiny, trusting, tmp_path):
     folder = finished.copy(tmp_path / "run")
-    record = folder / "pretraining/stage.json"
-    values = json.loads(record.read_text())
-    values["inputs"]["processes"] = 2
-    record.write_text(json.dumps(values))
-    with pytest.raises(RunError, match=r"pretraining was made from other inputs \(processes: 2 -> 1\)"):
+    begun_with(folder, 2)
+    with pytest.raises(RunError, match=r"teacher was made from other inputs \(processes: 2 -> 1\)"):
         run(tiny.config(folder))
+
+
+def test_an_elastic_run_goes_on_with_other_processes_in_the_same_global_batches(finished, tiny, trusting, tmp_path):
+    folder = finished.copy(tmp_path / "run")
+    begun_with(folder, 2)
+    shutil.rmtree(folder / LABELS)
+    results = run(tiny.config(folder, "elastic=true", "controls.hard_labels=false"))
+    record = json.loads((folder / LABELS / "stage.json").read_text())
+    assert record["inputs"]["processes"] == 2 and record["inputs"]["stage"]["gradient_accumulation_steps"] == 1
+    # 24 examples, in batches of 8 on each of two processes: one process takes both in a step.
+    assert row_of(results, "labels")["training"]["steps"] == 2
+    assert row_of(finished.results, "labels")["training"]["steps"] == 3
+
+
+def test_an_elastic_run_with_processes_that_cannot_share_its_batches_is_refused_before_any_stage(
+    finished, tiny, tmp_path, monkeypatch
+):
+    folder = finished.copy(tmp_path / "run")
+    begun_with(folder, 3)
+    monkeypatch.setattr(RunFolder, "on_main", lambda self, function: function())
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=True)
+    tokenizer = type("Words", (list,), {"pad_token_id": 0})()
+    plan = SimpleNamespace(config=tiny.config(folder, "elastic=true"), tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="elastic: the 3 micro-batches of a step cannot be shared by 2 processes"):
+        Workbench(plan, RunFolder(folder, accelerator), accelerator)
 
 
 def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trusting, tmp_path):

@@ -257,6 +257,14 @@ def test_dropout_is_on_and_given_by_the_seed_whatever_was_drawn_before(tmp_path:
     assert not torch.equal(embedding("d", 7, dropout=0.0), first)
 
 
+def test_no_two_micro_steps_draw_the_same_dropout(tmp_path: Path) -> None:
+    distiller, seeds = distiller_of(), []
+    distiller.register_forward_pre_hook(lambda module, args: seeds.append(torch.initial_seed()))
+    train(tmp_path / "a", distiller=distiller)
+    train(tmp_path / "b", distiller=distiller, seed=1)
+    assert len(seeds) == len(set(seeds)) == 20, "five steps of two, with each of two seeds"
+
+
 def test_bfloat16_autocast_trains_float32_weights_to_nearly_the_same_loss(tmp_path: Path) -> None:
     losses = {}
     for precision in ("no", "bf16"):
