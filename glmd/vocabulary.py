@@ -380,7 +380,8 @@ def _summary(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all writers, so that the next one clears what a kill leaves.
+    temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import logging
 
 import numpy as np
@@ -266,6 +267,22 @@ def test_a_vocabulary_survives_saving(tmp_path):
     assert sum(hub["takes"] for hub in summary["hubs"]) <= summary["dropped"] == V - vocabulary.size
     EVEN.save(tmp_path / "uncounted")
     assert Vocabulary.load(tmp_path / "uncounted").counts is None
+
+
+def test_a_kill_in_the_middle_of_saving_leaves_nothing_once_it_is_saved_again(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Nothing may catch it, as nothing catches SIGKILL."""
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", die)
+        patched.setattr(os, "getpid", lambda: 4711)
+        with pytest.raises(Killed):
+            EVEN.save(tmp_path)
+    EVEN.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vocabulary.json", "vocabulary.safetensors"]
 
 
 def test_a_torn_or_damaged_vocabulary_is_refused(tmp_path):
