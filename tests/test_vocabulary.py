@@ -2,8 +2,8 @@
 
 import copy
 import json
-import os
 import logging
+import os
 
 import numpy as np
 import pytest
