@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from glmd.checkpoint import file_sha256, sync_to_disk, write_atomically, write_problem
 from glmd.config import differences
 from glmd.data.batches import BlockDataset, Collate
-from glmd.errors import DataError, ModelError, NumericsError, RunError
+from glmd.errors import DataError, DiskError, ModelError, NumericsError, RunError
 from glmd.heads import hidden_before_final_linear, run_backbone
 from glmd.teacher import TeacherOutputs, model_inputs, sliced_head
 from glmd.vocabulary import Vocabulary
@@ -168,7 +168,7 @@ class TeacherCache:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             reason = f"cannot be written ({error})"
-            raise RunError(f"{path}: {reason}; make room, and the same command completes the cache") from error
+            raise DiskError(f"{path}: {reason}; make room, and the same command completes the cache") from error
         write_atomically(self._record(number), json.dumps(record))
 
     def finish(self) -> None:
