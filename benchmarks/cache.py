@@ -123,8 +123,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"student of {arguments.layers} layers, {vocabulary.size} words")
     print(f"{tokens} tokens a step; median of {arguments.rounds} rounds; torch {torch.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads\n\n| teacher | teacher ms | step ms | tokens/s |\n|---|---|---|---|")
-    for name, (asked, whole) in ms.items():
-        print(f"| {name} | {asked:.1f} | {whole:.0f} | {1000 * tokens / whole:.0f} |")
+    for name, (teacher_ms, step_ms) in ms.items():
+        print(f"| {name} | {teacher_ms:.1f} | {step_ms:.0f} | {1000 * tokens / step_ms:.0f} |")
     print(f"\nstep {ratio:.2f} times faster; R + 1 = {bound:.2f}, of which {ratio / bound:.0%}")
     print(f"gradient error {error:.1e}; {on_disk / cache.num_tokens:.0f} bytes a token on disk")
     print(f"made in {making:.1f} s, {cache.num_tokens / making:.0f} tokens/s")
