@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own"
     command = add("evaluate", _evaluate, "Score a model, stock or distilled, on a task or on text.")
-    command.add_argument("model", help="folder or hub id of a task model, a masked LM, or (on text) a causal LM")
+    command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
     command.add_argument("--task", help=task_help)
     command.add_argument("--data", help="for --task: a SuperGLUE folder, a jsonl file, or aps/super_glue")
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
@@ -91,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     command = add("predict", _predict, "Write a task model's answers in the leaderboard's form.")
-    command.add_argument("model", help="folder or hub id of a classifier, a multiple-choice model or a masked LM")
+    command.add_argument(
+        "model", help="folder or hub id of a classifier, a multiple-choice model, a masked or a causal LM"
+    )
     command.add_argument("--task", required=True, help=task_help)
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
     command.add_argument("--batch-size", type=_positive, default=64)

@@ -126,7 +126,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The teacher: a masked LM, and classifiers already fine-tuned on tasks, if there are any."""
+    """The teacher: a masked or causal LM, and classifiers already fine-tuned on tasks, if there are any."""
 
     model: str | None = None  # local folder or hub id
     revision: str | None = None  # branch, tag or commit of a hub id
@@ -287,7 +287,7 @@ class RunConfig:
     task_teacher: StageConfig = field(default_factory=_task_defaults)
     task_words: StageConfig = field(default_factory=_task_defaults)
     task_labels: StageConfig = field(default_factory=_task_defaults)
-    # How tasks are asked: a task head, or words in a blank of a model that stays a masked LM (the paper's form)
+    # How tasks are asked: a task head, or words in a blank of a model that stays a language model (the paper's form)
     casting: Literal["head", "cloze"] = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     # stage -> setting -> values: every combination is trained from one pretrained student, with every seed
@@ -375,7 +375,9 @@ class RunConfig:
     def stage(self, name: str, task: str | None = None, cell: Cell | None = None) -> StageConfig:
         """The settings of a stage, with what the task changes and then what the cell of a sweep does."""
         stage: StageConfig = getattr(self, name)
-        changes = {key: value for key, value in self.tasks.get(task or "", {}).items() if key not in TASK_FILES}
+        # A teacher is fine-tuned on clean inputs, whatever the passes of its task are given.
+        others = (*TASK_FILES, *(("mlm_probability", "num_maskings") if name == "task_teacher" else ()))
+        changes = {key: value for key, value in self.tasks.get(task or "", {}).items() if key not in others}
         swept = {key.partition(".")[2]: value for key, value in (cell or {}).items() if key.startswith(f"{name}.")}
         for each, where in ((changes, f"tasks.{task}" if task else name), (swept, f"sweep.{name}")):
             if "max_steps" in each and "num_train_epochs" not in each:

@@ -144,7 +144,13 @@ def _probe(model: Any) -> dict[str, Any]:
     size = model.config.get_text_config().vocab_size
     # Spread over the vocabulary, and their output over all positions and words, so that swapped or missing rows show.
     ids = torch.linspace(0, size - 1, 16).long()
-    ids = ids.reshape((1, 2, 8) if "MultipleChoice" in type(model).__name__ else (2, 8))
+    end = model.config.eos_token_id
+    if model.config.is_encoder_decoder and isinstance(end, int):  # a task head of theirs looks for the one end
+        ids[ids == end] = (end + 1) % size
+        ids[7::8] = end
+    # A task head of a decoder without a pad token reads one text at a time.
+    rows = 1 if getattr(model.config, "pad_token_id", None) is None else 2
+    ids = ids.reshape((1, 2, 8) if "MultipleChoice" in type(model).__name__ else (rows, -1))
     output = _output(model, ids).flatten()
     places = torch.linspace(0, len(output) - 1, min(1024, len(output)), dtype=torch.float64).long()
     return {
@@ -209,6 +215,8 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     by_plain = kind == "stock"
     metrics = {name.removesuffix(BY_PLAIN): v for name, v in metrics.items() if name.endswith(BY_PLAIN) == by_plain}
     facts |= {"origin": origin, "kind": kind}
+    if kind == "expanded":
+        facts.pop("kept tokens", None)
     if kind != "exact":
         if not getattr(tokenizer, "is_exact", False):
             raise ModelError(
@@ -241,7 +249,7 @@ def _told_by_card(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
     path = folder / "README.md"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and (folder / PROBE).exists() else []
     facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
-    rows = (re.fullmatch(r"\| (.+) \| (\d+\.\d+) \|", line) for line in lines)
+    rows = (re.fullmatch(r"\| (.+) \| (-?\d+\.\d+) \|", line) for line in lines)
     return facts, {row[1]: float(row[2]) for row in rows if row is not None}
 
 
@@ -266,7 +274,8 @@ def _of_checkpoint(stage: Path) -> tuple[Any, Any, int]:
     model = getattr(transformers, described["class"])(config_class.from_dict(described["config"]))
     tensors = checkpoint.tensors["model"]
     for key, parameter in model.named_parameters():
-        parameter.data.copy_(tensors[f"{name}.{key}"])
+        # Of two models that share a backbone the first one's name is the one it was saved under.
+        parameter.data.copy_(tensors[f"{name}.{key}" if f"{name}.{key}" in tensors else f"language_model.{key}"])
     return model.eval(), _run_tokenizer(stage, model.config.vocab_size), int(checkpoint.state["progress"]["step"])
 
 

@@ -233,7 +233,9 @@ class Pipeline:
             # Read in float32 whatever the teacher will run in, so that copied weights are not rounded.
             source = load_language_model(replace(teacher, dtype="float32"))
             student = build_student(source, arm.vocabulary, self.config.student, seed=seed)
-            source.to(getattr(torch, teacher.dtype))
+            if teacher.dtype != "float32":
+                # Read anew: a cast would also round what from_pretrained keeps, the frequencies of rotary positions.
+                source = load_language_model(teacher)
             result: dict[str, Any] = {"parameters": self.bench.parameters(student)}
             if objective is not None:
                 words = self.bench.word_teacher(source, stage, seed, arm)

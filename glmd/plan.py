@@ -54,7 +54,7 @@ class TaskPlan:
 
     def fingerprint(self) -> str:
         splits = [self.train, self.val, *([self.inputs] if self.has_own_inputs else [])]
-        rows = [[(e.texts, e.label, e.group, e.answers) for e in split] for split in splits]
+        rows = [[(e.texts, e.label, e.group, e.choices, e.answers) for e in split] for split in splits]
         return hashlib.sha256(json.dumps([asdict(self.task), self.verbalisers, rows]).encode()).hexdigest()
 
 
@@ -171,7 +171,10 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
         )
     if any(objective.needs_corruption for objective in method.values()):
         raise ConfigError(f"method {config.method} speaks of corrupted tokens; a causal teacher has none: give glmd")
-    given = {"pretraining": mlm_probability, "task_words": config.task_words.mlm_probability}
+    given = {"pretraining": mlm_probability} | {
+        name: getattr(config, name).mlm_probability for name in ("task_words", "task_labels")
+    }
+    given |= {f"tasks.{task}": changes.get("mlm_probability") for task, changes in config.tasks.items()}
     for name, probability in given.items():
         if probability:
             raise ConfigError(f"{name}.mlm_probability is {probability}; a causal teacher reads whole text: remove it")
@@ -299,7 +302,8 @@ def _check_named_teachers(
         require_model(model, field=field)
         model_config = load_model_config(model)
         require_task_head(model_config, _task(config, name), model)
-        _require_same_tokenizer(tokenizer, load_source_tokenizer(model), f"{field}: {model}")
+        theirs = load_source_tokenizer(model, words=not is_causal(model_config))
+        _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         _check_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
 
 

@@ -7,6 +7,7 @@ ends in the same weights, bit for bit.
 """
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -64,6 +65,7 @@ class TrainingResult:
     tokens_per_second: float
     losses: dict[str, float]  # mean of each term over the last logging interval
     best_step: int | None
+    skipped: int  # steps that were left out because of `skip_nonfinite`
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Trainer:
     """One stage of training.
 
     folder: where `checkpoints/` lie. stage: its name in the log. evaluate: if given, called after each epoch, and
-        the best weights are kept instead of the last. eval_steps: steps of an epoch.
+        the best weights are kept instead of the last.
     """
 
     accelerator: Accelerator
@@ -127,7 +129,8 @@ class Trainer:
         with bar, _signals() as received:
             for step, micro_batches in enumerate(batches, start=start_step + 1):
                 means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
-                meter.add(means, sum(int(batch["attention_mask"].sum()) for batch in micro_batches))
+                if means is not None:
+                    meter.add(means, sum(int(batch["attention_mask"].sum()) for batch in micro_batches))
                 bar.update()
                 self.progress.step, self.progress.seconds = step, time.monotonic() - began
                 if step % settings.logging_steps == 0 or step == max_steps:
@@ -144,7 +147,12 @@ class Trainer:
             assert best is not None, "the last step was evaluated"
             _load_trainable(distiller, best.tensors["model"])
         return TrainingResult(
-            max_steps, self.progress.seconds, meter.tokens_per_second, meter.last, self.progress.best_step
+            max_steps,
+            self.progress.seconds,
+            meter.tokens_per_second,
+            meter.last,
+            self.progress.best_step,
+            self.progress.skipped,
         )
 
     def _step(
@@ -155,8 +163,11 @@ class Trainer:
         micro_batches: list[Batch],
         step: int,
         max_steps: int,
-    ) -> Tensor:
-        """One optimiser step over all micro-batches of all ranks. Returns each term's global mean (terms,)."""
+    ) -> Tensor | None:
+        """One optimiser step over all micro-batches of all ranks.
+
+        Returns each term's global mean (terms,), or None for a step that was left out.
+        """
         accelerator, objective = self.accelerator, self.accelerator.unwrap_model(model).objective
         world_size = accelerator.num_processes
         progress = (step - 1) / max(1, max_steps - 1)
@@ -186,12 +197,13 @@ class Trainer:
         )
         for group in optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * factor
-        if self._is_finite(means, norm):
+        is_finite = self._is_finite(means, norm)
+        if is_finite:
             optimizer.step()
         else:
             self._skip_or_stop(means, norm, step, micro_batches)
         optimizer.zero_grad()
-        return means
+        return means if is_finite else None
 
     def _is_finite(self, means: Tensor, norm: Tensor) -> bool:
         """Whether the optimiser may see this step. fp16's scaler skips one with infinite gradients by itself."""
@@ -238,6 +250,11 @@ class Trainer:
         score = self.evaluate()
         distiller.train()
         self.log.write({"stage": self.stage, "step": self.progress.step, "score": score})
+        if not math.isfinite(score):
+            raise NumericsError(
+                f"{self.stage}: step {self.progress.step}: the score that the best checkpoint is chosen by is {score}; "
+                "check the teacher's answers on val, or give selection=last"
+            )
         if self.progress.best_score is None or score > self.progress.best_score:
             self.progress.best_score, self.progress.best_step = score, self.progress.step
             if self.accelerator.is_main_process:
@@ -315,6 +332,9 @@ class Meter:
         self._tokens += tokens
 
     def read(self, world_size: int) -> dict[str, float]:
+        if not self._means:  # every step of the interval was left out
+            self._reset()
+            return dict.fromkeys(self.names, float("nan"))
         mean = torch.stack(self._means).mean(dim=0).tolist()
         self.tokens_per_second = self._tokens * world_size / max(1e-9, time.monotonic() - self._since)
         self.last = dict(zip(self.names, mean, strict=True))

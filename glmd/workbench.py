@@ -171,7 +171,7 @@ class Workbench:
             "tokens": self.tokens() if task is None else None,
             "classifier": self.run_folder.fingerprint(classifier) if classifier is not None else None,
             "eval_blocks": self.config.data.eval_blocks if task is None else None,
-            "teacher_kept_in": self._kept_in() if objective is not None and task is None and arm is not None else None,
+            "teacher.cache": self._kept_in() if objective is not None and task is None and arm is not None else None,
             "start": start,
             "processes": self.processes,
         }
@@ -245,7 +245,7 @@ class Workbench:
     def _say_how_often_read(self, cache: TeacherCache) -> None:
         (training, maskings), stage = cache.parts[0], self.config.pretraining
         assert stage.max_steps is not None, "checked by config"
-        epochs = stage.max_steps * stage.global_batch_size(self.accelerator.num_processes) / len(training)
+        epochs = stage.max_steps * stage.global_batch_size(self.processes) / len(training)
         if epochs <= maskings:
             found = f"{epochs:.2g} epochs of {maskings} maskings are less than what is asked of the teacher for it"
             logger.info("teacher.cache: %s; it pays with further students, or more steps", found)

@@ -187,7 +187,10 @@ def test_a_folder_on_text_files_by_command(models, tmp_path, capsys):
         (["GPT2LMHeadModel"], "--task is missing; give --task and --data, or --text for a causal LM"),
         (["GPT2LMHeadModel", "--task", "RTE"], "--data is missing; give --task and --data, or --text"),
         (["RobertaForMaskedLM", "--text", "corpus.txt"], "holds a RobertaForMaskedLM; bits per byte need a causal LM"),
-        (["GPT2LMHeadModel", "--text", "corpus.txt", "--max-length", "65"], "65 tokens are more than its 64 positions"),
+        (
+            ["GPT2LMHeadModel", "--text", "corpus.txt", "--max-length", "65"],
+            "65 tokens, but it has 64 positions; give --max-length 64",
+        ),
         (["GPT2LMHeadModel", "--text", "absent.txt"], "absent.txt: no such file"),
     ],
 )

@@ -341,7 +341,7 @@ def test_a_finished_run_needs_its_cache_no_more(tiny, trusting, tmp_path):
 def test_a_run_that_began_without_a_cache_does_not_go_on_with_one(tiny, trusting, tmp_path):
     short = (*CACHED, "pretraining.max_steps=2")
     run(tiny.config(tmp_path / "run", *short))
-    with pytest.raises(RunError, match="teacher_kept_in: None -> 'float16'"):
+    with pytest.raises(RunError, match=r"teacher\.cache: None -> 'float16'"):
         run(tiny.config(tmp_path / "run", *short, f"teacher.cache={tmp_path / 'cache'}"))
 
 

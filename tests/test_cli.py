@@ -213,7 +213,17 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "empty", "link", "working"}
 
 
-def test_a_keyboard_interrupt_outside_of_training_is_one_line_and_code_130(capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def interruptible():
+    """A job of a shell in the background is born deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_keyboard_interrupt_outside_of_training_is_one_line_and_code_130(
+    capsys, monkeypatch, tmp_path, interruptible
+):
     monkeypatch.setattr("glmd.report.load_results", lambda _: signal.raise_signal(signal.SIGINT))
     assert main(["report", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "glmd: interrupted\n"

@@ -277,6 +277,27 @@ def test_a_blank_that_does_not_fit_is_refused_before_anything_is_trained(tiny, t
     assert "too many for max_length 8; give a larger" in message and "/RTE/train.jsonl:" in message
 
 
+def test_text_that_the_ordinary_tokenizer_cuts_too_small_costs_a_figure_and_no_run(
+    cloze_run, tiny, trusting, rare_words, tmp_path, caplog, monkeypatch
+):
+    from glmd.errors import DataError
+    from glmd.workbench import Workbench
+
+    real = Workbench.val_data
+
+    def too_long(self, task, stage, tokenizer=None):
+        if tokenizer is not None:
+            raise DataError("row 1: the text around the blank has 40 tokens, too many")
+        return real(self, task, stage)
+
+    monkeypatch.setattr(Workbench, "val_data", too_long)
+    results = run(tiny.config(tmp_path / "run", "casting=cloze", f"tasks.RTE.definition={cloze_run[2]}"))
+    row = row_of(results, "student", "labels")
+    assert "ordinary" not in row and row["metrics"]
+    assert "RTE: not scored by plain AutoTokenizer" in caplog.text
+    assert "plain AutoTokenizer" not in (tmp_path / "run/tasks/RTE/seed-0/labels/student/README.md").read_text()
+
+
 def test_a_task_without_a_cloze_form_is_refused(tiny, tmp_path, capsys):
     definition = tmp_path / "rte.yaml"
     definition.write_text(RTE.format(words="a, b").partition("cloze:")[0])

@@ -154,6 +154,10 @@ def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, mod
     ("override", "says"),
     [
         ("tasks=[RTE]", "tasks: RTE: a causal teacher is asked to go on; give casting=cloze, or tasks={}"),
+        (
+            "tasks={COPA: {mlm_probability: 0.2}} casting=cloze",
+            "tasks.COPA.mlm_probability is 0.2; a causal teacher reads",
+        ),
         ("task_words.mlm_probability=0.2", "task_words.mlm_probability is 0.2; a causal teacher reads whole text"),
         ("pretraining.mlm_probability=0.15", "pretraining.mlm_probability is 0.15; a causal teacher reads whole text"),
         ("method=glmd-masked-only", "method glmd-masked-only speaks of corrupted tokens; a causal teacher has none"),
@@ -163,7 +167,13 @@ def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, mod
 def test_what_a_decoder_cannot_do_yet_is_refused(override, says, tiny, models, tmp_path, capsys):
     from glmd.cli import main
 
-    arguments = [f"teacher={models / DECODERS[0]}", f"data.corpus={models / 'corpus.txt'}", "tasks={}", override]
+    arguments = [
+        f"teacher={models / DECODERS[0]}",
+        f"data.corpus={models / 'corpus.txt'}",
+        "tasks={}",
+        *override.split(" casting")[:1],
+    ]
+    arguments += ["casting=cloze"] if "casting" in override else []
     assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *arguments]) == 2
     assert says in capsys.readouterr().err
 
@@ -295,6 +305,44 @@ def test_a_decoder_without_a_pad_token_learns_tasks_to_the_end(tiny, models, tru
     for ordinary, scores in ((False, row), (True, row["ordinary"])):
         again = evaluate_folder(str(folder), "COPA", str(rows), "val", max_length=40, batch_size=1, ordinary=ordinary)
         assert again["accuracy"] == scores["metrics"]["accuracy"]
+
+
+def test_a_teacher_in_half_precision_is_the_one_that_from_pretrained_gives(
+    models, tiny, trusting, tmp_path, monkeypatch
+):
+    """Rotary frequencies stay in float32 there; a cast of the whole model would round them."""
+    from glmd.workbench import Workbench
+
+    seen = []
+    real = Workbench.word_teacher
+    monkeypatch.setattr(
+        Workbench, "word_teacher", lambda self, model, *rest: (seen.append(model), real(self, model, *rest))[1]
+    )
+    name = models / "LlamaForCausalLM"
+    run(
+        decoder_run(
+            tiny, models, "LlamaForCausalLM", tmp_path / "run", "teacher.dtype=bfloat16", "pretraining.max_steps=1"
+        )
+    )
+    expected = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(seen[0](input_ids=ids).logits, expected(input_ids=ids).logits)
+    buffers = dict(seen[0].named_buffers())
+    assert buffers and all(buffer.dtype == torch.float32 for name, buffer in buffers.items() if "inv_freq" in name)
+
+
+def test_a_fine_tuned_causal_teacher_serves_another_run(tiny, models, trusting, tmp_path):
+    rows = tmp_path / "copa.jsonl"
+    rows.write_text("".join(json.dumps({**row, "idx": i}) + "\n" for i, row in enumerate(ROWS["COPA"])))
+    lengths = [f"{stage}.max_length=40" for stage in ("task_teacher", "task_words", "task_labels")]
+    more = ["casting=cloze", "pretraining.max_steps=1", *lengths, "controls.hard_labels=false"]
+    more += [f"tasks={{COPA: {{train: {rows}, val: {rows}}}}}"]
+    first = run(decoder_run(tiny, models, "LlamaForCausalLM", tmp_path / "a", *more))
+    teacher = f"teacher.tasks.COPA={tmp_path / 'a/tasks/COPA/teacher/model'}"
+    second = run(decoder_run(tiny, models, "LlamaForCausalLM", tmp_path / "b", *more, teacher))
+    scores = [next(row for row in each["rows"] if row["stage"] == "labels")["agreement"] for each in (first, second)]
+    assert scores[0] == scores[1]
 
 
 def test_a_candidate_without_tokens_is_refused_by_causal_models_too(models):

@@ -179,6 +179,24 @@ def test_merged_words_equal_the_logarithm_of_each_groups_sum(
         torch.testing.assert_close(gradient, twin, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("loss", TEMPERED)
+@pytest.mark.parametrize("gap", [0.01, 0.9, 1.1, 12.0, 17.0, 19.0, 60.0])
+def test_models_that_disagree_wholly_have_a_right_and_finite_loss_in_float32(loss: str, gap: float) -> None:
+    """One token, two words each of which one model is sure of."""
+    student, teacher = torch.zeros(1, 50), torch.zeros(1, 50)
+    student[0, 3], teacher[0, 7] = gap, gap
+    one = torch.ones(1, 1)
+    case = Case(one, student.t(), one, teacher.t())
+    ours, exact = case.to(torch.float32), case.to(torch.float64)
+    value, expected = chunked(ours, loss), plain(exact, loss)
+    value.backward()
+    expected.backward()
+    assert relative_error(value, expected) < 2e-5
+    for gradient, twin in zip(ours.gradients, exact.gradients, strict=True):
+        # Where both are sure the gradient all but vanishes: what is left of it is measured by the loss.
+        torch.testing.assert_close(gradient.double(), twin, rtol=2e-4, atol=1e-5 * max(1.0, expected.item()))
+
+
 def test_merging_overflows_nowhere() -> None:
     logits = torch.tensor([[500.0, -500.0, 400.0, 501.0], [-3e38, 0.0, 3e38, -3e38]])
     merged = merge_words(logits, torch.tensor([1, 0]))

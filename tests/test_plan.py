@@ -50,3 +50,26 @@ def test_a_definition_that_is_not_there_is_refused(tiny, tmp_path, files):
     tasks = {"Sentiment": {**files, "definition": str(tmp_path / "absent.yaml")}}
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such file"):
         make_plan(tiny.config(tmp_path / "run", f"tasks={json.dumps(tasks)}"))
+
+
+def test_a_tasks_fingerprint_knows_the_candidates_that_only_fill_a_blank(tiny, tmp_path):
+    """In a blank the text of every candidate is the same: the wrong ones are in no text and no answer."""
+    words = sorted({word for line in tiny.corpus.read_text().splitlines() for word in line.split()} - {"."})[:4]
+    found = set()
+    for other in words[2:4]:
+        target = {"span1_text": words[0], "span1_index": 0, "span2_text": words[1], "span2_index": 1}
+        row = {"text": " ".join(words[:2]), "target": target, "candidates": [other], "label": True, "idx": 0}
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(json.dumps(row) + "\n")
+        lengths = [f"{stage}.max_length=64" for stage in ("task_teacher", "task_words", "task_labels")]
+        tasks = f"tasks={{WSC: {{train: {rows}, val: {rows}}}}}"
+        plan = make_plan(tiny.config(tmp_path / "run", tasks, "casting=cloze", *lengths))
+        found.add(plan.tasks["WSC"].fingerprint())
+    assert len(found) == 2
+
+
+def test_a_tasks_corruption_is_for_its_passes_and_not_for_its_teacher(tiny, tmp_path):
+    plan = make_plan(tiny.config(tmp_path / "run", "tasks.RTE.mlm_probability=0.3", "tasks.RTE.num_maskings=2"))
+    stages = {name: plan.config.stage(name, "RTE") for name in ("task_teacher", "task_words")}
+    assert (stages["task_words"].mlm_probability, stages["task_words"].num_maskings) == (0.3, 2)
+    assert not stages["task_teacher"].mlm_probability and stages["task_teacher"].num_maskings is None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -622,6 +623,12 @@ def test_a_better_score_that_does_not_come_again_after_a_resume_leaves_a_student
     distiller, result, seen = train_and_select(tmp_path, {6: 0.3, 7: 0.2}, save_steps=4)
     assert result.best_step == 6
     assert_identical(weights_of(distiller), seen[6])
+
+
+def test_a_score_that_is_not_finite_chooses_no_best_weights(tmp_path: Path) -> None:
+    """Nothing would ever be better than NaN, and the first epoch would be kept without a word."""
+    with pytest.raises(NumericsError, match="the score that the best checkpoint is chosen by is nan"):
+        train_and_select(tmp_path, {3: math.nan, 6: 0.3, 7: 0.1})
 
 
 def test_best_weights_of_steps_that_are_run_again_are_forgotten(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ checkpointing does, would take six.
 """
 
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -232,6 +233,7 @@ def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
 
     With t = tanh(d / 2) for d = log(p / q): p = m (1 + t), q = m (1 - t), and the two logarithms sum to
     t d + log(1 - t^2). Both parts are of second order in d, so that nothing cancels where the models nearly agree.
+    Where d is large, t rounds to 1, and the logarithms are taken from d itself.
     """
     _divide(temperature, student, teacher)
     teacher_normalizer = _write_softmax(teacher, out=gradient)
@@ -241,8 +243,10 @@ def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     gap.add_((student_normalizer - teacher_normalizer).to(gap.dtype)[:, None])
     t = torch.div(gap, 2, out=student).tanh_()
     mixture = gradient.add_(q).div_(2)
-    values = (gap.mul_(t).add_((-t.square()).log1p_())).mul_(mixture).sum(-1) / 2
-    log_ratio = t.neg_().log1p_()
+    size, is_near = gap.abs(), gap.abs() < 1
+    far = 2 * math.log(2) - size - 2 * torch.log1p(torch.exp(-size))
+    values = (gap * t).add_(torch.where(is_near, torch.log1p(-t.square()), far)).mul_(mixture).sum(-1) / 2
+    log_ratio = torch.where(is_near, torch.log1p(-t), math.log(2) - torch.nn.functional.softplus(gap))
     torch.mul(q, log_ratio, out=gradient)
     gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True))).mul_(temperature / 2)
     return temperature**2 * values
