@@ -16,7 +16,7 @@ from transformers import BertTokenizer, GenerationConfig
 
 from glmd.errors import ModelError
 from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep
-from glmd.slicing import renumber_config, renumber_generation_config, slice_model, vocabulary_axes
+from glmd.slicing import expand_model, renumber_config, renumber_generation_config, slice_model, vocabulary_axes
 from glmd.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer
 from glmd.vocabulary import MAPPINGS, Vocabulary, build_vocabulary, in_degrees, map_tokens, token_classes
 
@@ -508,6 +508,20 @@ def logits_of(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.T
 def kept_batch(vocabulary: Vocabulary) -> torch.Tensor:
     ids = np.random.default_rng(5).choice(vocabulary.kept_ids[3:], (3, 9))
     return torch.tensor(ids)
+
+
+def test_an_expanded_model_reads_source_ids_as_the_student_reads_their_targets():
+    """And its configuration has the source's ids again, where the student's were others."""
+    model = model_of("BertForSequenceClassification", pad_token_id=6, bos_token_id=8, eos_token_id=[10, 12])
+    student = slice_model(model, EVEN)
+    expanded = expand_model(student, EVEN)
+    for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(expanded.config, name) == getattr(model.config, name)
+        assert getattr(expanded.config, name) != getattr(student.config, name), "else this shows nothing"
+    ids = torch.randint(5, V, (3, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits_of(expanded, ids), logits_of(student, torch.from_numpy(EVEN.token_map)[ids]))
+    with pytest.raises(ModelError, match="BertForMaskedLM predicts words"):
+        expand_model(slice_model(model_of("BertForMaskedLM"), EVEN), EVEN)
 
 
 @pytest.mark.parametrize("name", HEADS)
