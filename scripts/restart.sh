@@ -4,7 +4,8 @@
 # What a restart cannot mend ends it with the same exit code: wrong usage or a refusal (2), numbers that are not finite
 # (3), a full disk (4). So does Ctrl-C (130). A SIGTERM to this script goes on to the command, which saves, and ends both.
 # (bash lets a command in the background ignore Ctrl-C, so that it gets a SIGTERM as well.)
-# ATTEMPTS and PAUSE (seconds) may be set.
+# A launcher of several ranks has a code of its own, mostly 1: there a refusal is tried again too. Run `glmd check CONFIG`
+# first. ATTEMPTS and PAUSE (seconds) may be set.
 set -uo pipefail
 
 child=
