@@ -144,7 +144,7 @@ def _probe(model: Any) -> dict[str, Any]:
     size = model.config.get_text_config().vocab_size
     # Spread over the vocabulary, and their output over all positions and words, so that swapped or missing rows show.
     ids = torch.linspace(0, size - 1, 16).long()
-    end = model.config.eos_token_id
+    end = getattr(model.config, "eos_token_id", None)
     if model.config.is_encoder_decoder and isinstance(end, int):  # a task head of theirs looks for the one end
         ids[ids == end] = (end + 1) % size
         ids[7::8] = end

@@ -10,7 +10,7 @@ import torch
 from glmd.cli import main
 from glmd.errors import ModelError, RunError
 from glmd.evaluation import evaluate_folder
-from glmd.export import PROBE, ModelCard, card_text, check_exports, export_folder, export_model
+from glmd.export import PROBE, ModelCard, _probe, card_text, check_exports, export_folder, export_model
 from glmd.tokenizer import load_tokenizer, ordinary_tokenizer
 from glmd.verify import verify_folder
 from glmd.vocabulary import Vocabulary
@@ -294,3 +294,14 @@ def test_a_run_tells_how_its_student_does_without_glmd(finished, tiny, capsys):
     command = ["evaluate", teacher, "--task", "RTE", "--data", str(tiny.superglue), "--max-length", "32"]
     assert main([*command, "--tokenizer", "ordinary"]) == 2
     assert "--tokenizer ordinary has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart", "GPT2"])
+def test_a_task_head_that_looks_for_an_end_or_a_pad_token_can_be_probed(name):
+    import transformers
+    from test_vocabulary import BART, GPT2, T5
+
+    fields = {"T5": {**T5, "eos_token_id": 1}, "Bart": BART, "GPT2": GPT2}[name]
+    config = getattr(transformers, f"{name}Config")(**fields)
+    probe = _probe(getattr(transformers, f"{name}ForSequenceClassification")(config).eval())
+    assert len(probe["output"]) == len(probe["places"]) > 0
