@@ -255,7 +255,8 @@ def read_split(
             len(examples),
         )
     if not examples:
-        found = f"no rows labelled {_shown(task.labels[1])} to learn from" if task.asks_first else "no rows"
+        left_out = task.asks_first and training and require_labels
+        found = f"no rows labelled {_shown(task.labels[1])} to learn from" if left_out else "no rows"
         raise DataError(f"{source}: {task.name} has {found} in {split}")
     return examples
 
