@@ -210,7 +210,7 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     else:
         model, tokenizer, step = _of_checkpoint(source)
         origin = f"the student after step {step}"
-    facts, metrics = _told_by_card(source)
+    base_model, facts, metrics = _told_by_card(source)
     # What it scored holds for the reading that it was scored by.
     by_plain = kind == "stock"
     metrics = {name.removesuffix(BY_PLAIN): v for name, v in metrics.items() if name.endswith(BY_PLAIN) == by_plain}
@@ -232,7 +232,7 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
             tokenizer = ordinary_tokenizer(tokenizer)
     card = ModelCard(
         origin.capitalize(),
-        "",
+        base_model,
         _KINDS[kind],
         facts,
         metrics,
@@ -244,13 +244,15 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     return f"{output}: {origin}" + (f", {kind}" if kind != "exact" else "")
 
 
-def _told_by_card(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
-    """Facts and metrics of a card that `card_text` wrote; none of any other."""
+def _told_by_card(folder: Path) -> tuple[str, dict[str, str], dict[str, float]]:
+    """Base model, facts and metrics of a card that `card_text` wrote; nothing of any other."""
     path = folder / "README.md"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and (folder / PROBE).exists() else []
+    text = path.read_text(encoding="utf-8") if path.is_file() and (folder / PROBE).exists() else ""
+    base_model = re.search(r"^base_model: (.+)$", text, re.MULTILINE)
+    lines = text.splitlines()
     facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
     rows = (re.fullmatch(r"\| (.+) \| (-?\d+\.\d+) \|", line) for line in lines)
-    return facts, {row[1]: float(row[2]) for row in rows if row is not None}
+    return base_model[1] if base_model else "", facts, {row[1]: float(row[2]) for row in rows if row is not None}
 
 
 _KINDS = {

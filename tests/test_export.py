@@ -269,6 +269,15 @@ def test_a_stock_student_has_the_ordinary_tokenizer_alone(finished, tmp_path):
     assert "trust_remote_code" not in (output / "README.md").read_text()
 
 
+def test_another_form_names_the_same_base_model(finished, tmp_path, no_fresh_process):
+    source, output = tmp_path / "student", tmp_path / "stock"
+    shutil.copytree(finished.folder / "pretraining/student", source)
+    card = source / "README.md"
+    card.write_text(card.read_text().replace("library_name:", "base_model: someone/bert\nlibrary_name:", 1))
+    export_folder(source, output, kind="stock")
+    assert "\nbase_model: someone/bert\n" in (output / "README.md").read_text()
+
+
 def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
     student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/teacher/model"
     for source, kind, error, says in (
