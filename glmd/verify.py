@@ -51,13 +51,16 @@ def verify_folder(folder: Path) -> list[Check]:
         raise ModelError(f"{folder}: no such folder; verify reads local folders")
     subject = _Subject(folder)
     checks = []
+    said: dict[str, str] = {}  # problem -> the check that met it first
     for name, check in _CHECKS.items():
         try:
             found = check(subject)
         except Exception as error:  # whatever breaks, breaks this check: that is what it is for
             reason = " ".join(str(error).split())[:300]
             shown = reason if isinstance(error, GlmdError) else f"{type(error).__name__}: {reason}"
-            checks.append(Check(name, "", shown))
+            # A part that does not load fails every check that needs it: it is one problem, told once.
+            checks.append(Check(name, "", f"not told, for the reason at {said[shown]!r}" if shown in said else shown))
+            said.setdefault(shown, name)
         else:
             if found is not None:
                 checks.append(Check(name, found))

@@ -103,12 +103,12 @@ FAULTS = {
     ),
     "lost source tokenizer": (
         lambda f: (f / "source_tokenizer.json").unlink(),
-        "exact tokenizer", "source_tokenizer.json",
+        "tokenizer ids", "source_tokenizer.json",
     ),
-    "lost map": (lambda f: (f / "token_map.json").unlink(), "exact tokenizer", "token_map.json"),
+    "lost map": (lambda f: (f / "token_map.json").unlink(), "tokenizer ids", "token_map.json"),
     "another source tokenizer": (
         lambda f: change_json(f, "source_tokenizer.json", lambda t: t["model"].update(fuse_unk=True)),
-        "exact tokenizer", "sha256 differs",
+        "tokenizer ids", "sha256 differs",
     ),
     "weights cut short": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
@@ -168,6 +168,16 @@ def test_a_failing_check_ends_with_code_1(compressed, tmp_path, no_fresh_process
     with pytest.raises(SystemExit) as ended:
         main(["verify", str(folder)])
     assert ended.value.code == 1 and "FAIL  exact tokenizer: " in capsys.readouterr().out
+
+
+def test_a_file_that_breaks_many_checks_is_told_once(compressed, tmp_path, no_fresh_process):
+    folder = tmp_path / "model"
+    shutil.copytree(compressed("RobertaForMaskedLM"), folder)
+    (folder / "tokenizer.json").write_text("{")
+    problems = [check.problem for check in verify_folder(folder) if check.problem]
+    assert len(problems) > 3 and len(set(problems)) < len(problems)
+    told = [problem for problem in problems if not problem.startswith("not told, for the reason at ")]
+    assert len(told) == len(set(told)) and all("'tokenizer ids'" in each for each in problems if each not in told)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
