@@ -35,6 +35,7 @@ from glmd.objective import Objective, Term
 from glmd.plan import Plan, make_plan
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
+from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
 from glmd.student import build_student
 from glmd.task_stages import TaskStages
 from glmd.tokenizer import compress_tokenizer
@@ -291,6 +292,7 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
             "accelerate launch was asked for several processes and started one, as it does with --cpu; "
             "launch as in docs/multi-gpu.md"
         )
+    require_sound_launch(os.environ, config.mixed_precision)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -304,10 +306,12 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
     if accelerator.num_processes != launched:
         found = f"{launched} processes were launched, but they are {accelerator.num_processes} ranks"
         raise RunError(f"{found}; launch as in docs/multi-gpu.md")
+    take_up_sharding(accelerator, os.environ)
     try:
         yield accelerator
     finally:
         accelerator.end_training()
+        end_sharding(accelerator)
         AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
 
 

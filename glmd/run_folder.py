@@ -124,15 +124,16 @@ class RunFolder:
             write_atomically(self.path / "config.yaml", dump_config(config))
         self.accelerator.wait_for_everyone()
 
-    def begun_with(self) -> int:
-        """The number of processes that the run's first stage was begun with; that of now where there is none."""
+    def begun_with(self) -> tuple[int, str | None] | None:
+        """The number of processes that the run's first stage was begun with, and how they shared out the student."""
 
-        def recorded() -> int:
+        def recorded() -> tuple[int, str | None] | None:
             records = (_read_record(path) for path in sorted(self.path.rglob("stage.json")))
-            found = (record["inputs"]["processes"] for record in records if record and "processes" in record["inputs"])
-            return next(found, self.accelerator.num_processes)
+            found = (record["inputs"] for record in records if record and "processes" in record["inputs"])
+            return next(((int(inputs["processes"]), inputs.get("sharding")) for inputs in found), None)
 
-        return int(self.on_main(recorded))
+        begun: tuple[int, str | None] | None = self.on_main(recorded)
+        return begun
 
     def name(self, place: Path) -> str:
         """A stage's folder as it is called in logs: tasks/RTE/seed-0/words."""

@@ -6,6 +6,7 @@ Order, corruption and dropout are functions of (seed, step), so a run that is ki
 ends in the same weights, bit for bit.
 """
 
+import copy
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -33,6 +35,7 @@ from glmd.distiller import Distiller
 from glmd.errors import NumericsError
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
+from glmd.sharding import is_sharded, part_of, prepare_sharded, whole
 from glmd.teacher import TeacherOutputs
 
 logger = logging.getLogger(__name__)
@@ -105,14 +108,12 @@ class Trainer:
         )
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
-        distiller.to(accelerator.device)
-        optimizer = make_optimizer(distiller, settings)
+        model, trained, optimizer = self._prepare(distiller)
         checkpoint = load_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
-            self._restore(checkpoint, distiller, optimizer)
+            self._restore(checkpoint, trained, optimizer)
         start_step, began = self.progress.step, time.monotonic() - self.progress.seconds
         self.log.drop_after(self.stage, start_step)
-        model, optimizer = accelerator.prepare(distiller, optimizer)
         model.train()
 
         batches = step_batches(
@@ -136,13 +137,19 @@ class Trainer:
                 if step % settings.logging_steps == 0 or step == max_steps:
                     self._log(meter, distiller, step, max_steps, optimizer)
                 if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
+                    _fill(distiller, trained)
                     self._keep_best(distiller)
+                    model.train()
+                    if trained is not distiller:
+                        distiller.to("cpu")
                 stop = self._agree_on_signal(received)
                 if (step % settings.save_steps == 0 and step < max_steps) or stop:
-                    self._save(distiller, optimizer)
+                    self._save(trained, optimizer)
                 if stop:
                     raise Interrupted(128 + stop)
-        if self.evaluate is not None:
+        if self.evaluate is None:
+            _fill(distiller, trained)
+        else:
             best = load_checkpoint(self.folder / "best")
             assert best is not None, "the last step was evaluated"
             _load_trainable(distiller, best.tensors["model"])
@@ -154,6 +161,20 @@ class Trainer:
             self.progress.best_step,
             self.progress.skipped,
         )
+
+    def _prepare(self, distiller: Distiller) -> tuple[nn.Module, Distiller, Any]:
+        """The wrapped model, the distiller in it, and the optimizer of that.
+
+        Sharded, it is another than the given one, which stays whole, on the CPU, for evaluation and export.
+        """
+        accelerator = self.accelerator
+        if not is_sharded(accelerator):
+            optimizer = make_optimizer(distiller.to(accelerator.device), self.settings)
+            model, prepared = accelerator.prepare(distiller, optimizer)
+            return model, distiller, prepared
+        trained = copy.deepcopy(distiller.to("cpu"))
+        model, prepared = prepare_sharded(accelerator, trained, make_optimizer(trained, self.settings))
+        return model, trained, prepared
 
     def _step(
         self,
@@ -182,12 +203,14 @@ class Trainer:
             torch.manual_seed(_mix(self.seed, (step * len(micro_batches) + i) * world_size + accelerator.process_index))
             last = i == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                part = model(batch, teacher_outputs)
-                # DDP averages gradients over ranks; the global count already divides by all of them.
+                with accelerator.autocast():  # DDP's forward has its own, a sharded one has not
+                    part = model(batch, teacher_outputs)
+                # DDP and FSDP average gradients over ranks; the global count already divides by all of them.
                 accelerator.backward(objective.total(objective.means(part, counts), progress) * world_size)
             sums += part.detach()
         sums = reduce(sums, "sum") if world_size > 1 else sums
         norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         means = objective.means(sums, counts)
         factor = learning_rate_factor(
             step / max_steps,
@@ -248,7 +271,6 @@ class Trainer:
     def _keep_best(self, distiller: Distiller) -> None:
         assert self.evaluate is not None
         score = self.evaluate()
-        distiller.train()
         self.log.write({"stage": self.stage, "step": self.progress.step, "score": score})
         if not math.isfinite(score):
             raise NumericsError(
@@ -265,8 +287,10 @@ class Trainer:
     def _save(self, distiller: Distiller, optimizer: Any) -> None:
         scaler = self.accelerator.scaler
         self.progress.scaler = scaler.state_dict() if scaler is not None else None
-        if self.accelerator.is_main_process:
-            tensors = {"model": trainable(distiller), "optimizer": _optimizer_tensors(distiller, optimizer)}
+        is_main = self.accelerator.is_main_process
+        groups = {"model": trainable(distiller), "optimizer": _optimizer_tensors(distiller, optimizer)}
+        tensors = {name: whole(group, wanted=is_main) for name, group in groups.items()}
+        if is_main:
             folder = self.folder / "checkpoints"
             state = {
                 "progress": vars(self.progress),
@@ -276,7 +300,7 @@ class Trainer:
             save_checkpoint(folder, self.progress.step, tensors, state, keep=self.settings.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
         self.progress = Progress(**checkpoint.state["progress"])
         _load_trainable(distiller, checkpoint.tensors["model"])
         _load_optimizer(distiller, optimizer, checkpoint.tensors["optimizer"])
@@ -361,24 +385,29 @@ def trainable(distiller: Distiller) -> dict[str, Tensor]:
 @torch.no_grad()
 def _load_trainable(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
     for name, parameter in trainable(distiller).items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(part_of(tensors[name], parameter))
+
+
+def _fill(distiller: Distiller, trained: Distiller) -> None:
+    """Give `distiller` the weights of the one that is trained, if that is another: a sharded one."""
+    if trained is not distiller:
+        _load_trainable(distiller.to("cpu"), whole(trainable(trained)))
 
 
 def _optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]:
-    states = optimizer.optimizer.state if hasattr(optimizer, "optimizer") else optimizer.state
     return {
         f"{name}.{key}": value
         for name, parameter in trainable(distiller).items()
-        for key, value in states[parameter].items()
+        for key, value in optimizer.state[parameter].items()
     }
 
 
-def _load_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tensor]) -> None:
     for name, parameter in trainable(distiller).items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"{name}.{key}"]
-            # AdamW keeps its step counter beside the parameter only when fused.
-            optimizer.state[parameter][key] = value.to(parameter.device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
+        # AdamW keeps its step counter beside the parameter only when fused.
+        optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
 
 
 def _mix(seed: int, counter: int) -> int:

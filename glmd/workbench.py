@@ -41,6 +41,7 @@ from glmd.objective import Objective
 from glmd.plan import Plan, TaskPlan, split_parameters, word_width
 from glmd.run_folder import RunFolder
 from glmd.runlog import RunLog
+from glmd.sharding import is_sharded
 from glmd.slicing import vocabulary_axes
 from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
@@ -72,8 +73,10 @@ class Workbench:
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
-        # Batch sizes and accumulation speak of so many processes.
-        self.processes = run_folder.begun_with() if self.config.elastic else accelerator.num_processes
+        # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
+        self.processes, self.sharding = accelerator.num_processes, "FSDP2" if is_sharded(accelerator) else None
+        if self.config.elastic:
+            self.processes, self.sharding = run_folder.begun_with() or (self.processes, self.sharding)
         for stage in self.config.trained_stages:
             stage.spread(self.processes, accelerator.num_processes)  # refuses here what could not be shared there
 
@@ -174,6 +177,7 @@ class Workbench:
             "teacher.cache": self._kept_in() if objective is not None and task is None and arm is not None else None,
             "start": start,
             "processes": self.processes,
+            "sharding": self.sharding,
         }
 
     def tokens(self) -> str | None:

@@ -27,6 +27,7 @@ from glmd.distiller import Distiller
 from glmd.errors import NumericsError
 from glmd.objective import Objective, Term
 from glmd.runlog import RunLog
+from glmd.sharding import take_up_sharding
 from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.trainer import Interrupted, Trainer, TrainingResult, trainable
 from glmd.vocabulary import Vocabulary
@@ -109,6 +110,7 @@ def settings_of(**changes: Any) -> StageConfig:
 def trainer_of(folder: Path, settings: StageConfig, *, seed: int = 0, workers: int = 0, **fields: Any) -> Trainer:
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True, mixed_precision=fields.pop("mixed_precision", "no"))
+    take_up_sharding(accelerator, os.environ)
     log = RunLog(folder / "log.jsonl", accelerator)
     return Trainer(accelerator, folder, "pretraining", settings, seed, log, workers, **fields)
 
