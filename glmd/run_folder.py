@@ -124,17 +124,6 @@ class RunFolder:
             write_atomically(self.path / "config.yaml", dump_config(config))
         self.accelerator.wait_for_everyone()
 
-    def begun_with(self) -> tuple[int, str | None] | None:
-        """The number of processes that the run's first stage was begun with, and how they shared out the student."""
-
-        def recorded() -> tuple[int, str | None] | None:
-            records = (_read_record(path) for path in sorted(self.path.rglob("stage.json")))
-            found = (record["inputs"] for record in records if record and "processes" in record["inputs"])
-            return next(((int(inputs["processes"]), inputs.get("sharding")) for inputs in found), None)
-
-        begun: tuple[int, str | None] | None = self.on_main(recorded)
-        return begun
-
     def name(self, place: Path) -> str:
         """A stage's folder as it is called in logs: tasks/RTE/seed-0/words."""
         return place.relative_to(self.path).as_posix()
@@ -181,8 +170,7 @@ class RunFolder:
 
     def is_complete(self, place: Path) -> bool:
         """Whether a stage will be skipped, or refused."""
-        record = self.on_main(lambda: _read_record(place / "stage.json"))
-        return record is not None and bool(record["complete"])
+        return bool(self.on_main(lambda: is_complete(place)))
 
     def fingerprint(self, model: str, revision: str | None = None) -> str:
         """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""
@@ -209,6 +197,19 @@ class RunFolder:
         if self.accelerator.is_main_process:
             write_atomically(path, json.dumps(record, indent=1))
         self.accelerator.wait_for_everyone()
+
+
+def begun_with(folder: Path) -> tuple[int, str | None] | None:
+    """The number of processes that a run's first stage was begun with, and how they shared out the student."""
+    records = (_read_record(path) for path in sorted(folder.rglob("stage.json")))
+    found = (record["inputs"] for record in records if record and "processes" in record["inputs"])
+    return next(((int(inputs["processes"]), inputs.get("sharding")) for inputs in found), None)
+
+
+def is_complete(place: Path) -> bool:
+    """Whether the stage in this folder has ended."""
+    record = _read_record(place / "stage.json")
+    return record is not None and bool(record["complete"])
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -38,8 +38,9 @@ from glmd.heads import is_causal
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
+from glmd.places import require_shareable
 from glmd.plan import Plan, TaskPlan, split_parameters, word_width
-from glmd.run_folder import RunFolder
+from glmd.run_folder import RunFolder, begun_with
 from glmd.runlog import RunLog
 from glmd.sharding import is_sharded
 from glmd.slicing import vocabulary_axes
@@ -76,9 +77,9 @@ class Workbench:
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
         self.processes, self.sharding = accelerator.num_processes, "FSDP2" if is_sharded(accelerator) else None
         if self.config.elastic:
-            self.processes, self.sharding = run_folder.begun_with() or (self.processes, self.sharding)
-        for stage in self.config.trained_stages:
-            stage.spread(self.processes, accelerator.num_processes)  # refuses here what could not be shared there
+            begun = run_folder.on_main(lambda: begun_with(run_folder.path))
+            self.processes, self.sharding = begun or (self.processes, self.sharding)
+            run_folder.on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
 
     # Data
 
