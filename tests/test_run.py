@@ -218,6 +218,18 @@ def test_a_stage_whose_inputs_changed_is_refused_field_by_field(tiny, trusting, 
     run(config)
 
 
+def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is_complete(tiny, trusting, tmp_path):
+    steady = ("tasks={}", "pretraining.lr_scheduler_type=constant", "pretraining.warmup_ratio=0")
+    run(tiny.config(tmp_path / "whole", *steady, "pretraining.max_steps=8"))
+    run(tiny.config(tmp_path / "run", *steady))
+    with pytest.raises(RunError, match=r"pretraining was made from other inputs \(stage.max_steps: 6 -> 8\)"):
+        run(tiny.config(tmp_path / "run", *steady, "pretraining.max_steps=8"))
+    record = tmp_path / "run/pretraining/stage.json"
+    record.write_text(json.dumps({"complete": False, "inputs": json.loads(record.read_text())["inputs"]}))
+    run(tiny.config(tmp_path / "run", *steady, "pretraining.max_steps=8"))
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def begun_with(folder: Path, processes: int) -> None:
     """Let the records of a run say that so many processes began it."""
     for record in folder.rglob("stage.json"):

@@ -547,6 +547,25 @@ def test_how_many_steps_were_left_out_is_remembered_over_a_resume(tmp_path: Path
         train(tmp_path, teacher=spoiled_at(0), skip_nonfinite=1)
 
 
+@pytest.mark.parametrize("scores", [None, {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.2, 6: 0.2, 7: 0.3}])
+def test_a_stage_that_gets_longer_ends_in_the_bits_of_one_begun_so(
+    tmp_path: Path, scores: dict[int, float] | None
+) -> None:
+    """Where the learning rate is constant and no weight fades; killed in its last step, and evaluated there or not."""
+
+    def to_the_end(folder: Path, steps: int, call: int = -1) -> Weights:
+        distiller = distiller_of(Objective((MASKED_LABELS, Term("word_logits", "kl_divergence"))))
+        settings = settings_of(max_steps=steps, lr_scheduler_type="constant", warmup_ratio=0.0)
+        evaluate = None if scores is None else lambda: scores[trainer.progress.step]
+        trainer = trainer_of(folder, settings, evaluate=evaluate)
+        trainer.run(distiller, teacher_that(die, call), Rows(), Collate(0))
+        return weights_of(distiller)
+
+    with pytest.raises(Killed):
+        to_the_end(tmp_path / "longer", 5, call=9)
+    assert_identical(to_the_end(tmp_path / "longer", 7), to_the_end(tmp_path / "whole", 7))
+
+
 # Selection
 
 
