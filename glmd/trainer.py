@@ -7,6 +7,7 @@ ends in the same weights, bit for bit.
 """
 
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,11 +30,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from glmd import __version__
 from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
 from glmd.distiller import Distiller
-from glmd.errors import NumericsError
+from glmd.errors import NumericsError, RunError
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
 from glmd.sharding import is_sharded, part_of, prepare_sharded, whole
@@ -40,6 +43,21 @@ from glmd.teacher import TeacherOutputs
 
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], TeacherOutputs]
+LIBRARIES = ("torch", "transformers", "accelerate")
+# The code that the weights after a step depend on. What exports, scores or reports may be mended in between.
+STEP_MODULES = (
+    "trainer.py",
+    "sharding.py",
+    "distiller.py",
+    "heads.py",
+    "teacher.py",
+    "cache.py",
+    "objective.py",
+    "schedules.py",
+    "losses/*.py",
+    "data/batches.py",
+    "data/blanks.py",
+)
 Evaluate = Callable[[], float]  # a score of the student as it stands, higher is better
 
 
@@ -296,11 +314,13 @@ class Trainer:
                 "progress": vars(self.progress),
                 "models": distiller.describe(),
                 "threads": torch.get_num_threads(),
+                "code": code_of_a_step(),
             }
             save_checkpoint(folder, self.progress.step, tensors, state, keep=self.settings.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
+        self._require_same_code(checkpoint)
         self.progress = Progress(**checkpoint.state["progress"])
         _load_trainable(distiller, checkpoint.tensors["model"])
         _load_optimizer(distiller, optimizer, checkpoint.tensors["optimizer"])
@@ -318,6 +338,24 @@ class Trainer:
                 saved_by,
             )
         logger.info("%s: continues after step %d of %s", self.stage, self.progress.step, checkpoint.path)
+
+    def _require_same_code(self, checkpoint: Checkpoint) -> None:
+        """Refuse to go on with other code of glmd; warn of other libraries, which may be gone for good."""
+        before, now = checkpoint.state.get("code", {"glmd": "an earlier version"}), code_of_a_step()
+        if before["glmd"] != now["glmd"]:
+            raise RunError(
+                f"{self.stage}: {checkpoint.path} was made by other code of glmd ({before['glmd']} -> {now['glmd']}); "
+                f"go back to it, or delete {self.folder} to make the stage anew"
+            )
+        for name in LIBRARIES:
+            if before[name] != now[name]:
+                logger.warning(
+                    "%s: continues with %s %s after %s, which would end in identical weights",
+                    self.stage,
+                    name,
+                    now[name],
+                    before[name],
+                )
 
     def _restore_best(self) -> None:
         """Forget best weights of steps that are run again."""
@@ -408,6 +446,15 @@ def _load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Ten
             optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
         # AdamW keeps its step counter beside the parameter only when fused.
         optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
+
+
+def code_of_a_step() -> dict[str, str]:
+    """What computes a step: glmd's version with a hash of the modules that do, and the libraries' versions."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(path for pattern in STEP_MODULES for path in package.glob(pattern)):
+        digest.update(path.read_bytes())
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"glmd": f"{__version__}, {digest.hexdigest()[:12]}", **libraries}
 
 
 def _mix(seed: int, counter: int) -> int:

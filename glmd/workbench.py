@@ -75,7 +75,8 @@ class Workbench:
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
-        self.processes, self.sharding = accelerator.num_processes, "FSDP2" if is_sharded(accelerator) else None
+        self.is_sharded = is_sharded(accelerator)
+        self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
         if self.config.elastic:
             begun = run_folder.on_main(lambda: begun_with(run_folder.path))
             self.processes, self.sharding = begun or (self.processes, self.sharding)
@@ -296,6 +297,7 @@ class Workbench:
         evaluate: Callable[[], float] | None = None,
     ) -> dict[str, Any]:
         """Train the given student in place, from the stage's newest checkpoint if there is one."""
+        assert is_sharded(self.accelerator) == self.is_sharded, "Accelerate has lost its state"
         distiller = Distiller(objective, token_map, language_model=language_model, classifier=classifier)
         name = self.run_folder.name(place)
         workers = self.config.dataloader_num_workers

@@ -87,6 +87,11 @@ def kill_rank_1(rank: int, call: int) -> None:
         os.kill(os.getpid(), 9)
 
 
+def kill_rank_0_in_its_save(rank: int, call: int) -> None:
+    if (rank, call) == (0, 7):  # in step 4, which is saved next; the checkpoint of step 2 is whole
+        glmd.checkpoint.write_manifest = lambda folder: os.kill(os.getpid(), 9)
+
+
 def raise_on_rank_1(rank: int, call: int) -> None:
     if (rank, call) == (1, 6):
         raise DataError("rows.jsonl:7: cannot be read")
@@ -229,7 +234,9 @@ SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]
     "elastic": ("elastic", kill_rank_1, {"adam_epsilon": 1e-3}),
     "elastic, resumed": ("elastic", None, vars(settings_of(adam_epsilon=1e-3).spread(2, 1))),
     "fsdp2": ("fsdp2", None, {"adam_epsilon": 1e-3}),
-    "fsdp2, killed": ("fsdp2-killed", kill_rank_1, {"adam_epsilon": 1e-3}),
+    "killed in a save": ("killed-in-a-save", kill_rank_0_in_its_save, {}),
+    "killed in a save, resumed": ("killed-in-a-save", None, {}),
+    "fsdp2, killed": ("fsdp2-killed", kill_rank_0_in_its_save, {"adam_epsilon": 1e-3}),
     "fsdp2, resumed": ("fsdp2-killed", None, {"adam_epsilon": 1e-3}),
     "ddp, killed": ("switched", kill_rank_1, {"adam_epsilon": 1e-3}),
     "ddp, then fsdp2": ("switched", signal_soon_to_rank_1, {"adam_epsilon": 1e-3}),

@@ -67,6 +67,16 @@ def test_a_rank_that_is_killed_takes_the_other_down_and_a_resume_ends_in_the_sam
         assert_equal(ours, weights(root, "undisturbed")[0])
 
 
+def test_a_main_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before_and_a_resume_ends_in_the_same_bits(
+    root: Path,
+) -> None:
+    codes, _ = ends(root, "killed in a save")
+    assert codes[0] == -9 and codes[1] not in (0, None)
+    assert ends(root, "killed in a save, resumed")[0] == [0, 0]
+    for ours in weights(root, "killed-in-a-save"):
+        assert_equal(ours, weights(root, "undisturbed")[0])
+
+
 def test_what_two_ranks_began_one_process_ends_with_the_same_batches_and_dropout(root: Path) -> None:
     assert ends(root, "elastic")[0][1] == -9
     codes, said = ends(root, "elastic, resumed")
@@ -134,7 +144,8 @@ def test_the_best_of_a_sharded_stage_is_that_of_ddp_and_the_student_is_whole(twi
 
 
 def test_a_sharded_stage_that_was_killed_is_resumed_to_the_same_bits_on_all_ranks(root: Path) -> None:
-    assert ends(root, "fsdp2")[0] == [0, 0] and ends(root, "fsdp2, killed")[0][1] == -9
+    assert ends(root, "fsdp2")[0] == [0, 0]
+    assert ends(root, "fsdp2, killed")[0][0] == -9, "in the middle of a save"
     codes, said = ends(root, "fsdp2, resumed")
     assert codes == [0, 0], said
     for ours in [*weights(root, "fsdp2"), *weights(root, "fsdp2-killed")]:

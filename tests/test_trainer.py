@@ -17,19 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from test_architecture import own_imports
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from glmd.checkpoint import load_checkpoint
+import glmd.trainer
+from glmd.checkpoint import load_checkpoint, write_manifest
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate, Corruption, StepPlan, step_batches
 from glmd.distiller import Distiller
-from glmd.errors import NumericsError
+from glmd.errors import NumericsError, RunError
 from glmd.objective import Objective, Term
 from glmd.runlog import RunLog
 from glmd.sharding import take_up_sharding
 from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.trainer import Interrupted, Trainer, TrainingResult, trainable
+from glmd.trainer import STEP_MODULES, Interrupted, Trainer, TrainingResult, code_of_a_step, trainable
 from glmd.vocabulary import Vocabulary
 
 V, C = 30, 2
@@ -347,6 +349,54 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_changes_no_bit(
     with caplog.at_level(logging.WARNING):
         assert_identical(train(tmp_path), uninterrupted[0])
     assert "step-000004 is damaged" in caplog.text
+
+
+def test_a_stage_is_not_continued_by_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 6))
+    monkeypatch.setattr("glmd.trainer.code_of_a_step", lambda: {**code_of_a_step(), "glmd": "9.9, abc"})
+    with pytest.raises(
+        RunError, match=r"made by other code of glmd \(\d.*, \w{12} -> 9.9, abc\); go back to it, or delete"
+    ):
+        train(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_say_by_which_code_it_was_made_is_not_continued(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 6))
+    place = tmp_path / "checkpoints/step-000002"
+    state = json.loads((place / "state.json").read_text())
+    del state["code"]
+    (place / "MANIFEST.json").unlink()
+    (place / "state.json").write_text(json.dumps(state))
+    write_manifest(place)
+    with pytest.raises(RunError, match="made by other code of glmd"):
+        train(tmp_path)
+
+
+def test_a_run_continued_with_another_torch_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 6))
+    monkeypatch.setattr("glmd.trainer.code_of_a_step", lambda: {**code_of_a_step(), "torch": "9.9"})
+    train(tmp_path)
+    assert f"continues with torch 9.9 after {torch.__version__}, which would end in identical weights" in caplog.text
+
+
+# Settings, the disk, and what is compared by its results: tokens, examples and the vocabulary.
+NO_STEP = {
+    *("checkpoint", "config", "configs_root", "errors", "runlog", "strict_yaml"),
+    *("data.corpus", "data.tasks", "vocabulary"),
+}
+
+
+def test_the_code_of_a_step_is_what_the_trainer_and_the_terms_are_made_of() -> None:
+    package = Path(glmd.trainer.__file__).parent
+    assert all(list(package.glob(pattern)) for pattern in STEP_MODULES)
+    paths = {path for pattern in STEP_MODULES for path in package.glob(pattern)}
+    known = {path.relative_to(package).as_posix().removesuffix(".py").replace("/", ".") for path in paths}
+    assert {name for path in paths for name in own_imports(path)} - known == NO_STEP
 
 
 def test_a_run_continued_with_other_cpu_threads_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
