@@ -169,7 +169,9 @@ def _check(options: argparse.Namespace) -> None:
     from glmd.places import processes_of
     from glmd.plan import describe, make_plan
     from glmd.run_folder import require_free_folder
+    from glmd.sharding import require_sound_launch
 
+    require_sound_launch(os.environ, config.mixed_precision)
     require_free_folder(config)
     launched = os.environ.get("WORLD_SIZE")
     with tempfile.TemporaryDirectory() as temporary:

@@ -301,11 +301,10 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
             project_dir=config.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    except ValueError as error:  # a precision or tracker that this machine has not
+    except ValueError as error:  # ranks that cannot meet, or a precision or tracker that this machine has not
+        _require_ranks(launched, 1 if "MASTER_ADDR" in str(error) else launched)
         raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from None
-    if accelerator.num_processes != launched:
-        found = f"{launched} processes were launched, but they are {accelerator.num_processes} ranks"
-        raise RunError(f"{found}; launch as in docs/multi-gpu.md")
+    _require_ranks(launched, accelerator.num_processes)
     take_up_sharding(accelerator, os.environ)
     try:
         yield accelerator
@@ -313,6 +312,12 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
         accelerator.end_training()
         end_sharding(accelerator)
         AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
+
+
+def _require_ranks(launched: int, ranks: int) -> None:
+    if ranks != launched:
+        found = f"{launched} processes were launched, but they are {ranks} ranks"
+        raise RunError(f"{found}; launch as in docs/multi-gpu.md") from None
 
 
 def _build_world(folder: Path, accelerator: Accelerator) -> Path:

@@ -53,8 +53,19 @@ from glmd.trainer import trainable
 glmd.checkpoint.sync_to_disk = lambda path: None
 
 
-def train(folder: Path, rank: int, act: Callable[[int, int], Any] | None = None, **changes: Any) -> None:
-    """Five steps of two micro-steps. act: called with (rank, number of the micro-step from 0) before its teacher."""
+def train(
+    folder: Path,
+    rank: int,
+    act: Callable[[int, int], Any] | None = None,
+    *,
+    workers: int = 0,
+    dies_at: int | None = None,
+    **changes: Any,
+) -> None:
+    """Five steps of two micro-steps. act: called with (rank, number of the micro-step from 0) before its teacher.
+
+    workers: of each rank's loader; with any the weights are scored after each step. dies_at: in the middle of that.
+    """
     teacher, distiller, calls = teacher_of(), distiller_of(), iter(range(1000))
 
     def answer(batch: Batch) -> TeacherOutputs:
@@ -65,7 +76,13 @@ def train(folder: Path, rank: int, act: Callable[[int, int], Any] | None = None,
             outputs = replace(outputs, head_bias=outputs.head_bias * spoil)
         return outputs
 
-    trainer = trainer_of(folder, settings_of(**changes))
+    def score() -> float:
+        if trainer.progress.step == dies_at and rank == 1:
+            os.kill(os.getpid(), 9)
+        return -abs(trainer.progress.step - 3.0)
+
+    evaluate = score if workers else None
+    trainer = trainer_of(folder, settings_of(**changes), workers=workers, evaluate=evaluate)
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     trainer.run(distiller, answer, Rows(), Collate(0))
     assert is_sharded(trainer.accelerator) == ("ACCELERATE_USE_FSDP" in os.environ)
@@ -233,6 +250,9 @@ SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]
     "whole": ("whole", None, {"adam_epsilon": 1e-3}),
     "elastic": ("elastic", kill_rank_1, {"adam_epsilon": 1e-3}),
     "elastic, resumed": ("elastic", None, vars(settings_of(adam_epsilon=1e-3).spread(2, 1))),
+    "scored": ("scored", None, {"workers": 2}),
+    "killed while scored": ("killed-while-scored", None, {"workers": 2, "dies_at": 4}),
+    "killed while scored, resumed": ("killed-while-scored", None, {"workers": 2}),
     "fsdp2": ("fsdp2", None, {"adam_epsilon": 1e-3}),
     "killed in a save": ("killed-in-a-save", kill_rank_0_in_its_save, {}),
     "killed in a save, resumed": ("killed-in-a-save", None, {}),

@@ -77,6 +77,17 @@ def test_a_main_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before_and_a
         assert_equal(ours, weights(root, "undisturbed")[0])
 
 
+def test_ranks_with_loader_workers_that_are_killed_in_an_evaluation_resume_to_the_same_bits_of_the_best(
+    root: Path,
+) -> None:
+    assert ends(root, "scored")[0] == [0, 0]
+    assert ends(root, "killed while scored")[0][1] == -9
+    assert ends(root, "killed while scored, resumed")[0] == [0, 0]
+    for ours in [*weights(root, "scored"), *weights(root, "killed-while-scored")]:
+        assert_equal(ours, weights(root, "scored")[0])
+    assert not torch.equal(*(next(iter(weights(root, name)[0].values())) for name in ("scored", "undisturbed")))
+
+
 def test_what_two_ranks_began_one_process_ends_with_the_same_batches_and_dropout(root: Path) -> None:
     assert ends(root, "elastic")[0][1] == -9
     codes, said = ends(root, "elastic, resumed")
