@@ -49,7 +49,7 @@ def require_sound_launch(environment: Mapping[str, str], mixed_precision: str) -
     for name, problem in OTHER_LAUNCHES.items():
         if says(name):
             raise ConfigError(f"accelerate: {problem}")
-    if not says("ACCELERATE_USE_FSDP"):
+    if not _asks_for_fsdp(environment):
         return
     version, policy = environment.get("FSDP_VERSION", "1"), environment.get("FSDP_AUTO_WRAP_POLICY", "")
     if version != "2":
@@ -67,9 +67,13 @@ def require_sound_launch(environment: Mapping[str, str], mixed_precision: str) -
         raise ConfigError("accelerate: FSDP has nothing to shard in one process; launch more, or with single.yaml")
 
 
+def _asks_for_fsdp(environment: Mapping[str, str]) -> bool:
+    return environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as Accelerate reads it
+
+
 def take_up_sharding(accelerator: Accelerator, environment: Mapping[str, str]) -> None:
     """Shard on every kind of device where FSDP is asked for, and with the precision that there is without it."""
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+    if not _asks_for_fsdp(environment):
         return
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
@@ -108,14 +112,15 @@ def prepare_sharded(
 
 def _layer_classes(distiller: Distiller) -> set[str]:
     """Names of the classes of the students' layers; of a model that repeats one layer there are none."""
-    models = [model for model in (distiller.language_model, distiller.classifier) if model is not None]
-    return {
-        type(layer).__name__
-        for model in models
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers  # type: ignore[union-attr]
-        for layer in module
-    }
+    found: set[str] = set()
+    for model in (distiller.language_model, distiller.classifier):
+        if model is not None:
+            count: Any = model.config.num_hidden_layers  # type: ignore[union-attr]
+            lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+            # The outermost list; lists inside a layer have longer names.
+            layers = lists[min(lists, key=len)] if lists else ()
+            found |= {type(layer).__name__ for layer in layers}
+    return found
 
 
 @torch.no_grad()

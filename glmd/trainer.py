@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -448,6 +449,7 @@ def _load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Ten
         optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
 
 
+@cache
 def code_of_a_step() -> dict[str, str]:
     """What computes a step: glmd's version with a hash of the modules that do, and the libraries' versions."""
     package, digest = Path(__file__).parent, hashlib.sha256()
