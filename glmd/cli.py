@@ -166,11 +166,14 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.places import processes_of
     from glmd.plan import describe, make_plan
     from glmd.run_folder import require_free_folder
+    from glmd.sharding import require_sound_launch
 
+    require_sound_launch(os.environ, config.mixed_precision)
     require_free_folder(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = os.environ.get("WORLD_SIZE")
     with tempfile.TemporaryDirectory() as temporary:
         world = None
         if config.data.world:
@@ -180,7 +183,8 @@ def _check(options: argparse.Namespace) -> None:
             build_world(world / "world")
             world = world / "world"
         plan = make_plan(config, world=world)
-    print(describe(plan, world_size))
+    processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
+    print("\n".join([describe(plan, processes), *of_the_run]))
 
 
 def _cache(options: argparse.Namespace) -> None:

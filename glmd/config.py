@@ -354,14 +354,6 @@ class RunConfig:
                 _require(given, f"{name}.{key} is missing; a stage on the corpus needs it")
 
     @property
-    def trained_stages(self) -> list[StageConfig]:
-        """The settings of every stage on the corpus and of every task stage, in all cells of the sweep."""
-        first = [self.pretraining, *([self.teacher.pretraining] if self.teacher.pretraining is not None else [])]
-        names = ("task_teacher", *SWEPT_STAGES)
-        points = itertools.product(names, self.tasks, self.cells)
-        return first + [self.stage(name, task, cell) for name, task, cell in points]
-
-    @property
     def cells(self) -> list[Cell]:
         """Every combination of the sweep's values, by the keys' names; one that changes nothing without a sweep."""
         axes = {

@@ -35,6 +35,7 @@ from glmd.objective import Objective, Term
 from glmd.plan import Plan, make_plan
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
+from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
 from glmd.student import build_student
 from glmd.task_stages import TaskStages
 from glmd.tokenizer import compress_tokenizer
@@ -291,6 +292,7 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
             "accelerate launch was asked for several processes and started one, as it does with --cpu; "
             "launch as in docs/multi-gpu.md"
         )
+    require_sound_launch(os.environ, config.mixed_precision)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -299,16 +301,23 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
             project_dir=config.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    except ValueError as error:  # a precision or tracker that this machine has not
+    except ValueError as error:  # ranks that cannot meet, or a precision or tracker that this machine has not
+        _require_ranks(launched, 1 if "MASTER_ADDR" in str(error) else launched)
         raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from None
-    if accelerator.num_processes != launched:
-        found = f"{launched} processes were launched, but they are {accelerator.num_processes} ranks"
-        raise RunError(f"{found}; launch as in docs/multi-gpu.md")
+    _require_ranks(launched, accelerator.num_processes)
+    take_up_sharding(accelerator, os.environ)
     try:
         yield accelerator
     finally:
         accelerator.end_training()
+        end_sharding(accelerator)
         AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
+
+
+def _require_ranks(launched: int, ranks: int) -> None:
+    if ranks != launched:
+        found = f"{launched} processes were launched, but they are {ranks} ranks"
+        raise RunError(f"{found}; launch as in docs/multi-gpu.md") from None
 
 
 def _build_world(folder: Path, accelerator: Accelerator) -> Path:

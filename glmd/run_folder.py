@@ -77,7 +77,7 @@ def require_free_folder(config: RunConfig) -> Path:
         old, new = to_dict(load_config(recorded)), to_dict(config)
     except ConfigError as error:
         raise RunError(f"{error}; delete {recorded}, and each stage is compared by its own record") from None
-    changed = differences(old, new, ignore=GROWING_KEYS)
+    changed = differences(old, new, ignore=[*GROWING_KEYS, *_numbers_of_steps(old)])
     if changed:
         raise RunError(
             f"output_dir {folder} holds another run ({'; '.join(changed)}); choose another, or change it back"
@@ -124,16 +124,6 @@ class RunFolder:
             write_atomically(self.path / "config.yaml", dump_config(config))
         self.accelerator.wait_for_everyone()
 
-    def begun_with(self) -> int:
-        """The number of processes that the run's first stage was begun with; that of now where there is none."""
-
-        def recorded() -> int:
-            records = (_read_record(path) for path in sorted(self.path.rglob("stage.json")))
-            found = (record["inputs"]["processes"] for record in records if record and "processes" in record["inputs"])
-            return next(found, self.accelerator.num_processes)
-
-        return int(self.on_main(recorded))
-
     def name(self, place: Path) -> str:
         """A stage's folder as it is called in logs: tasks/RTE/seed-0/words."""
         return place.relative_to(self.path).as_posix()
@@ -142,14 +132,17 @@ class RunFolder:
         """`work()`, or its recorded result if the stage is complete.
 
         inputs: everything the result depends on. A stage that was begun from other inputs is refused with a
-        field-by-field difference; one that was interrupted is begun again and finds its own checkpoints; one that
-        is complete, but whose files are not what it left, is refused with the folder to delete.
+        field-by-field difference, but for more steps that change none that was made; one that was interrupted is
+        begun again and finds its own checkpoints; one that is complete, but whose files are not what it left, is
+        refused with the folder to delete.
         """
         path = place / "stage.json"
         record = self.on_main(lambda: _read_record(path))
         inputs = json.loads(json.dumps(inputs))
         if record is not None:
-            changed = differences(record["inputs"], inputs, ignore=WATCHING_KEYS)
+            is_longer = not record["complete"] and _only_goes_on(record["inputs"], inputs)
+            ignore = [*WATCHING_KEYS, *(["stage.max_steps"] if is_longer else [])]
+            changed = differences(record["inputs"], inputs, ignore=ignore)
             if changed:
                 found = f"{place} was made from other inputs ({'; '.join(changed)})"
                 raise RunError(f"{found}; change them back, or delete {place} to make it anew")
@@ -180,8 +173,7 @@ class RunFolder:
 
     def is_complete(self, place: Path) -> bool:
         """Whether a stage will be skipped, or refused."""
-        record = self.on_main(lambda: _read_record(place / "stage.json"))
-        return record is not None and bool(record["complete"])
+        return bool(self.on_main(lambda: is_complete(place)))
 
     def fingerprint(self, model: str, revision: str | None = None) -> str:
         """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""
@@ -208,6 +200,39 @@ class RunFolder:
         if self.accelerator.is_main_process:
             write_atomically(path, json.dumps(record, indent=1))
         self.accelerator.wait_for_everyone()
+
+
+def _numbers_of_steps(config: dict[str, Any]) -> list[str]:
+    """The keys of a config that a stage may grow by: its own record decides, when its turn comes."""
+    names = ("pretraining", "task_teacher", "task_words", "task_labels")
+    stages = {name: config[name] for name in names} | {"teacher.pretraining": config["teacher"]["pretraining"] or {}}
+    return [f"{name}.max_steps" for name, stage in stages.items() if _is_steady(stage)]
+
+
+def _is_steady(stage: dict[str, Any]) -> bool:
+    """Whether the learning rate of a step does not depend on how many there will be."""
+    return stage.get("lr_scheduler_type") == "constant" and stage.get("warmup_ratio") == 0
+
+
+def _only_goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a stage gets more steps, and those that it has made would be the same."""
+    before, after = old.get("stage") or {}, new.get("stage") or {}
+    were, are = before.get("max_steps") or 0, after.get("max_steps") or 0
+    is_fading = any(isinstance(term["weight"], dict) for term in old.get("terms", []))
+    return bool(_is_steady(before) and not is_fading and 0 < were < are)
+
+
+def begun_with(folder: Path) -> tuple[int, str | None] | None:
+    """The number of processes that a run's first stage was begun with, and how they shared out the student."""
+    records = (_read_record(path) for path in sorted(folder.rglob("stage.json")))
+    found = (record["inputs"] for record in records if record and "processes" in record["inputs"])
+    return next(((int(inputs["processes"]), inputs.get("sharding")) for inputs in found), None)
+
+
+def is_complete(place: Path) -> bool:
+    """Whether the stage in this folder has ended."""
+    record = _read_record(place / "stage.json")
+    return record is not None and bool(record["complete"])
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

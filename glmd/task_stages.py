@@ -16,20 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmd.config import Cell, StageConfig, TeacherConfig, cell_name
+from glmd.config import Cell, StageConfig, TeacherConfig
 from glmd.errors import DataError
 from glmd.export import BY_PLAIN
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import WORD_SIGNALS, Objective, Term
+from glmd.places import cell_place, control_cell, words_cell
 from glmd.plan import TaskPlan
 from glmd.report import NEAREST
 from glmd.workbench import Arm, Workbench, control_budget
 
 logger = logging.getLogger(__name__)
 
-# Settings that say how many updates a stage has.
-LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
 
 
@@ -95,25 +94,17 @@ class TaskStages:
         after_words = start
         if "task_words" in self.bench.plan.method:
             words = self.config.stage("task_words", self.name, cell)
-            # Cells that differ in the second pass alone share the first.
-            words_cell = {key: value for key, value in cell.items() if key.startswith("task_words.")}
-            place = _below(root, words_cell, seed) / "words"
+            place = cell_place(root, words_cell(cell), seed) / "words"
             after_words = place / "student"
             if place not in self.run_folder.left:
-                self._distil_words(arm, place, seed, words, words_cell, start)
-        place, objective = _below(root, cell, seed), self.bench.plan.method["task_labels"]
+                self._distil_words(arm, place, seed, words, words_cell(cell), start)
+        place, objective = cell_place(root, cell, seed), self.bench.plan.method["task_labels"]
         self._distil_labels(arm, place / "labels", seed, labels, cell, objective, after_words)
         if self.config.controls.hard_labels and arm.name == "student":
             budget = control_budget(labels, words, len(self.task.inputs), self.bench.processes)
-            # Of the first pass the control has but the number of updates.
-            its_cell = {
-                key: value
-                for key, value in cell.items()
-                if key.startswith("task_labels.") or key.partition(".")[2] in LENGTH_KEYS
-            }
-            place = _below(root, its_cell, seed) / "hard_labels"
+            place = cell_place(root, control_cell(cell), seed) / "hard_labels"
             if place not in self.run_folder.left:
-                self._distil_labels(arm, place, seed, budget, its_cell, HARD_LABELS, start)
+                self._distil_labels(arm, place, seed, budget, control_cell(cell), HARD_LABELS, start)
 
     def _distil_words(self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, start: Path) -> None:
         """First pass: word-prediction logits of the fine-tuned teacher on the task's inputs."""
@@ -281,8 +272,3 @@ class TaskStages:
             labelled = sum(example.label is not None for example in self.task.inputs)
             row["inputs"] = {"examples": len(self.task.inputs), "labelled": labelled}
         self.rows.append(row)
-
-
-def _below(root: Path, cell: Cell, seed: int) -> Path:
-    """The folder of a cell and seed; without a sweep of the seed alone."""
-    return root / cell_name(cell) / f"seed-{seed}"

@@ -6,6 +6,8 @@ Order, corruption and dropout are functions of (seed, step), so a run that is ki
 ends in the same weights, bit for bit.
 """
 
+import copy
+import hashlib
 import logging
 import math
 import os
@@ -16,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,19 +28,37 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from glmd import __version__
 from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
 from glmd.distiller import Distiller
-from glmd.errors import NumericsError
+from glmd.errors import NumericsError, RunError
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
+from glmd.sharding import is_sharded, part_of, prepare_sharded, whole
 from glmd.teacher import TeacherOutputs
 
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], TeacherOutputs]
+LIBRARIES = ("torch", "transformers", "accelerate")
+# The code that the weights after a step depend on. What exports, scores or reports may be mended in between.
+STEP_MODULES = (
+    "trainer.py",
+    "sharding.py",
+    "distiller.py",
+    "heads.py",
+    "teacher.py",
+    "cache.py",
+    "objective.py",
+    "schedules.py",
+    "losses/*.py",
+    "data/batches.py",
+    "data/blanks.py",
+)
 Evaluate = Callable[[], float]  # a score of the student as it stands, higher is better
 
 
@@ -105,14 +127,12 @@ class Trainer:
         )
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
-        distiller.to(accelerator.device)
-        optimizer = make_optimizer(distiller, settings)
+        model, trained, optimizer = self._prepare(distiller)
         checkpoint = load_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
-            self._restore(checkpoint, distiller, optimizer)
+            self._restore(checkpoint, trained, optimizer)
         start_step, began = self.progress.step, time.monotonic() - self.progress.seconds
         self.log.drop_after(self.stage, start_step)
-        model, optimizer = accelerator.prepare(distiller, optimizer)
         model.train()
 
         batches = step_batches(
@@ -136,13 +156,19 @@ class Trainer:
                 if step % settings.logging_steps == 0 or step == max_steps:
                     self._log(meter, distiller, step, max_steps, optimizer)
                 if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
+                    _fill(distiller, trained)
                     self._keep_best(distiller)
+                    model.train()
+                    if trained is not distiller:
+                        distiller.to("cpu")
                 stop = self._agree_on_signal(received)
                 if (step % settings.save_steps == 0 and step < max_steps) or stop:
-                    self._save(distiller, optimizer)
+                    self._save(trained, optimizer)
                 if stop:
                     raise Interrupted(128 + stop)
-        if self.evaluate is not None:
+        if self.evaluate is None:
+            _fill(distiller, trained)
+        else:
             best = load_checkpoint(self.folder / "best")
             assert best is not None, "the last step was evaluated"
             _load_trainable(distiller, best.tensors["model"])
@@ -154,6 +180,20 @@ class Trainer:
             self.progress.best_step,
             self.progress.skipped,
         )
+
+    def _prepare(self, distiller: Distiller) -> tuple[nn.Module, Distiller, Any]:
+        """The wrapped model, the distiller in it, and the optimizer of that.
+
+        Sharded, it is another than the given one, which stays whole, on the CPU, for evaluation and export.
+        """
+        accelerator = self.accelerator
+        if not is_sharded(accelerator):
+            optimizer = make_optimizer(distiller.to(accelerator.device), self.settings)
+            model, prepared = accelerator.prepare(distiller, optimizer)
+            return model, distiller, prepared
+        trained = copy.deepcopy(distiller.to("cpu"))
+        model, prepared = prepare_sharded(accelerator, trained, make_optimizer(trained, self.settings))
+        return model, trained, prepared
 
     def _step(
         self,
@@ -182,12 +222,14 @@ class Trainer:
             torch.manual_seed(_mix(self.seed, (step * len(micro_batches) + i) * world_size + accelerator.process_index))
             last = i == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                part = model(batch, teacher_outputs)
-                # DDP averages gradients over ranks; the global count already divides by all of them.
+                with accelerator.autocast():  # DDP's forward has its own, a sharded one has not
+                    part = model(batch, teacher_outputs)
+                # DDP and FSDP average gradients over ranks; the global count already divides by all of them.
                 accelerator.backward(objective.total(objective.means(part, counts), progress) * world_size)
             sums += part.detach()
         sums = reduce(sums, "sum") if world_size > 1 else sums
         norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         means = objective.means(sums, counts)
         factor = learning_rate_factor(
             step / max_steps,
@@ -248,7 +290,6 @@ class Trainer:
     def _keep_best(self, distiller: Distiller) -> None:
         assert self.evaluate is not None
         score = self.evaluate()
-        distiller.train()
         self.log.write({"stage": self.stage, "step": self.progress.step, "score": score})
         if not math.isfinite(score):
             raise NumericsError(
@@ -265,18 +306,22 @@ class Trainer:
     def _save(self, distiller: Distiller, optimizer: Any) -> None:
         scaler = self.accelerator.scaler
         self.progress.scaler = scaler.state_dict() if scaler is not None else None
-        if self.accelerator.is_main_process:
-            tensors = {"model": trainable(distiller), "optimizer": _optimizer_tensors(distiller, optimizer)}
+        is_main = self.accelerator.is_main_process
+        groups = {"model": trainable(distiller), "optimizer": _optimizer_tensors(distiller, optimizer)}
+        tensors = {name: whole(group, wanted=is_main) for name, group in groups.items()}
+        if is_main:
             folder = self.folder / "checkpoints"
             state = {
                 "progress": vars(self.progress),
                 "models": distiller.describe(),
                 "threads": torch.get_num_threads(),
+                "code": code_of_a_step(),
             }
             save_checkpoint(folder, self.progress.step, tensors, state, keep=self.settings.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
+        self._require_same_code(checkpoint)
         self.progress = Progress(**checkpoint.state["progress"])
         _load_trainable(distiller, checkpoint.tensors["model"])
         _load_optimizer(distiller, optimizer, checkpoint.tensors["optimizer"])
@@ -294,6 +339,24 @@ class Trainer:
                 saved_by,
             )
         logger.info("%s: continues after step %d of %s", self.stage, self.progress.step, checkpoint.path)
+
+    def _require_same_code(self, checkpoint: Checkpoint) -> None:
+        """Refuse to go on with other code of glmd; warn of other libraries, which may be gone for good."""
+        before, now = checkpoint.state.get("code", {"glmd": "an earlier version"}), code_of_a_step()
+        if before["glmd"] != now["glmd"]:
+            raise RunError(
+                f"{self.stage}: {checkpoint.path} was made by other code of glmd ({before['glmd']} -> {now['glmd']}); "
+                f"go back to it, or delete {self.folder} to make the stage anew"
+            )
+        for name in LIBRARIES:
+            if before[name] != now[name]:
+                logger.warning(
+                    "%s: continues with %s %s after %s, which would end in identical weights",
+                    self.stage,
+                    name,
+                    now[name],
+                    before[name],
+                )
 
     def _restore_best(self) -> None:
         """Forget best weights of steps that are run again."""
@@ -361,24 +424,39 @@ def trainable(distiller: Distiller) -> dict[str, Tensor]:
 @torch.no_grad()
 def _load_trainable(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
     for name, parameter in trainable(distiller).items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(part_of(tensors[name], parameter))
+
+
+def _fill(distiller: Distiller, trained: Distiller) -> None:
+    """Give `distiller` the weights of the one that is trained, if that is another: a sharded one."""
+    if trained is not distiller:
+        _load_trainable(distiller.to("cpu"), whole(trainable(trained)))
 
 
 def _optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]:
-    states = optimizer.optimizer.state if hasattr(optimizer, "optimizer") else optimizer.state
     return {
         f"{name}.{key}": value
         for name, parameter in trainable(distiller).items()
-        for key, value in states[parameter].items()
+        for key, value in optimizer.state[parameter].items()
     }
 
 
-def _load_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tensor]) -> None:
     for name, parameter in trainable(distiller).items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"{name}.{key}"]
-            # AdamW keeps its step counter beside the parameter only when fused.
-            optimizer.state[parameter][key] = value.to(parameter.device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
+        # AdamW keeps its step counter beside the parameter only when fused.
+        optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
+
+
+@cache
+def code_of_a_step() -> dict[str, str]:
+    """What computes a step: glmd's version with a hash of the modules that do, and the libraries' versions."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(path for pattern in STEP_MODULES for path in package.glob(pattern)):
+        digest.update(path.read_bytes())
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"glmd": f"{__version__}, {digest.hexdigest()[:12]}", **libraries}
 
 
 def _mix(seed: int, counter: int) -> int:

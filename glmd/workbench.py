@@ -38,9 +38,11 @@ from glmd.heads import is_causal
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
+from glmd.places import require_shareable
 from glmd.plan import Plan, TaskPlan, split_parameters, word_width
-from glmd.run_folder import RunFolder
+from glmd.run_folder import RunFolder, begun_with
 from glmd.runlog import RunLog
+from glmd.sharding import is_sharded
 from glmd.slicing import vocabulary_axes
 from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
@@ -72,10 +74,13 @@ class Workbench:
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
-        # Batch sizes and accumulation speak of so many processes.
-        self.processes = run_folder.begun_with() if self.config.elastic else accelerator.num_processes
-        for stage in self.config.trained_stages:
-            stage.spread(self.processes, accelerator.num_processes)  # refuses here what could not be shared there
+        # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
+        self.is_sharded = is_sharded(accelerator)
+        self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
+        if self.config.elastic:
+            begun = run_folder.on_main(lambda: begun_with(run_folder.path))
+            self.processes, self.sharding = begun or (self.processes, self.sharding)
+            run_folder.on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
 
     # Data
 
@@ -174,6 +179,7 @@ class Workbench:
             "teacher.cache": self._kept_in() if objective is not None and task is None and arm is not None else None,
             "start": start,
             "processes": self.processes,
+            "sharding": self.sharding,
         }
 
     def tokens(self) -> str | None:
@@ -291,6 +297,7 @@ class Workbench:
         evaluate: Callable[[], float] | None = None,
     ) -> dict[str, Any]:
         """Train the given student in place, from the stage's newest checkpoint if there is one."""
+        assert is_sharded(self.accelerator) == self.is_sharded, "Accelerate has lost its state"
         distiller = Distiller(objective, token_map, language_model=language_model, classifier=classifier)
         name = self.run_folder.name(place)
         workers = self.config.dataloader_num_workers

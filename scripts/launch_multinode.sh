@@ -3,6 +3,7 @@
 #   by hand:  NUM_MACHINES=2 MACHINE_RANK=0 MAIN_IP=10.0.0.1 scripts/launch_multinode.sh CONFIG
 #   Slurm:    srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 scripts/launch_multinode.sh CONFIG
 # GPUS is the number on each machine. output_dir must be on storage that every machine sees.
+# LAUNCH_FILE=configs/accelerate/fsdp2.yaml shards the student over all of them.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH="$root/.venv/bin:$PATH"
@@ -13,7 +14,7 @@ if [ -z "${MAIN_IP:-}" ]; then
     MAIN_IP=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?set MAIN_IP}" | head -n 1)
 fi
 
-exec accelerate launch --config_file "$root/configs/accelerate/multi-node.yaml" \
+exec accelerate launch --config_file "${LAUNCH_FILE:-$root/configs/accelerate/multi-node.yaml}" \
     --num_machines "$machines" --num_processes "$((machines * ${GPUS:-8}))" --machine_rank "$rank" \
     --main_process_ip "$MAIN_IP" --main_process_port "${MAIN_PORT:-29500}" \
     -m glmd run "$@"

@@ -5,6 +5,7 @@
 Writes FOLDER/ends.json: for each scenario and rank the exit code, the seconds and the last line of its error.
 """
 
+import copy
 import json
 import os
 import socket
@@ -13,28 +14,58 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import torch
-from test_trainer import Rows, distiller_of, settings_of, teacher_of, trainer_of, weights_of
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+import transformers
+from accelerate.state import AcceleratorState
+from test_trainer import (
+    MASKED_LABELS,
+    TASK,
+    WORDS,
+    Rows,
+    V,
+    distiller_of,
+    log_rows,
+    settings_of,
+    teacher_of,
+    trainer_of,
+    weights_of,
+)
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import glmd.checkpoint
-from glmd.data.batches import Batch, Collate, StepPlan, step_batches
+from glmd.data.batches import Batch, Collate, Corruption, StepPlan, step_batches
+from glmd.distiller import Distiller
 from glmd.errors import DataError, GlmdError
-from glmd.teacher import TeacherOutputs
+from glmd.objective import Objective
+from glmd.sharding import end_sharding, is_sharded
+from glmd.teacher import OnlineTeacher, TeacherOutputs
+from glmd.trainer import trainable
 
 glmd.checkpoint.sync_to_disk = lambda path: None
 
 
-def train(folder: Path, rank: int, act: Callable[[int, int], Any] | None = None, **changes: Any) -> None:
-    """Five steps of two micro-steps. act: called with (rank, number of the micro-step from 0) before its teacher."""
+def train(
+    folder: Path,
+    rank: int,
+    act: Callable[[int, int], Any] | None = None,
+    *,
+    workers: int = 0,
+    dies_at: int | None = None,
+    **changes: Any,
+) -> None:
+    """Five steps of two micro-steps. act: called with (rank, number of the micro-step from 0) before its teacher.
+
+    workers: of each rank's loader; with any the weights are scored after each step. dies_at: in the middle of that.
+    """
     teacher, distiller, calls = teacher_of(), distiller_of(), iter(range(1000))
 
     def answer(batch: Batch) -> TeacherOutputs:
@@ -45,9 +76,16 @@ def train(folder: Path, rank: int, act: Callable[[int, int], Any] | None = None,
             outputs = replace(outputs, head_bias=outputs.head_bias * spoil)
         return outputs
 
-    trainer = trainer_of(folder, settings_of(**changes))
+    def score() -> float:
+        if trainer.progress.step == dies_at and rank == 1:
+            os.kill(os.getpid(), 9)
+        return -abs(trainer.progress.step - 3.0)
+
+    evaluate = score if workers else None
+    trainer = trainer_of(folder, settings_of(**changes), workers=workers, evaluate=evaluate)
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     trainer.run(distiller, answer, Rows(), Collate(0))
+    assert is_sharded(trainer.accelerator) == ("ACCELERATE_USE_FSDP" in os.environ)
     torch.save(weights_of(distiller), folder / f"rank-{rank}.pt")
 
 
@@ -56,9 +94,19 @@ def signal_to_rank_1(rank: int, call: int) -> None:
         os.kill(os.getpid(), 15)
 
 
+def signal_soon_to_rank_1(rank: int, call: int) -> None:
+    if (rank, call) == (1, 2):  # in step 4 of a run that goes on after step 2
+        os.kill(os.getpid(), 15)
+
+
 def kill_rank_1(rank: int, call: int) -> None:
     if (rank, call) == (1, 6):  # in step 4, after the checkpoint of step 2
         os.kill(os.getpid(), 9)
+
+
+def kill_rank_0_in_its_save(rank: int, call: int) -> None:
+    if (rank, call) == (0, 7):  # in step 4, which is saved next; the checkpoint of step 2 is whole
+        glmd.checkpoint.write_manifest = lambda folder: os.kill(os.getpid(), 9)
 
 
 def raise_on_rank_1(rank: int, call: int) -> None:
@@ -70,49 +118,127 @@ def nan_on_rank_1(rank: int, call: int) -> float | None:
     return float("nan") if (rank, call) == (1, 5) else None  # in step 3
 
 
-def compare_sharding(folder: Path, rank: int, tied: bool) -> None:
-    """Three steps of one distiller under DDP and of its twin under FSDP2, layer by layer; writes how far they part."""
-    folder.mkdir(exist_ok=True)
-    torch.distributed.init_process_group("gloo")
-    models = [distiller_of(dropout=0.0) for _ in range(2)]
-    for model in models:
-        language_model = model.language_model
-        if not tied:
-            decoder = language_model.cls.predictions.decoder
-            decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
-        assert (language_model.get_input_embeddings().weight is language_model.cls.predictions.decoder.weight) == tied
-    plain, sharded = torch.nn.parallel.DistributedDataParallel(models[0]), models[1]
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in sharded.language_model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    teacher, plan = teacher_of(), StepPlan(len(Rows()), 3, 1, rank, 2, seed=0)
-    objective, losses, norms = models[0].objective, [], []
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, foreach=False) for model in models]
-    for (batch,) in step_batches(Rows(), plan, Collate(0), start_step=0, stop_step=3):  # type: ignore[arg-type]
-        counts = objective.counts(batch).float()
-        torch.distributed.all_reduce(counts)
-        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
-            loss = objective.total(objective.means(model(batch, teacher(batch)), counts), 0.0) * 2
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss))
-    theirs = dict(models[0].named_parameters())
-    is_sharded, errors = [], []
-    for name, ours in sharded.named_parameters():
-        is_sharded.append(isinstance(ours, DTensor) and ours.to_local().numel() < ours.numel())
-        whole = ours.full_tensor() if isinstance(ours, DTensor) else ours
-        errors.append(float((whole - theirs[name]).abs().max()))
-    found = {"losses": losses, "norms": norms, "error": max(errors), "sharded": sum(is_sharded), "names": len(theirs)}
+def shard(**changes: str) -> None:
+    """What Accelerate's launcher says of configs/accelerate/fsdp2.yaml."""
+    values = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"} | changes
+    os.environ.update(ACCELERATE_USE_FSDP="true", **values)
+
+
+JOINT = Objective((WORDS, MASKED_LABELS, *TASK.terms))
+RARE = Objective((MASKED_LABELS, TASK.terms[1]))
+
+
+class RareRows(Rows):
+    """Of all tokens one in fifty is corrupted, and of the labels most are missing: some ranks have nothing to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corruption = Corruption(0.02, 4, np.arange(5), np.arange(5, V), seed=1)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        return super().__getitem__(key) | {"labels": 1 if key[1] == 7 else -100}
+
+
+WORDS_ALONE = Objective((WORDS, MASKED_LABELS))
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**SMALL, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}),
+    "electra": ("ElectraForMaskedLM", {**SMALL, "embedding_size": 8}),
+    # Its head joins two weights, and reads them by itself.
+    "mobilebert": ("MobileBertForMaskedLM", {**SMALL, "embedding_size": 8, "intra_bottleneck_size": 16}),
+    # One layer, run twice.
+    "albert": ("AlbertForMaskedLM", {**SMALL, "embedding_size": 8}),
+    "modernbert": ("ModernBertForMaskedLM", {**SMALL, "max_position_embeddings": 16, "pad_token_id": 0}),
+}
+
+
+def student_of(name: str) -> Distiller:
+    head, settings = BODIES[name]
+    model_class = getattr(transformers, head)
+    torch.manual_seed(4)
+    return Distiller(WORDS_ALONE, np.arange(V), language_model=model_class(model_class.config_class(**settings)))
+
+
+def train_twins(folder: Path, rank: int) -> None:
+    """Whole stages under DDP and their twins under FSDP2, one after another. Writes how far they part."""
+    found = {
+        "tied": twins(folder / "tied", rank, select=True),
+        "untied": twins(folder / "untied", rank, tied=False, FSDP_RESHARD_AFTER_FORWARD="false"),
+        "one group": twins(folder / "one", rank, FSDP_AUTO_WRAP_POLICY="NO_WRAP"),
+        "bf16": twins(folder / "bf16", rank, mixed_precision="bf16"),
+        "idle ranks": twins(folder / "idle", rank, RARE, RareRows()),
+        **{name: twins(folder / name, rank, student=partial(student_of, name), max_steps=3) for name in BODIES},
+    }
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
-RANKS = {"elastic, resumed": range(1)}  # of others: two
-SHARDINGS = {"sharded, tied": True, "sharded, untied": False}
+def twins(
+    folder: Path,
+    rank: int,
+    objective: Objective = JOINT,
+    rows: Rows | None = None,
+    *,
+    tied: bool = True,
+    select: bool = False,
+    mixed_precision: str = "no",
+    student: Callable[[], Distiller] | None = None,
+    max_steps: int = 6,
+    **environment: str,
+) -> dict[str, Any]:
+    """The same stage twice; select: the best of each epoch is kept, as a whole student on every rank scores it."""
+    ends, logs, parts, idle = [], [], {}, []
+    for kind in ("ddp", "fsdp2"):
+        AcceleratorState._reset_state()
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        if kind == "fsdp2":
+            shard(**environment)
+        distiller, teacher = distiller_of(objective) if student is None else student(), teacher_of()
+        if not tied:
+            decoder = distiller.language_model.cls.predictions.decoder
+            decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
+        probe = next(step_batches(Rows(), StepPlan(18, 6, 1, 0, 1, 0), Collate(0), start_step=0, stop_step=1))[0]
+
+        def evaluate(distiller: Distiller = distiller, teacher: OnlineTeacher = teacher, probe: Batch = probe) -> float:
+            with torch.no_grad():
+                return float(distiller.eval()(probe, teacher(probe))[0])  # the worst, which comes first
+
+        def answer(batch: Batch, teacher: OnlineTeacher = teacher) -> TeacherOutputs:
+            idle.append(float(objective.counts(batch).sum()) == 0)
+            return teacher(batch)
+
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        # Some gradients are zero but for rounding, which AdamW would make large without a large epsilon.
+        settings = settings_of(adam_epsilon=1e-3, max_steps=max_steps, max_grad_norm=0.5)
+        fields = {"mixed_precision": mixed_precision, "evaluate": evaluate if select else None}
+        trainer = trainer_of(folder / kind, settings, **fields)
+        _, trained, _ = trainer._prepare(copy.deepcopy(distiller))
+        parts[kind] = {
+            name: p.to_local().numel() / p.numel() for name, p in trainable(trained).items() if isinstance(p, DTensor)
+        }
+        groups = sum(isinstance(module, FSDPModule) for module in trained.modules())
+        trainer.accelerator.free_memory()
+        trainer.run(distiller, answer, rows or Rows(), Collate(0))
+        assert is_sharded(trainer.accelerator) == (kind == "fsdp2")
+        end_sharding(trainer.accelerator)
+        assert not any(isinstance(p, DTensor) for p in distiller.parameters()), "the student is whole for the export"
+        ends.append(weights_of(distiller))
+        logs.append(log_rows(folder / kind))
+    assert ends[0].keys() == ends[1].keys()
+    return {
+        "error": max(float((ends[0][name] - tensor).abs().max()) for name, tensor in ends[1].items()),
+        "logs": logs,
+        "parts": parts,
+        "groups": groups,  # of weights that are gathered together
+        "names": len(ends[0]),
+        "idle": sum(idle),
+        "best": [[path.name for path in sorted((folder / kind).glob("best/*"))] for kind in ("ddp", "fsdp2")],
+    }
+
+
+LIMIT = 180  # seconds, of one scenario
+RANKS = {"elastic, resumed": range(1), "then one process": range(1)}  # of others: two
+SHARDED = {"fsdp2", "fsdp2, killed", "fsdp2, resumed", "ddp, then fsdp2", "fsdp2, nan tolerated"}
 SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]]] = {
     # name: (folder, what happens, settings)
     "undisturbed": ("undisturbed", None, {}),
@@ -124,9 +250,21 @@ SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]
     "whole": ("whole", None, {"adam_epsilon": 1e-3}),
     "elastic": ("elastic", kill_rank_1, {"adam_epsilon": 1e-3}),
     "elastic, resumed": ("elastic", None, vars(settings_of(adam_epsilon=1e-3).spread(2, 1))),
+    "scored": ("scored", None, {"workers": 2}),
+    "killed while scored": ("killed-while-scored", None, {"workers": 2, "dies_at": 4}),
+    "killed while scored, resumed": ("killed-while-scored", None, {"workers": 2}),
+    "fsdp2": ("fsdp2", None, {"adam_epsilon": 1e-3}),
+    "killed in a save": ("killed-in-a-save", kill_rank_0_in_its_save, {}),
+    "killed in a save, resumed": ("killed-in-a-save", None, {}),
+    "fsdp2, killed": ("fsdp2-killed", kill_rank_0_in_its_save, {"adam_epsilon": 1e-3}),
+    "fsdp2, resumed": ("fsdp2-killed", None, {"adam_epsilon": 1e-3}),
+    "ddp, killed": ("switched", kill_rank_1, {"adam_epsilon": 1e-3}),
+    "ddp, then fsdp2": ("switched", signal_soon_to_rank_1, {"adam_epsilon": 1e-3}),
+    "then one process": ("switched", None, vars(settings_of(adam_epsilon=1e-3).spread(2, 1))),
+    "fsdp2, nan tolerated": ("fsdp2-tolerated", nan_on_rank_1, {"skip_nonfinite": 1, "adam_epsilon": 1e-3}),
     "raised": ("raised", raise_on_rank_1, {}),
     "nan": ("nan", nan_on_rank_1, {}),
-    "nan, tolerated": ("tolerated", nan_on_rank_1, {"skip_nonfinite": 1}),
+    "nan, tolerated": ("tolerated", nan_on_rank_1, {"skip_nonfinite": 1, "adam_epsilon": 1e-3}),
 }
 
 
@@ -141,9 +279,11 @@ def start(root: Path, name: str, rank: int, port: int) -> int:
     code = 1
     with (root / f"{name}-{rank}.txt").open("w") as said:
         try:
-            if name in SHARDINGS:
-                compare_sharding(root / name, rank, SHARDINGS[name])
+            if name == "twins":
+                train_twins(root, rank)
             else:
+                if name in SHARDED:
+                    shard()
                 folder, act, changes = SCENARIOS[name]
                 train(root / folder, rank, act, **changes)
             code = 0
@@ -159,13 +299,13 @@ def start(root: Path, name: str, rank: int, port: int) -> int:
 
 def main(root: Path) -> None:
     ends: dict[str, Any] = {}
-    for name in (*SCENARIOS, *SHARDINGS):
+    for name in (*SCENARIOS, "twins"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         ranks = [start(root, name, rank, port) for rank in RANKS.get(name, range(2))]
         began, ended = time.monotonic(), {}
-        while len(ended) < len(ranks) and time.monotonic() - began < 100:
+        while len(ended) < len(ranks) and time.monotonic() - began < LIMIT:
             for rank, child in enumerate(ranks):
                 if rank not in ended:
                     done, status = os.waitpid(child, os.WNOHANG)

@@ -2,15 +2,25 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from glmd.configs_root import configs_root
+from glmd.errors import RunError
+
 pytestmark = pytest.mark.slow
+
+
+DDP = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+FSDP2 = ["--config_file", str(configs_root() / "accelerate" / "fsdp2.yaml")]
 
 
 def launch(
@@ -19,12 +29,12 @@ def launch(
     *,
     command: str = "run",
     printed: str = "| student (distilled)",
+    options: Sequence[str] = DDP,
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(processes)]
     words += ["--main_process_port", str(port), "-m", "glmd", command, *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     # Ranks that wait for one another for ever are a failure, not a long test.
@@ -62,7 +72,10 @@ def masked_tokens_of_batches(run: Path, tiny) -> list[int]:
 
 
 def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
-    """Masked tokens are so rare that batches without one occur; val has 11 examples, which two cannot share evenly."""
+    """Under DDP, and with the student shared out by FSDP2; of the latter one process ends what two began.
+
+    Masked tokens are so rare that batches without one occur; val has 11 examples, which two cannot share evenly.
+    """
     from glmd.pipeline import run
 
     val = tmp_path / "val.jsonl"
@@ -79,15 +92,24 @@ def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
     one = [*shared, *(f"{stage}.{size}=4" for stage in stages)]
     expected = run(tiny.config(tmp_path / "one", *one))
     two = [*shared, *(f"{stage}.{size}=2" for stage in stages), f"teacher.tasks.RTE={named}"]
-    launch([str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'two'}", *two])
-
     assert {0} < set(masked_tokens_of_batches(tmp_path / "one", tiny)), "a batch without masked tokens is wanted"
-    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for kind, options in (("ddp", DDP), ("fsdp2", FSDP2)):
+        place = tmp_path / kind
+        launch([str(tiny.root / "run.yaml"), f"output_dir={place}", *two], options=options)
+        assert_same_run(place, tmp_path / "one", json.loads((place / "results.json").read_text()), expected)
+    shutil.rmtree(place / "tasks/RTE/seed-0/labels")
+    with pytest.raises(RunError, match=r"processes: 2 -> 1; sharding: 'FSDP2' -> None"):
+        run(tiny.config(place, *two))
+    assert_same_run(place, tmp_path / "one", run(tiny.config(place, *two, "elastic=true")), expected)
+
+
+def assert_same_run(place: Path, one: Path, results: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The students and scores of a run of several processes are those of one."""
+    ours, theirs = weights(place), weights(one)
     assert ours.keys() == {name for name in theirs if not name.startswith("tasks/RTE/teacher")}
     for name, tensor in ours.items():
         error = (tensor - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1)
         assert error < 1e-6, f"{name} differs by {error:.1e}"
-    results = json.loads((tmp_path / "two/results.json").read_text())
     rows = {row["stage"]: row for row in expected["rows"]}
     for row in results["rows"]:
         twin = rows[row["stage"]]

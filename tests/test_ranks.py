@@ -23,10 +23,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ends(root: Path, name: str) -> tuple[list[int | None], list[str]]:
+def ends(root: Path, name: str, limit: float = SECONDS) -> tuple[list[int | None], list[str]]:
     """Exit codes and errors of both ranks, which must have ended in time."""
     ranks: list[list[Any]] = json.loads((root / "ends.json").read_text())[name]
-    assert all(seconds is not None and seconds < SECONDS for _, seconds, _ in ranks), f"{name}: hung: {ranks}"
+    assert all(seconds is not None and seconds < limit for _, seconds, _ in ranks), f"{name}: hung: {ranks}"
     return [code for code, _, _ in ranks], [said for _, _, said in ranks]
 
 
@@ -67,6 +67,27 @@ def test_a_rank_that_is_killed_takes_the_other_down_and_a_resume_ends_in_the_sam
         assert_equal(ours, weights(root, "undisturbed")[0])
 
 
+def test_a_main_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before_and_a_resume_ends_in_the_same_bits(
+    root: Path,
+) -> None:
+    codes, _ = ends(root, "killed in a save")
+    assert codes[0] == -9 and codes[1] not in (0, None)
+    assert ends(root, "killed in a save, resumed")[0] == [0, 0]
+    for ours in weights(root, "killed-in-a-save"):
+        assert_equal(ours, weights(root, "undisturbed")[0])
+
+
+def test_ranks_with_loader_workers_that_are_killed_in_an_evaluation_resume_to_the_same_bits_of_the_best(
+    root: Path,
+) -> None:
+    assert ends(root, "scored")[0] == [0, 0]
+    assert ends(root, "killed while scored")[0][1] == -9
+    assert ends(root, "killed while scored, resumed")[0] == [0, 0]
+    for ours in [*weights(root, "scored"), *weights(root, "killed-while-scored")]:
+        assert_equal(ours, weights(root, "scored")[0])
+    assert not torch.equal(*(next(iter(weights(root, name)[0].values())) for name in ("scored", "undisturbed")))
+
+
 def test_what_two_ranks_began_one_process_ends_with_the_same_batches_and_dropout(root: Path) -> None:
     assert ends(root, "elastic")[0][1] == -9
     codes, said = ends(root, "elastic, resumed")
@@ -100,14 +121,64 @@ def test_a_tolerated_nan_on_one_rank_is_left_out_by_both(root: Path) -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
 
 
-@pytest.mark.parametrize("head", ["tied", "untied"])
-def test_a_distiller_sharded_by_fsdp2_trains_as_under_ddp(root: Path, head: str) -> None:
-    """Only the module: the trainer saves and loads whole parameters, and does not shard."""
-    codes, said = ends(root, f"sharded, {head}")
+@pytest.fixture(scope="module")
+def twins(root: Path) -> list[dict[str, Any]]:
+    """What each rank found of stages under DDP and their twins under FSDP2."""
+    codes, said = ends(root, "twins", 3 * SECONDS)  # eleven pairs of stages
     assert codes == [0, 0], said
-    for rank in range(2):
-        found = json.loads((root / f"sharded, {head}" / f"rank-{rank}.json").read_text())
-        assert found["sharded"] > found["names"] / 2, "else nothing was compared"
-        for kind in ("losses", "norms"):
-            assert found[kind][::2] == pytest.approx(found[kind][1::2], rel=1e-5)
-        assert found["error"] < 1e-6
+    return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+# Each layer is gathered by itself, and all else together.
+GROUPS = {"tied": 2, "untied": 2, "one group": 1, "bf16": 2, "idle ranks": 2}
+GROUPS |= {"llama": 3, "gpt2": 3, "electra": 3, "mobilebert": 3, "albert": 1, "modernbert": 3}
+
+
+@pytest.mark.parametrize("stage", GROUPS)
+def test_a_sharded_stage_trains_and_logs_as_under_ddp(twins: list[dict[str, Any]], stage: str) -> None:
+    """With dropout, accumulation and clipping; language model and classifier share a backbone."""
+    for found in (rank[stage] for rank in twins):
+        assert found["error"] < 1e-6 and found["groups"] == GROUPS[stage]
+        for ddp, fsdp2 in zip(*found["logs"], strict=True):
+            assert fsdp2.pop("stage") == ddp.pop("stage") and fsdp2 == pytest.approx(ddp, rel=1e-5)
+    shares = [rank[stage]["parts"] for rank in twins]
+    assert not any(each["ddp"] for each in shares) and len(shares[0]["fsdp2"]) == twins[0][stage]["names"]
+    for name, share in shares[0]["fsdp2"].items():
+        assert share + shares[1]["fsdp2"][name] == 1 and share < 1, f"{name} is not shared out"
+    assert twins[0][stage]["idle"] + twins[1][stage]["idle"] > 0 or stage != "idle ranks"
+
+
+def test_the_best_of_a_sharded_stage_is_that_of_ddp_and_the_student_is_whole(twins: list[dict[str, Any]]) -> None:
+    for found in (rank["tied"] for rank in twins):
+        assert found["best"][0] == found["best"][1] == ["step-000001"]
+        assert [row["step"] for row in found["logs"][1] if "score" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sharded_stage_that_was_killed_is_resumed_to_the_same_bits_on_all_ranks(root: Path) -> None:
+    assert ends(root, "fsdp2")[0] == [0, 0]
+    assert ends(root, "fsdp2, killed")[0][0] == -9, "in the middle of a save"
+    codes, said = ends(root, "fsdp2, resumed")
+    assert codes == [0, 0], said
+    for ours in [*weights(root, "fsdp2"), *weights(root, "fsdp2-killed")]:
+        assert_equal(ours, weights(root, "fsdp2")[0])
+
+
+def test_a_stage_goes_from_ddp_to_fsdp2_and_on_to_one_process(root: Path) -> None:
+    """Checkpoints hold whole tensors by name, whoever shares them."""
+    assert ends(root, "ddp, killed")[0][1] == -9
+    codes, said = ends(root, "ddp, then fsdp2")
+    assert codes == [143, 143], said
+    codes, said = ends(root, "then one process")
+    assert codes == [0], said
+    ours, theirs = weights(root, "switched", 1)[0], weights(root, "whole")[0]
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_tolerated_nan_on_one_rank_is_left_out_of_a_sharded_stage(root: Path) -> None:
+    codes, said = ends(root, "fsdp2, nan tolerated")
+    assert codes == [0, 0], said
+    first, second = weights(root, "fsdp2-tolerated")
+    assert_equal(first, second)
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, weights(root, "tolerated")[0][name], rtol=1e-5, atol=1e-6)

@@ -528,3 +528,13 @@ def test_several_processes_asked_of_the_launcher_that_starts_one_are_refused(ref
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     message = refusal(teacher=bare_teacher)
     assert message.startswith("RunError: accelerate launch was asked for several processes and started one")
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_a_launch_that_shards_otherwise_than_by_fsdp2_is_refused_before_a_model_is_loaded(
+    refusal, bare_teacher, monkeypatch, name, command
+):
+    monkeypatch.setenv(name, "true")  # of FSDP the first version, where none is given
+    message = refusal(teacher=bare_teacher, command=command)
+    assert message.startswith("ConfigError: accelerate: ") and "fsdp" in message

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from glmd.checkpoint import load_checkpoint
+from glmd.cli import main
 from glmd.config import dump_config, load_config
 from glmd.data.tasks import load_task, read_split
 from glmd.errors import ConfigError, RunError
 from glmd.pipeline import run
+from glmd.places import require_shareable, stage_places
+from glmd.plan import make_plan
 from glmd.report import results_table
 from glmd.run_folder import RunFolder
 from glmd.tokenizer import load_tokenizer
@@ -215,6 +218,18 @@ def test_a_stage_whose_inputs_changed_is_refused_field_by_field(tiny, trusting, 
     run(config)
 
 
+def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is_complete(tiny, trusting, tmp_path):
+    steady = ("tasks={}", "pretraining.lr_scheduler_type=constant", "pretraining.warmup_ratio=0")
+    run(tiny.config(tmp_path / "whole", *steady, "pretraining.max_steps=8"))
+    run(tiny.config(tmp_path / "run", *steady))
+    with pytest.raises(RunError, match=r"pretraining was made from other inputs \(stage.max_steps: 6 -> 8\)"):
+        run(tiny.config(tmp_path / "run", *steady, "pretraining.max_steps=8"))
+    record = tmp_path / "run/pretraining/stage.json"
+    record.write_text(json.dumps({"complete": False, "inputs": json.loads(record.read_text())["inputs"]}))
+    run(tiny.config(tmp_path / "run", *steady, "pretraining.max_steps=8"))
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def begun_with(folder: Path, processes: int) -> None:
     """Let the records of a run say that so many processes began it."""
     for record in folder.rglob("stage.json"):
@@ -243,17 +258,63 @@ def test_an_elastic_run_goes_on_with_other_processes_in_the_same_global_batches(
     assert row_of(finished.results, "labels")["training"]["steps"] == 3
 
 
+def test_an_elastic_run_is_asked_only_for_the_stages_that_are_still_to_come(finished, tiny, tmp_path):
+    folder = finished.copy(tmp_path / "run")
+    begun_with(folder, 3)
+    # A first pass that this method has not, and a pretraining that is complete, could not be shared by two.
+    config = tiny.config(folder, "elastic=true", "task_labels.gradient_accumulation_steps=2")
+    plan = make_plan(config)
+    require_shareable(plan, 3, 2)  # nothing is left
+    shutil.rmtree(folder / LABELS)
+    require_shareable(plan, 3, 2)
+    with pytest.raises(ConfigError, match="elastic: the 6 micro-batches of a step cannot be shared by 4 processes"):
+        require_shareable(plan, 3, 4)
+    shutil.rmtree(folder / "pretraining")
+    with pytest.raises(ConfigError, match="elastic: the 3 micro-batches of a step cannot be shared by 2 processes"):
+        require_shareable(plan, 3, 2)
+
+
 def test_an_elastic_run_with_processes_that_cannot_share_its_batches_is_refused_before_any_stage(
     finished, tiny, tmp_path, monkeypatch
 ):
     folder = finished.copy(tmp_path / "run")
     begun_with(folder, 3)
+    shutil.rmtree(folder / LABELS)
     monkeypatch.setattr(RunFolder, "on_main", lambda self, function: function())
-    accelerator = SimpleNamespace(num_processes=2, is_main_process=True)
-    tokenizer = type("Words", (list,), {"pad_token_id": 0})()
-    plan = SimpleNamespace(config=tiny.config(folder, "elastic=true"), tokenizer=tokenizer)
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type="MULTI_CPU")
+    plan = make_plan(tiny.config(folder, "elastic=true"))
     with pytest.raises(ConfigError, match="elastic: the 3 micro-batches of a step cannot be shared by 2 processes"):
         Workbench(plan, RunFolder(folder, accelerator), accelerator)
+
+
+def test_the_planned_places_are_where_the_stages_lie(finished, tiny):
+    records = {path.parent: json.loads(path.read_text()) for path in finished.folder.rglob("stage.json")}
+    trained = {place for place, record in records.items() if "training" in record["result"]}
+    assert {place for place, _ in stage_places(make_plan(tiny.config(finished.folder)))} == trained != set()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launched", "answer"),
+    [
+        ((), None, "processes the run was begun with 2, and goes on with as many"),
+        ((), "1", "was begun with 2 processes, not 1; launch 2, or give elastic: true"),
+        (("elastic=true",), "1", "processes the run was begun with 2, and goes on with 1, 2"),
+        (("elastic=true",), "3", "the 2 micro-batches of a step cannot be shared by 3 processes"),
+    ],
+)
+def test_check_knows_by_how_many_processes_a_run_was_begun(
+    finished, tiny, tmp_path, capsys, monkeypatch, overrides, launched, answer
+):
+    folder = finished.copy(tmp_path / "run")
+    begun_with(folder, 2)
+    shutil.rmtree(folder / LABELS)
+    if launched is not None:
+        monkeypatch.setenv("WORLD_SIZE", launched)
+    main(["check", str(tiny.root / "run.yaml"), f"output_dir={folder}", *overrides])
+    said = capsys.readouterr()
+    assert answer in said.out + said.err
+    if answer in said.out:
+        assert " 16 " in next(line for line in said.out.splitlines() if "task_labels" in line), "a batch of two ranks"
 
 
 def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trusting, tmp_path):

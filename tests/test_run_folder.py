@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,44 @@ def test_a_kill_between_a_stages_end_and_the_removal_of_its_checkpoints_leaves_n
     assert (place / "checkpoints").exists()
     folder.stage(place, {"seed": 0}, lambda: pytest.fail("the stage is complete"))
     assert not (place / "checkpoints").exists()
+
+
+STEADY = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "weight", "steps", "is_allowed"),
+    [
+        (STEADY, 1.0, (5, 7), True),
+        (STEADY, 1.0, (5, 4), False),  # a checkpoint may lie beyond
+        (STEADY, {"from": 1.0, "to": 0.5}, (5, 7), False),
+        (STEADY | {"lr_scheduler_type": "linear"}, 1.0, (5, 7), False),
+        (STEADY | {"warmup_ratio": 0.1}, 1.0, (5, 7), False),
+    ],
+)
+def test_an_interrupted_stage_may_get_longer_where_no_step_knows_how_many_there_are(
+    folder: RunFolder, stage: dict[str, Any], weight: Any, steps: tuple[int, int], is_allowed: bool
+) -> None:
+    def interrupted() -> dict[str, Any]:
+        raise Killed
+
+    def train(max_steps: int, work: Callable[[], dict[str, Any]], **changes: float) -> None:
+        inputs = {"stage": stage | {"max_steps": max_steps} | changes, "terms": [{"weight": weight}]}
+        folder.stage(folder.path / "pretraining", inputs, work)
+
+    folder.path.mkdir()
+    (folder.path / "pretraining").mkdir()
+    with pytest.raises(Killed):
+        train(steps[0], interrupted)
+    with pytest.raises(RunError, match=r"learning_rate: 0.1 -> 0.2"):
+        train(steps[1], dict, learning_rate=0.2)
+    if not is_allowed:
+        with pytest.raises(RunError, match=f"stage.max_steps: {steps[0]} -> {steps[1]}"):
+            train(steps[1], dict)
+        return
+    train(steps[1], dict)
+    with pytest.raises(RunError, match=r"stage.max_steps: 7 -> 9"):  # what is complete stays
+        train(9, dict)
 
 
 def test_a_kill_while_the_world_is_made_leaves_no_part_of_it_for_ever(

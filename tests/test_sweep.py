@@ -8,6 +8,8 @@ from glmd.cli import main
 from glmd.config import cell_name, load_config
 from glmd.errors import ConfigError
 from glmd.pipeline import run
+from glmd.places import stage_places
+from glmd.plan import make_plan
 from glmd.report import results_table
 
 TASK = "tasks/RTE"
@@ -150,7 +152,10 @@ def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
 def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting, tmp_path):
     """Of the first pass it has but the number of updates."""
     axes = "{task_words: {learning_rate: [1e-3, 1e-2], max_steps: [1, 2]}}"
-    results = run(tiny.config(tmp_path / "run", f"sweep={axes}", "pretraining.max_steps=1"))
+    config = tiny.config(tmp_path / "run", f"sweep={axes}", "pretraining.max_steps=1")
+    results = run(config)
+    planned = {place.relative_to(tmp_path / "run").as_posix() for place, _ in stage_places(make_plan(config))}
+    assert planned == stages(tmp_path / "run") - {"vocabulary"}
     cells = {
         stage: [row["cell"] for row in results["rows"] if row["stage"] == stage] for stage in ("labels", "hard_labels")
     }

@@ -17,18 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from test_architecture import own_imports
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from glmd.checkpoint import load_checkpoint
+import glmd.trainer
+from glmd.checkpoint import load_checkpoint, write_manifest
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate, Corruption, StepPlan, step_batches
 from glmd.distiller import Distiller
-from glmd.errors import NumericsError
+from glmd.errors import NumericsError, RunError
 from glmd.objective import Objective, Term
 from glmd.runlog import RunLog
+from glmd.sharding import take_up_sharding
 from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.trainer import Interrupted, Trainer, TrainingResult, trainable
+from glmd.trainer import STEP_MODULES, Interrupted, Trainer, TrainingResult, code_of_a_step, trainable
 from glmd.vocabulary import Vocabulary
 
 V, C = 30, 2
@@ -109,6 +112,7 @@ def settings_of(**changes: Any) -> StageConfig:
 def trainer_of(folder: Path, settings: StageConfig, *, seed: int = 0, workers: int = 0, **fields: Any) -> Trainer:
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True, mixed_precision=fields.pop("mixed_precision", "no"))
+    take_up_sharding(accelerator, os.environ)
     log = RunLog(folder / "log.jsonl", accelerator)
     return Trainer(accelerator, folder, "pretraining", settings, seed, log, workers, **fields)
 
@@ -347,6 +351,54 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_changes_no_bit(
     assert "step-000004 is damaged" in caplog.text
 
 
+def test_a_stage_is_not_continued_by_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 6))
+    monkeypatch.setattr("glmd.trainer.code_of_a_step", lambda: {**code_of_a_step(), "glmd": "9.9, abc"})
+    with pytest.raises(
+        RunError, match=r"made by other code of glmd \(\d.*, \w{12} -> 9.9, abc\); go back to it, or delete"
+    ):
+        train(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_say_by_which_code_it_was_made_is_not_continued(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 6))
+    place = tmp_path / "checkpoints/step-000002"
+    state = json.loads((place / "state.json").read_text())
+    del state["code"]
+    (place / "MANIFEST.json").unlink()
+    (place / "state.json").write_text(json.dumps(state))
+    write_manifest(place)
+    with pytest.raises(RunError, match="made by other code of glmd"):
+        train(tmp_path)
+
+
+def test_a_run_continued_with_another_torch_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 6))
+    monkeypatch.setattr("glmd.trainer.code_of_a_step", lambda: {**code_of_a_step(), "torch": "9.9"})
+    train(tmp_path)
+    assert f"continues with torch 9.9 after {torch.__version__}, which would end in identical weights" in caplog.text
+
+
+# Settings, the disk, and what is compared by its results: tokens, examples and the vocabulary.
+NO_STEP = {
+    *("checkpoint", "config", "configs_root", "errors", "runlog", "strict_yaml"),
+    *("data.corpus", "data.tasks", "vocabulary"),
+}
+
+
+def test_the_code_of_a_step_is_what_the_trainer_and_the_terms_are_made_of() -> None:
+    package = Path(glmd.trainer.__file__).parent
+    assert all(list(package.glob(pattern)) for pattern in STEP_MODULES)
+    paths = {path for pattern in STEP_MODULES for path in package.glob(pattern)}
+    known = {path.relative_to(package).as_posix().removesuffix(".py").replace("/", ".") for path in paths}
+    assert {name for path in paths for name in own_imports(path)} - known == NO_STEP
+
+
 def test_a_run_continued_with_other_cpu_threads_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = torch.get_num_threads()
     with pytest.raises(Killed):
@@ -543,6 +595,25 @@ def test_how_many_steps_were_left_out_is_remembered_over_a_resume(tmp_path: Path
         train(tmp_path, teacher=lambda batch: (dying(batch), bad(batch))[1], skip_nonfinite=1)
     with pytest.raises(NumericsError, match="skip_nonfinite 1 is used up"):
         train(tmp_path, teacher=spoiled_at(0), skip_nonfinite=1)
+
+
+@pytest.mark.parametrize("scores", [None, {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.2, 6: 0.2, 7: 0.3}])
+def test_a_stage_that_gets_longer_ends_in_the_bits_of_one_begun_so(
+    tmp_path: Path, scores: dict[int, float] | None
+) -> None:
+    """Where the learning rate is constant and no weight fades; killed in its last step, and evaluated there or not."""
+
+    def to_the_end(folder: Path, steps: int, call: int = -1) -> Weights:
+        distiller = distiller_of(Objective((MASKED_LABELS, Term("word_logits", "kl_divergence"))))
+        settings = settings_of(max_steps=steps, lr_scheduler_type="constant", warmup_ratio=0.0)
+        evaluate = None if scores is None else lambda: scores[trainer.progress.step]
+        trainer = trainer_of(folder, settings, evaluate=evaluate)
+        trainer.run(distiller, teacher_that(die, call), Rows(), Collate(0))
+        return weights_of(distiller)
+
+    with pytest.raises(Killed):
+        to_the_end(tmp_path / "longer", 5, call=9)
+    assert_identical(to_the_end(tmp_path / "longer", 7), to_the_end(tmp_path / "whole", 7))
 
 
 # Selection
