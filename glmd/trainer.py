@@ -94,7 +94,10 @@ class Trainer:
         Raises NumericsError when losses or gradients of more than `skip_nonfinite` steps are not finite, Interrupted
         after a signal.
         """
-        settings, accelerator = self.settings, self.accelerator
+        settings, accelerator, lengths = self.settings, self.accelerator, None
+        if settings.train_sampling_strategy != "random":
+            assert not isinstance(dataset, BlockDataset), "refused by config"
+            lengths = dataset.lengths
         plan = StepPlan(
             len(dataset),
             settings.per_device_train_batch_size,
@@ -102,6 +105,8 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
             self.seed,
+            settings.train_sampling_strategy,
+            lengths,
         )
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)

@@ -60,6 +60,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.rows])
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         ids, labels = self.corruption(self.rows[key[1]], key)
         return {"input_ids": ids, "word_labels": labels, "labels": key[1] % C, "example_id": key[1]}
@@ -289,6 +293,17 @@ def test_bfloat16_autocast_trains_float32_weights_to_nearly_the_same_loss(tmp_pa
 )
 def test_a_stage_lasts_for_its_steps_or_enough_of_them_for_its_epochs(changes: dict[str, Any], steps: int) -> None:
     assert settings_of(**changes).steps(18, world_size=2) == steps
+
+
+def test_rebalanced_batches_train_as_random_ones_do_and_grouped_ones_see_other_steps(tmp_path: Path) -> None:
+    """Without dropout: which micro-batch an example is in decides what is dropped."""
+    weights = {}
+    for strategy in ("random", "batch_rebalance", "group_by_length"):
+        changes = {"train_sampling_strategy": strategy, "adam_epsilon": 1e-3, "per_device_train_batch_size": 1}
+        weights[strategy] = train(tmp_path / strategy, distiller=distiller_of(dropout=0.0), **changes)
+    torch.testing.assert_close(weights["batch_rebalance"], weights["random"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(weights["group_by_length"], weights["random"], rtol=1e-5, atol=1e-6)
 
 
 # Interruption and resume
