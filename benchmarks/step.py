@@ -286,7 +286,7 @@ def make_variants(
                 live = OnlineTeacher(_compiled(model), None, vocabulary)
                 mine.bert = torch.compile(mine.bert, dynamic=True)
             if "checkpointing" in name:
-                mine.gradient_checkpointing_enable({"use_reentrant": False})
+                distiller.recompute_activations()
             return make(live, distiller, given, watch, teacher_tensors=list(model.parameters()))
         cached = CachedTeacher(_cache(texts, model, collate, folder / name).open(), model, vocabulary)
         return make(cached, distiller, given, watch, teacher_tensors=[cached.weight, cached.bias])

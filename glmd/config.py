@@ -29,6 +29,7 @@ NOT_SWEPT = (
     "save_total_limit",
     "per_device_eval_batch_size",
     "skip_nonfinite",
+    "gradient_checkpointing",
     "max_length",
     "mlm_probability",
     "num_maskings",
@@ -53,6 +54,7 @@ class StageConfig:
     # Texts of like length together, for fewer pads: batch_rebalance shares each step's out to its micro-batches and
     # processes by length and trains on the same; group_by_length also chooses each step's of like length.
     train_sampling_strategy: Literal["random", "batch_rebalance", "group_by_length"] = "random"
+    gradient_checkpointing: bool = False  # run each layer again in the backward: less memory, more time, the same bits
     learning_rate: float = 2e-5
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.1

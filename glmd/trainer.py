@@ -111,6 +111,8 @@ class Trainer:
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
         distiller.to(accelerator.device)
+        if settings.gradient_checkpointing:
+            distiller.recompute_activations()
         optimizer = make_optimizer(distiller, settings)
         checkpoint = load_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:

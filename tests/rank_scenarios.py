@@ -124,6 +124,7 @@ SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]
     "whole": ("whole", None, {"adam_epsilon": 1e-3}),
     "elastic": ("elastic", kill_rank_1, {"adam_epsilon": 1e-3}),
     "elastic, resumed": ("elastic", None, vars(settings_of(adam_epsilon=1e-3).spread(2, 1))),
+    "run again": ("run again", None, {"gradient_checkpointing": True}),
     "raised": ("raised", raise_on_rank_1, {}),
     "nan": ("nan", nan_on_rank_1, {}),
     "nan, tolerated": ("tolerated", nan_on_rank_1, {"skip_nonfinite": 1}),

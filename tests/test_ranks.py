@@ -67,6 +67,12 @@ def test_a_rank_that_is_killed_takes_the_other_down_and_a_resume_ends_in_the_sam
         assert_equal(ours, weights(root, "undisturbed")[0])
 
 
+def test_layers_run_again_in_the_backward_change_no_bit_on_two_ranks(root: Path) -> None:
+    assert ends(root, "run again")[0] == [0, 0]
+    for ours in weights(root, "run again"):
+        assert_equal(ours, weights(root, "undisturbed")[0])
+
+
 def test_what_two_ranks_began_one_process_ends_with_the_same_batches_and_dropout(root: Path) -> None:
     assert ends(root, "elastic")[0][1] == -9
     codes, said = ends(root, "elastic, resumed")
