@@ -61,6 +61,7 @@ class Shape:
     length: int = 128
     pad: float = 0.3  # share of padding
     keep_ratio: float = 1.0  # of words, in the student
+    accumulation: int = 1  # micro-batches of a step, of `batch` texts each; ours alone
 
     def model(self, layers: int, words: int) -> BertForMaskedLM:
         torch.manual_seed(layers)
@@ -88,7 +89,8 @@ class Texts:
         lengths = np.linspace(1 - 2 * shape.pad, 1, shape.batch) * shape.length
         rng = np.random.default_rng(0)
         self.rows = [
-            rng.integers(1, shape.words, max(1, int(lengths[i % shape.batch]))) for i in range(count * shape.batch)
+            rng.integers(1, shape.words, max(1, int(lengths[i % shape.batch])))
+            for i in range(count * shape.accumulation * shape.batch)
         ]
         self.max_length, self.num_tokens = shape.length, sum(map(len, self.rows))
 
@@ -147,15 +149,15 @@ def mib(*tensors: Tensor) -> float:
 def naive(teacher: nn.Module, student: nn.Module, batches: Iterator[Batch], watch: Watch) -> Variant:
     """The loop that one writes by hand."""
     student.train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    optimizer, words = torch.optim.AdamW(student.parameters(), lr=1e-5), student.config.vocab_size
 
     def step() -> None:
         batch = next(batches)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with watch.piece("teacher"), torch.no_grad():
-            theirs = teacher(**inputs).logits
+            theirs = teacher(**inputs).logits[..., :words]
         with watch.piece("student forward"):
-            ours = student(**inputs).logits
+            ours = student(**inputs | {"input_ids": inputs["input_ids"].clamp(max=words - 1)}).logits
         with watch.piece("loss"):
             log_q, p = log_softmax(ours / TEMPERATURE, dim=-1), softmax(theirs / TEMPERATURE, dim=-1)
             of_tokens = kl_div(log_q, p, reduction="none").sum(-1) * TEMPERATURE**2
@@ -231,6 +233,7 @@ def ours(
     teacher_tensors: list[Tensor],
     settings: StageConfig,
     folder: Path,
+    accumulation: int,
 ) -> Variant:
     """The trainer's own step, between the places where a run prepares and logs."""
     AcceleratorState._reset_state(True)  # one process has one precision otherwise
@@ -247,7 +250,8 @@ def ours(
 
     def step() -> None:
         with patch.object(glmd.distiller, "linear_distillation_loss", loss):
-            trainer._step(model, optimizer, asked, [next(batches)], next(done), settings.max_steps)
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            trainer._step(model, optimizer, asked, micro_batches, next(done), settings.max_steps)
         times = watch.steps[-1]
         times["student forward"] -= times["loss"]
 
@@ -279,7 +283,9 @@ def make_variants(
         precision = "bf16" if "bf16" in name else "no"
         model = half if precision == "bf16" else teacher
         distiller = Distiller(OBJECTIVE, vocabulary.token_map, language_model=mine)
-        make = partial(ours, mixed_precision=precision, settings=settings, folder=folder)
+        make = partial(
+            ours, mixed_precision=precision, settings=settings, folder=folder, accumulation=shape.accumulation
+        )
         if "cache" not in name:
             live: Teacher = OnlineTeacher(model, None, vocabulary)
             if "compiled" in name:
@@ -318,12 +324,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--pad", type=float, default=0.3, help="share of padding, below 0.5")
-    parser.add_argument("--keep-ratio", type=float, default=1.0, help="share of words in the student; ours alone")
+    parser.add_argument("--keep-ratio", type=float, default=1.0, help="share of words in the student")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--variants", default=";".join(VARIANTS), help=f"of {'; '.join((*VARIANTS, *FURTHER))}")
     parser.add_argument("--cpu-time", action="store_true", help="the process's time, where the machine is busy")
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.variants.split(";")]
+    if arguments.keep_ratio < 1 and "TextBrewer" in names:
+        parser.error("--keep-ratio: TextBrewer has no smaller vocabulary; leave it out of --variants")
     sizes = [int(x) for x in arguments.shape.split(",")]
     shape = Shape(*sizes, arguments.batch, arguments.length, arguments.pad, arguments.keep_ratio)
     with tempfile.TemporaryDirectory() as folder:
