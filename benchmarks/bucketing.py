@@ -97,7 +97,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     pads = {order: 1 - _mean_mask(batches) for order, batches in orders.items()}
     # The longest and the shortest come together, so that each round has the same work.
     rounds = {
-        order: [batches[:1], *([batches[i], batches[-1 - i]] for i in range(len(batches) // 2))]
+        order: [batches[:1], *([batches[i], batches[-1 - i]] for i in range((len(batches) + 1) // 2))]
         for order, batches in orders.items()
     }
     _report(name, "scoring", rounds, pads, score)

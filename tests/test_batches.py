@@ -118,6 +118,14 @@ def test_rebalanced_batches_train_on_what_random_ones_do_in_each_step(num_exampl
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fewer_processes_take_the_same_micro_batches_by_accumulation(strategy: str) -> None:
+    """What `elastic` stands on: which texts share a micro-batch, and its number, which seeds dropout."""
+    alone = list(plan_of(21, 2, 4, strategy=strategy).micro_batches(0, 9))
+    ranks = [plan_of(21, 2, 2, 2, rank, strategy).micro_batches(0, 9) for rank in range(2)]
+    assert [keys for pair in zip(*ranks, strict=True) for keys in pair] == alone
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_example_comes_once_in_every_epoch(layout: tuple[int, int, int], strategy: str) -> None:
     stream = sum(step_sets(layout, 21, 21, strategy), Counter())  # 21 steps of 8 are 8 epochs of 21
