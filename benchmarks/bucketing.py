@@ -9,7 +9,7 @@ the share of pads, and the time of a forward, in the rows' order and longest fir
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from glmd.config import StageConfig, StudentConfig, TeacherConfig
 from glmd.data.batches import Batch, Collate, StepPlan, TaskDataset, evaluation_batches
 from glmd.data.tasks import load_task, read_split
 from glmd.distiller import Distiller
+from glmd.heads import run_backbone
 from glmd.loading import load_language_model, load_source_tokenizer
 from glmd.objective import load_method
 from glmd.student import build_student
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cpu-time", action="store_true", help="the process's time, where the machine is busy")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; batch {arguments.batch}, ", end="")
     print(f"accumulation {arguments.accumulation}; time of {arguments.steps} steps\n")
@@ -75,7 +77,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     @torch.no_grad()
     def score(batches: list[Batch]) -> None:
         for batch in batches:
-            model(**model_inputs(batch))
+            run_backbone(model, model_inputs(batch))
 
     steps: dict[str, list[list[Batch]]] = {}
     pads: dict[str, float] = {}
@@ -87,7 +89,8 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
         chosen = np.linspace(0, len(keys) // arguments.accumulation - 1, arguments.steps + 1).astype(int)
         micro = arguments.accumulation
         steps[strategy] = [[collate([data[k] for k in keys[i * micro + j]]) for j in range(micro)] for i in chosen]
-    _report(name, "training", steps, pads, train)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    _report(name, "training", steps, pads, train, clock)
 
     size, wanted = 64, arguments.steps * 64
     part = TaskDataset(examples[:wanted], tokenizer, max_length=task.max_length)
@@ -100,7 +103,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
         order: [batches[:1], *([batches[i], batches[-1 - i]] for i in range((len(batches) + 1) // 2))]
         for order, batches in orders.items()
     }
-    _report(name, "scoring", rounds, pads, score)
+    _report(name, "scoring", rounds, pads, score, clock)
 
 
 def _mean_mask(batches: list[Batch]) -> float:
@@ -108,14 +111,21 @@ def _mean_mask(batches: list[Batch]) -> float:
     return tokens / sum(batch["attention_mask"].numel() for batch in batches)
 
 
-def _report(task: str, kind: str, rounds: dict[str, list[Any]], pads: dict[str, float], run: Any) -> None:
+def _report(
+    task: str,
+    kind: str,
+    rounds: dict[str, list[Any]],
+    pads: dict[str, float],
+    run: Callable[[Any], None],
+    clock: Callable[[], float],
+) -> None:
     """Run all kinds in turn, one round of each; the first round warms up and is not counted."""
     seconds = dict.fromkeys(rounds, 0.0)
     for number in range(min(map(len, rounds.values()))):
         for name, batches in rounds.items():
-            start = time.perf_counter()
+            start = clock()
             run(batches[number])
-            seconds[name] += (time.perf_counter() - start) * (number > 0)
+            seconds[name] += (clock() - start) * (number > 0)
     first = next(iter(seconds.values()))
     for name, took in seconds.items():
         print(f"| {task}, {kind} | {name} | {100 * pads[name]:.0f} % | {took:.1f} | {first / took:.2f} |")
