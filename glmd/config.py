@@ -29,6 +29,7 @@ NOT_SWEPT = (
     "save_total_limit",
     "per_device_eval_batch_size",
     "skip_nonfinite",
+    "gradient_checkpointing",
     "max_length",
     "mlm_probability",
     "num_maskings",
@@ -50,6 +51,10 @@ class StageConfig:
     num_train_epochs: float | None = None
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
+    # Texts of like length together, for fewer pads: batch_rebalance shares each step's out to its micro-batches and
+    # processes by length and trains on the same; group_by_length also chooses each step's of like length.
+    train_sampling_strategy: Literal["random", "batch_rebalance", "group_by_length"] = "random"
+    gradient_checkpointing: bool = False  # run each layer again in the backward: less memory, more time, the same bits
     learning_rate: float = 2e-5
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.1
@@ -109,6 +114,11 @@ class StageConfig:
     def spread(self, begun_with: int, processes: int) -> "StageConfig":
         """The same micro-batches in the same global batches for another number of processes, by accumulation."""
         total = self.gradient_accumulation_steps * begun_with
+        _require(
+            total > 1 or self.train_sampling_strategy != "batch_rebalance",
+            "train_sampling_strategy batch_rebalance has no effect: a step is one micro-batch of one process; give "
+            "group_by_length, or more gradient_accumulation_steps",
+        )
         _require(
             total % processes == 0,
             f"elastic: the {total} micro-batches of a step cannot be shared by {processes} processes; "
@@ -348,6 +358,10 @@ class RunConfig:
             ("pretraining", self.pretraining),
             ("teacher.pretraining", self.teacher.pretraining),
         ):
+            _require(
+                corpus_stage is None or corpus_stage.train_sampling_strategy == "random",
+                f"{name}.train_sampling_strategy has no effect: the blocks of a corpus are of one length; remove it",
+            )
             for key in ("max_steps", "max_length"):
                 # Epochs would have to wait for the corpus to be counted; a plan is wanted before.
                 given = corpus_stage is None or getattr(corpus_stage, key) is not None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.heads import LinearMap, run_backbone, run_head, run_task_head, share_backbone
+from glmd.heads import LinearMap, backbone, run_backbone, run_head, run_task_head, share_backbone
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
@@ -54,10 +54,23 @@ class Distiller(nn.Module):
             if model is not None and (name == "language_model" or model is not self.language_model)
         }
 
-    def forward(self, batch: Mapping[str, Tensor], teacher: TeacherOutputs) -> Tensor:
-        """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order."""
+    @property
+    def student(self) -> nn.Module:
+        """The model whose backbone runs; another one shares it."""
         student = self.classifier if self.classifier is not None else self.language_model
         assert student is not None, "an objective has at least one term"
+        return student
+
+    def recompute_activations(self) -> None:
+        """In training, keep each layer's input alone, and run the layer again in the backward."""
+        body: Any = backbone(self.student)
+        # transformers 5.23 has another name for it and warns of the first one.
+        enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def forward(self, batch: Mapping[str, Tensor], teacher: TeacherOutputs) -> Tensor:
+        """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order."""
+        student = self.student
         inputs = model_inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
         outputs = run_backbone(student, inputs)
         sums: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ MobileBERT's map is two weights that its head joins and multiplies by itself: th
     loss = run_head(model, outputs, final_linear=lambda hidden, linear: loss_of(hidden, linear.weight, linear.bias))
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,10 @@ def is_causal(config: Any) -> bool:
 
 def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """The backbone's outputs. A decoder keeps no keys and values: nothing is generated."""
-    return backbone(model)(**inputs, **({"use_cache": False} if is_causal(model.config) else {}))
+    body = backbone(model)
+    # BERT can be a decoder too, and would say so when its layers are run again in the backward.
+    may_keep = is_causal(model.config) or "use_cache" in inspect.signature(body.forward).parameters
+    return body(**inputs, **({"use_cache": False} if may_keep else {}))
 
 
 def final_linear(model: nn.Module) -> LinearMap:

@@ -451,6 +451,7 @@ def _with_parameters(plan: Plan) -> Plan:
     student_config = student_model_config(cut_config, student, count, chosen)
     _check_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
     small = _on_meta("student", student_config)
+    _check_checkpointing(plan, teacher, small)
     if chosen is not None:
         weight_origins(small, _on_meta("teacher", cut_config), chosen)
     parameters = {
@@ -458,6 +459,23 @@ def _with_parameters(plan: Plan) -> Plan:
         for name, model in (("teacher", teacher), ("student", small))
     }
     return replace(plan, student_config=student_config, parameters=parameters)
+
+
+def _check_checkpointing(plan: Plan, teacher: Any, student: Any) -> None:
+    """Refuse `gradient_checkpointing` for an architecture whose layers cannot be run again."""
+    config = plan.config
+    stages = {"pretraining": config.pretraining}
+    if config.teacher.pretraining is not None:
+        stages["teacher.pretraining"] = config.teacher.pretraining
+    for task in plan.tasks:
+        stages |= {f"{name} of {task}": stage for name, stage in _task_stages(config, plan.method, task).items()}
+    for name, stage in stages.items():
+        model = teacher if "teacher" in name else student
+        if stage.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"gradient_checkpointing of {name} has no effect: {type(model).__name__} cannot run its layers again; "
+                "remove it"
+            )
 
 
 def _check_vocabulary_effects(plan: Plan, teacher: Any) -> None:

@@ -30,13 +30,14 @@ from glmd.loading import model_fingerprint
 logger = logging.getLogger(__name__)
 
 # Keys that say how a run is watched and kept, not what it computes: and how much is tolerated, which a run that stopped
-# at a bad example is continued with.
+# at a bad example is continued with, or what memory is saved, with which one continues that had not enough.
 WATCHING_KEYS = (
     "*.logging_steps",
     "*.save_steps",
     "*.save_total_limit",
     "*.per_device_eval_batch_size",
     "*.skip_nonfinite",
+    "*.gradient_checkpointing",
 )
 # Keys that add to a run, or change where and with how many workers it runs. A task cannot be added: the vocabulary
 # counts its text. Whether a stage learns from a cache is in its own record; where that lies makes no difference.

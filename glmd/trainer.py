@@ -116,7 +116,10 @@ class Trainer:
         Raises NumericsError when losses or gradients of more than `skip_nonfinite` steps are not finite, Interrupted
         after a signal.
         """
-        settings, accelerator = self.settings, self.accelerator
+        settings, accelerator, lengths = self.settings, self.accelerator, None
+        if settings.train_sampling_strategy != "random":
+            assert not isinstance(dataset, BlockDataset), "refused by config"
+            lengths = dataset.lengths
         plan = StepPlan(
             len(dataset),
             settings.per_device_train_batch_size,
@@ -124,6 +127,8 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
             self.seed,
+            settings.train_sampling_strategy,
+            lengths,
         )
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
@@ -187,6 +192,8 @@ class Trainer:
         Sharded, it is another than the given one, which stays whole, on the CPU, for evaluation and export.
         """
         accelerator = self.accelerator
+        if self.settings.gradient_checkpointing:
+            distiller.recompute_activations()
         if not is_sharded(accelerator):
             optimizer = make_optimizer(distiller.to(accelerator.device), self.settings)
             model, prepared = accelerator.prepare(distiller, optimizer)

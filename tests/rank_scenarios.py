@@ -238,7 +238,7 @@ def twins(
 
 LIMIT = 180  # seconds, of one scenario
 RANKS = {"elastic, resumed": range(1), "then one process": range(1)}  # of others: two
-SHARDED = {"fsdp2", "fsdp2, killed", "fsdp2, resumed", "ddp, then fsdp2", "fsdp2, nan tolerated"}
+SHARDED = {"fsdp2", "fsdp2, killed", "fsdp2, resumed", "ddp, then fsdp2", "fsdp2, nan tolerated", "fsdp2, run again"}
 SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]]] = {
     # name: (folder, what happens, settings)
     "undisturbed": ("undisturbed", None, {}),
@@ -262,6 +262,8 @@ SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]
     "ddp, then fsdp2": ("switched", signal_soon_to_rank_1, {"adam_epsilon": 1e-3}),
     "then one process": ("switched", None, vars(settings_of(adam_epsilon=1e-3).spread(2, 1))),
     "fsdp2, nan tolerated": ("fsdp2-tolerated", nan_on_rank_1, {"skip_nonfinite": 1, "adam_epsilon": 1e-3}),
+    "run again": ("run again", None, {"gradient_checkpointing": True}),
+    "fsdp2, run again": ("fsdp2-run-again", None, {"gradient_checkpointing": True, "adam_epsilon": 1e-3}),
     "raised": ("raised", raise_on_rank_1, {}),
     "nan": ("nan", nan_on_rank_1, {}),
     "nan, tolerated": ("tolerated", nan_on_rank_1, {"skip_nonfinite": 1, "adam_epsilon": 1e-3}),

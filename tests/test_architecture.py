@@ -131,9 +131,10 @@ def test_public_names_are_there():
 
 # --- Configurations ----------------------------------------------------------------------------------------------
 
-STAGE = """max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate
-lr_scheduler_type warmup_ratio min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm skip_nonfinite
-max_length mlm_probability num_maskings logging_steps save_steps save_total_limit per_device_eval_batch_size"""
+STAGE = """max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
+gradient_checkpointing learning_rate lr_scheduler_type warmup_ratio min_lr_ratio weight_decay adam_beta1 adam_beta2
+adam_epsilon max_grad_norm skip_nonfinite max_length mlm_probability num_maskings logging_steps save_steps
+save_total_limit per_device_eval_batch_size"""
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {

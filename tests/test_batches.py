@@ -4,7 +4,7 @@ import dataclasses
 import pickle
 import re
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,17 @@ def corruption(probability: float = 0.15, seed: int = 0) -> Corruption:
     return Corruption(probability, MASK, SPECIAL, ORDINARY, seed)
 
 
-def plan_of(num_examples: int, batch: int, accumulation: int = 1, world: int = 1, rank: int = 0) -> StepPlan:
-    return StepPlan(num_examples, batch, accumulation, rank, world, seed=3)
+STRATEGIES = ("random", "batch_rebalance", "group_by_length")
+
+
+def plan_of(
+    num_examples: int, batch: int, accumulation: int = 1, world: int = 1, rank: int = 0, strategy: str = "random"
+) -> StepPlan:
+    return StepPlan(num_examples, batch, accumulation, rank, world, 3, strategy, lengths_of(num_examples))
+
+
+def lengths_of(num_examples: int) -> np.ndarray:
+    return np.random.default_rng(5).integers(5, 100, num_examples)
 
 
 # Order
@@ -78,12 +87,12 @@ def test_the_order_is_a_permutation_given_by_seed_and_epoch() -> None:
 LAYOUTS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]  # batch, accumulation, ranks
 
 
-def step_sets(layout: tuple[int, int, int], num_examples: int, steps: int) -> list[Counter]:
+def step_sets(layout: tuple[int, int, int], num_examples: int, steps: int, strategy: str = "random") -> list[Counter]:
     """What all ranks and micro-batches of each step see together."""
     batch, accumulation, world = layout
     seen = [Counter() for _ in range(steps)]
     for rank in range(world):
-        plan = plan_of(num_examples, batch, accumulation, world, rank)
+        plan = plan_of(num_examples, batch, accumulation, world, rank, strategy)
         for i, keys in enumerate(plan.micro_batches(0, steps)):
             assert len(keys) == batch
             seen[i // accumulation].update(keys)
@@ -91,25 +100,72 @@ def step_sets(layout: tuple[int, int, int], num_examples: int, steps: int) -> li
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_every_layout_of_a_global_batch_sees_the_same_examples_in_each_step(num_examples: int, steps: int) -> None:
-    expected = step_sets(LAYOUTS[0], num_examples, steps)
+@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from(STRATEGIES))
+def test_every_layout_of_a_global_batch_sees_the_same_examples_in_each_step(
+    num_examples: int, steps: int, strategy: str
+) -> None:
+    expected = step_sets(LAYOUTS[0], num_examples, steps, strategy)
     for layout in LAYOUTS[1:]:
-        assert step_sets(layout, num_examples, steps) == expected
+        assert step_sets(layout, num_examples, steps, strategy) == expected
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_rebalanced_batches_train_on_what_random_ones_do_in_each_step(num_examples: int, steps: int) -> None:
+    for layout in LAYOUTS:
+        rebalanced = step_sets(layout, num_examples, steps, "batch_rebalance")
+        assert rebalanced == step_sets(layout, num_examples, steps)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fewer_processes_take_the_same_micro_batches_by_accumulation(strategy: str) -> None:
+    """What `elastic` stands on: which texts share a micro-batch, and its number, which seeds dropout."""
+    alone = list(plan_of(21, 2, 4, strategy=strategy).micro_batches(0, 9))
+    ranks = [plan_of(21, 2, 2, 2, rank, strategy).micro_batches(0, 9) for rank in range(2)]
+    assert [keys for pair in zip(*ranks, strict=True) for keys in pair] == alone
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_example_comes_once_in_every_epoch(layout: tuple[int, int, int]) -> None:
-    stream = sum(step_sets(layout, 21, 21), Counter())  # 21 steps of 8 are 8 epochs of 21
+def test_every_example_comes_once_in_every_epoch(layout: tuple[int, int, int], strategy: str) -> None:
+    stream = sum(step_sets(layout, 21, 21, strategy), Counter())  # 21 steps of 8 are 8 epochs of 21
     assert stream == Counter((epoch, i) for epoch in range(8) for i in range(21))
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 15), st.integers(0, 5))
-def test_a_plan_that_starts_late_is_the_tail_of_one_that_starts_at_zero(num_examples: int, start: int, n: int) -> None:
-    plan = plan_of(num_examples, 2, 3, 2, 1)
+@given(st.integers(1, 40), st.integers(0, 15), st.integers(0, 5), st.sampled_from(STRATEGIES))
+def test_a_plan_that_starts_late_is_the_tail_of_one_that_starts_at_zero(
+    num_examples: int, start: int, n: int, strategy: str
+) -> None:
+    plan = plan_of(num_examples, 2, 3, 2, 1, strategy)
     whole = list(plan.micro_batches(0, start + n))
     assert list(plan.micro_batches(start, start + n)) == whole[start * 3 :]
+
+
+def pads(plan: StepPlan, steps: int) -> int:
+    """How many pads the micro-batches of so many steps have."""
+    assert plan.lengths is not None
+    batches = [plan.lengths[[i for _, i in keys]] for keys in plan.micro_batches(0, steps)]
+    return sum(int((max(each) - each).sum()) for each in batches)
+
+
+def test_texts_of_like_length_together_leave_few_pads() -> None:
+    found = {strategy: pads(plan_of(400, 4, 4, strategy=strategy), 100) for strategy in STRATEGIES}  # four epochs
+    assert found["batch_rebalance"] < 0.5 * found["random"]
+    assert found["group_by_length"] < 0.25 * found["random"]
+    alone = {strategy: pads(plan_of(400, 16, strategy=strategy), 100) for strategy in STRATEGIES}
+    assert alone["batch_rebalance"] == alone["random"], "one micro-batch is not shared out"
+    assert alone["group_by_length"] < 0.4 * alone["random"]
+
+
+def test_steps_of_like_length_come_in_another_order_in_every_epoch_not_from_long_to_short() -> None:
+    plan = plan_of(400, 16, strategy="group_by_length")
+    longest = [int(lengths_of(400)[[i for _, i in keys]].max()) for keys in plan.micro_batches(0, 50)]
+    epochs = [longest[:25], longest[25:]]
+    assert epochs[0] != epochs[1]
+    for each in epochs:
+        rises = sum(a < b for a, b in pairwise(each))
+        assert 6 < rises < 18, "of 24"
 
 
 # Corruption
@@ -449,6 +505,24 @@ def test_evaluation_sees_each_example_once_over_all_ranks(blocks: BlockDataset, 
             first = blocks[0, int(batch["example_id"][0])]["input_ids"]
             assert batch["input_ids"][0, : len(first)].tolist() == first.tolist(), "the corruption of epoch 0"
     assert sorted(seen) == list(range(len(blocks)))
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (3, 2)])
+def test_evaluation_of_a_task_takes_texts_of_like_length_together(tokenizer: Any, batch_size: int, world: int) -> None:
+    rng, words = np.random.default_rng(0), [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) == 4]
+    examples = [TaskExample(i, ((" ".join(rng.choice(words, int(rng.integers(1, 12)))), None),), 0) for i in range(20)]
+    data, seen, padded = TaskDataset(examples, tokenizer, max_length=16), [], 0
+    for rank in range(world):
+        for batch in evaluation_batches(data, Collate(0), batch_size=batch_size, rank=rank, world_size=world):
+            seen += batch["example_id"].tolist()
+            for i, mask in zip(batch["example_id"].tolist(), batch["attention_mask"], strict=True):
+                assert mask.sum() == data.lengths[i]
+            padded += int((1 - batch["attention_mask"]).sum())
+    assert sorted(seen) == list(range(20))
+    in_order = sum(
+        int((max(part) - part).sum()) for part in np.split(data.lengths, range(batch_size, len(data), batch_size))
+    )
+    assert padded < 0.5 * in_order
 
 
 def test_a_store_is_read_by_place_not_copied_into_workers(blocks: BlockDataset) -> None:

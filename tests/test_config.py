@@ -146,6 +146,11 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("tasks: [RTE]\ntask_labels: {num_train_epochs: null}", "task_labels needs max_steps or num_train_epochs"),
         ("task_teacher: {mlm_probability: 0.15}", "task_teacher.mlm_probability has no effect"),
         ("task_teacher: {num_maskings: 2}", "task_teacher.num_maskings has no effect"),
+        (
+            "pretraining: {train_sampling_strategy: group_by_length}",
+            "pretraining.train_sampling_strategy has no effect: the blocks of a corpus are of one length",
+        ),
+        ("task_words: {train_sampling_strategy: sorted}", "must be one of random, batch_rebalance, group_by_length"),
         ("pretraining: {num_maskings: 0}", "pretraining.num_maskings must be at least 1, got 0"),
         ("tasks: {RTE: {learning_rate: fast}}", "tasks.RTE.learning_rate must be a number, got 'fast'"),
         ("tasks: {RTE: {train: 3}}", "tasks.RTE.train must be text, got 3"),
@@ -318,3 +323,12 @@ def test_differences_name_every_leaf_old_and_new():
     ]
     assert differences(old, new, ignore=("a", "b")) == ["tasks.RTE: {} -> None"]
     assert differences({"ab": 1}, {"ab": 2}, ignore=("a", "*.b")) == ["ab: 1 -> 2"]
+
+
+def test_one_micro_batch_cannot_be_rebalanced_and_several_can():
+    alone = StageConfig(max_steps=1, train_sampling_strategy="batch_rebalance")
+    message = refusal(alone.spread, 1, 1)
+    assert message.startswith("train_sampling_strategy batch_rebalance has no effect: a step is one micro-batch")
+    assert alone.spread(2, 2).gradient_accumulation_steps == 1
+    assert alone.spread(2, 1).gradient_accumulation_steps == 2
+    assert replace(alone, train_sampling_strategy="group_by_length").spread(1, 1)

@@ -73,3 +73,18 @@ def test_a_tasks_corruption_is_for_its_passes_and_not_for_its_teacher(tiny, tmp_
     stages = {name: plan.config.stage(name, "RTE") for name in ("task_teacher", "task_words")}
     assert (stages["task_words"].mlm_probability, stages["task_words"].num_maskings) == (0.3, 2)
     assert not stages["task_teacher"].mlm_probability and stages["task_teacher"].num_maskings is None
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("pretraining.gradient_checkpointing=true", "gradient_checkpointing of pretraining has no effect"),
+        ("tasks.RTE.gradient_checkpointing=true", "gradient_checkpointing of task_teacher of RTE has no effect"),
+    ],
+)
+def test_an_architecture_whose_layers_cannot_be_run_again_is_refused(tiny, tmp_path, monkeypatch, override, named):
+    config = tiny.config(tmp_path / "run", override)
+    make_plan(config)
+    monkeypatch.setattr("transformers.BertForMaskedLM.supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=f"{named}: BertForMaskedLM cannot run its layers again; remove it"):
+        make_plan(config)

@@ -88,6 +88,17 @@ def test_ranks_with_loader_workers_that_are_killed_in_an_evaluation_resume_to_th
     assert not torch.equal(*(next(iter(weights(root, name)[0].values())) for name in ("scored", "undisturbed")))
 
 
+def test_layers_run_again_in_the_backward_change_no_bit_on_two_ranks(root: Path) -> None:
+    for name, folder, twin in (
+        ("run again", "run again", "undisturbed"),
+        ("fsdp2, run again", "fsdp2-run-again", "fsdp2"),
+    ):
+        codes, said = ends(root, name)
+        assert codes == [0, 0], said
+        for ours in weights(root, folder):
+            assert_equal(ours, weights(root, twin)[0])
+
+
 def test_what_two_ranks_began_one_process_ends_with_the_same_batches_and_dropout(root: Path) -> None:
     assert ends(root, "elastic")[0][1] == -9
     codes, said = ends(root, "elastic, resumed")

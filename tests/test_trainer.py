@@ -63,6 +63,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.rows])
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         ids, labels = self.corruption(self.rows[key[1]], key)
         return {"input_ids": ids, "word_labels": labels, "labels": key[1] % C, "example_id": key[1]}
@@ -293,6 +297,59 @@ def test_bfloat16_autocast_trains_float32_weights_to_nearly_the_same_loss(tmp_pa
 )
 def test_a_stage_lasts_for_its_steps_or_enough_of_them_for_its_epochs(changes: dict[str, Any], steps: int) -> None:
     assert settings_of(**changes).steps(18, world_size=2) == steps
+
+
+def test_rebalanced_batches_train_as_random_ones_do_and_grouped_ones_see_other_steps(tmp_path: Path) -> None:
+    """Without dropout: which micro-batch an example is in decides what is dropped."""
+    weights = {}
+    for strategy in ("random", "batch_rebalance", "group_by_length"):
+        changes = {"train_sampling_strategy": strategy, "adam_epsilon": 1e-3, "per_device_train_batch_size": 1}
+        weights[strategy] = train(tmp_path / strategy, distiller=distiller_of(dropout=0.0), **changes)
+    torch.testing.assert_close(weights["batch_rebalance"], weights["random"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(weights["group_by_length"], weights["random"], rtol=1e-5, atol=1e-6)
+
+
+# Layers that are run again in the backward
+
+
+def saved_for_backward(distiller: Distiller) -> int:
+    """Bytes that the forward keeps, parameters included."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = Collate(0)([Rows()[0, i] for i in range(len(Rows()))])
+    outputs = teacher_of()(batch)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sums = distiller(batch, outputs)
+    assert bool(torch.isfinite(sums).all())
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_layers_run_again_in_the_backward_end_in_the_same_bits_of_less_memory(tmp_path: Path, precision: str) -> None:
+    weights, saved = [], []
+    for checkpointing in (False, True):
+        AcceleratorState._reset_state(True)
+        distiller, folder = distiller_of(), tmp_path / str(checkpointing)
+        trainer = trainer_of(folder, settings_of(gradient_checkpointing=checkpointing), mixed_precision=precision)
+        trainer.run(distiller, teacher_of(), Rows(), Collate(0))
+        weights.append(weights_of(distiller))
+        saved.append(saved_for_backward(distiller))
+    assert_identical(*weights)
+    assert saved[1] < 0.7 * saved[0]
+
+
+def test_a_run_that_was_short_of_memory_goes_on_with_layers_run_again_to_the_same_bits(
+    tmp_path: Path, uninterrupted: tuple[Weights, list[dict[str, Any]]]
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, teacher=teacher_that(die, 5))
+    assert_identical(train(tmp_path, gradient_checkpointing=True), uninterrupted[0])
+    assert log_rows(tmp_path) == uninterrupted[1]
 
 
 # Interruption and resume

@@ -10,6 +10,7 @@ cached teacher all see the same batches.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from glmd.data.corpus import TokenStore
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.errors import DataError
 
+WINDOW = 50  # global batches that are sorted by length together, as in transformers
 CHUNK = 1000  # texts that are tokenized at once: their ids are Python numbers for a moment, ten times the size
 Key = tuple[int, int]  # (epoch, example id)
 Batch = dict[str, Tensor]
@@ -43,6 +45,24 @@ def random_generator(*counters: int) -> np.random.Generator:
 def example_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The order of the examples in an epoch: a permutation given by (seed, epoch)."""
     return random_generator(0, seed, epoch).permutation(num_examples)
+
+
+def order_by_length(
+    order: np.ndarray, lengths: np.ndarray, *, batch_size: int, start: int, window: int, generator: np.random.Generator
+) -> np.ndarray:
+    """An epoch's order, sorted so that batches hold examples of like length.
+
+    order: (n,) example ids. lengths: of all examples. start: where the epoch's first whole batch begins. window: so
+    many batches are sorted together, longest first, and come in a drawn order; 1 leaves each batch its examples. The
+    examples before the first and behind the last whole batch, which share theirs with another epoch, stay.
+    """
+    whole = max(0, len(order) - start) // batch_size * batch_size
+    result = order.copy()
+    for first in range(start, start + whole, window * batch_size):
+        part = order[first : min(first + window * batch_size, start + whole)]
+        batches = part[np.argsort(-lengths[part], kind="stable")].reshape(-1, batch_size)
+        result[first : first + len(part)] = generator.permutation(batches).ravel()
+    return result
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,11 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(examples,) tokens of each one's longest row."""
+        return np.maximum.reduceat([len(row["input_ids"]) for row in self.rows], self.first_row[:-1])
+
     def __getitem__(self, key: Key) -> dict[str, Any]:
         example = self.examples[key[1]]
         rows = self.rows[self.first_row[key[1]] : self.first_row[key[1] + 1]]
@@ -274,6 +299,8 @@ class StepPlan:
 
     One step takes world_size * accumulation * batch_size consecutive examples of the stream, so that the global
     batch is the same set for every layout with the same product.
+
+    lengths: of all examples, for a strategy that looks at them (`train_sampling_strategy`).
     """
 
     num_examples: int
@@ -282,6 +309,8 @@ class StepPlan:
     rank: int
     world_size: int
     seed: int
+    strategy: str = "random"
+    lengths: np.ndarray | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -297,9 +326,21 @@ class StepPlan:
                 for position in range(first, first + self.batch_size):
                     if position // self.num_examples != epoch:
                         epoch = position // self.num_examples
-                        order = example_order(self.num_examples, seed=self.seed, epoch=epoch)
+                        order = self._order(epoch)
                     keys.append((epoch, int(order[position % self.num_examples])))
                 yield keys
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch: a function of its number, the seed and the global batch, as all of the stream is."""
+        order = example_order(self.num_examples, seed=self.seed, epoch=epoch)
+        if self.strategy == "random":
+            return order
+        assert self.lengths is not None, "only a task's examples differ in length"
+        size = self.global_batch_size
+        # At least four windows an epoch, else one would run through the lengths.
+        window = 1 if self.strategy == "batch_rebalance" else min(WINDOW, max(1, self.num_examples // (4 * size)))
+        start, generator = -epoch * self.num_examples % size, random_generator(2, self.seed, epoch)
+        return order_by_length(order, self.lengths, batch_size=size, start=start, window=window, generator=generator)
 
 
 def step_batches(
@@ -336,7 +377,13 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """This rank's share of the dataset once, in order, each example on exactly one rank; uncorrupted order, epoch 0."""
-    mine = range(rank, len(dataset), world_size)
+    """This rank's share of the dataset once, each example on exactly one rank, as in epoch 0.
+
+    Examples of a task come longest first, so that the rows of a batch have few pads. `example_id` says which are which.
+    """
+    order = np.arange(len(dataset))
+    if isinstance(dataset, TaskDataset):
+        order = np.argsort(-dataset.lengths, kind="stable")
+    mine = order[rank::world_size]
     for first in range(0, len(mine), batch_size):
-        yield collate([dataset[0, i] for i in mine[first : first + batch_size]])
+        yield collate([dataset[0, int(i)] for i in mine[first : first + batch_size]])

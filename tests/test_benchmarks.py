@@ -1,0 +1,38 @@
+"""The benchmarks of a step run, at sizes of seconds; their figures are in docs/performance.md."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.slow
+
+
+def output_of(name: str, *options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_way_to_take_a_step_is_timed_in_all_its_pieces() -> None:
+    names = ("naive fp32", "TextBrewer", "ours fp32", "ours fp32, cache", "ours bf16", "ours bf16, cache")
+    names += ("ours bf16, checkpointing",)
+    options = ("--shape", "2,1,64,500", "--batch", "2", "--length", "16", "--rounds", "1")
+    said = output_of("step.py", *options, "--variants", ";".join(names))
+    for name in names:
+        whole, pieces = (line.split("|")[2:-1] for line in said.splitlines() if line.startswith(f"| {name} |"))
+        assert float(whole[0]) > 0 and len(pieces) == 7
+        assert (float(pieces[0]) == 0) == ("cache" in name or name == "TextBrewer"), "who asks the teacher"
+    assert re.search(r"about 22 tokens", said)
+
+
+def test_a_tasks_batches_are_timed_by_strategy(tiny) -> None:
+    options = ("--data", str(tiny.superglue), "--tasks", "RTE", "--batch", "2", "--steps", "2")
+    said = output_of("bucketing.py", str(tiny.teacher), *options)
+    pads = {kind: int(share) for kind, share in re.findall(r"\| RTE, \w+ \| ([\w' ]+) \| (\d+) % ", said)}
+    assert pads["group_by_length"] < pads["random"] == pads["batch_rebalance"]
+    assert pads["longest first"] <= pads["rows' order"]
