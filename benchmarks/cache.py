@@ -1,32 +1,48 @@
-"""A training step with the live teacher against one that reads the teacher's hidden states, in one process.
+"""A training step with the live teacher against those that read what it said, in one process.
 
     python benchmarks/cache.py MODEL --corpus TEXT --layers 3 --batch 16 --length 128 --rounds 7
+    python benchmarks/cache.py MODEL --corpus TEXT --stage task_labels
 
-The two steps alternate on the same batches, so that a busy machine slows both alike; read the ratios. A step is the
-teacher, student, loss, backward, clipping and AdamW. R is the live teacher's time over that of the rest of a step: no
-cache can do better than R + 1. Reads come from the page cache, as they do where the memory holds a masking of the
-corpus. The gradient's error is that of all student parameters together.
+The steps alternate on the same batches, so that a busy machine slows all alike; read the ratios. A step is the teacher,
+student, loss, backward, clipping and AdamW. The floor is the step of a teacher whose answer is there already: live over
+floor is R + 1, and no cache can do better. Reads come from the page cache, as they do where the memory holds a masking
+of the corpus. The gradient's error is that of all student parameters together, without dropout.
+
+stage task_words, task_labels: pairs of sentences cut from the corpus and a task head that was not trained, which costs
+what a trained one does.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from glmd.cache import CachedTeacher, TeacherCache
+from glmd.cache import TeacherCache
+from glmd.cached_teacher import CachedTeacher
 from glmd.config import StageConfig, StudentConfig, TeacherConfig
-from glmd.data.batches import BlockDataset, Collate, StepPlan, corruption_for, step_batches
+from glmd.data.batches import (
+    BlockDataset,
+    Collate,
+    StepPlan,
+    TaskDataset,
+    block_texts,
+    corruption_for,
+    step_batches,
+)
 from glmd.data.corpus import build_token_store
+from glmd.data.tasks import TaskExample, load_task
 from glmd.distiller import Distiller
 from glmd.heads import final_linear
-from glmd.loading import load_language_model, load_source_tokenizer
+from glmd.loading import load_classifier, load_language_model, load_source_tokenizer
 from glmd.objective import load_method
 from glmd.student import build_student
-from glmd.teacher import OnlineTeacher
+from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.trainer import Teacher, make_optimizer
 from glmd.vocabulary import build_vocabulary
 
@@ -45,7 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a masked or causal LM: folder or hub id")
     parser.add_argument("--corpus", nargs="+", required=True)
+    parser.add_argument("--stage", default="pretraining", choices=("pretraining", "task_words", "task_labels"))
     parser.add_argument("--layers", type=int, default=3, help="of the student")
+    parser.add_argument(
+        "--near",
+        type=float,
+        help="a student that is its teacher but for noise of this share: gradients "
+        "are small there, and errors weigh most",
+    )
     parser.add_argument("--keep-ratio", type=float, default=0.5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
@@ -57,8 +80,17 @@ def main() -> None:
         compare(arguments, Path(folder))
 
 
+def pairs(blocks: BlockDataset, tokenizer: Any, length: int) -> TaskDataset:
+    """Two texts of a block's length together, cut from the blocks' words."""
+    words, half = " ".join(block_texts(blocks, tokenizer)).split(), length // 3
+    starts = range(0, len(words) - 2 * half, 2 * half)
+    texts = [(" ".join(words[i : i + half]), " ".join(words[i + half : i + 2 * half])) for i in starts]
+    examples = [TaskExample(i, (pair,), 0) for i, pair in enumerate(texts)]
+    return TaskDataset(examples, tokenizer, max_length=length)
+
+
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    """Make a cache, take the steps, print the table."""
+    """Make the caches, take the steps, print the table."""
     tokenizer = load_source_tokenizer(arguments.model, words=False)
     store = build_token_store(folder / "corpus", arguments.corpus, tokenizer)
     source = load_language_model(TeacherConfig(arguments.model))
@@ -70,35 +102,60 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         blocks=range(arguments.texts),
         corruption=corruption_for(tokenizer, probability, 0, 1),
     )
+    is_task, is_words = arguments.stage != "pretraining", arguments.stage != "task_labels"
+    data = pairs(blocks, tokenizer, arguments.length) if is_task else blocks
     embeddings = source.get_input_embeddings().weight.detach()
     vocabulary = build_vocabulary(
         tokenizer, embeddings, store.counts(len(tokenizer)), keep_ratio=arguments.keep_ratio, mapping="inner_product"
     )
-    student = build_student(source, vocabulary, StudentConfig(num_hidden_layers=arguments.layers), seed=0)
-    teacher = load_language_model(TeacherConfig(arguments.model, dtype=arguments.dtype))
-    width, collate = final_linear(teacher).weight.shape[1], Collate(tokenizer.pad_token_id or 0)
-    cache = TeacherCache(
-        folder / "cache", ((blocks, 1),), width=width, dtype=arguments.dtype, made_from={"model": arguments.model}
-    )
-    missing, began = cache.missing(), time.perf_counter()
-    cache.begin()
-    for number in missing:
-        cache.write_shard(number, teacher, collate, batch_size=arguments.batch)
-    cache.finish()
-    making = time.perf_counter() - began
+    shape = StudentConfig(num_hidden_layers=None if arguments.near else arguments.layers)
+    student = build_student(source, vocabulary, shape, seed=0)
+    if arguments.near:
+        torch.manual_seed(0)
+        for parameter in student.parameters():
+            parameter.data += arguments.near * parameter.data.std() * torch.randn_like(parameter)
+    student.save_pretrained(folder / "student")
+    models: dict[str, Any] = {"language_model": None, "classifier": None}
+    students: dict[str, Any] = {"language_model": student}
+    if is_words:
+        models["language_model"] = load_language_model(TeacherConfig(arguments.model, dtype=arguments.dtype))
+    if is_task:
+        options = {"new_head": True, "dtype": getattr(torch, arguments.dtype)}
+        models["classifier"] = load_classifier(arguments.model, load_task("RTE"), **options)
+    if not is_words:
+        students = {"classifier": load_classifier(str(folder / "student"), load_task("RTE"), new_head=True)}
+    live = OnlineTeacher(**models, vocabulary=vocabulary)
+    collate = Collate(tokenizer.pad_token_id or 0)
+    width = final_linear(models["language_model"]).weight.shape[1] if is_words else None
 
-    distiller = Distiller(load_method("glmd")["pretraining"], vocabulary.token_map, language_model=student)
+    def kept(bits: int) -> TeacherCache:
+        return TeacherCache(
+            folder / f"cache-{bits}",
+            ((data, 1),),
+            width=width,
+            num_classes=None if is_words else 2,
+            bits=bits,
+            dtype=arguments.dtype,
+            made_from={"model": arguments.model},
+        )
+
+    caches = {"16 bits": kept(16), "8 bits": kept(8)} if is_words else {"task logits": kept(16)}
+    teachers: dict[str, Teacher] = {"live": live}
+    making = {name: make(cache, live, collate, arguments.batch) for name, cache in caches.items()}
+    for name, cache in caches.items():
+        teachers[name] = CachedTeacher(cache.open(), models["language_model"], vocabulary)
+
+    distiller = Distiller(load_method("glmd")[arguments.stage], vocabulary.token_map, **students)
     optimizer = make_optimizer(distiller, StageConfig(max_steps=1, learning_rate=1e-5))
-    teachers: dict[str, Teacher] = {
-        "live": OnlineTeacher(teacher, None, vocabulary),
-        "cached": CachedTeacher(cache.open(), teacher, vocabulary),
+    plan = StepPlan(len(data), arguments.batch, 1, 0, 1, seed=0)
+    batches = [batch for (batch,) in step_batches(data, plan, collate, start_step=0, stop_step=arguments.rounds + 1)]
+    exact = gradient(distiller, live, batches[0])
+    errors = {
+        name: ((gradient(distiller, each, batches[0]) - exact).norm() / exact.norm()).item()
+        for name, each in teachers.items()
     }
-    plan = StepPlan(len(blocks), arguments.batch, 1, 0, 1, seed=0)
-    batches = [batch for (batch,) in step_batches(blocks, plan, collate, start_step=0, stop_step=arguments.rounds + 1)]
-    exact, ours = (gradient(distiller, each, batches[0]) for each in teachers.values())
-    error = ((ours - exact).norm() / exact.norm()).item()
 
-    def step(asked: Teacher, batch: dict[str, Any], took: list[tuple[float, float]]) -> None:
+    def step(asked: Teacher, batch: dict[str, Any]) -> tuple[float, float]:
         start = time.perf_counter()
         outputs = asked(batch)
         middle = time.perf_counter()
@@ -106,28 +163,60 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        took.append((middle - start, time.perf_counter() - start))
+        return 1000 * (middle - start), 1000 * (time.perf_counter() - start)
 
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in teachers}
-    for batch in batches:  # the first round warms up and is not counted
-        for name, asked in teachers.items():
-            step(asked, batch, times[name])
-    ms = {name: [1000 * median(each[i] for each in took[1:]) for i in range(2)] for name, took in times.items()}
-    rest = median(1000 * (whole - asked) for each in times.values() for asked, whole in each[1:])
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in [*teachers, "floor"]}
+    for number, batch in enumerate(batches):  # the first round warms up and is not counted
+        there = replace(live(batch))
+        asked: dict[str, Callable[[Any], TeacherOutputs]] = {**teachers, "floor": lambda _, said=there: said}
+        # Each round begins with another one, so that none always follows the same.
+        names = [*asked][number % len(asked) :] + [*asked][: number % len(asked)]
+        for name in names:
+            times[name].append(step(asked[name], batch))
     tokens = int(median(int(batch["attention_mask"].sum()) for batch in batches))
-    on_disk = sum(path.stat().st_size for path in (folder / "cache").iterdir())
-    ratio = median(live[1] / cached[1] for live, cached in zip(times["live"][1:], times["cached"][1:], strict=True))
-    bound = 1 + ms["live"][0] / rest
 
-    print(f"{arguments.model}: H {width}, {arguments.dtype}; ", end="")
-    print(f"student of {arguments.layers} layers, {vocabulary.size} words")
+    def ratio(name: str, other: str) -> float:
+        return median(ours[1] / theirs[1] for ours, theirs in zip(times[name][1:], times[other][1:], strict=True))
+
+    weights = {id(p): p for model in models.values() if model is not None for p in model.parameters()}
+    memory = {"live": sum(p.numel() * p.element_size() for p in weights.values())}
+    head = teachers["live"](batches[0]).head_weight
+    for name, each in teachers.items():
+        if isinstance(each, CachedTeacher):
+            index = each.outputs.names.nbytes + each.outputs.order.nbytes
+            memory[name] = index + (head.numel() * head.element_size() if head is not None else 0)
+    bound = ratio("live", "floor")
+    print(f"{arguments.model}: {arguments.stage}, H {width or '-'}, {arguments.dtype}; ", end="")
+    print(f"student of {student.config.num_hidden_layers} layers, {vocabulary.size} words")
     print(f"{tokens} tokens a step; median of {arguments.rounds} rounds; torch {torch.__version__}, ", end="")
-    print(f"{torch.get_num_threads()} threads\n\n| teacher | teacher ms | step ms | tokens/s |\n|---|---|---|---|")
-    for name, (teacher_ms, step_ms) in ms.items():
-        print(f"| {name} | {teacher_ms:.1f} | {step_ms:.0f} | {1000 * tokens / step_ms:.0f} |")
-    print(f"\nstep {ratio:.2f} times faster; R + 1 = {bound:.2f}, of which {ratio / bound:.0%}")
-    print(f"gradient error {error:.1e}; {on_disk / cache.num_tokens:.0f} bytes a token on disk")
-    print(f"made in {making:.1f} s, {cache.num_tokens / making:.0f} tokens/s")
+    print(f"{torch.get_num_threads()} threads; R + 1 = {bound:.2f}\n")
+    print("| teacher | asked ms | step ms | times faster | of R + 1 | gradient error | MB in memory | bytes a token |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, took in times.items():
+        asked_ms, step_ms = (median(each[i] for each in took[1:]) for i in range(2))
+        faster = ratio("live", name)
+        line = f"| {name} | {asked_ms:.1f} | {step_ms:.0f} | {faster:.2f} | {faster / bound:.0%} |"
+        on_disk = sum(path.stat().st_size for path in caches[name].folder.iterdir()) if name in caches else 0
+        line += f" {errors[name]:.1e} |" if name in errors else " |"
+        line += f" {memory[name] / 1e6:.1f} |" if name in memory else " |"
+        print(line + (f" {on_disk / caches[name].num_tokens:.2f} |" if name in caches else " |"))
+    for name, (seconds, compared) in making.items():
+        cache = caches[name]
+        print(f"\n{name}: made in {seconds:.1f} s, {cache.num_tokens / seconds:.0f} tokens/s; ", end="")
+        print(f"{cache.num_bytes / 1e6:.1f} MB compared with their sums in {1000 * compared:.0f} ms", end="")
+    print()
+
+
+def make(cache: TeacherCache, teacher: Teacher, collate: Collate, batch_size: int) -> tuple[float, float]:
+    """Seconds to make a cache, and to compare it."""
+    missing, began = cache.missing(), time.perf_counter()
+    cache.begin()
+    for number in missing:
+        cache.write_shard(number, teacher, collate, batch_size=batch_size)
+    cache.finish()
+    made = time.perf_counter()
+    assert not cache.missing()
+    return made - began, time.perf_counter() - made
 
 
 if __name__ == "__main__":

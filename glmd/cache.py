@@ -1,92 +1,115 @@
-"""A teacher's last hidden states on disk: a further epoch, or a further student, asks the teacher nothing.
+"""A teacher's answers on disk: a further epoch, or a further student, asks the teacher nothing.
 
     cache = TeacherCache(folder, ((blocks, 4), (held_out_blocks, 1)), width=768, dtype="float32", made_from=...)
     missing = cache.missing()
     cache.begin()
     for number in missing:
-        cache.write_shard(number, language_model, collate, batch_size=64)
+        cache.write_shard(number, teacher, collate, batch_size=64)      # of an OnlineTeacher
     cache.finish()
     teacher = CachedTeacher(cache.open(), language_model, vocabulary)    # batch -> TeacherOutputs, as the live one
 
-Stored is what the final linear map sees: any temperature, vocabulary and student can be served from it. A text's rows
-are found by its ids, never by a position or a number, so that no order of the data, split of a batch or resumption can
-give a token the teacher of another: a text that is not there is an error.
+Stored is what the final linear map sees: any temperature, vocabulary and student can be served from it. Of tasks also
+the task logits, as they are. How an example is found again is told in `cached_teacher.py`.
 
-folder: manifest.json, and shard-00000.safetensors with `hidden_states` (N, H), `offsets` (R + 1,), `digests` (R, 16).
+folder: manifest.json, and shard-00000.safetensors with `digests` (R, 16), `hidden_states` (N, H), `offsets` (R + 1,),
+in 8 bits `scales` (N, G), of tasks `task_logits` and `logit_offsets` (R + 1,).
 """
 
 import bisect
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from glmd.cached_teacher import DIGEST, GROUP, CachedOutputs, digests, example_spans, packed, unpacked
 from glmd.checkpoint import file_sha256, sync_to_disk, write_atomically, write_problem
 from glmd.config import differences
-from glmd.data.batches import BlockDataset, Collate
-from glmd.errors import DataError, DiskError, ModelError, NumericsError, RunError
-from glmd.heads import hidden_before_final_linear, run_backbone
-from glmd.teacher import TeacherOutputs, model_inputs, sliced_head
-from glmd.vocabulary import Vocabulary
+from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset
+from glmd.errors import DiskError, ModelError, NumericsError, RunError
+from glmd.teacher import TeacherOutputs
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+TASKS = "tasks"  # the folder, in that of the corpus, of the caches of tasks
+LESS = "give another disk, fewer num_maskings, teacher.cache_bits=8, fewer teacher.cached_stages, or no teacher.cache"
 SHARD_BYTES = 256 << 20  # a shard is held in memory twice while it is written
+NARROW = 1024  # an H by which shards without hidden states are cut: what a kill loses is the teacher's time
+READERS = 8  # threads that compare shards: one core takes a sha256 of less than a disk gives
 # bfloat16 has 8 bits and the range of float32: kept as it is. float16 rounds float32 to 11 bits, eight times finer.
 STORED = {"float32": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# float16 rounds by 2**-11 at most; more is overflow, or values so small that its steps are coarse.
-ROUNDING = 1e-3
-DIGEST = 16  # bytes
+# float16 rounds by 2**-11 at most; more is overflow, or values so small that its steps are coarse. In 8 bits half a
+# step of 64 numbers is at most 8/254 of their length.
+ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 1e-3, torch.int8: 3.2e-2}
 
 
 class TeacherCache:
     """What a cache holds and how it is made, shard by shard; which process does what is the caller's matter.
 
-    parts: data sets, and how many of their maskings are kept. width: H. dtype: the teacher's.
-    made_from: everything that the hidden states depend on; a cache of something else is refused by these names.
+    parts: data sets, and how many of their maskings are kept. width: H, None where no hidden states are kept.
+    num_classes: C of task logits, 0 where each choice has one; None where no task logits are kept. dtype: the
+    teacher's. bits: of a number of a hidden state. made_from: everything that the answers depend on; a cache of
+    something else is refused by these names.
     """
 
     def __init__(
         self,
         folder: Path,
-        parts: Sequence[tuple[BlockDataset, int]],
+        parts: Sequence[tuple[BlockDataset | TaskDataset, int]],
         *,
-        width: int,
+        width: int | None,
         dtype: str,
         made_from: Mapping[str, Any],
+        num_classes: int | None = None,
+        bits: int = 16,
     ) -> None:
-        self.folder, self.parts, self.width, self.dtype = folder, parts, width, dtype
-        self.made_from = json.loads(json.dumps({**made_from, "dtype": dtype, "hidden_size": width}))
+        self.folder, self.parts, self.width, self.num_classes = folder, parts, width, num_classes
+        self.stored = torch.int8 if bits == 8 else STORED[dtype]
+        kept = {"hidden_size": width, "bits": bits if width else None, "num_classes": num_classes}
+        self.made_from = json.loads(json.dumps({**made_from, "dtype": dtype, "kept": kept}))
         self.ends = list(accumulate(len(data) * maskings for data, maskings in parts))
         self.num_tokens = sum(data.num_tokens * maskings for data, maskings in parts)
+        self.num_logits = sum(_num_logits(data, num_classes) * maskings for data, maskings in parts)
         # The longest text of all, so that no shard outgrows its bound.
-        self.rows_per_shard = max(1, SHARD_BYTES // (max(data.max_length for data, _ in parts) * width * 2))
+        longest = max((data.longest for data, _ in parts), default=1)
+        self.rows_per_shard = max(1, SHARD_BYTES // (longest * (width or NARROW) * 2))
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's hidden state on disk."""
+        if self.width is None:
+            return 0
+        return self.width + -(-self.width // GROUP) * 4 if self.stored == torch.int8 else self.width * 2
 
     @property
     def num_bytes(self) -> int:
         """On disk, but for some hundred bytes a shard."""
-        return self.num_tokens * self.width * 2 + self.ends[-1] * (DIGEST + 8)
+        offsets = 8 * ((self.width is not None) + (self.num_classes is not None))
+        return self.num_tokens * self.token_bytes + self.num_logits * 4 + self.ends[-1] * (DIGEST + offsets)
 
     @property
     def num_shards(self) -> int:
         return -(-self.ends[-1] // self.rows_per_shard)
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What the disk has still to take, by the sizes of the files that are there."""
+        there = sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
+        return max(0, self.num_bytes - there)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,28 +127,30 @@ class TeacherCache:
     def missing(self, *, whole: bool = True) -> list[int]:
         """The shards that are not there, or not as they were written; none when the cache is complete.
 
-        whole: compare every byte, by sha256, and say what the disk will hold; else the files' sizes. Raises RunError
-        for a cache of something else, naming what differs, and for a disk without room for the rest.
+        whole: compare every byte, by sha256, and say what the disk will hold; else the files' sizes. A complete cache
+        is only read: its disk may be one that cannot be written. Raises RunError for a cache of something else,
+        naming what differs, and for a disk that cannot take the rest.
         """
-        self._require_folder()
         manifest = self._manifest()
         if manifest is not None:
             changed = differences(manifest["made_from"], self.made_from)
             if changed:
-                found = re.sub(r"'([0-9a-f]{8})[0-9a-f]{56}'", r"\1...", "; ".join(changed))
-                remedy = "name another folder, change them back, or delete it"
-                raise RunError(f"teacher.cache {self.folder} was made from something else ({found}); {remedy}")
+                raise RunError(stale(self.folder, changed))
             self.rows_per_shard = manifest["rows_per_shard"]
-        records = (manifest or {}).get("shards")
-        wanted = []
-        for number in range(self.num_shards):
-            record = _read_json(self._record(number)) if records is None else records.get(_shard_name(number))
-            problem = _shard_problem(self.folder / _shard_name(number), record, whole=whole)
-            if problem is not None:
-                wanted.append(number)
-                if record is not None:
-                    logger.warning("teacher.cache %s: %s; it is made again", self.folder, problem)
+        known = (manifest or {}).get("shards")
+
+        def problem(number: int) -> tuple[str | None, bool]:
+            record = _read_json(self._record(number)) if known is None else known.get(_shard_name(number))
+            return _shard_problem(self.folder / _shard_name(number), record, whole=whole), record is not None
+
+        with ThreadPoolExecutor(READERS) as readers:
+            problems = list(readers.map(problem, range(self.num_shards)))
+        wanted = [number for number, (found, _) in enumerate(problems) if found is not None]
+        for found, was_finished in problems:
+            if found is not None and was_finished:
+                logger.warning("teacher.cache %s: %s; it is made again", self.folder, found)
         if wanted:
+            self._require_folder()
             self._require_room(len(wanted), say=whole)
         return wanted
 
@@ -137,27 +162,91 @@ class TeacherCache:
                 write_atomically(self.folder / f"{name}.json", json.dumps(record))
         self._write_manifest({})
 
-    def write_shard(self, number: int, language_model: nn.Module, collate: Collate, *, batch_size: int) -> None:
-        """Ask the teacher for the texts of one shard. It is on disk whole, or not at all.
+    def write_shard(
+        self, number: int, teacher: Callable[[Batch], TeacherOutputs], collate: Collate, *, batch_size: int
+    ) -> None:
+        """Ask the teacher for the examples of one shard. It is on disk whole, or not at all.
 
         Raises ModelError where 16 bits cannot hold the hidden states, RunError where the disk refuses.
         """
         first = number * self.rows_per_shard
         rows = range(first, min(first + self.rows_per_shard, self.ends[-1]))
-        hidden: list[Tensor] = []
-        digests: list[bytes] = []
-        lengths: list[int] = []
+        names: list[bytes] = []
+        said: dict[str, list[Tensor]] = {}
+        counts: dict[str, list[int]] = {}
         for start in range(0, len(rows), batch_size):
             batch = collate([self._example(row) for row in rows[start : start + batch_size]])
-            digests += _digests(batch)
-            lengths += batch["attention_mask"].sum(1).tolist()
-            hidden.append(self._stored(_last_hidden(language_model, batch)))
-        offsets = torch.tensor([0, *accumulate(lengths)])
-        tensors = {
-            "hidden_states": torch.cat(hidden),
-            "offsets": offsets,
-            "digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, DIGEST),
-        }
+            names += digests(batch)
+            parts, numbers = self._kept(teacher(batch), batch)
+            for name, part in parts.items():
+                said.setdefault(name, []).append(part.cpu())
+            for name, each in numbers.items():
+                counts.setdefault(name, []).extend(each)
+        tensors = {name: torch.cat(each) for name, each in said.items()}
+        tensors |= {name: torch.tensor([0, *accumulate(each)]) for name, each in counts.items()}
+        tensors["digests"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8).view(-1, DIGEST)
+        self._write_file(number, tensors)
+
+    def finish(self) -> None:
+        """Gather the records of all shards into the manifest, which makes the cache complete."""
+        sync_to_disk(self.folder)
+        records = {_shard_name(number): _read_json(self._record(number)) for number in range(self.num_shards)}
+        assert all(records.values()), "every shard was written"
+        self._write_manifest({"shards": records})
+        for path in [*self.folder.glob("shard-*.json"), *self.folder.glob("*.tmp")]:
+            path.unlink()
+
+    def open(self) -> CachedOutputs:
+        """The complete cache, to read from."""
+        return CachedOutputs([self.folder / _shard_name(number) for number in range(self.num_shards)])
+
+    def _example(self, row: int) -> dict[str, Any]:
+        """An example as a batch of an epoch would have it; masking after masking of one data set after the other."""
+        part = bisect.bisect_right(self.ends, row)
+        data, _ = self.parts[part]
+        masking, example = divmod(row - (self.ends[part - 1] if part else 0), len(data))
+        found = data[masking, example]
+        found.pop("word_labels", None)  # which clean texts have not that share a batch with corrupted ones
+        return found
+
+    def _kept(self, outputs: TeacherOutputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """Of a batch's answers what is kept, and how many tokens or logits each example has of it."""
+        parts: dict[str, Tensor] = {}
+        counts: dict[str, list[int]] = {}
+        if self.width is not None:
+            assert outputs.hidden_states is not None, "the teacher has an LM head"
+            parts |= self._stored(outputs.hidden_states)
+            lengths = batch["attention_mask"].sum(1).tolist()
+            counts["offsets"] = [sum(lengths[first:stop]) for first, stop in example_spans(batch)]
+        if self.num_classes is not None:
+            assert outputs.task_logits is not None, "the teacher has a task head"
+            logits = outputs.task_logits.float().cpu()
+            numbers = batch.get("num_choices", torch.full((len(logits),), logits.shape[1]))
+            exists = torch.arange(logits.shape[1]) < numbers[:, None]
+            parts["task_logits"], counts["logit_offsets"] = logits[exists], numbers.tolist()
+            if not torch.isfinite(parts["task_logits"]).all():
+                raise NumericsError("teacher.cache: the teacher's task logits are not finite; check the teacher")
+        return parts, counts
+
+    def _stored(self, hidden: Tensor) -> dict[str, Tensor]:
+        """(N, H) as they are kept, proved to lose no more than rounding."""
+        kept = packed(hidden, self.stored)
+        exact = hidden.float()
+        # Of each token, so that one of large values hides nobody's loss.
+        lengths = exact.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        error = ((unpacked(kept, torch.float32) - exact).norm(dim=-1) / lengths).max()
+        if error > ROUNDING[self.stored] or torch.isnan(error):
+            if not torch.isfinite(exact).all():
+                raise NumericsError("teacher.cache: the teacher's hidden states are not finite; check the teacher")
+            largest = exact.abs().max().item()
+            found = f"the teacher's hidden states reach {largest:.3g} and lose {error.item():.1e} of their length"
+            raise ModelError(
+                f"teacher.cache: {found} in float16, which ends at 65504; give teacher.dtype=bfloat16, whose "
+                "hidden states are kept as they are, or remove teacher.cache"
+            )
+        return kept
+
+    def _write_file(self, number: int, tensors: dict[str, Tensor]) -> None:
         path = self.folder / _shard_name(number)
         temporary = path.with_name(path.name + ".tmp")
         try:
@@ -171,76 +260,29 @@ class TeacherCache:
             raise DiskError(f"{path}: {reason}; make room, and the same command completes the cache") from error
         write_atomically(self._record(number), json.dumps(record))
 
-    def finish(self) -> None:
-        """Gather the records of all shards into the manifest, which makes the cache complete."""
-        sync_to_disk(self.folder)
-        records = {_shard_name(number): _read_json(self._record(number)) for number in range(self.num_shards)}
-        assert all(records.values()), "every shard was written"
-        self._write_manifest({"shards": records})
-        for path in [*self.folder.glob("shard-*.json"), *self.folder.glob("*.tmp")]:
-            path.unlink()
-
-    def open(self) -> "HiddenStates":
-        """The complete cache, to read from."""
-        return HiddenStates([self.folder / _shard_name(number) for number in range(self.num_shards)])
-
-    def _example(self, row: int) -> dict[str, Any]:
-        """A text as a batch of an epoch would have it; masking after masking of one data set after the other."""
-        part = bisect.bisect_right(self.ends, row)
-        data, _ = self.parts[part]
-        masking, example = divmod(row - (self.ends[part - 1] if part else 0), len(data))
-        return data[masking, example]
-
-    def _stored(self, hidden: Tensor) -> Tensor:
-        """(N, H) as it is kept, proved to lose no more than rounding."""
-        kept = hidden.to(STORED[self.dtype])
-        exact = hidden.float()
-        # Of each token, so that one of large values hides nobody's loss.
-        lengths = exact.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        error = ((kept.float() - exact).norm(dim=-1) / lengths).max()
-        if error > ROUNDING or torch.isnan(error):
-            if not torch.isfinite(exact).all():
-                raise NumericsError("teacher.cache: the teacher's hidden states are not finite; check the teacher")
-            largest = exact.abs().max().item()
-            found = f"the teacher's hidden states reach {largest:.3g} and lose {error.item():.1e} of their length"
-            raise ModelError(
-                f"teacher.cache: {found} in float16, which ends at 65504; give teacher.dtype=bfloat16, whose "
-                "hidden states are kept as they are, or remove teacher.cache"
-            )
-        return kept.cpu()
-
     def _require_folder(self) -> None:
         problem = write_problem(self.folder)
         if problem is None and self.folder.is_dir() and not (self.folder / MANIFEST).exists():
-            is_empty = all(path.name == "lock" for path in self.folder.iterdir())
+            # Caches of tasks lie below that of the corpus, and may have come first.
+            is_empty = all(path.name in ("lock", TASKS) for path in self.folder.iterdir())
             problem = None if is_empty else "is not empty and holds no cache"
         if problem is not None:
             raise RunError(f"teacher.cache {self.folder} {problem}; choose another folder")
 
     def _require_room(self, missing: int, *, say: bool) -> None:
         """Refuse a disk that cannot hold what is missing, before any of it is made."""
-        needed = self.num_bytes * missing / self.num_shards
-        existing = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
-        free = shutil.disk_usage(existing).free
-        sizes = f"{_gigabytes(needed)} are needed and {_gigabytes(free)} free"
+        needed, free = self.num_bytes * missing / self.num_shards, free_bytes(self.folder)
+        sizes = f"{gigabytes(needed)} are needed and {gigabytes(free)} free"
         if say:
-            whole = f"{self.num_tokens:,} tokens of {self.width * 2} bytes, {_gigabytes(self.num_bytes)} in all"
+            items = (self.num_tokens, self.token_bytes, "tokens") if self.width else (self.num_logits, 4, "task logits")
+            whole = f"{items[0]:,} {items[2]} of {items[1]} bytes, {gigabytes(self.num_bytes)} in all"
             shards = f"{missing} of {self.num_shards} shards are missing"
             logger.info("teacher.cache %s: %s; %s, %s", self.folder, whole, shards, sizes)
         if needed > free:
-            raise RunError(
-                f"teacher.cache {self.folder}: {sizes}; give another disk, fewer pretraining.num_maskings, or no cache"
-            )
+            raise RunError(f"teacher.cache {self.folder}: {sizes}; {LESS}")
 
     def _manifest(self) -> dict[str, Any] | None:
-        """What the cache is of, or None before it was begun. Raises RunError where it cannot be told."""
-        path = self.folder / MANIFEST
-        if not path.exists():
-            return None
-        manifest = _read_json(path)
-        if manifest is None or manifest.get("version") != VERSION or not isinstance(manifest.get("made_from"), dict):
-            raise RunError(f"{path} is no manifest of version {VERSION} of a cache; delete the folder to make it anew")
-        return manifest
+        return read_manifest(self.folder)
 
     def _write_manifest(self, more: dict[str, Any]) -> None:
         manifest = {"version": VERSION, "made_from": self.made_from, "rows_per_shard": self.rows_per_shard, **more}
@@ -250,125 +292,43 @@ class TeacherCache:
         return self.folder / f"{_shard_name(number)}.json"
 
 
-class HiddenStates:
-    """The hidden states of many texts, memory-mapped, found by the texts' digests."""
-
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self.shards = shards
-        digests, offsets, first_rows, count = [], [], [0], 0
-        for path in shards:
-            header = _Header(path)
-            digests.append(header.array("digests", np.uint8).reshape(-1, DIGEST))
-            offsets.append(header.array("offsets", np.int64))
-            count += len(digests[-1])
-            first_rows.append(count)
-        self.offsets, self.first_rows = offsets, first_rows
-        names = np.ascontiguousarray(np.concatenate(digests)).view(f"S{DIGEST}").reshape(-1)
-        # Of texts that are equal the first one is taken.
-        self.order = np.argsort(names, kind="stable")
-        self.names = names[self.order]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @cached_property
-    def maps(self) -> list[np.ndarray]:
-        """(N, H) of each shard, 16 bits a number, read as they are used."""
-        return [_Header(path).map() for path in self.shards]
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        return {"F16": torch.float16, "BF16": torch.bfloat16}[_Header(self.shards[0]).fields["hidden_states"]["dtype"]]
-
-    def __getitem__(self, digest: bytes) -> np.ndarray:
-        """(S, H) bits of a text's hidden states. Raises KeyError for a text that is not there."""
-        name = np.array([digest], dtype=self.names.dtype)
-        place = int(np.searchsorted(self.names, name)[0])
-        if place == len(self.names) or self.names[place] != name[0]:
-            raise KeyError(digest)
-        row = int(self.order[place])
-        shard = bisect.bisect_right(self.first_rows, row) - 1
-        start, stop = self.offsets[shard][row - self.first_rows[shard] :][:2]
-        return self.maps[shard][start:stop]
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a cache is of, or None before it was begun. Raises RunError where it cannot be told."""
+    path = folder / MANIFEST
+    try:
+        if not path.exists():
+            return None
+    except OSError:  # no folder that can be: what writes to it says why
+        return None
+    manifest = _read_json(path)
+    if manifest is None or manifest.get("version") != VERSION or not isinstance(manifest.get("made_from"), dict):
+        raise RunError(f"{path} is no manifest of version {VERSION} of a cache; delete the folder to make it anew")
+    return manifest
 
 
-class CachedTeacher:
-    """A teacher that reads what it said: the same call as `OnlineTeacher`, without a forward.
-
-    Its hidden states come in the dtype of the language model's head, which is cut to the vocabulary once; the model
-    itself is not kept.
-    """
-
-    def __init__(
-        self,
-        hidden_states: HiddenStates,
-        language_model: nn.Module,
-        vocabulary: Vocabulary,
-        *,
-        merge_dropped: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.hidden_states = hidden_states
-        parts = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
-        self.weight, self.bias, self.merged_into = (None if part is None else part.to(device) for part in parts)
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
-        """Look up each text of `input_ids` (B, S). Raises DataError for one that the cache has not."""
-        assert self.weight is not None, "a language model has a head"
-        rows = []
-        for i, digest in enumerate(_digests(batch)):
-            try:
-                rows.append(self.hidden_states[digest])
-            except KeyError:
-                text = f"example {int(batch['example_id'][i])}"
-                raise DataError(f"teacher.cache holds no text that is {text} of this batch; delete it") from None
-        bits = np.concatenate(rows).view(np.int16)
-        hidden = torch.from_numpy(bits).view(self.hidden_states.dtype)
-        hidden = hidden.to(self.weight.device, non_blocking=True).to(self.weight.dtype)
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into)
+def stale(folder: Path, changed: Sequence[str]) -> str:
+    """The refusal of a cache by what differs."""
+    found = re.sub(r"'([0-9a-f]{8})[0-9a-f]{56}'", r"\1...", "; ".join(changed))
+    remedy = "name another folder, change them back, or delete it"
+    return f"teacher.cache {folder} was made from something else ({found}); {remedy}"
 
 
-@torch.no_grad()
-def _last_hidden(language_model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(N, H) what the final linear map sees of the batch's tokens."""
-    device = next(language_model.parameters()).device
-    inputs = {name: each.to(device) for name, each in model_inputs(batch).items()}
-    hidden = hidden_before_final_linear(language_model, run_backbone(language_model, inputs))
-    return hidden[inputs["attention_mask"].bool()]
+def free_bytes(folder: Path) -> int:
+    """What the disk of a folder, made or not, can take."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return shutil.disk_usage(existing).free
 
 
-def _digests(batch: Mapping[str, Tensor]) -> list[bytes]:
-    """The name of each text: a hash of its ids without padding, that is, of the words and of the masking."""
-    assert "token_type_ids" not in batch, "a block of the corpus is one sentence"
-    ids = batch["input_ids"].cpu().numpy().astype("<i4")
-    lengths = batch["attention_mask"].sum(1).tolist()
-    return [
-        hashlib.blake2b(row[:length].tobytes(), digest_size=DIGEST).digest()
-        for row, length in zip(ids, lengths, strict=True)
-    ]
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
-class _Header:
-    """Where the tensors of a safetensors file lie. safetensors itself keeps a file open for each one it maps."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            self.fields = json.loads(file.read(length))
-        self.start = 8 + length
-
-    def array(self, name: str, dtype: type) -> np.ndarray:
-        """A tensor, read into memory."""
-        begin, end = self.fields[name]["data_offsets"]
-        count = (end - begin) // np.dtype(dtype).itemsize
-        return np.fromfile(self.path, dtype=dtype, count=count, offset=self.start + begin)
-
-    def map(self) -> np.ndarray:
-        """(N, H) uint16, the hidden states' bits, memory-mapped."""
-        field = self.fields["hidden_states"]
-        offset = self.start + field["data_offsets"][0]
-        return np.memmap(self.path, dtype=np.uint16, mode="r", offset=offset, shape=tuple(field["shape"]))
+def _num_logits(data: BlockDataset | TaskDataset, num_classes: int | None) -> int:
+    """Of one masking; a choice has one, which is a row."""
+    if num_classes is None:
+        return 0
+    assert isinstance(data, TaskDataset), "a block of the corpus has no task"
+    return len(data) * num_classes if num_classes else len(data.rows)
 
 
 def _shard_name(number: int) -> str:
@@ -395,7 +355,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

@@ -182,9 +182,13 @@ def _check(options: argparse.Namespace) -> None:
             world = Path(temporary)
             build_world(world / "world")
             world = world / "world"
-        plan = make_plan(config, world=world)
+        plan, cache = make_plan(config, world=world), []
+        if config.teacher.cache is not None:
+            from glmd.cache_plan import describe_cache
+
+            cache = [describe_cache(plan, [str(world / "corpus.txt")] if world else config.data.corpus)]
     processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
-    print("\n".join([describe(plan, processes), *of_the_run]))
+    print("\n".join([describe(plan, processes), *cache, *of_the_run]))
 
 
 def _cache(options: argparse.Namespace) -> None:

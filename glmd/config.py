@@ -142,8 +142,11 @@ class TeacherConfig:
     revision: str | None = None  # branch, tag or commit of a hub id
     trust_remote_code: bool = False  # run Python code of the model's repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; losses are float32 anyway
-    # A folder for what the teacher says of the corpus, made once and read by every epoch and every student afterwards
+    # A folder for what the teachers say of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
+    # Stages that read from the cache; None: all that ask a teacher
+    cached_stages: list[Literal["pretraining", "task_words", "task_labels"]] | None = None
+    cache_bits: Literal[16, 8] = 16  # of each number of a hidden state; 8 are lossy, and half the disk
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
     pretraining: StageConfig | None = None  # how `scratch` is trained
@@ -159,6 +162,12 @@ class TeacherConfig:
         )
         _require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
         _require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
+        for name in ("cached_stages", "cache_bits"):
+            given = getattr(self, name) != getattr(type(self), name)
+            _require(not given or self.cache is not None, f"{name} has no effect without cache; give a folder there")
+        stages = self.cached_stages
+        _require(stages != [], "cached_stages names no stage; name one, or remove cache")
+        _require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
 
 
 @dataclass(frozen=True)

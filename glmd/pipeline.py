@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from glmd import __version__
+from glmd.cache_plan import require_own_cache
 from glmd.checkpoint import full_disk_refused, write_atomically
 from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
 from glmd.data.batches import BlockDataset
@@ -96,8 +97,10 @@ class Pipeline:
         arms = self._arms(teacher)
         # Before the long stage, so that a teacher that cannot serve or has learnt nothing is seen in time.
         tasks = [TaskStages(self.bench, task, teacher, self.rows) for task in self.plan.tasks.values()]
+        self._require_room(tasks, arms)
         for task in tasks:
             task.fine_tune_teacher()
+            self.bench.refuse_stale(task.caches(task.classifier, arms))
         for arm in arms:
             self._pretrain(arm, teacher)
         for task, arm in itertools.product(tasks, arms):
@@ -117,22 +120,46 @@ class Pipeline:
     def make_cache(self) -> None:
         """The run up to what the teacher says of the corpus."""
         teacher = self._begin()
-        cache = self.bench.cache(self.config.pretraining, self.first_seed)
-        self.bench.complete_cache(cache, lambda: load_language_model(teacher))
+        stage, seed = self.config.pretraining, self.first_seed
+        tasks = [TaskStages(self.bench, task, teacher, self.rows) for task in self.plan.tasks.values()]
+        self._require_room(tasks, None)
+        if "pretraining" in self.bench.cached_stages:
+            self.bench.complete_cache(
+                self.bench.corpus_cache(stage, seed),
+                lambda: self.bench.teacher(load_language_model(teacher), None, None),
+            )
+        if set(self.bench.cached_stages) - {"pretraining"}:
+            for task in tasks:
+                task.fine_tune_teacher()
+                task.make_caches()
 
     # Stages, in order
 
     def _begin(self) -> TeacherConfig:
         """The corpus as ids, and the teacher. Refuses what is known only now."""
+        if self._reads_corpus_cache():
+            model, revision = self.config.teacher.model, self.config.teacher.revision
+            teacher_hash = self.run_folder.fingerprint(model, revision) if model is not None else None
+            self.run_folder.on_main(lambda: require_own_cache(self.plan, teacher_hash))
         self.bench.store = self._token_store()
         if "pretraining" in self.plan.method:
             self.bench.blocks(self.config.pretraining, self.first_seed)  # refuses a corpus that is too short for it
         teacher = self._teacher()
         self.bench.teacher_hash = self.run_folder.fingerprint(str(teacher.model), teacher.revision)
-        if teacher.cache is not None and not self.run_folder.is_complete(self.folder / "pretraining"):
-            cache = self.bench.cache(self.config.pretraining, self.first_seed)
-            self.run_folder.on_main(lambda: cache.missing(whole=False))  # refuses a stale one, and a disk too small
+        if self._reads_corpus_cache():
+            self.bench.refuse_stale([self.bench.corpus_cache(self.config.pretraining, self.first_seed)])
         return teacher
+
+    def _reads_corpus_cache(self) -> bool:
+        is_complete = self.run_folder.is_complete(self.folder / "pretraining")
+        return "pretraining" in self.bench.cached_stages and not is_complete
+
+    def _require_room(self, tasks: list[TaskStages], arms: list[Arm] | None) -> None:
+        """Refuse a disk that cannot take the caches of corpus and tasks together."""
+        caches = [cache for task in tasks for cache in task.caches(None, arms)]
+        if caches and self._reads_corpus_cache():
+            caches.append(self.bench.corpus_cache(self.config.pretraining, self.first_seed))
+        self.run_folder.on_main(lambda: self.bench.require_room(caches) if caches else None)
 
     def _token_store(self) -> TokenStore | None:
         sources = [str(self.world / "corpus.txt")] if self.world else self.config.data.corpus
@@ -263,7 +290,14 @@ class Pipeline:
             return result
 
         start = asdict(self.config.student)
-        inputs = self.bench.inputs(stage if objective else None, seed, objective, start=start, arm=arm)
+        inputs = self.bench.inputs(
+            stage if objective else None,
+            seed,
+            objective,
+            start=start,
+            arm=arm,
+            kept_in=self.bench.kept_in("pretraining"),
+        )
         result = self.run_folder.stage(place, inputs, work)
         self.rows.append({"system": arm.name, "stage": "pretraining", "task": None, "seed": seed, **result})
 

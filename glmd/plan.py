@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from glmd.cache import read_manifest
 from glmd.checkpoint import write_problem
 from glmd.config import RunConfig, StageConfig, VocabularyConfig, cell_name
 from glmd.data.batches import TaskDataset
@@ -25,7 +26,7 @@ from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.heads import is_causal
 from glmd.metrics import require_metrics, score
-from glmd.objective import Objective, load_method
+from glmd.objective import WORD_SIGNALS, Objective, load_method
 from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
 from glmd.vocabulary import Vocabulary
 
@@ -90,7 +91,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         )
     if is_causal(teacher_config):
         config = _for_decoder(config, method, asked)
-    _check_cached_maskings(config)
+    _check_cached_maskings(config, method)
     verbalisers = {name: verbaliser_ids(_task(config, name), tokenizer) for name in config.tasks}
     words = [word for name in config.tasks for word in _task(config, name).verbalisers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
@@ -113,7 +114,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         corpus=corpus_fingerprint(corpus) if corpus else None,
     )
     plan = _with_parameters(plan)
-    if config.teacher.cache is not None:
+    if kept_words(cached_stages(config, method), method):
         word_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
     return plan
@@ -183,30 +184,58 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
     return config
 
 
+def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
+    """The stages that read what the teacher says from `teacher.cache`."""
+    if config.teacher.cache is None:
+        return []
+    asking = [
+        stage
+        for stage, objective in method.items()
+        if objective.uses("word_logits", "task_logits") and (stage == "pretraining" or config.tasks)
+    ]
+    return [stage for stage in asking if stage in (config.teacher.cached_stages or asking)]
+
+
 def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse a cache that no stage would read, or that has no place."""
     if config.teacher.cache is None:
         return
-    if not ("pretraining" in method and method["pretraining"].uses("word_logits")):
+    cached = cached_stages(config, method)
+    silent = [stage for stage in config.teacher.cached_stages or () if stage not in cached]
+    if silent:
         raise ConfigError(
-            f"teacher.cache has no effect: method {config.method} compares no words with the teacher's on the corpus; "
-            "remove it"
+            f"teacher.cached_stages: {silent[0]} asks the teacher nothing in method {config.method} with tasks "
+            f"{', '.join(config.tasks) or '{}'}; remove it"
         )
+    if not cached:
+        raise ConfigError(f"teacher.cache has no effect: method {config.method} asks the teacher nothing; remove it")
+    if config.teacher.cache_bits != 16 and not kept_words(cached, method):
+        raise ConfigError("teacher.cache_bits has no effect: only task logits are kept, in 32 bits; remove it")
     folder = Path(config.teacher.cache)
-    problem = write_problem(folder)
+    problem = None if read_manifest(folder) else write_problem(folder)  # a complete one is only read
     if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
         problem = f"lies in output_dir {config.output_dir}"
     if problem is not None:
         raise ConfigError(f"teacher.cache {folder} {problem}; give a folder of its own, which other runs can share")
 
 
-def _check_cached_maskings(config: RunConfig) -> None:
+def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
+    """Cached stages of which hidden states are kept; task_words compares words at least to be scored."""
+    return [stage for stage in cached if stage == "task_words" or method[stage].uses("word_logits")]
+
+
+def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
-    if config.teacher.cache is not None and config.pretraining.mlm_probability and not config.pretraining.num_maskings:
-        raise ConfigError(
-            "pretraining.num_maskings is missing; with teacher.cache the texts are masked so many times and no more, "
-            "for example 4, which pays from the fifth epoch"
-        )
+    # The inputs of task_labels are corrupted for terms that compare words, and for no others.
+    names = [name for name in cached_stages(config, method) if name == "task_words" or method[name].uses(*WORD_SIGNALS)]
+    stages = [(name, config.pretraining) for name in names if name == "pretraining"]
+    stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]
+    for name, stage in stages:
+        if stage.mlm_probability and not stage.num_maskings:
+            raise ConfigError(
+                f"{name}.num_maskings is missing; with teacher.cache the texts are masked so many times and no more, "
+                "for example 4, which pays from the fifth epoch; or leave the stage out of teacher.cached_stages"
+            )
 
 
 def word_width(plan: Plan) -> int:

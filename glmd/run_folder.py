@@ -49,6 +49,8 @@ GROWING_KEYS = (
     "dataloader_num_workers",
     "elastic",
     "teacher.cache",
+    "teacher.cached_stages",
+    "teacher.cache_bits",
 )
 # What may lie in a folder before its run has begun.
 BEFORE_THE_RUN = {"lock", "world", "config.yaml.tmp"}

@@ -7,15 +7,19 @@
 A stage that is complete is not run again; its row of the results is there all the same.
 """
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from glmd.cache import TeacherCache
+from glmd.cache_plan import task_cache_folder
 from glmd.config import Cell, StageConfig, TeacherConfig
 from glmd.errors import DataError
 from glmd.export import BY_PLAIN
@@ -25,6 +29,8 @@ from glmd.objective import WORD_SIGNALS, Objective, Term
 from glmd.places import cell_place, control_cell, words_cell
 from glmd.plan import TaskPlan
 from glmd.report import NEAREST
+from glmd.teacher import OnlineTeacher
+from glmd.trainer import Teacher
 from glmd.workbench import Arm, Workbench, control_budget
 
 logger = logging.getLogger(__name__)
@@ -46,6 +52,7 @@ class TaskStages:
         self.named = self.config.teacher.tasks.get(self.name)
         self.classifier = self.named or str(place / "model")  # the fine-tuned teacher
         self.teacher_place = place
+        self.theirs: np.ndarray | None = None
 
     def fine_tune_teacher(self) -> None:
         """The teacher as a classifier: as named, or fine-tuned here on the task's labels."""
@@ -94,24 +101,44 @@ class TaskStages:
         after_words = start
         if "task_words" in self.bench.plan.method:
             words = self.config.stage("task_words", self.name, cell)
-            place = cell_place(root, words_cell(cell), seed) / "words"
+            place = self._place("task_words", arm, seed, cell)
             after_words = place / "student"
             if place not in self.run_folder.left:
                 self._distil_words(arm, place, seed, words, words_cell(cell), start)
-        place, objective = cell_place(root, cell, seed), self.bench.plan.method["task_labels"]
-        self._distil_labels(arm, place / "labels", seed, labels, cell, objective, after_words)
+        place, objective = self._place("task_labels", arm, seed, cell), self.bench.plan.method["task_labels"]
+        self._distil_labels(arm, place, seed, labels, cell, objective, after_words)
         if self.config.controls.hard_labels and arm.name == "student":
             budget = control_budget(labels, words, len(self.task.inputs), self.bench.processes)
             place = cell_place(root, control_cell(cell), seed) / "hard_labels"
             if place not in self.run_folder.left:
                 self._distil_labels(arm, place, seed, budget, control_cell(cell), HARD_LABELS, start)
 
+    def caches(self, classifier: str | None, arms: Sequence[Arm] | None = None) -> list[TeacherCache]:
+        """What the task's stages read from `teacher.cache`, of each folder once; only those of arms still to train.
+
+        classifier: the fine-tuned teacher; None before there is one, for sizes, which do not depend on it.
+        """
+        found: dict[Path, TeacherCache] = {}
+        for name, seed in itertools.product(self.bench.cached_stages, self.config.seeds):
+            if name == "pretraining" or task_cache_folder(self.bench.plan, name, self.name, seed) in found:
+                continue
+            places = [self._place(name, arm, seed, cell) for arm in arms or () for cell in self.config.cells]
+            if arms is None or not all(map(self.run_folder.is_complete, places)):
+                cache = self.bench.task_cache(name, self.name, seed, classifier)
+                found[cache.folder] = cache
+        return list(found.values())
+
+    def make_caches(self) -> None:
+        """All of them, ahead of the stages."""
+        for cache in self.caches(self.classifier):
+            self.bench.complete_cache(cache, partial(self._live, None, words=cache.width is not None))
+
     def _distil_words(self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, start: Path) -> None:
         """First pass: word-prediction logits of the fine-tuned teacher on the task's inputs."""
         objective = self.bench.plan.method["task_words"]
 
         def work() -> dict[str, Any]:
-            live = self.bench.task_teacher(self.teacher, self.classifier, self.task, arm, words=True)
+            live = self._teacher("task_words", arm, seed, words=True)
             student = load_language_model(TeacherConfig(str(start)))
             torch.manual_seed(seed)
             head = None
@@ -147,8 +174,8 @@ class TaskStages:
             )
             return {"training": training, "words_before": before, "words": words}
 
-        result = self.run_folder.stage(place, self._inputs(arm, seed, stage, objective, start), work)
-        self._add_row(arm.name, "task_words", seed, cell, result)
+        inputs = self._inputs("task_words", arm, seed, stage, objective, start)
+        self._add_row(arm.name, "task_words", seed, cell, self.run_folder.stage(place, inputs, work))
 
     def _distil_labels(
         self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, objective: Objective, start: Path
@@ -157,16 +184,15 @@ class TaskStages:
         is_control = objective is HARD_LABELS
 
         def work() -> dict[str, Any]:
-            uses_teacher, words = objective.uses("task_logits", "word_logits"), objective.uses("word_logits")
             live = None
-            if uses_teacher:
-                live = self.bench.task_teacher(self.teacher, self.classifier, self.task, arm, words=words)
+            if objective.uses("task_logits", "word_logits"):
+                live = self._teacher("task_labels", arm, seed, words=objective.uses("word_logits"))
             torch.manual_seed(seed)
             student = load_classifier(str(start), self.task.task, new_head=True)
             language_model = None
             if objective.uses(*WORD_SIGNALS):
                 language_model = student if self.is_cloze else load_language_model(TeacherConfig(str(start)))
-            theirs = self.bench.answers(load_classifier(self.classifier, self.task.task), self.task, stage, None)
+            theirs = self._answers(stage)
 
             def agreement() -> float:
                 share: float = self.bench.score_task(student, self.task, stage, arm, theirs)["agreement"]
@@ -216,7 +242,8 @@ class TaskStages:
             )
             return result
 
-        result = self.run_folder.stage(place, self._inputs(arm, seed, stage, objective, start), work)
+        inputs = self._inputs(None if is_control else "task_labels", arm, seed, stage, objective, start)
+        result = self.run_folder.stage(place, inputs, work)
         self._add_row("hard labels" if is_control else arm.name, place.name, seed, cell, result)
 
     def _read_without_glmd(self, student: Any, stage: StageConfig, arm: Arm, theirs: np.ndarray) -> dict[str, Any]:
@@ -228,9 +255,41 @@ class TaskStages:
             return {}
         return {"ordinary": {key: value for key, value in scores.items() if key != "examples"}}
 
+    # The fine-tuned teacher, live and from disk
+
+    def _live(self, arm: Arm | None, *, words: bool) -> OnlineTeacher:
+        """The fine-tuned teacher; for words, with its LM head, as pretrained where the task has a head of its own."""
+        model = load_classifier(self.classifier, self.task.task, dtype=getattr(torch, self.teacher.dtype))
+        language_model = None
+        if words:  # in a blank the fine-tuned model has predicted words itself
+            language_model = model if self.is_cloze else load_language_model(self.teacher)
+        return self.bench.teacher(language_model, model, arm)
+
+    def _teacher(self, name: str, arm: Arm, seed: int, *, words: bool) -> Teacher:
+        """The fine-tuned teacher of a stage, from `teacher.cache` where the stage reads it."""
+        if name not in self.bench.cached_stages:
+            return self._live(arm, words=words)
+        outputs = self.bench.outputs(
+            task_cache_folder(self.bench.plan, name, self.name, seed),
+            lambda: self.bench.task_cache(name, self.name, seed, self.classifier),
+            lambda: self._live(None, words=words),
+        )
+        # The head's rows are those of the fine-tuned embeddings where they are tied.
+        language_model = self._live(arm, words=True).language_model if words else None
+        return self.bench.cached_teacher(outputs, language_model, arm)
+
+    def _answers(self, stage: StageConfig) -> np.ndarray:
+        """(examples,) what the fine-tuned teacher answers on val: the same for all seeds, cells and the control."""
+        if self.theirs is None:
+            teacher = load_classifier(self.classifier, self.task.task)
+            self.theirs = self.bench.answers(teacher, self.task, stage, None)
+        return self.theirs
+
     # What stages are compared and reported by
 
-    def _inputs(self, arm: Arm, seed: int, stage: StageConfig, objective: Objective, start: Path) -> dict[str, Any]:
+    def _inputs(
+        self, name: str | None, arm: Arm, seed: int, stage: StageConfig, objective: Objective, start: Path
+    ) -> dict[str, Any]:
         return self.bench.inputs(
             stage,
             seed,
@@ -239,12 +298,18 @@ class TaskStages:
             task=self.task,
             arm=arm,
             classifier=self.classifier,
+            kept_in=self.bench.kept_in(name) if name is not None else None,
         )
 
     def _main_metric(self, model: Any, stage: StageConfig, arm: Arm | None) -> float:
         """What selection by validation looks at: the task's first metric."""
         scores: dict[str, float] = self.bench.score_task(model, self.task, stage, arm)["metrics"]
         return scores[self.task.task.metrics[0]]
+
+    def _place(self, name: str, arm: Arm, seed: int, cell: Cell) -> Path:
+        """The folder of a stage; cells that differ in the second pass alone share the first."""
+        root = arm.folder / "tasks" / self.name
+        return cell_place(root, words_cell(cell) if name == "task_words" else cell, seed) / name.removeprefix("task_")
 
     def _chooser(
         self, *, by_labels: Callable[[], float], by_teacher: Callable[[], float] | None = None

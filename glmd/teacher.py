@@ -60,7 +60,9 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
-        """Run on source `input_ids` (B, S)."""
+        """Run on source `input_ids` (B, S), from whatever device they come."""
+        device = next(self.base.parameters()).device
+        batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
         inputs = model_inputs(batch)
         outputs = run_backbone(self.base, inputs)
         hidden = task_logits = None
@@ -81,7 +83,9 @@ def sliced_head(
     if merge_dropped and not vocabulary.is_identity:
         rows = np.concatenate([rows, vocabulary.dropped_ids])
         merged_into = torch.from_numpy(vocabulary.token_map[vocabulary.dropped_ids]).to(linear.weight.device)
-    chosen = torch.from_numpy(rows).to(linear.weight.device)
+    chosen: Tensor | slice = torch.from_numpy(rows).to(linear.weight.device)
+    if vocabulary.is_identity:
+        chosen = slice(vocabulary.size)  # no copy
     bias = linear.bias.detach()[chosen] if linear.bias is not None else None
     return linear.weight.detach()[chosen], bias, merged_into
 

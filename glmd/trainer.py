@@ -53,6 +53,7 @@ STEP_MODULES = (
     "heads.py",
     "teacher.py",
     "cache.py",
+    "cached_teacher.py",
     "objective.py",
     "schedules.py",
     "losses/*.py",
@@ -223,8 +224,9 @@ class Trainer:
         counts = reduce(counts, "sum") if world_size > 1 else counts
         sums = torch.zeros(len(objective.terms), device=accelerator.device)
         for i, batch in enumerate(micro_batches):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            # On the loader's batch: a cached teacher hashes its ids, which on the device it would have to wait for.
             teacher_outputs = teacher(batch)
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             # Dropout is a function of (seed, micro-step, rank): nothing remembers what was drawn before.
             torch.manual_seed(_mix(self.seed, (step * len(micro_batches) + i) * world_size + accelerator.process_index))
             last = i == len(micro_batches) - 1

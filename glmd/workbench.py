@@ -23,23 +23,23 @@ from tqdm import tqdm
 
 from glmd import __version__
 from glmd.bits_per_byte import score_text
-from glmd.cache import STORED, CachedTeacher, TeacherCache
+from glmd.cache import LESS, STORED, TeacherCache, free_bytes, gigabytes
+from glmd.cache_plan import cache_folder, cached_stages_of, corpus_cache, task_cache, task_dataset
+from glmd.cached_teacher import CachedOutputs, CachedTeacher
 from glmd.checkpoint import write_atomically
-from glmd.config import StageConfig, TeacherConfig
+from glmd.config import StageConfig
 from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_texts, corruption_for
-from glmd.data.blanks import block_frame, candidate_ids, verbaliser_ids
+from glmd.data.blanks import block_frame, candidate_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
-from glmd.errors import DataError, GlmdError
+from glmd.errors import DataError, GlmdError, RunError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
-from glmd.heads import is_causal
-from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
 from glmd.places import require_shareable
-from glmd.plan import Plan, TaskPlan, split_parameters, word_width
+from glmd.plan import Plan, TaskPlan, kept_words, split_parameters
 from glmd.run_folder import RunFolder, begun_with
 from glmd.runlog import RunLog
 from glmd.sharding import is_sharded
@@ -74,6 +74,7 @@ class Workbench:
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
+        self.opened: dict[Path, CachedOutputs] = {}
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
         self.is_sharded = is_sharded(accelerator)
         self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
@@ -122,15 +123,9 @@ class Workbench:
         corruption: Corruption | None,
         tokenizer: Any = None,
     ) -> TaskDataset:
-        return TaskDataset(
-            examples,
-            tokenizer or self.tokenizer,
-            max_length=length,
-            corruption=corruption,
-            verbalisers=task.verbalisers if tokenizer is None else verbaliser_ids(task.task, tokenizer),
-            mean_over_tokens=task.task.mean_over_tokens,
-            is_causal=is_causal(self.plan.teacher_config),
-        )
+        data = task_dataset(self.plan, task.task.name, examples, length, tokenizer)
+        data.corruption = corruption
+        return data
 
     def warn_of_equal_candidates(self, task: TaskPlan, arm: Arm) -> None:
         """Say where candidates for a blank differ for the teacher and not for the student, whatever it learns."""
@@ -158,8 +153,12 @@ class Workbench:
         task: TaskPlan | None = None,
         arm: Arm | None = None,
         classifier: str | None = None,
+        kept_in: str | None = None,
     ) -> dict[str, Any]:
-        """Everything a stage's result depends on. classifier: the fine-tuned teacher of stages that learn from it."""
+        """Everything a stage's result depends on.
+
+        classifier: the fine-tuned teacher of stages that learn from it. kept_in: the precision of a cached teacher.
+        """
         return {
             "stage": asdict(stage) if stage is not None else None,
             "seed": seed,
@@ -176,7 +175,7 @@ class Workbench:
             "tokens": self.tokens() if task is None else None,
             "classifier": self.run_folder.fingerprint(classifier) if classifier is not None else None,
             "eval_blocks": self.config.data.eval_blocks if task is None else None,
-            "teacher.cache": self._kept_in() if objective is not None and task is None and arm is not None else None,
+            "teacher.cache": kept_in,
             "start": start,
             "processes": self.processes,
             "sharding": self.sharding,
@@ -188,59 +187,83 @@ class Workbench:
 
     # Models
 
-    def task_teacher(
-        self, teacher: TeacherConfig, classifier: str, task: TaskPlan, arm: Arm, *, words: bool
-    ) -> OnlineTeacher:
-        """The fine-tuned teacher; for words, with its LM head, as pretrained where the task has a head of its own."""
-        model = load_classifier(classifier, task.task, dtype=getattr(torch, teacher.dtype))
-        model.to(self.accelerator.device)
-        language_model = None
-        if words:  # in a blank the fine-tuned model has predicted words itself
-            language_model = model if task.task.casting == "cloze" else load_language_model(teacher)
-            language_model.to(self.accelerator.device)
-        return self.teacher(language_model, model, arm)
-
-    def teacher(self, language_model: Any, classifier: Any, arm: Arm) -> OnlineTeacher:
-        """A live teacher for students with the arm's vocabulary."""
+    def teacher(self, language_model: Any, classifier: Any, arm: Arm | None) -> OnlineTeacher:
+        """A live teacher for students with the arm's vocabulary; without an arm with its own."""
+        for model in (language_model, classifier):
+            if model is not None:
+                model.to(self.accelerator.device)
+        vocabulary = arm.vocabulary if arm is not None else Vocabulary.identity(len(self.tokenizer))
         merges = self.config.vocabulary.teacher_mass == "merge"
-        return OnlineTeacher(language_model, classifier, arm.vocabulary, merge_dropped=merges)
+        return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges)
 
-    def cache(self, stage: StageConfig, seed: int) -> TeacherCache:
-        """What `teacher.cache` is to hold: the corpus in every masking that training sees, and the held-out blocks."""
-        assert self.store is not None and self.config.teacher.cache is not None, "asked for by the config"
-        training, held_out = self.blocks(stage, seed), self.blocks(stage, seed, held_out=True)
-        maskings = stage.num_maskings or 1
-        return TeacherCache(
-            Path(self.config.teacher.cache),
-            ((training, maskings), (held_out, 1)),
-            width=word_width(self.plan),
-            dtype=self.config.teacher.dtype,
-            made_from={
-                "teacher": self.teacher_hash,
-                "tokenizer": tokenizer_fingerprint(self.tokenizer),
-                "corpus": self.tokens(),
-                "blocks": {"training": len(training), "held_out": len(held_out), "max_length": stage.max_length},
-                "masking": {
-                    "mlm_probability": stage.mlm_probability or 0.0,
-                    "num_maskings": maskings,
-                    "seed": seed if stage.mlm_probability else None,
-                },
-            },
+    def cached_teacher(self, outputs: CachedOutputs, language_model: Any, arm: Arm) -> CachedTeacher:
+        """The same from disk. language_model: None where no words are compared."""
+        merges, device = self.config.vocabulary.teacher_mass == "merge", self.accelerator.device
+        return CachedTeacher(outputs, language_model, arm.vocabulary, merge_dropped=merges, device=device)
+
+    def word_teacher(self, language_model: Any, stage: StageConfig, seed: int, arm: Arm) -> Teacher:
+        """The teacher on the corpus for students with the arm's vocabulary, from the cache where there is to be one."""
+        if "pretraining" not in self.cached_stages:
+            return self.teacher(language_model, None, arm)
+        outputs = self.outputs(
+            cache_folder(self.config),
+            lambda: self.corpus_cache(stage, seed),
+            lambda: self.teacher(language_model, None, None),
         )
+        return self.cached_teacher(outputs, language_model, arm)
 
-    def complete_cache(self, cache: TeacherCache, load: Callable[[], Any]) -> None:
-        """Make what is missing of a cache, shared out over the ranks. load: the teacher; not called for nothing."""
+    # What teachers said, on disk
+
+    @property
+    def cached_stages(self) -> list[str]:
+        """The stages that read from `teacher.cache`."""
+        return cached_stages_of(self.plan)
+
+    def corpus_cache(self, stage: StageConfig, seed: int) -> TeacherCache:
+        """What `teacher.cache` is to hold of the corpus."""
+        training, held_out = self.blocks(stage, seed), self.blocks(stage, seed, held_out=True)
+        return corpus_cache(self.plan, training, held_out, teacher_hash=self.teacher_hash, tokens=self.tokens())
+
+    def task_cache(self, name: str, task: str, seed: int, classifier: str | None) -> TeacherCache:
+        """What it is to hold for a stage of a task. classifier: None before there is one, for sizes alone."""
+        classifier_hash = self.run_folder.fingerprint(classifier) if classifier is not None else None
+        hashes = {"teacher_hash": self.teacher_hash, "classifier_hash": classifier_hash}
+        return task_cache(self.plan, name, task, seed, **hashes)
+
+    def outputs(self, folder: Path, make: Callable[[], TeacherCache], load: Callable[[], Teacher]) -> CachedOutputs:
+        """What is kept in a folder, whole: made where it is not, and compared with its sums once in a run.
+
+        load: the live teacher; not called for nothing. Arms, seeds and cells share what was opened.
+        """
+        if folder not in self.opened:
+            cache = make()
+            self.complete_cache(cache, load)
+            self.opened[folder] = cache.open()
+        return self.opened[folder]
+
+    def complete_cache(self, cache: TeacherCache, load: Callable[[], Teacher]) -> None:
+        """Make what is missing of a cache, whole shards shared out over the ranks."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        with cache.lock() if self.accelerator.is_main_process else nullcontext():
+
+        def missing(*, whole: bool) -> list[int]:
             # Half a cache has shards of the size that it was begun with.
-            missing, cache.rows_per_shard = self.run_folder.on_main(lambda: (cache.missing(), cache.rows_per_shard))
-            if not missing:
+            found, cache.rows_per_shard = self.run_folder.on_main(
+                lambda: (cache.missing(whole=whole), cache.rows_per_shard)
+            )
+            return list(found)
+
+        # A complete one is not locked: its disk may be read-only, and other runs read it too.
+        if not missing(whole=False) and not missing(whole=True):
+            return
+        with cache.lock() if self.accelerator.is_main_process else nullcontext():
+            wanted = missing(whole=True)
+            if not wanted:
                 return
             self.run_folder.on_main(cache.begin)
             self._say_how_often_read(cache)
             problems: list[GlmdError | None] = [None]
             try:
-                self._write_shards(cache, missing[rank::world_size], load)
+                self._write_shards(cache, wanted[rank::world_size], load)
             except GlmdError as error:  # of one rank, that the others would wait for
                 problems = [error]
             for problem in gather_object(problems):
@@ -248,34 +271,41 @@ class Workbench:
                     raise problem
             self.run_folder.on_main(cache.finish)
 
+    def refuse_stale(self, caches: Sequence[TeacherCache]) -> None:
+        """Refuse caches of something else, and a disk too small for one, before anything is trained."""
+        self.run_folder.on_main(lambda: [cache.missing(whole=False) for cache in caches])
+
+    def require_room(self, caches: Sequence[TeacherCache]) -> None:
+        """Refuse a disk that cannot take all caches of the run, before the first is made."""
+        needed = {str(cache.folder): cache.bytes_to_come for cache in caches}
+        if sum(needed.values()) > free_bytes(cache_folder(self.config)):
+            parts = ", ".join(f"{gigabytes(size)} for {folder}" for folder, size in needed.items() if size)
+            free = gigabytes(free_bytes(cache_folder(self.config)))
+            raise RunError(f"teacher.cache: {parts} are needed and {free} free; {LESS}")
+
+    def kept_in(self, name: str) -> str | None:
+        """The precision of what a stage reads from the cache; None where it asks the live teacher."""
+        if name not in self.cached_stages:
+            return None
+        teacher, has_words = self.config.teacher, name in kept_words(self.cached_stages, self.plan.method)
+        stored = torch.int8 if teacher.cache_bits == 8 else STORED[teacher.dtype]
+        return str(stored if has_words else torch.float32).removeprefix("torch.")
+
     def _say_how_often_read(self, cache: TeacherCache) -> None:
-        (training, maskings), stage = cache.parts[0], self.config.pretraining
+        (data, maskings), stage = cache.parts[0], self.config.pretraining
+        if not isinstance(data, BlockDataset):  # seeds and cells share those of tasks
+            return
         assert stage.max_steps is not None, "checked by config"
-        epochs = stage.max_steps * stage.global_batch_size(self.processes) / len(training)
+        epochs = stage.max_steps * stage.global_batch_size(self.processes) / len(data)
         if epochs <= maskings:
             found = f"{epochs:.2g} epochs of {maskings} maskings are less than what is asked of the teacher for it"
             logger.info("teacher.cache: %s; it pays with further students, or more steps", found)
 
-    def _write_shards(self, cache: TeacherCache, numbers: Sequence[int], load: Callable[[], Any]) -> None:
-        model = load().to(self.accelerator.device)
+    def _write_shards(self, cache: TeacherCache, numbers: Sequence[int], load: Callable[[], Teacher]) -> None:
+        teacher = load() if numbers else _silent
         batch_size = self.config.pretraining.per_device_eval_batch_size
         for number in tqdm(numbers, desc="teacher.cache", unit="shard", disable=None):
-            cache.write_shard(number, model, self.collate, batch_size=batch_size)
-
-    def word_teacher(self, language_model: Any, stage: StageConfig, seed: int, arm: Arm) -> Teacher:
-        """The teacher on the corpus for students with the arm's vocabulary, from the cache where there is to be one."""
-        if self.config.teacher.cache is None:
-            return self.teacher(language_model.to(self.accelerator.device), None, arm)
-        cache, merges = self.cache(stage, seed), self.config.vocabulary.teacher_mass == "merge"
-        self.complete_cache(cache, lambda: language_model)
-        return CachedTeacher(
-            cache.open(), language_model, arm.vocabulary, merge_dropped=merges, device=self.accelerator.device
-        )
-
-    def _kept_in(self) -> str | None:
-        """The precision of hidden states that come from a cache."""
-        teacher = self.config.teacher
-        return str(STORED[teacher.dtype]).removeprefix("torch.") if teacher.cache is not None else None
+            cache.write_shard(number, teacher, self.collate, batch_size=batch_size)
 
     def parameters(self, model: Any) -> dict[str, int]:
         return split_parameters(model, set(vocabulary_axes(model.config, type(model))))

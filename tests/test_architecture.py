@@ -23,9 +23,9 @@ LAYERS = """
 errors schedules layers losses.logits losses.labels losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
-heads objective loading teacher narrow_embeddings student
+heads objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
-checkpoint cache runlog run_folder plan places sharding trainer bits_per_byte evaluation export
+checkpoint cache runlog run_folder plan cache_plan places sharding trainer bits_per_byte evaluation export
 report workbench
 task_stages
 pipeline compress verify budget
@@ -140,7 +140,7 @@ save_total_limit per_device_eval_batch_size"""
 KEYS = {
     "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision dataloader_num_workers
         elastic report_to""",
-    "teacher.": "model revision trust_remote_code dtype cache tasks scratch",
+    "teacher.": "model revision trust_remote_code dtype cache cached_stages cache_bits tasks scratch",
     "student.": "num_hidden_layers initialisation config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
     "corpus_weights",

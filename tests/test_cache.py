@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import glmd.cache
-from glmd.cache import CachedTeacher, TeacherCache
+from glmd.cache import TeacherCache
+from glmd.cached_teacher import CachedTeacher, _Header
 from glmd.cli import main
 from glmd.config import TeacherConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, corruption_for, step_batches
@@ -85,8 +87,9 @@ def cache_of(folder: Path, blocks: Callable[..., BlockDataset], dtype: str = "fl
 def make(cache: TeacherCache, model: Any, *, batch_size: int = 7, shards: int | None = None) -> TeacherCache:
     missing = cache.missing()
     cache.begin()
+    teacher = OnlineTeacher(model, None, Vocabulary.identity(model.config.vocab_size))
     for number in missing[:shards]:
-        cache.write_shard(number, model, COLLATE, batch_size=batch_size)
+        cache.write_shard(number, teacher, COLLATE, batch_size=batch_size)
     if shards is None:
         cache.finish()
     return cache
@@ -161,7 +164,7 @@ def test_the_disk_holds_what_was_said_before(cache, model):
     make(cache, model)
     on_disk = sum(path.stat().st_size for path in cache.folder.iterdir())
     assert cache.num_shards > 3
-    assert sum(map(len, cache.open().maps)) == cache.num_tokens
+    assert sum(len(shard.maps["hidden_states"]) for shard in cache.open().shards) == cache.num_tokens
     assert cache.num_bytes < on_disk < cache.num_bytes + 1000 * (cache.num_shards + 1)
     assert {path.suffix for path in cache.folder.iterdir()} == {".safetensors", ".json"}
 
@@ -261,9 +264,19 @@ def losses(folder: Path) -> list[float]:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with every text batch that a live teacher is asked for, or a cache is made of."""
     calls: list[str] = []
-    live, cached = OnlineTeacher.__call__, glmd.cache._last_hidden
-    monkeypatch.setattr(OnlineTeacher, "__call__", lambda *a: calls.append("live") or live(*a))
-    monkeypatch.setattr("glmd.cache._last_hidden", lambda *a: calls.append("cache") or cached(*a))
+    live, write = OnlineTeacher.__call__, TeacherCache.write_shard
+
+    def asked(teacher: OnlineTeacher, batch: Batch) -> TeacherOutputs:
+        calls.append("live")
+        return live(teacher, batch)
+
+    def written(cache: TeacherCache, *rest: Any, **options: Any) -> None:
+        before = len(calls)
+        write(cache, *rest, **options)
+        calls[before:] = ["cache"] * (len(calls) - before)
+
+    monkeypatch.setattr(OnlineTeacher, "__call__", asked)
+    monkeypatch.setattr(TeacherCache, "write_shard", written)
     return calls
 
 
@@ -384,26 +397,59 @@ def others(tiny: Any, tmp_path: Path) -> dict[str, str]:
     return {"teacher": str(teacher), "tokenizer": str(words), "corpus": str(corpus)}
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("teacher={teacher}", "(teacher: "),
-        ("teacher={tokenizer}", "(tokenizer: "),
-        ("data.corpus={corpus}", "(corpus: "),
-        ("pretraining.num_maskings=3", "(masking.num_maskings: 2 -> 3)"),
-        ("pretraining.mlm_probability=0.2", "(masking.mlm_probability: 0.15 -> 0.2)"),
-        ("seeds=[4]", "(masking.seed: 0 -> 4)"),
-        ("pretraining.max_length=24", "(blocks"),
-        ("data.eval_blocks=5", "(blocks"),
-        ("teacher.dtype=bfloat16", "(dtype: 'float32' -> 'bfloat16')"),
-    ],
-)
+STALE = [
+    ("teacher={teacher}", "(teacher: "),
+    ("teacher={tokenizer}", "(tokenizer: "),
+    ("data.corpus={corpus}", "(corpus.files: "),
+    ("pretraining.num_maskings=3", "(masking.num_maskings: 2 -> 3)"),
+    ("pretraining.mlm_probability=0.2", "(masking.mlm_probability: 0.15 -> 0.2)"),
+    ("seeds=[4]", "(masking.seed: 0 -> 4)"),
+    ("pretraining.max_length=24", "(blocks"),
+    ("data.eval_blocks=5", "(blocks"),
+    ("teacher.dtype=bfloat16", "(dtype: 'float32' -> 'bfloat16')"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), STALE)
 def test_a_stale_cache_is_refused_before_training(made, tiny, others, tmp_path, change, named):
     config = tiny.config(tmp_path / "run", *CACHED, f"teacher.cache={made}", change.format(**others))
     with pytest.raises(RunError) as refused:
         run(config)
     assert named in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.glob("run/**/stage.json"))
+
+
+@pytest.mark.parametrize(("change", "named"), [each for each in STALE if "eval_blocks" not in each[0]])
+def test_check_names_what_is_stale_before_the_corpus_is_read(made, tiny, others, tmp_path, capsys, change, named):
+    given = [*CACHED, f"teacher.cache={made}", change.format(**others)]
+    assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *given]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_check_tells_what_the_cache_will_take(tiny, trusting, tmp_path, capsys, monkeypatch):
+    """Tokens x bytes: within a percent of what is then written, and exactly once the corpus is cut into ids."""
+    given = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *CACHED, f"teacher.cache={tmp_path / 'c'}"]
+    assert main(["check", *given]) == 0
+    before = capsys.readouterr().out
+    assert main(["cache", *given]) == 0
+    cache = next(iter(tmp_path.glob("c/*.safetensors")))
+    tokens = _Header(cache).fields["hidden_states"]["shape"][0]
+    capsys.readouterr()
+    assert main(["check", *given]) == 0
+    after = capsys.readouterr().out
+    found = [
+        int(re.search(r"corpus, (?:about )?([\d,]+) tokens", text)[1].replace(",", "")) for text in (before, after)
+    ]
+    assert "about" in before and "about" not in after.partition("corpus, ")[2]
+    assert found == [pytest.approx(tokens, rel=0.01)] * 2
+    size = re.search(r"32 bytes in 2 maskings, ([\d.]+) MB", after)
+    assert float(size[1]) * 1e6 == pytest.approx(cache.stat().st_size, rel=0.1)
+    assert "0.00 MB to come" in after
+    shutil.rmtree(tmp_path / "c")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("glmd.cache.shutil.disk_usage", lambda path: usage(10**6, 0, 50_000))
+    assert main(["check", *given]) == 2
+    assert "0.06 MB to come, 0.05 MB free; give another disk" in capsys.readouterr().err
 
 
 def test_a_causal_teacher_is_cached_in_one_masking(models, tiny, trusting, tmp_path, forwards):

@@ -121,16 +121,19 @@ def assert_same_run(place: Path, one: Path, results: dict[str, Any], expected: d
 
 
 def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, trusting, tmp_path, monkeypatch):
-    """The cache is begun here in small shards, of which one is made; the ranks make the others."""
+    """The cache is begun here in small shards, of which one is made; the ranks make the others, and the task's."""
     from glmd.cache import TeacherCache
     from glmd.pipeline import make_cache, run
 
     monkeypatch.setattr("glmd.cache.SHARD_BYTES", 16 * 16 * 2 * 20)  # twenty texts of 16 tokens
     plain = "student.config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
-    shared = ["tasks={}", "pretraining.num_maskings=2", "pretraining.max_steps=30", plain]
-    shared.append("pretraining.logging_steps=1")
-    one, two, size = tmp_path / "one", tmp_path / "two", "pretraining.per_device_train_batch_size"
-    run(tiny.config(one / "run", *shared, f"teacher.cache={one / 'cache'}", f"{size}=4"))
+    shared = ["pretraining.num_maskings=2", "pretraining.max_steps=30", plain, "controls.hard_labels=false"]
+    stages, size = ("pretraining", "task_words", "task_labels"), "per_device_train_batch_size"
+    shared += [f"{stage}.logging_steps=1" for stage in stages]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = [f"{stage}.{size}=4" for stage in stages]
+    run(tiny.config(one / "run", *shared, f"teacher.cache={one / 'cache'}", *alone))
+    shared.append(f"teacher.tasks.RTE={one / 'run/tasks/RTE/teacher/model'}")
 
     real = TeacherCache.write_shard
     written: list[int] = []
@@ -142,19 +145,20 @@ def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, t
         real(self, number, *rest, **options)
 
     monkeypatch.setattr(TeacherCache, "write_shard", first_alone)
-    arguments = [*shared, f"teacher.cache={two / 'cache'}", f"{size}=2"]
+    arguments = [*shared, f"teacher.cache={two / 'cache'}", *(f"{stage}.{size}=2" for stage in stages)]
     with pytest.raises(KeyboardInterrupt):
         make_cache(tiny.config(two / "begun", *arguments))
     arguments = [str(tiny.root / "run.yaml"), f"output_dir={two / 'run'}", *arguments]
     launch(arguments, command="cache", printed=": complete")
-    names = {path.name for path in (one / "cache").iterdir()}
-    assert names == {path.name for path in (two / "cache").iterdir()} and len(names) > 6
-    for name in names - {"lock"}:
+    names, others = ({path.name for path in each.glob("*.*")} for each in (one / "cache", two / "cache"))
+    assert names == others and len(names) > 6
+    for name in names:
         assert (one / "cache" / name).read_bytes() == (two / "cache" / name).read_bytes(), name
-    launch(arguments, printed="student: pretraining, held-out corpus")
+    launch(arguments)
     logs = [(place / "run/log.jsonl").read_text().splitlines() for place in (one, two)]
-    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
-    assert len(losses[0]) == 30 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    rows = [[row for line in log if "loss" in (row := json.loads(line))] for log in logs]
+    losses = [[row["loss"] for row in log if not row["stage"].endswith("/teacher")] for log in rows]
+    assert len(losses[0]) == 30 + 6 + 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # Two ranks ask the main one, which answers, refuses, answers again: what each rank found, as a line.

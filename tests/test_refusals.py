@@ -110,8 +110,8 @@ def test_uncorrupted_input_is_refused_where_only_corrupted_tokens_are_distilled(
 
 
 def test_a_cache_that_nothing_reads_or_that_lies_in_its_run_is_refused(refusal, bare_teacher, tmp_path):
-    message = refusal("method=kd", "teacher.cache=c", teacher=bare_teacher)
-    assert "teacher.cache has no effect: method kd compares no words with the teacher's on the corpus" in message
+    message = refusal("method=hard", "teacher.cache=c", teacher=bare_teacher)
+    assert "teacher.cache has no effect: method hard asks the teacher nothing" in message
     place = tmp_path / "run"
     message = refusal(f"output_dir={place}", f"teacher.cache={place}/pretraining/c", teacher=bare_teacher)
     assert "lies in output_dir" in message

@@ -7,6 +7,7 @@ cached teacher all see the same batches.
     for micro_batches in loader: ...   # one list of micro-batches for each optimiser step
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,11 @@ class BlockDataset(Dataset[dict[str, Any]]):
         first, last = (min(each, self.store.num_tokens) for each in ends)
         return last - first + len(self) * (self.max_length - self.block_length)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of an example at most."""
+        return self.max_length
+
     def __getitem__(self, key: Key) -> dict[str, Any]:
         tokens = self.store.block(self.blocks[key[1]], self.block_length).astype(np.int64)
         example = {"input_ids": np.concatenate([self.start, tokens, self.end]), "example_id": key[1]}
@@ -239,6 +245,26 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def lengths(self) -> np.ndarray:
         """(examples,) tokens of each one's longest row."""
         return np.maximum.reduceat([len(row["input_ids"]) for row in self.rows], self.first_row[:-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids of all rows."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, all its choices together."""
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        return int(np.add.reduceat(lengths, self.first_row[:-1]).max())
+
+    def fingerprint(self) -> str:
+        """sha256 of all that a teacher reads of the examples, uncorrupted; not of their labels."""
+        digest = hashlib.sha256(repr((len(self), self.mean_over_tokens, self.verbalisers.tolist())).encode())
+        digest.update(self.first_row.tobytes())
+        for row in self.rows:
+            for name, values in row.items():
+                digest.update(f"{name} {values.dtype} {len(values)}".encode() + values.tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         example = self.examples[key[1]]
