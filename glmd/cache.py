@@ -40,7 +40,7 @@ from glmd.checkpoint import file_sha256, sync_to_disk, write_atomically, write_p
 from glmd.config import differences
 from glmd.data.batches import BlockDataset, Collate
 from glmd.errors import DataError, DiskError, ModelError, NumericsError, RunError
-from glmd.heads import hidden_before_final_linear, run_backbone
+from glmd.heads import hidden_before_final_linear, logit_scaling, run_backbone
 from glmd.teacher import TeacherOutputs, model_inputs, sliced_head
 from glmd.vocabulary import Vocabulary
 
@@ -309,6 +309,7 @@ class CachedTeacher:
         device: torch.device | str = "cpu",
     ) -> None:
         self.hidden_states = hidden_states
+        self.scaling = logit_scaling(language_model.config)
         parts = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
         self.weight, self.bias, self.merged_into = (None if part is None else part.to(device) for part in parts)
 
@@ -325,7 +326,7 @@ class CachedTeacher:
         bits = np.concatenate(rows).view(np.int16)
         hidden = torch.from_numpy(bits).view(self.hidden_states.dtype)
         hidden = hidden.to(self.weight.device, non_blocking=True).to(self.weight.dtype)
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into)
+        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, head_scaling=self.scaling)
 
 
 @torch.no_grad()
