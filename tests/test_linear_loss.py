@@ -270,6 +270,21 @@ def test_scaled_and_capped_logits_are_as_exact_as_others(
     assert all(relative_error(*pair) < most for pair in zip(case.gradients, exact.gradients, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loss", LOGIT_LOSSES)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_gpu_is_as_exact(loss: str, dtype: torch.dtype, most: float) -> None:
+    temperature = 1.0 if "mse" in loss else 15.0
+    case = make(600, 30523, 64, 64, biases="student teacher", scale=0.7).to(dtype)
+    exact = case.to(torch.float64)
+    on_gpu = replace(case, **{name: x.detach().cuda() for name, x in case.tensors.items()})
+    for name in ("student_hidden", "student_weight", "student_bias"):
+        getattr(on_gpu, name).requires_grad_()
+    for each in (on_gpu, exact):
+        chunked(each, loss, temperature).backward()
+    assert all(relative_error(x.cpu(), twin) < most for x, twin in zip(on_gpu.gradients, exact.gradients, strict=True))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 80),

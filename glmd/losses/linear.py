@@ -166,18 +166,17 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
     # Two buffers serve all chunks: in fresh memory the work on them would take several times as long.
     logits = _rows_of(student, min(size, num_tokens))
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    softcaps = {"student_softcap": student.scaling.softcap}
+    on_rows = RowTask(task.loss, task.temperature, student.bias, student_softcap=student.scaling.softcap)
     if isinstance(task.teacher, Tensor):
         teacher, theirs = None, task.teacher
     else:
         teacher = _for_products(task.teacher)
         theirs = _rows_of(teacher, len(logits))
         dtype = torch.promote_types(dtype, theirs.dtype)
-        softcaps["teacher_softcap"] = teacher.scaling.softcap
-    biases = (student.bias, None if teacher is None else teacher.bias)
-    rows = choose_rows(
-        RowTask(task.loss, task.temperature, *biases, **softcaps, merged_into=task.merged_into), logits, theirs
-    )
+        on_rows = on_rows._replace(
+            teacher_bias=teacher.bias, teacher_softcap=teacher.scaling.softcap, merged_into=task.merged_into
+        )
+    rows = choose_rows(on_rows, logits, theirs)
     total = logits.new_zeros((), dtype=dtype)
     grad_hidden = torch.empty_like(student.hidden, dtype=hidden_dtype) if needed[0] else None
     grad_weight = torch.zeros_like(student.weight, dtype=dtype) if needed[1] else None

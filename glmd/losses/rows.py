@@ -44,7 +44,7 @@ def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
     """The rows for such products. A function of device, dtypes and task alone, so that a resumed run has the same."""
     dtypes = {student.dtype, teacher.dtype} - {torch.int64}
     can_be_fused = task.loss in FUSED and task.merged_into is None and torch.float64 not in dtypes
-    if can_be_fused and student.device.type == "cuda" and _triton_works(student.device):
+    if can_be_fused and student.device.type == "cuda" and _triton_works(student.device, student.dtype):
         from glmd.losses.triton_rows import TritonRows
 
         return TritonRows(task)
@@ -52,16 +52,17 @@ def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
 
 
 @lru_cache
-def _triton_works(device: torch.device) -> bool:
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel compiles and runs there: Triton needs a C compiler and a device that it knows."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         from glmd.losses.triton_rows import TritonRows
 
-        TritonRows(RowTask("kl_divergence"))(*torch.zeros(2, 1, 16, device=device), None)
+        zeros = torch.zeros(1, 16, device=device, dtype=dtype)
+        TritonRows(RowTask("kl_divergence"))(zeros, zeros.clone(), None)
     except Exception as error:
-        logger.warning("Triton does not work on %s, the loss runs in plain torch: %s", device, error)
+        logger.warning("Triton does not work on %s in %s, the loss runs in plain torch: %s", device, dtype, error)
         return False
     return True
 
