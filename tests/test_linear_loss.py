@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from glmd.losses import linear
 from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
 from glmd.losses.linear import chunk_tokens, linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, merge_words
-from glmd.losses.rows import ROW_LOSSES
+from glmd.losses.rows import ROW_LOSSES, RowTask
 
 TEMPERED = [name for name in LOGIT_LOSSES if "mse" not in name]
 
@@ -268,6 +270,23 @@ def test_scaled_and_capped_logits_are_as_exact_as_others(
     linear_distillation_loss(**vars(case), **both).backward()
     linear_distillation_loss(**vars(exact), **both).backward()
     assert all(relative_error(*pair) < most for pair in zip(case.gradients, exact.gradients, strict=True))
+
+
+def test_a_triton_that_does_not_work_is_warned_of_once_and_then_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(task: RowTask) -> Any:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "glmd.losses.triton_rows", SimpleNamespace(TritonRows=no_compiler))
+    linear._triton_works.cache_clear()
+    found = [linear._triton_works(torch.device("cpu"), torch.float32) for _ in range(3)]
+    linear._triton_works.cache_clear()
+    assert found == [False] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton does not work on cpu in torch.float32, the loss runs in plain torch: no C compiler"
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

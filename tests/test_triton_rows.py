@@ -21,9 +21,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment, before triton is imported", allow_module_level=True)
 
 from glmd.losses import linear, triton_rows
-from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
+from glmd.losses.linear import choose_rows, linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LogitScaling
-from glmd.losses.rows import FUSED, EagerRows, RowTask, choose_rows
+from glmd.losses.rows import FUSED, EagerRows, RowTask
 from glmd.losses.triton_rows import TritonRows
 
 N, K = 5, 150

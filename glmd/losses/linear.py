@@ -11,6 +11,8 @@ checkpointing does, would take six. `linear_cross_entropy` is the same for label
 """
 
 import difflib
+import importlib.util
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,7 +24,9 @@ from torch.autograd.function import once_differentiable
 from glmd.errors import ConfigError
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, check_temperature
-from glmd.losses.rows import RowTask, choose_rows
+from glmd.losses.rows import FUSED, EagerRows, Rows, RowTask
+
+logger = logging.getLogger(__name__)
 
 
 def linear_distillation_loss(
@@ -203,6 +207,33 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
             if each is not None:
                 each.mul_(factor)
     return total, [grad_hidden, grad_weight, grad_bias]
+
+
+def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
+    """The rows for such products. A function of device, dtypes and task alone, so that a resumed run has the same."""
+    dtypes = {student.dtype, teacher.dtype} - {torch.int64}
+    can_be_fused = task.loss in FUSED and task.merged_into is None and torch.float64 not in dtypes
+    if can_be_fused and student.device.type == "cuda" and _triton_works(student.device, student.dtype):
+        from glmd.losses.triton_rows import TritonRows
+
+        return TritonRows(task)
+    return EagerRows(task, student, teacher)
+
+
+@lru_cache
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel compiles and runs there: Triton needs a C compiler and a device that it knows."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from glmd.losses.triton_rows import TritonRows
+
+        zeros = torch.zeros(1, 16, device=device, dtype=dtype)
+        TritonRows(RowTask("kl_divergence"))(zeros, zeros.clone(), None)
+    except Exception as error:
+        logger.warning("Triton does not work on %s in %s, the loss runs in plain torch: %s", device, dtype, error)
+        return False
+    return True
 
 
 def _rows_of(head: _Head, rows: int) -> Tensor:

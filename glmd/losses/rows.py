@@ -1,16 +1,14 @@
 """What stands between the matrix products of `losses.linear`: from chunks of two logits to loss and gradient.
 
-    rows = choose_rows(task, student, teacher)          # Triton on CUDA, else blocks of rows in plain torch
+    rows = EagerRows(RowTask("kl_divergence", 15.0), student, teacher)
     values = rows(student, teacher, token_weights)      # and `student` holds the gradient
 
-Compiling the plain form was tried on a CPU: docs/performance.md says why it is not done.
+In plain torch; `losses.triton_rows` is the same for CUDA. Compiling was tried on a CPU: docs/performance.md says why it
+is not done.
 """
 
-import importlib.util
-import logging
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from glmd.losses.logits import merge_words
 
-logger = logging.getLogger(__name__)
-
-FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "hard_cross_entropy")  # what the Triton kernel computes
+# What the Triton kernel computes. The others run in plain torch on every device.
+FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "hard_cross_entropy")
 
 
 class RowTask(NamedTuple):
@@ -38,33 +35,6 @@ class RowTask(NamedTuple):
 # Rows get the products (n, K) of student and teacher, or the labels (n,) in the teacher's place, and the weights of
 # the rows (n,). They return weight times loss of each (n,) and leave its gradient in the student's product.
 Rows = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
-    """The rows for such products. A function of device, dtypes and task alone, so that a resumed run has the same."""
-    dtypes = {student.dtype, teacher.dtype} - {torch.int64}
-    can_be_fused = task.loss in FUSED and task.merged_into is None and torch.float64 not in dtypes
-    if can_be_fused and student.device.type == "cuda" and _triton_works(student.device, student.dtype):
-        from glmd.losses.triton_rows import TritonRows
-
-        return TritonRows(task)
-    return EagerRows(task, student, teacher)
-
-
-@lru_cache
-def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel compiles and runs there: Triton needs a C compiler and a device that it knows."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        from glmd.losses.triton_rows import TritonRows
-
-        zeros = torch.zeros(1, 16, device=device, dtype=dtype)
-        TritonRows(RowTask("kl_divergence"))(zeros, zeros.clone(), None)
-    except Exception as error:
-        logger.warning("Triton does not work on %s in %s, the loss runs in plain torch: %s", device, dtype, error)
-        return False
-    return True
 
 
 class EagerRows:
