@@ -198,6 +198,21 @@ def test_a_model_that_is_not_backbone_and_head_is_refused_by_name(name: str) -> 
     assert "support" in str(refusal.value)
 
 
+def test_a_model_whose_head_asks_its_backbone_for_more_than_outputs_is_refused_by_name() -> None:
+    """As Falcon-H1, whose backbone holds what its logits are multiplied by."""
+
+    class Asking(transformers.LlamaForCausalLM):
+        def forward(self, **inputs: Any) -> Any:
+            outputs = super().forward(**inputs)
+            outputs.logits = outputs.logits * self.model.lm_head_multiplier
+            return outputs
+
+    model = model_of("Llama")
+    model.__class__, model.model.lm_head_multiplier = Asking, 2.0
+    with pytest.raises(ModelError, match=r"Asking: its head needs more of its backbone than the outputs .*multiplier"):
+        prove_split(model, V)
+
+
 def test_a_model_without_output_embeddings_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="BertForSequenceClassification has no output embeddings"):
         prove_split(model_of("Bert", "ForSequenceClassification"), V)
