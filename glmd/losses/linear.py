@@ -183,7 +183,10 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
     rows = choose_rows(on_rows, logits, theirs)
     total = logits.new_zeros((), dtype=dtype)
     grad_hidden = torch.empty_like(student.hidden, dtype=hidden_dtype) if needed[0] else None
-    grad_weight = torch.zeros_like(student.weight, dtype=dtype) if needed[1] else None
+    # The first chunk writes it: zeros to add to would be one more pass over a large fresh tensor.
+    grad_weight = torch.empty_like(student.weight, dtype=dtype) if needed[1] else None
+    if grad_weight is not None and num_tokens == 0:
+        grad_weight.zero_()
     grad_bias = logits.new_zeros(len(student.weight), dtype=dtype) if needed[2] else None
     add_product = None if grad_weight is None else _adder(grad_weight, student.weight.dtype)
     with torch.autocast(logits.device.type, enabled=False):
@@ -201,7 +204,7 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
             if grad_hidden is not None:
                 grad_hidden[chunk] = gradient @ student.weight
             if add_product is not None:
-                add_product(gradient.t(), hidden)
+                add_product(gradient.t(), hidden, is_first=start == 0)
     if factor != 1:  # the hidden states in the weight's gradient had it already
         for each in (grad_hidden, grad_bias):
             if each is not None:
@@ -257,14 +260,22 @@ def _for_products(head: _Head) -> _Head:
     return head._replace(hidden=hidden.to(dtype), weight=head.weight.to(dtype), bias=bias)
 
 
-def _adder(total: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], object]:
+def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., object]:
     """A function that adds the product of two matrices of `dtype` to `total`, in the precision of `total`."""
-    if dtype == total.dtype:
-        return lambda a, b: total.addmm_(a, b)
-    if _adds_wide_products(total.device, dtype):
-        return lambda a, b: torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    product = torch.empty_like(total, dtype=dtype)
-    return lambda a, b: total.add_(torch.mm(a, b, out=product))
+    is_wide = dtype == total.dtype
+    product = total if is_wide or _adds_wide_products(total.device, dtype) else torch.empty_like(total, dtype=dtype)
+
+    def add(a: Tensor, b: Tensor, *, is_first: bool) -> None:
+        beta = 0 if is_first else 1  # with 0 what stands in `total` is not read
+        if product is not total:
+            torch.mm(a, b, out=product)
+            total.copy_(product) if is_first else total.add_(product)
+        elif is_wide:
+            total.addmm_(a, b, beta=beta)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+
+    return add
 
 
 @lru_cache
