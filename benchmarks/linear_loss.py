@@ -24,6 +24,7 @@ from torch.nn.functional import kl_div, linear
 from torch.utils.checkpoint import checkpoint
 
 from glmd.losses.linear import chunk_tokens, linear_distillation_loss
+from glmd.losses.rows import BLOCK_ROWS, EagerRows, RowTask
 
 TEMPERATURE = 15.0
 NAIVE = "usual code: full logits, mask at the end"
@@ -223,6 +224,47 @@ def relative_errors(inputs: Inputs, exact: list[Tensor]) -> list[float]:
     return [((ours.double() - twin).norm() / twin.norm()).item() for ours, twin in pairs]
 
 
+def compare_rows(k: int, rounds: int, clock: Callable[[], float]) -> None:
+    """What stands between the products: blocks of rows, the chunk at once, and the same compiled, in bf16."""
+    source = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(512, k, generator=source).bfloat16() for _ in range(2))
+    task = RowTask("kl_divergence", TEMPERATURE)
+
+    @torch.compile(dynamic=False)
+    def formula(student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
+        s, t = student.float() / TEMPERATURE, teacher.float() / TEMPERATURE
+        s_sum, t_sum = s.logsumexp(-1, keepdim=True), t.logsumexp(-1, keepdim=True)
+        p = (t - t_sum).exp()
+        difference = (s - s_sum).exp() - p
+        gradient.copy_(TEMPERATURE * difference)
+        return TEMPERATURE**2 * (p * (t - s + s_sum - t_sum) + difference).sum(-1)
+
+    def compiled() -> None:
+        gradient = torch.empty_like(student)
+        for rows in torch.arange(512).split(64):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            formula(student[part], teacher[part], gradient[part])
+
+    def eager(block: int) -> None:
+        BLOCK_ROWS["cpu"] = block
+        EagerRows(task, student, teacher)(student.clone(), teacher, None)
+
+    start = time.perf_counter()
+    compiled()
+    seconds = time.perf_counter() - start
+    forms = {"blocks of 64 rows": lambda: eager(64), "the chunk of 512 at once": lambda: eager(512)}
+    forms["blocks of 64 rows, compiled"] = compiled
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds + 1):
+        for name, form in forms.items():
+            start = clock()
+            form()
+            times[name].append((clock() - start) * 1e9 / student.numel())
+    print(f"nanoseconds a logit; {seconds:.0f} s to compile")
+    for name, values in times.items():
+        print(f"| {name} | {median(values[1:]):.2f} |")
+
+
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Speed over the usual code, with the gradient's error beside each bar."""
     from matplotlib.figure import Figure
@@ -253,15 +295,19 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="the process's own time, where others use the machine")
     parser.add_argument("--liger", type=Path, help="folder with liger-kernel, if it is to be measured")
     parser.add_argument("--plot", type=Path, help="file for the picture, .png or .svg")
+    parser.add_argument("--rows", action="store_true", help="only compare forms of what stands between the products")
     arguments = parser.parse_args()
     if arguments.liger is not None:
         sys.path.append(str(arguments.liger))
     n, student_size, teacher_size, k = (int(x) for x in arguments.shape.split(","))
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.rows:
+        compare_rows(k, arguments.rounds, clock)
+        return
     inputs = make_inputs(n, student_size, teacher_size, k, arguments.pad, arguments.device)
     variants = variants_of(inputs)
     if arguments.liger is None:
         variants = {name: each for name, each in variants.items() if "Liger" not in name}
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(arguments.rounds + 1):  # the first round warms up and is not counted
         for name, (function, _) in variants.items():

@@ -220,7 +220,7 @@ def prove_split(model: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -
             hidden = hidden_before_final_linear(model, run_backbone(model, inputs))
         except AttributeError as missing:  # Falcon-H1 multiplies its logits by a number that its backbone holds
             raise ModelError(
-                f"{type(model).__name__}: its head needs more of its backbone than the outputs ({missing}); not supported"
+                f"{type(model).__name__}: its head needs more of its backbone than outputs ({missing}); not supported"
             ) from None
         got = linear.logits(hidden)
     finally:
