@@ -40,9 +40,10 @@ class Inputs:
     teacher_weight: Tensor  # (K, H of the teacher)
     mask: Tensor  # (N,) 1.0 for a token, 0.0 for padding
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
+    def to(self, dtype: torch.dtype, teacher: torch.dtype | None = None) -> "Inputs":
         """Fresh leaves; the student's require a gradient."""
-        tensors = [x.detach().to(dtype, copy=True) for x in vars(self).values()]
+        dtypes = (dtype, dtype, teacher or dtype, teacher or dtype, dtype)
+        tensors = [x.detach().to(each, copy=True) for x, each in zip(vars(self).values(), dtypes, strict=True)]
         return Inputs(tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:])
 
     def without_pads(self) -> tuple[Tensor, Tensor]:
@@ -178,6 +179,8 @@ def variants_of(inputs: Inputs) -> dict[str, tuple[Callable[[Inputs], None], str
     }
 
 
+# A frozen teacher is converted once, before the training.
+TEACHERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # On models in bfloat16 only the errors are of interest.
 NARROW = {"usual code, padding dropped": naive_without_pads, "Liger chunked JSD": liger, "glmd": ours}
 
@@ -310,13 +313,13 @@ def main() -> None:
         variants = {name: each for name, each in variants.items() if "Liger" not in name}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(arguments.rounds + 1):  # the first round warms up and is not counted
-        for name, (function, _) in variants.items():
-            times[name].append(timed(function, inputs.to(torch.float32), clock))
+        for name, (function, dtype) in variants.items():
+            times[name].append(timed(function, inputs.to(torch.float32, TEACHERS[dtype]), clock))
         print(f"round {i}: { ({name: round(each[-1]) for name, each in times.items()}) }", file=sys.stderr)
     ms = {name: median(values[1:]) for name, values in times.items()}
     exact, rows = exact_gradients(inputs, torch.float32), []
     for name, (function, dtype) in variants.items():
-        fresh = inputs.to(torch.float32)
+        fresh = inputs.to(torch.float32, TEACHERS[dtype])
         peak = peak_extra_mib(function, fresh)
         errors = [] if "alone" in name else relative_errors(fresh, exact)
         row = {"name": name, "ms": ms[name], "speed": ms[NAIVE] / ms[name], "peak": peak, "errors": errors}

@@ -154,12 +154,19 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the graph may be retained and walked again with another factor.
+        # Not in place if the graph is retained: it may be walked again with another factor.
+        multiply = torch.mul if _graph_is_kept() else Tensor.mul_
         gradients = [
-            None if gradient is None else (gradient * grad_output).to(dtype)
+            None if gradient is None else multiply(gradient, grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running was called with `retain_graph`; torch tells it to itself alone."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tell is None or bool(tell())
 
 
 def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
@@ -260,22 +267,25 @@ def _for_products(head: _Head) -> _Head:
     return head._replace(hidden=hidden.to(dtype), weight=head.weight.to(dtype), bias=bias)
 
 
-def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., object]:
+def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., None]:
     """A function that adds the product of two matrices of `dtype` to `total`, in the precision of `total`."""
     is_wide = dtype == total.dtype
-    product = total if is_wide or _adds_wide_products(total.device, dtype) else torch.empty_like(total, dtype=dtype)
+    if is_wide or _adds_wide_products(total.device, dtype):
+        wide: dict[str, Any] = {} if is_wide else {"out_dtype": total.dtype}
 
-    def add(a: Tensor, b: Tensor, *, is_first: bool) -> None:
-        beta = 0 if is_first else 1  # with 0 what stands in `total` is not read
-        if product is not total:
-            torch.mm(a, b, out=product)
-            total.copy_(product) if is_first else total.add_(product)
-        elif is_wide:
-            total.addmm_(a, b, beta=beta)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+        def add(a: Tensor, b: Tensor, *, is_first: bool) -> None:
+            torch.addmm(total, a, b, beta=0 if is_first else 1, out=total, **wide)  # with 0 `total` is not read
 
-    return add
+        return add
+    # In blocks of words: a product of the whole size, and its copy in float32, would each be fresh memory.
+    product = total.new_empty(min(len(total), 4096), total.shape[1], dtype=dtype)
+
+    def add_blocks(a: Tensor, b: Tensor, *, is_first: bool) -> None:
+        for rows, part in zip(total.split(len(product)), a.split(len(product)), strict=True):
+            block = torch.mm(part, b, out=product[: len(part)])
+            rows.copy_(block) if is_first else rows.add_(block)
+
+    return add_blocks
 
 
 @lru_cache
