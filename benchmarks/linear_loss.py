@@ -1,27 +1,33 @@
-"""Time, memory and gradient error of the linear distillation loss against full logits, in one process.
+"""Time, memory and gradient error of the linear distillation loss against what else is in use, in one process.
 
-    python benchmarks/linear_loss.py --shape 1024,384,384,15261 --pad 0.3 --rounds 5
+    python benchmarks/linear_loss.py --shape 1024,768,768,30522 --plot docs/images/linear_loss.png
+    pip install --no-deps --target /tmp/liger liger-kernel==0.8.5     # then also: --liger /tmp/liger
 
-The variants alternate, one call each per round, so that a busy machine slows all alike; read the ratios. A call
-is forward and backward. The floor is the four matrix products alone, in chunks, into buffers made beforehand.
+The variants alternate, one call each per round, so that a busy machine slows all alike; read the ratios. A call is
+forward and backward. The floor is the four matrix products alone, in chunks, into buffers made beforehand. Errors are
+relative to float64 on the same inputs. The plot needs the extra `plots`; `--device cuda` was never run.
 """
 
 import argparse
 import ctypes
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import kl_div, linear
+from torch.utils.checkpoint import checkpoint
 
-from glmd.losses.linear import CHUNK_TOKENS, linear_distillation_loss
-from glmd.losses.logits import kl_divergence
+from glmd.losses.linear import chunk_tokens, linear_distillation_loss
+from glmd.losses.rows import BLOCK_ROWS, EagerRows, RowTask
 
 TEMPERATURE = 15.0
+NAIVE = "usual code: full logits, mask at the end"
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,16 @@ class Inputs:
     teacher_weight: Tensor  # (K, H of the teacher)
     mask: Tensor  # (N,) 1.0 for a token, 0.0 for padding
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
+    def to(self, dtype: torch.dtype, teacher: torch.dtype | None = None) -> "Inputs":
         """Fresh leaves; the student's require a gradient."""
-        tensors = [x.detach().to(dtype, copy=True) for x in vars(self).values()]
+        dtypes = (dtype, dtype, teacher or dtype, teacher or dtype, dtype)
+        tensors = [x.detach().to(each, copy=True) for x, each in zip(vars(self).values(), dtypes, strict=True)]
         return Inputs(tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:])
+
+    def without_pads(self) -> tuple[Tensor, Tensor]:
+        """Hidden states of student and teacher at the tokens."""
+        kept = self.mask.bool()
+        return self.student_hidden[kept], self.teacher_hidden[kept]
 
     @property
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -46,7 +58,7 @@ class Inputs:
         return self.student_hidden.grad, self.student_weight.grad
 
 
-def make_inputs(n: int, student_size: int, teacher_size: int, k: int, pad: float) -> Inputs:
+def make_inputs(n: int, student_size: int, teacher_size: int, k: int, pad: float, device: str) -> Inputs:
     """Hidden states share a common part, so that the student resembles its teacher as one in training does."""
     source = torch.Generator().manual_seed(0)
 
@@ -62,39 +74,57 @@ def make_inputs(n: int, student_size: int, teacher_size: int, k: int, pad: float
         return hidden, weight * 3 / size**0.5
 
     mask = (torch.arange(n) % 100 >= 100 * pad).float()
-    return Inputs(*model(student_size), *model(teacher_size), mask)
+    return Inputs(*(x.to(device) for x in (*model(student_size), *model(teacher_size), mask)))
+
+
+def usual_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """(N,) as it is usually written: softmax and KL in the dtype of the logits."""
+    log_q, log_p = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).log_softmax(-1)
+    return TEMPERATURE**2 * kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def naive(inputs: Inputs) -> None:
-    """Full logits of all positions, mask at the end."""
     student = linear(inputs.student_hidden, inputs.student_weight)
     with torch.no_grad():
         teacher = linear(inputs.teacher_hidden, inputs.teacher_weight)
-    (kl_divergence(student, teacher, temperature=TEMPERATURE) * inputs.mask).sum().backward()
+    (usual_kl(student, teacher) * inputs.mask).sum().backward()
 
 
 def naive_without_pads(inputs: Inputs) -> None:
-    """Full logits of the tokens."""
-    kept = inputs.mask.bool()
-    student = linear(inputs.student_hidden[kept], inputs.student_weight)
+    student_hidden, teacher_hidden = inputs.without_pads()
+    student = linear(student_hidden, inputs.student_weight)
     with torch.no_grad():
-        teacher = linear(inputs.teacher_hidden[kept], inputs.teacher_weight)
-    kl_divergence(student, teacher, temperature=TEMPERATURE).sum().backward()
+        teacher = linear(teacher_hidden, inputs.teacher_weight)
+    usual_kl(student, teacher).sum().backward()
 
 
-def naive_autocast(inputs: Inputs) -> None:
-    """Full logits under autocast, softmax in the logits' own dtype, as it is usually written."""
-    kept = inputs.mask.bool()
-    with torch.autocast("cpu", torch.bfloat16):
-        student = linear(inputs.student_hidden[kept], inputs.student_weight)
-        with torch.no_grad():
-            teacher = linear(inputs.teacher_hidden[kept], inputs.teacher_weight)
-        log_q, log_p = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).log_softmax(-1)
-        (TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum()).backward()
+def checkpointed(inputs: Inputs) -> None:
+    """TRL's pattern: chunks of 256 whose logits are made again in the backward."""
+
+    def chunk_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+        return usual_kl(linear(hidden, weight), linear(teacher, teacher_weight)).sum()
+
+    weights = inputs.student_weight, inputs.teacher_weight
+    total = inputs.student_weight.new_zeros(())
+    for hidden, teacher in zip(*(x.split(256) for x in inputs.without_pads()), strict=True):
+        total = total + checkpoint(chunk_loss, hidden, weights[0], teacher, weights[1], use_reentrant=False)
+    total.backward()
 
 
-def chunked(inputs: Inputs) -> None:
-    """The library's loss in the inputs' dtype."""
+def liger(inputs: Inputs) -> None:
+    """Liger's chunked Jensen-Shannon loss with beta 0, which is the forward KL; not compiled, as TRL calls it."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    student, teacher = inputs.without_pads()
+    loss: Any = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=TEMPERATURE, compiled=False, chunk_size=512
+    )
+    labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+    value = loss(student, inputs.student_weight, teacher, inputs.teacher_weight, labels)
+    (value * len(student) * TEMPERATURE**2).backward()
+
+
+def ours(inputs: Inputs) -> None:
     linear_distillation_loss(
         inputs.student_hidden,
         inputs.student_weight,
@@ -105,23 +135,25 @@ def chunked(inputs: Inputs) -> None:
     ).backward()
 
 
-def chunked_autocast(inputs: Inputs) -> None:
-    """The library's loss with bfloat16 products."""
-    with torch.autocast("cpu", torch.bfloat16):
-        chunked(inputs)
+def autocast(function: Callable[[Inputs], None]) -> Callable[[Inputs], None]:
+    def run(inputs: Inputs) -> None:
+        with torch.autocast(inputs.mask.device.type, torch.bfloat16):
+            function(inputs)
+
+    return run
 
 
 def products(inputs: Inputs, dtype: torch.dtype) -> Callable[[Inputs], None]:
     """The floor: a function of the four chunked matrix products on the tokens, everything prepared."""
-    kept = inputs.mask.bool()
-    student, teacher = inputs.student_hidden[kept].detach().to(dtype), inputs.teacher_hidden[kept].to(dtype)
+    student, teacher = (x.detach().to(dtype) for x in inputs.without_pads())
     student_weight, teacher_weight = inputs.student_weight.detach().to(dtype), inputs.teacher_weight.to(dtype)
-    first, second = torch.empty(2, CHUNK_TOKENS, len(student_weight), dtype=dtype)
+    size = chunk_tokens(len(student), len(student_weight), student.device.type)
+    first, second = student.new_empty(2, size, len(student_weight))
     grad_hidden, grad_weight = torch.empty_like(student), torch.empty_like(student_weight)
 
     def run(_: Inputs) -> None:
-        for start in range(0, len(student), CHUNK_TOKENS):
-            hidden = student[start : start + CHUNK_TOKENS]
+        for start in range(0, len(student), size):
+            hidden = student[start : start + size]
             n = len(hidden)
             torch.mm(teacher[start : start + n], teacher_weight.t(), out=second[:n])
             torch.mm(hidden, student_weight.t(), out=first[:n])
@@ -131,8 +163,44 @@ def products(inputs: Inputs, dtype: torch.dtype) -> Callable[[Inputs], None]:
     return run
 
 
-def peak_extra_mib(function: Callable[[], None]) -> float | None:
-    """Resident memory a call adds at its peak, gradients included; None where Linux's counters are missing."""
+def variants_of(inputs: Inputs) -> dict[str, tuple[Callable[[Inputs], None], str]]:
+    """Name -> function, and the dtype of its products."""
+    return {
+        NAIVE: (naive, "fp32"),
+        "the same, padding dropped": (naive_without_pads, "fp32"),
+        "checkpointed chunks (TRL's pattern)": (checkpointed, "fp32"),
+        "Liger chunked JSD": (liger, "fp32"),
+        "glmd": (ours, "fp32"),
+        "four products alone, fp32": (products(inputs, torch.float32), "fp32"),
+        "usual code under autocast, padding dropped": (autocast(naive_without_pads), "bf16"),
+        "Liger chunked JSD under autocast": (autocast(liger), "bf16"),
+        "glmd under autocast": (autocast(ours), "bf16"),
+        "four products alone, bf16": (products(inputs, torch.bfloat16), "bf16"),
+    }
+
+
+# A frozen teacher is converted once, before the training.
+TEACHERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# On models in bfloat16 only the errors are of interest.
+NARROW = {"usual code, padding dropped": naive_without_pads, "Liger chunked JSD": liger, "glmd": ours}
+
+
+def timed(function: Callable[[Inputs], None], inputs: Inputs, clock: Callable[[], float]) -> float:
+    """Milliseconds of one call."""
+    start = clock()
+    function(inputs)
+    if inputs.mask.device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (clock() - start)
+
+
+def peak_extra_mib(function: Callable[[Inputs], None], inputs: Inputs) -> float | None:
+    """Memory a call adds at its peak, gradients included; None where Linux's counters are missing."""
+    if inputs.mask.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        began = torch.cuda.memory_allocated()
+        function(inputs)
+        return (torch.cuda.max_memory_allocated() - began) / 2**20
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
@@ -143,13 +211,82 @@ def peak_extra_mib(function: Callable[[], None]) -> float | None:
     ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls freed is used again and not counted
     reset.write_text("5")
     before = read("VmRSS")
-    function()
+    function(inputs)
     return (read("VmHWM") - before) / 1024
 
 
-def relative_errors(inputs: Inputs, exact: Inputs) -> list[float]:
-    pairs = zip(inputs.gradients, exact.gradients, strict=True)
+def exact_gradients(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """In float64, where the library equals full logits to 1e-9, as its tests hold, for inputs rounded to `dtype`."""
+    exact = inputs.to(dtype).to(torch.float64)
+    ours(exact)
+    return list(exact.gradients)
+
+
+def relative_errors(inputs: Inputs, exact: list[Tensor]) -> list[float]:
+    pairs = zip(inputs.gradients, exact, strict=True)
     return [((ours.double() - twin).norm() / twin.norm()).item() for ours, twin in pairs]
+
+
+def compare_rows(k: int, rounds: int, clock: Callable[[], float]) -> None:
+    """What stands between the products: blocks of rows, the chunk at once, and the same compiled, in bf16."""
+    source = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(512, k, generator=source).bfloat16() for _ in range(2))
+    task = RowTask("kl_divergence", TEMPERATURE)
+
+    @torch.compile(dynamic=False)
+    def formula(student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
+        s, t = student.float() / TEMPERATURE, teacher.float() / TEMPERATURE
+        s_sum, t_sum = s.logsumexp(-1, keepdim=True), t.logsumexp(-1, keepdim=True)
+        p = (t - t_sum).exp()
+        difference = (s - s_sum).exp() - p
+        gradient.copy_(TEMPERATURE * difference)
+        return TEMPERATURE**2 * (p * (t - s + s_sum - t_sum) + difference).sum(-1)
+
+    def compiled() -> None:
+        gradient = torch.empty_like(student)
+        for rows in torch.arange(512).split(64):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            formula(student[part], teacher[part], gradient[part])
+
+    def eager(block: int) -> None:
+        BLOCK_ROWS["cpu"] = block
+        EagerRows(task, student, teacher)(student.clone(), teacher, None)
+
+    start = time.perf_counter()
+    compiled()
+    seconds = time.perf_counter() - start
+    forms = {"blocks of 64 rows": lambda: eager(64), "the chunk of 512 at once": lambda: eager(512)}
+    forms["blocks of 64 rows, compiled"] = compiled
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds + 1):
+        for name, form in forms.items():
+            start = clock()
+            form()
+            times[name].append((clock() - start) * 1e9 / student.numel())
+    print(f"nanoseconds a logit; {seconds:.0f} s to compile")
+    for name, values in times.items():
+        print(f"| {name} | {median(values[1:]):.2f} |")
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Speed over the usual code, with the gradient's error beside each bar."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["errors"]][::-1]
+    figure = Figure(figsize=(8, 0.36 * len(shown) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#1b6ca8" if row["name"].startswith("glmd") else "#b8b8b8" for row in shown]
+    axes.barh([row["name"] for row in shown], [row["speed"] for row in shown], color=colours)
+    for i, row in enumerate(shown):
+        worst = max(row["errors"])
+        colour = "#c0392b" if worst > 0.02 else "#333333"
+        axes.text(row["speed"] + 0.05, i, f"{row['speed']:.1f}x, gradient error {worst:.0e}", va="center", color=colour)
+    axes.set_xlim(0, 1.6 * max(row["speed"] for row in shown))
+    axes.set_xlabel("speed over the usual code")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=72)
 
 
 def main() -> None:
@@ -157,40 +294,56 @@ def main() -> None:
     parser.add_argument("--shape", default="1024,384,384,15261", help="tokens,student size,teacher size,words")
     parser.add_argument("--pad", type=float, default=0.3, help="share of padding")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="the process's own time, where others use the machine")
+    parser.add_argument("--liger", type=Path, help="folder with liger-kernel, if it is to be measured")
+    parser.add_argument("--plot", type=Path, help="file for the picture, .png or .svg")
+    parser.add_argument("--rows", action="store_true", help="only compare forms of what stands between the products")
     arguments = parser.parse_args()
+    if arguments.liger is not None:
+        sys.path.append(str(arguments.liger))
     n, student_size, teacher_size, k = (int(x) for x in arguments.shape.split(","))
-    inputs = make_inputs(n, student_size, teacher_size, k, arguments.pad)
-    exact = inputs.to(torch.float64)
-    chunked(exact)  # equal to full logits in float64 to 1e-9, as the tests hold
-    # name: (function, its floor)
-    variants: dict[str, tuple[Callable[[Inputs], None], str]] = {
-        "naive fp32": (naive, "products fp32"),
-        "naive fp32, pads dropped": (naive_without_pads, "products fp32"),
-        "naive autocast bf16, pads dropped": (naive_autocast, "products bf16"),
-        "chunked fp32": (chunked, "products fp32"),
-        "chunked autocast bf16": (chunked_autocast, "products bf16"),
-        "products fp32": (products(inputs, torch.float32), "products fp32"),
-        "products bf16": (products(inputs, torch.bfloat16), "products bf16"),
-    }
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.rows:
+        compare_rows(k, arguments.rounds, clock)
+        return
+    inputs = make_inputs(n, student_size, teacher_size, k, arguments.pad, arguments.device)
+    variants = variants_of(inputs)
+    if arguments.liger is None:
+        variants = {name: each for name, each in variants.items() if "Liger" not in name}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(arguments.rounds + 1):  # the first round warms up and is not counted
-        for name, (function, _) in variants.items():
-            fresh = inputs.to(torch.float32)
-            start = time.perf_counter()
-            function(fresh)
-            times[name].append(1000 * (time.perf_counter() - start))
+    for i in range(arguments.rounds + 1):  # the first round warms up and is not counted
+        for name, (function, dtype) in variants.items():
+            times[name].append(timed(function, inputs.to(torch.float32, TEACHERS[dtype]), clock))
+        print(f"round {i}: { ({name: round(each[-1]) for name, each in times.items()}) }", file=sys.stderr)
     ms = {name: median(values[1:]) for name, values in times.items()}
-    print(f"N, H, H of the teacher, K = {arguments.shape}; {int(inputs.mask.sum())} tokens; T = {TEMPERATURE:g};")
-    print(f"median of {arguments.rounds} rounds; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| variant | ms | speed-up over naive | time / floor | peak MiB | grad hidden error | grad weight error |")
+    exact, rows = exact_gradients(inputs, torch.float32), []
+    for name, (function, dtype) in variants.items():
+        fresh = inputs.to(torch.float32, TEACHERS[dtype])
+        peak = peak_extra_mib(function, fresh)
+        errors = [] if "alone" in name else relative_errors(fresh, exact)
+        row = {"name": name, "ms": ms[name], "speed": ms[NAIVE] / ms[name], "peak": peak, "errors": errors}
+        rows.append(row | {"floor": ms[name] / ms[f"four products alone, {dtype}"]})
+    shape = f"N, H, H of the teacher, K = {arguments.shape}"
+    print(f"{shape}; {int(inputs.mask.sum())} tokens; T = {TEMPERATURE:g};")
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"median of {arguments.rounds} rounds of {clock.__name__}; torch {torch.__version__}, {threads}\n")
+    print("| variant | ms | speed over the first | time / its four products | peak MiB | error: hidden | weight |")
     print("|---|---|---|---|---|---|---|")
-    for name, (function, floor) in variants.items():
-        fresh = inputs.to(torch.float32)
-        peak = peak_extra_mib(lambda function=function, fresh=fresh: function(fresh))  # type: ignore[misc]
-        errors = [] if name.startswith("products") else relative_errors(fresh, exact)
-        cells = [name, f"{ms[name]:.0f}", f"{ms['naive fp32'] / ms[name]:.2f}", f"{ms[name] / ms[floor]:.2f}"]
-        cells += ["" if peak is None or not errors else f"{peak:.0f}", *(f"{x:.0e}" for x in errors or [])]
-        print("| " + " | ".join(cells + [""] * (7 - len(cells))) + " |")
+    for row in rows:
+        cells = [row["name"], f"{row['ms']:.0f}", f"{row['speed']:.2f}", f"{row['floor']:.2f}"]
+        cells += ["" if row["peak"] is None or not row["errors"] else f"{row['peak']:.0f}"]
+        cells += [f"{x:.0e}" for x in row["errors"]] or ["", ""]
+        print("| " + " | ".join(cells) + " |")
+    print("\n| on models in bf16 | error: hidden | weight |\n|---|---|---|")
+    exact = exact_gradients(inputs, torch.bfloat16)
+    for name, function in NARROW.items():
+        if arguments.liger is not None or "Liger" not in name:
+            fresh = inputs.to(torch.bfloat16)
+            function(fresh)
+            print("| " + " | ".join([name, *(f"{x:.0e}" for x in relative_errors(fresh, exact))]) + " |")
+    if arguments.plot is not None:
+        plot(rows, f"N, H, H, K = {arguments.shape}, {arguments.pad:.0%} padding", arguments.plot)
 
 
 if __name__ == "__main__":

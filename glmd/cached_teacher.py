@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from glmd.errors import DataError
-from glmd.heads import choice_logits
+from glmd.heads import choice_logits, logit_scaling
+from glmd.losses.logits import NOT_SCALED
 from glmd.teacher import TeacherOutputs, sliced_head
 from glmd.vocabulary import Vocabulary
 
@@ -137,7 +138,9 @@ class CachedTeacher:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.merged_into: Tensor | None = None
+        self.scaling = NOT_SCALED
         if language_model is not None:
+            self.scaling = logit_scaling(language_model.config)
             parts = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
             self.weight, self.bias, self.merged_into = (None if part is None else part.to(device) for part in parts)
 
@@ -161,7 +164,7 @@ class CachedTeacher:
             is_choice = "num_choices" in batch
             table = choice_logits(flat[:, None], batch["num_choices"].cpu()) if is_choice else flat.view(len(found), -1)
             logits = self._moved(table)
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, logits)
+        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, logits, self.scaling)
 
     def _moved(self, part: Tensor) -> Tensor:
         """To the device without waiting for it: a copy from pageable memory would."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glmd.heads import LinearMap, backbone, run_backbone, run_head, run_task_head, share_backbone
 from glmd.losses.labels import LABEL_LOSSES
-from glmd.losses.linear import linear_distillation_loss
+from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
 from glmd.objective import WORD_SIGNALS, Objective, Term, token_mask
 from glmd.teacher import TeacherOutputs, model_inputs
@@ -97,9 +97,10 @@ class Distiller(nn.Module):
     ) -> Tensor:
         """A word term's sum from (B, S, H) hidden states before the student's final linear map."""
         if term.signal == "word_labels":
+            assert term.loss == "hard_cross_entropy" and not term.options, "the one loss on labels"
             chosen = token_mask(term, batch)
-            logits = nn.functional.linear(hidden[chosen], linear.weight, linear.bias)
-            return LABEL_LOSSES[term.loss](logits, self.token_map[batch["word_labels"][chosen]], **term.options).sum()
+            labels = self.token_map[batch["word_labels"][chosen]]
+            return linear_cross_entropy(hidden[chosen], linear.weight, labels, bias=linear.bias, scaling=linear.scaling)
         valid = batch["attention_mask"].bool()
         weights = token_mask(term, batch)[valid].float() if term.tokens == "masked" else None
         assert teacher.hidden_states is not None and teacher.head_weight is not None, "the teacher has an LM head"
@@ -110,6 +111,8 @@ class Distiller(nn.Module):
             teacher.head_weight,
             student_bias=linear.bias,
             teacher_bias=teacher.head_bias,
+            student_scaling=linear.scaling,
+            teacher_scaling=teacher.head_scaling,
             merged_into=teacher.merged_into,
             token_weights=weights,
             loss=term.loss,

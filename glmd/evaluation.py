@@ -20,6 +20,7 @@ from glmd.data.predictions import require_idx, write_predictions
 from glmd.data.tasks import Split, Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
 from glmd.heads import (
+    LinearMap,
     choice_logits,
     final_linear,
     hidden_before_final_linear,
@@ -101,9 +102,12 @@ def score_words(
         labels = batch["word_labels"][valid] if "word_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
         assert teacher_hidden is not None and outputs.head_weight is not None, "the teacher has an LM head"
+        teacher_head = LinearMap(outputs.head_weight, outputs.head_bias, outputs.head_scaling)
         for rows in torch.arange(len(student_hidden), device=student_hidden.device).split(ROWS):
-            ours = nn.functional.linear(student_hidden[rows], linear.weight, linear.bias).float()
-            theirs = nn.functional.linear(teacher_hidden[rows], outputs.head_weight, outputs.head_bias).float()
+            ours, theirs = (
+                linear.logits(student_hidden[rows]).float(),
+                teacher_head.logits(teacher_hidden[rows]).float(),
+            )
             if outputs.merged_into is not None:
                 theirs = merge_words(theirs, outputs.merged_into)
             best, teacher_best = ours.argmax(-1), theirs.argmax(-1)

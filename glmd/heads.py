@@ -1,13 +1,14 @@
-"""Split any Hugging Face model into backbone, head transform and final linear map, without code per model but one.
+"""Split any Hugging Face model into backbone, head transform and final linear map, with hardly any code per model.
 
 A model runs by its own forward. Two things are exchanged for the time of one call: the backbone, by outputs
 already computed, so that one backbone forward feeds a task head and an LM head; and the forward of the final
 linear map, by a function that sees the hidden states before it, so that N x V logits need never exist.
 MobileBERT's map is two weights that its head joins and multiplies by itself: there the head's forward is exchanged.
+Some models scale or cap their logits after the map; that is a part of it here.
 
     outputs = backbone(model)(**inputs)
     logits = run_head(classifier, outputs, inputs=inputs)
-    loss = run_head(model, outputs, final_linear=lambda hidden, linear: loss_of(hidden, linear.weight, linear.bias))
+    loss = run_head(model, outputs, final_linear=lambda hidden, linear: linear.logits(hidden).sum())
 """
 
 import inspect
@@ -20,17 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from glmd.errors import ModelError
+from glmd.losses.logits import NOT_SCALED, LogitScaling
+
+# What is done to the logits after the map, by model_type. Softcaps go by one name in every config.
+FACTORS: dict[str, Callable[[Any], float]] = {
+    **dict.fromkeys(("cohere", "cohere2"), lambda config: config.logit_scale),
+    **dict.fromkeys(
+        ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid"), lambda config: 1 / config.logits_scaling
+    ),
+}
 
 
 @dataclass(frozen=True)
-class JoinedLinear:
-    """MobileBERT's final map: the word embeddings and a second weight, side by side."""
+class LinearMap:
+    """From hidden states to the logits of K words."""
 
     weight: Tensor  # (K, H)
-    bias: Tensor  # (K,)
+    bias: Tensor | None  # (K,)
+    scaling: LogitScaling = NOT_SCALED
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., K)."""
+        return self.scaling(nn.functional.linear(hidden, self.weight, self.bias))
 
 
-LinearMap = nn.Linear | JoinedLinear
 FinalLinear = Callable[[Tensor, LinearMap], Any]
 
 
@@ -59,8 +73,19 @@ def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 
 def final_linear(model: nn.Module) -> LinearMap:
     """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
-    linear, head = _output_embeddings(model), _joining_head(model)
-    return linear if head is None else _joined(head, model.config)
+    return _linear_map(model, _output_embeddings(model), _joining_head(model))
+
+
+def logit_scaling(config: Any) -> LogitScaling:
+    """What a model of this config does to its logits after the final linear map."""
+    factor = FACTORS.get(config.model_type, lambda _: 1.0)(config)
+    return LogitScaling(float(factor), getattr(config, "final_logit_softcapping", None))
+
+
+def _linear_map(model: Any, linear: nn.Linear, head: Any) -> LinearMap:
+    if head is not None:
+        return _joined(head, model.config)
+    return LinearMap(linear.weight, linear.bias, logit_scaling(model.config))
 
 
 def _output_embeddings(model: nn.Module) -> nn.Linear:
@@ -77,13 +102,14 @@ def _joining_head(model: Any) -> Any:
     return model.cls.predictions if model.config.model_type == "mobilebert" else None
 
 
-def _joined(head: Any, config: Any) -> JoinedLinear:
+def _joined(head: Any, config: Any) -> LinearMap:
+    """MobileBERT's final map: the word embeddings and a second weight, side by side."""
     weight, pad = head.decoder.weight, config.pad_token_id
     if pad is not None and weight.requires_grad:
         # The last word of a text has padding for its neighbour, or nothing, by the length of the batch's longest. A
         # student's vector of [PAD] begins as zeros, which is what stands for nothing, and has to stay so.
         weight = weight.index_copy(0, torch.tensor([pad], device=weight.device), weight[pad : pad + 1].detach())
-    return JoinedLinear(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
+    return LinearMap(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
 
 
 def run_head(
@@ -139,10 +165,10 @@ def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden:
     if "verbalisers" in batch:
         words = batch["verbalisers"] if token_map is None else token_map[batch["verbalisers"]]
         logits = (in_blank[:, None] * linear.weight[words]).sum(-1)
-        return logits if linear.bias is None else logits + linear.bias[words]
+        return linear.scaling(logits if linear.bias is None else logits + linear.bias[words])
     ids = batch["blank_ids"][is_blank]
     words = ids if token_map is None else token_map[ids]
-    logits = nn.functional.linear(in_blank, linear.weight, linear.bias)
+    logits = linear.logits(in_blank)
     of_tokens = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, words[:, None])
     rows = is_blank.nonzero()[:, 0]
     sums = of_tokens.new_zeros(len(hidden), 1).index_add(0, rows, of_tokens)
@@ -179,8 +205,8 @@ def share_backbone(model: nn.Module, other: nn.Module) -> None:
 def prove_split(model: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -> None:
     """Check on a probe batch that backbone, head and final linear map give the model's own logits.
 
-    Raises ModelError naming the class and the largest difference: what stands after the linear map
-    (soft-capping, logit scaling, concatenated weights) would make every distilled logit wrong.
+    Raises ModelError naming the class and the largest difference: what stands after the linear map and is not known
+    by name would make every distilled logit wrong.
     """
     _, linear = backbone(model), final_linear(model)  # each refuses a model that has none
     device = linear.weight.device
@@ -190,8 +216,13 @@ def prove_split(model: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -
     try:
         inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
         expected = model(**inputs).logits
-        hidden = hidden_before_final_linear(model, run_backbone(model, inputs))
-        got = nn.functional.linear(hidden, linear.weight, linear.bias)
+        try:
+            hidden = hidden_before_final_linear(model, run_backbone(model, inputs))
+        except AttributeError as missing:  # Falcon-H1 multiplies its logits by a number that its backbone holds
+            raise ModelError(
+                f"{type(model).__name__}: its head needs more of its backbone than outputs ({missing}); not supported"
+            ) from None
+        got = linear.logits(hidden)
     finally:
         model.train(was_training)
     scale = expected.float().abs().max().clamp(min=1.0)
@@ -244,7 +275,7 @@ def _replaced_forward(model: nn.Module, function: FinalLinear | None) -> Iterato
     def forward(hidden: Tensor) -> Any:
         if head is not None:
             hidden = head.transform(hidden)
-        returned.append(function(hidden, linear if head is None else _joined(head, model.config)))
+        returned.append(function(hidden, _linear_map(model, linear, head)))
         # The model may go on to index or reshape its logits: hand it something of that form.
         return hidden
 

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.heads import final_linear, hidden_before_final_linear, run_backbone, run_task_head, share_backbone
+from glmd.heads import (
+    final_linear,
+    hidden_before_final_linear,
+    logit_scaling,
+    run_backbone,
+    run_task_head,
+    share_backbone,
+)
+from glmd.losses.logits import NOT_SCALED, LogitScaling
 from glmd.vocabulary import Vocabulary
 
 
@@ -24,6 +32,7 @@ class TeacherOutputs:
     head_bias: Tensor | None = None  # (K,) or (K + D,)
     merged_into: Tensor | None = None  # (D,) the student's word that each further row gives its probability to
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
+    head_scaling: LogitScaling = NOT_SCALED  # what the teacher does to the product of hidden states and head
 
 
 class OnlineTeacher:
@@ -53,6 +62,7 @@ class OnlineTeacher:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.merged_into: Tensor | None = None
+        self.scaling = NOT_SCALED if language_model is None else logit_scaling(language_model.config)
         if language_model is not None:
             self.weight, self.bias, self.merged_into = sliced_head(
                 language_model, vocabulary, merge_dropped=merge_dropped
@@ -70,7 +80,7 @@ class OnlineTeacher:
             hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
         if self.classifier is not None:
             task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits)
+        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits, self.scaling)
 
 
 def sliced_head(

@@ -146,6 +146,12 @@ CLASSES = {
     "BartForConditionalGeneration": ("roberta", BART),
     "LlamaForCausalLM": ("llama3", {**SMALL, "tie_word_embeddings": True}),
     "MistralForCausalLM": ("llama2", {**SMALL, "num_key_value_heads": 2}),
+    "Gemma2ForCausalLM": (
+        "llama2",
+        {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 1.0},
+    ),
+    "CohereForCausalLM": ("llama3", {**SMALL, "num_key_value_heads": 1, "logit_scale": 4.0}),
+    "GraniteForCausalLM": ("gpt2", {**SMALL, "num_key_value_heads": 1, "logits_scaling": 0.25}),
     "XLMRobertaForMaskedLM": ("xlm-r", {**SMALL, "max_position_embeddings": 66}),
     "AlbertForMaskedLM": ("xlm-r", {**SMALL, "embedding_size": 8}),
     "T5ForConditionalGeneration": ("t5", T5),

@@ -30,6 +30,7 @@ from glmd.tokenizer import load_tokenizer
 from glmd.vocabulary import Vocabulary
 
 DECODERS = ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM"]
+SCALED = ["Gemma2ForCausalLM", "CohereForCausalLM", "GraniteForCausalLM"]  # their logits are capped, or scaled
 
 
 def decoder_run(tiny, models, name: str, folder, *more: str):
@@ -82,7 +83,48 @@ def test_bits_per_byte_of_a_run_are_those_of_its_folders_on_the_held_out_text(ti
     )
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", SCALED)
+def test_a_model_that_scales_its_logits_is_distilled_from_a_cache_and_exported_as_it_is(
+    name, tiny, models, trusting, tmp_path
+):
+    """What a run measures of the student is what stock transformers computes of its folder."""
+    config = decoder_run(tiny, models, name, tmp_path / "run", f"teacher.cache={tmp_path / 'cache'}")
+    (row,) = run(config)["rows"]
+    assert row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
+    folder = tmp_path / "run/pretraining/student"
+    student, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(models / name).eval()
+    vocabulary = Vocabulary.load(tmp_path / "run/vocabulary")
+    source = load_tokenizer(models / name)
+    data = BlockDataset(
+        open_token_store(tmp_path / "run/corpus"), source, max_length=16, blocks=range(1), corruption=None
+    )
+    total = data.store.num_blocks(data.block_length)
+    data.blocks = range(total - 4, total)
+    kl = []
+    for i in range(4):
+        ids = torch.from_numpy(np.asarray(data[0, i]["input_ids"]))[None].long()
+        ours = student(input_ids=torch.from_numpy(vocabulary.token_map)[ids]).logits[0].log_softmax(-1)
+        theirs = teacher(input_ids=ids).logits[0][:, vocabulary.kept_ids].log_softmax(-1)
+        kl += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
+    assert row["words"]["kl_divergence"] == pytest.approx(np.mean(kl), rel=2e-3)  # the cache holds 16 bits
+    assert len(tokenizer) == student.config.vocab_size
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_student_equal_to_a_teacher_that_scales_its_logits_loses_nothing(name, models):
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64).eval()
+    vocabulary = Vocabulary.identity(teacher.config.vocab_size)
+    student = slice_model(teacher, vocabulary)
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    assert torch.equal(student(**batch).logits, teacher(**batch).logits)
+    distiller = Distiller(load_method("glmd")["pretraining"], vocabulary.token_map, language_model=student)
+    loss = distiller(batch, OnlineTeacher(teacher, None, vocabulary)(batch)).sum()
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    assert abs(loss.item()) < 1e-10 and max(each.abs().max().item() for each in gradients) < 1e-10
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *SCALED])
 def test_the_loss_is_that_of_whole_models_at_every_position(name, models, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / name)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64).eval()

@@ -46,18 +46,20 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Llama": {"num_key_value_heads": 1},
     "Gemma2": {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 5.0},
     "Cohere": {"num_key_value_heads": 1, "logit_scale": 0.5},
+    "Granite": {"num_key_value_heads": 1, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "MobileBert": {"embedding_size": 10, "intra_bottleneck_size": 16, "num_feedforward_networks": 1},
     "T5": {"d_kv": 8, "decoder_start_token_id": 0},
     "Bart": {"d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 32, "decoder_attention_heads": 2},
 }
 LANGUAGE_MODELS = {
     **{name: f"{name}ForMaskedLM" for name in FIELDS},
-    **{name: f"{name}ForCausalLM" for name in ("Llama", "Gemma2", "Cohere")},
+    **{name: f"{name}ForCausalLM" for name in ("Llama", "Gemma2", "Cohere", "Granite")},
     "GPT2": "GPT2LMHeadModel",
     **{name: f"{name}ForConditionalGeneration" for name in ("T5", "Bart")},
 }
 MASKED = ("Bert", "Roberta", "Electra", "Albert", "DistilBert", "ModernBert", "DebertaV2", "MobileBert")
-SPLIT = (*MASKED, "GPT2", "Llama")
+SCALED = ("Gemma2", "Cohere", "Granite")
+SPLIT = (*MASKED, "GPT2", "Llama", *SCALED)
 
 
 def model_of(name: str, head: str | None = None, *, seed: int = 0) -> Any:
@@ -105,7 +107,7 @@ def test_hidden_states_times_the_final_map_are_the_models_own_logits(name: str) 
     expected = model(**inputs).logits
     hidden = hidden_before_final_linear(model, backbone(model)(**inputs))
     linear = final_linear(model)
-    logits = hidden @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+    logits = linear.logits(hidden)
     torch.testing.assert_close(logits, expected)
     assert expected.std() > 0.1, "the logits say something"
     torch.testing.assert_close(gradients(model, logits), gradients(model, expected), atol=1e-10, rtol=1e-8)
@@ -152,11 +154,63 @@ def test_a_head_on_the_backbones_outputs_gives_the_models_own_logits(name: str) 
     assert torch.equal(run_head(model, backbone(model)(**inputs)), expected)
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Cohere", "T5"])
-def test_a_model_whose_logits_are_more_than_one_linear_map_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize("name", ["Cohere", "Granite"])
+def test_a_model_that_scales_its_logits_and_is_not_known_for_it_is_refused_by_name(name: str) -> None:
+    model = model_of(name)
+    model.config.model_type = "another"
+    with pytest.raises(ModelError, match=f"{LANGUAGE_MODELS[name]}: .* more than one linear map and is not supported"):
+        prove_split(model, V)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole_models(name: str) -> None:
+    """Student and teacher of the family; and a student equal to its teacher loses nothing."""
+    teacher, student, inputs = model_of(name), model_of(name, seed=1), padded_inputs()
+    valid = inputs["attention_mask"].bool()
+    head, theirs = final_linear(teacher), hidden_before_final_linear(teacher, backbone(teacher)(**inputs))[valid]
+
+    def loss_of(hidden: Tensor, linear: LinearMap) -> Tensor:
+        return linear_distillation_loss(
+            hidden[valid],
+            linear.weight,
+            theirs.detach(),
+            head.weight.detach(),
+            student_scaling=linear.scaling,
+            teacher_scaling=head.scaling,
+            temperature=3.0,
+        )
+
+    for model in (student, teacher):
+        ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
+        logits = [each(**inputs).logits[valid] for each in (model, teacher)]
+        expected = kl_divergence(logits[0], logits[1].detach(), temperature=3.0).sum()
+        torch.testing.assert_close(ours, expected)
+        got, wanted = (torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, expected))
+        torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-7)
+        assert (ours.item() > 0.1) == (model is student)
+        assert (max(each.abs().max().item() for each in got) > 1e-3) == (model is student)
+
+
+@pytest.mark.parametrize("name", ["T5"])
+def test_a_model_that_is_not_backbone_and_head_is_refused_by_name(name: str) -> None:
     with pytest.raises(ModelError, match=LANGUAGE_MODELS[name]) as refusal:
         prove_split(model_of(name), V)
     assert "support" in str(refusal.value)
+
+
+def test_a_model_whose_head_asks_its_backbone_for_more_than_outputs_is_refused_by_name() -> None:
+    """As Falcon-H1, whose backbone holds what its logits are multiplied by."""
+
+    class Asking(transformers.LlamaForCausalLM):
+        def forward(self, **inputs: Any) -> Any:
+            outputs = super().forward(**inputs)
+            outputs.logits = outputs.logits * self.model.lm_head_multiplier
+            return outputs
+
+    model = model_of("Llama")
+    model.__class__, model.model.lm_head_multiplier = Asking, 2.0
+    with pytest.raises(ModelError, match=r"Asking: its head needs more of its backbone than outputs .*multiplier"):
+        prove_split(model, V)
 
 
 def test_a_model_without_output_embeddings_is_refused_by_name() -> None:
@@ -191,10 +245,11 @@ def test_a_model_of_nan_weights_is_refused() -> None:
 def test_proving_the_split_leaves_the_models_mode(training: bool) -> None:
     for name in ("Bert", "Gemma2", "Cohere"):
         model = model_of(name).train(training)
+        model.config.model_type = "another" if name == "Cohere" else model.config.model_type
         try:
             prove_split(model, V)
         except ModelError:
-            assert name != "Bert"
+            assert name == "Cohere"
         assert all(module.training is training for module in model.modules())
 
 
@@ -267,7 +322,7 @@ def test_a_model_that_never_calls_its_final_map_is_refused_and_left_as_it_was() 
 
 def test_a_forward_that_somebody_put_on_the_final_map_is_there_afterwards() -> None:
     model, inputs = model_of("Bert"), padded_inputs()
-    linear = final_linear(model)
+    linear = model.get_output_embeddings()
     linear.forward = lambda hidden: 2 * nn.functional.linear(hidden, linear.weight, linear.bias)
     doubled = model(**inputs).logits
     hidden_before_final_linear(model, backbone(model)(**inputs))
@@ -277,13 +332,13 @@ def test_a_forward_that_somebody_put_on_the_final_map_is_there_afterwards() -> N
 def test_what_the_function_returns_is_returned_and_it_sees_the_map_within_its_call() -> None:
     model, inputs = model_of("Bert"), padded_inputs()
     seen = []
-    final_linear(model).register_forward_pre_hook(lambda linear, args: seen.append(args[0].shape))
+    model.get_output_embeddings().register_forward_pre_hook(lambda linear, args: seen.append(args[0].shape))
     answer = run_head(model, backbone(model)(**inputs), final_linear=lambda hidden, linear: (linear, hidden.shape))
     assert answer == (final_linear(model), (3, 7, 16))
     assert seen == [(3, 7, 16)], "the hooks of the map ran, so sharded weights would have been gathered"
 
 
-@pytest.mark.parametrize("name", ["Bert", "MobileBert"])
+@pytest.mark.parametrize("name", ["Bert", "MobileBert", "Gemma2", "Granite"])
 def test_verbalisers_in_a_blank_score_as_the_models_own_logits_there(name: str) -> None:
     model, inputs = model_of(name), padded_inputs()
     places, words = torch.tensor([5, 1, 0]), torch.tensor([[7, 9], [7, 9], [7, 9]])

@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from glmd.errors import ConfigError
 from glmd.losses import linear
-from glmd.losses.linear import ROW_LOSSES, linear_distillation_loss
-from glmd.losses.logits import LOGIT_LOSSES, merge_words
+from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
+from glmd.losses.linear import chunk_tokens, linear_cross_entropy, linear_distillation_loss
+from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, merge_words
+from glmd.losses.rows import ROW_LOSSES, RowTask
 
 TEMPERED = [name for name in LOGIT_LOSSES if "mse" not in name]
 
@@ -109,12 +113,12 @@ def assert_equal_to_plain(case: Case, loss: str, temperature: float) -> None:
 def chunks_of(tokens: int) -> Iterator[None]:
     """As a context and not a fixture: hypothesis runs many examples inside one test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "CHUNK_TOKENS", tokens)
+        patch.setattr(linear, "chunk_tokens", lambda *_: tokens)
         yield
 
 
 def test_there_is_a_row_form_of_every_logit_loss() -> None:
-    assert list(ROW_LOSSES) == list(LOGIT_LOSSES)
+    assert list(ROW_LOSSES) == [*LOGIT_LOSSES, *LABEL_LOSSES]
 
 
 @settings(max_examples=60, deadline=None)
@@ -208,6 +212,152 @@ def test_merging_overflows_nowhere() -> None:
 def test_chunk_boundaries_do_not_show(loss: str, n: int) -> None:
     with chunks_of(8):
         assert_equal_to_plain(make(n, biases="student teacher"), loss, 1.0)
+
+
+@pytest.mark.parametrize("n", [64, 65, 150])
+@pytest.mark.parametrize("loss", LOGIT_LOSSES)
+def test_blocks_of_rows_within_a_chunk_do_not_show(loss: str, n: int) -> None:
+    assert_equal_to_plain(make(n, biases="student teacher"), loss, 1.0)
+
+
+SCALINGS = [LogitScaling(0.25), LogitScaling(3.0, 5.0), LogitScaling(1.0, 2.0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    loss=st.sampled_from(list(LOGIT_LOSSES)),
+    scalings=st.tuples(*[st.sampled_from([NOT_SCALED, *SCALINGS])] * 2),
+    n=st.integers(0, 20),
+    biases=st.sampled_from(["", "student teacher"]),
+    chunk=st.integers(1, 24),
+    seed=st.integers(0, 999),
+)
+def test_scaled_and_capped_logits_equal_full_ones_in_values_and_gradients(
+    loss: str, scalings: tuple[LogitScaling, LogitScaling], n: int, biases: str, chunk: int, seed: int
+) -> None:
+    case = make(n, seed=seed, biases=biases)
+    ours, exact = case.to(torch.float64), case.to(torch.float64)
+    temperature = 1.0 if "mse" in loss else 3.0
+    names = ("student_scaling", "teacher_scaling")
+    with chunks_of(chunk):
+        value = linear_distillation_loss(
+            **vars(ours), temperature=temperature, loss=loss, **dict(zip(names, scalings, strict=True))
+        )
+    logits = [
+        scaling(torch.nn.functional.linear(hidden, weight, bias))
+        for scaling, hidden, weight, bias in (
+            (scalings[0], exact.student_hidden, exact.student_weight, exact.student_bias),
+            (scalings[1], exact.teacher_hidden, exact.teacher_weight, exact.teacher_bias),
+        )
+    ]
+    values = LOGIT_LOSSES[loss](*logits, **({} if "mse" in loss else {"temperature": temperature}))
+    expected = (values * exact.token_weights).sum()
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-11)
+    for gradient, twin in zip(ours.gradients, exact.gradients, strict=True):
+        torch.testing.assert_close(gradient, twin, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_scaled_and_capped_logits_are_as_exact_as_others(
+    scaling: LogitScaling, dtype: torch.dtype, most: float
+) -> None:
+    case = make(40, 4000, 64, 64, scale=2.0 / scaling.factor).to(dtype)
+    exact = case.to(torch.float64)
+    both = {"student_scaling": scaling, "teacher_scaling": scaling, "temperature": 15.0}
+    linear_distillation_loss(**vars(case), **both).backward()
+    linear_distillation_loss(**vars(exact), **both).backward()
+    assert all(relative_error(*pair) < most for pair in zip(case.gradients, exact.gradients, strict=True))
+
+
+def test_a_triton_that_does_not_work_is_warned_of_once_and_then_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(task: RowTask) -> Any:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "glmd.losses.triton_rows", SimpleNamespace(TritonRows=no_compiler))
+    linear._triton_works.cache_clear()
+    found = [linear._triton_works(torch.device("cpu"), torch.float32) for _ in range(3)]
+    linear._triton_works.cache_clear()
+    assert found == [False] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton does not work on cpu in torch.float32, the loss runs in plain torch: no C compiler"
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loss", LOGIT_LOSSES)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_gpu_is_as_exact(loss: str, dtype: torch.dtype, most: float) -> None:
+    temperature = 1.0 if "mse" in loss else 15.0
+    case = make(600, 30523, 64, 64, biases="student teacher", scale=0.7).to(dtype)
+    exact = case.to(torch.float64)
+    on_gpu = replace(case, **{name: x.detach().cuda() for name, x in case.tensors.items()})
+    for name in ("student_hidden", "student_weight", "student_bias"):
+        getattr(on_gpu, name).requires_grad_()
+    for each in (on_gpu, exact):
+        chunked(each, loss, temperature).backward()
+    assert all(relative_error(x.cpu(), twin) < most for x, twin in zip(on_gpu.gradients, exact.gradients, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 80),
+    sizes=st.tuples(st.integers(1, 30), st.integers(1, 6)),
+    bias=st.booleans(),
+    scaling=st.sampled_from([NOT_SCALED, *SCALINGS]),
+    chunk=st.integers(1, 90),
+    seed=st.integers(0, 999),
+)
+def test_the_loss_on_labels_equals_that_on_full_logits(
+    n: int, sizes: tuple[int, int], bias: bool, scaling: LogitScaling, chunk: int, seed: int
+) -> None:
+    """A label of -100 has no part."""
+    case = make(n, *sizes, seed=seed, biases="student" if bias else "")
+    labels = torch.randint(-1, sizes[0], (n,), generator=torch.Generator().manual_seed(seed))
+    labels[labels < 0] = -100
+    ours, exact = case.to(torch.float64), case.to(torch.float64)
+    with chunks_of(chunk):
+        value = linear_cross_entropy(
+            ours.student_hidden, ours.student_weight, labels, bias=ours.student_bias, scaling=scaling
+        )
+    logits = scaling(torch.nn.functional.linear(exact.student_hidden, exact.student_weight, exact.student_bias))
+    expected = hard_cross_entropy(logits, labels).sum()
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-11)
+    for gradient, twin in zip(ours.gradients, exact.gradients, strict=True):
+        torch.testing.assert_close(gradient, twin, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_loss_on_labels_is_as_exact_as_the_others(dtype: torch.dtype, most: float) -> None:
+    case = make(40, 4000, 64, 64).to(dtype)
+    exact = case.to(torch.float64)
+    for each in (case, exact):
+        linear_cross_entropy(each.student_hidden, each.student_weight, torch.arange(40) * 99).backward()
+    assert all(relative_error(*pair) < most for pair in zip(case.gradients, exact.gradients, strict=True))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(22, dtype=torch.int64), torch.zeros(23), torch.zeros(23, 1).long()])
+def test_labels_that_do_not_fit_are_refused(labels: Tensor) -> None:
+    case = make()
+    with pytest.raises(ValueError, match=r"labels must be \(23,\) int64, got"):
+        linear_cross_entropy(case.student_hidden, case.student_weight, labels)
+
+
+def test_a_chunk_is_as_large_as_pays_on_its_device() -> None:
+    gibibyte = {words: chunk_tokens(10**6, words, "cuda") for words in (1000, 30522, 128256, 10**6)}
+    assert max(gibibyte.values()) == 4096 and min(gibibyte.values()) == 512
+    assert gibibyte[1000] == gibibyte[30522] == 4096 and gibibyte[10**6] == 512
+    assert 0.9 < gibibyte[128256] * 4 * 128256 / 2**30 <= 1
+    assert chunk_tokens(10**6, 128256, "cpu") == 512
+    # The last chunk is no small remainder.
+    assert [chunk_tokens(n, 1000, "cpu") for n in (0, 1, 512, 513, 715)] == [1, 64, 512, 320, 384]
 
 
 @pytest.mark.parametrize("loss", TEMPERED)
@@ -404,6 +554,19 @@ def test_a_later_factor_scales_the_gradient_each_time_backward_is_called() -> No
         torch.testing.assert_close(gradient, twin)
 
 
+def test_a_graph_that_is_not_kept_hands_out_its_gradient_without_a_copy() -> None:
+    """At 128,000 words and 4,096 features the copy would be 2 GB."""
+    case = make(4, 3000, 16, 16, weights=False).to(torch.float32)
+    value = chunked(case)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (value / 3).backward()
+    assert max(event.cpu_memory_usage for event in profile.events()) < 3000 * 16
+    kept = replace(case).to(torch.float32)
+    chunked(kept).backward(torch.tensor(1 / 3), retain_graph=True)
+    for gradient, twin in zip(case.gradients, kept.gradients, strict=True):
+        torch.testing.assert_close(gradient, twin)
+
+
 def test_a_second_derivative_is_refused() -> None:
     case = make(3).to(torch.float64)
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -486,12 +649,16 @@ def test_inputs_are_left_as_they_were() -> None:
     assert all(torch.equal(x, before[name]) for name, x in case.tensors.items())
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_made() -> None:
-    case = make(256, 2000, 8, 8, weights=False).to(torch.float32)
-    with chunks_of(16), torch.profiler.profile(profile_memory=True) as profile:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_tokens_by_vocabulary_is_made(dtype: torch.dtype) -> None:
+    """Logits of a chunk in the dtype of the products, of both models, and float32 for a block of rows."""
+    case = make(256, 2000, 8, 8, weights=False).to(dtype)
+    labels = torch.arange(256)
+    with chunks_of(128), torch.profiler.profile(profile_memory=True) as profile:
         chunked(case, temperature=15.0).backward()
+        linear_cross_entropy(case.student_hidden, case.student_weight, labels).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest <= 3 * 16 * 2000 * 4 < 256 * 2000 * 4
+    assert largest <= max(3 * 64 * 4, 128 * dtype.itemsize) * 2000 < 256 * 2000 * 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A logit loss straight from hidden states and final linear maps, never holding tokens x vocabulary.
+"""A loss on logits straight from hidden states and final linear maps, never holding tokens x vocabulary.
 
     loss = linear_distillation_loss(
         student_hidden, head.weight, teacher_hidden, teacher_weight, temperature=15.0
@@ -7,12 +7,14 @@
 Over chunks of tokens it makes both logits, the loss and at once the gradient with respect to the student's
 logits, which goes into the gradients of hidden states and weight before the chunk is forgotten: four matrix
 products in all, and memory that does not grow with the tokens. Recomputing the logits in backward, as
-checkpointing does, would take six.
+checkpointing does, would take six. `linear_cross_entropy` is the same for labels, with three.
 """
 
 import difflib
-import math
+import importlib.util
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glmd.errors import ConfigError
-from glmd.losses.logits import check_temperature, merge_words
+from glmd.losses.labels import IGNORED_LABEL
+from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, check_temperature
+from glmd.losses.rows import FUSED, EagerRows, Rows, RowTask
 
-# Smaller chunks read and write the weight's gradient more often; larger ones gained nothing on a CPU.
-CHUNK_TOKENS = 512
+logger = logging.getLogger(__name__)
 
 
 def linear_distillation_loss(
@@ -34,12 +37,14 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_scaling: LogitScaling = NOT_SCALED,
+    teacher_scaling: LogitScaling = NOT_SCALED,
     merged_into: Tensor | None = None,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,
     loss: str = "kl_divergence",
 ) -> Tensor:
-    """Sum over tokens of weight times `LOGIT_LOSSES[loss]` between the logits `hidden @ weight.T + bias`.
+    """Sum over tokens of weight times `LOGIT_LOSSES[loss]` between the logits `scaling(hidden @ weight.T + bias)`.
 
     student_hidden: (N, H), teacher_hidden: (N, H of the teacher) states before the final linear map.
     student_weight: (K, H), teacher_weight: (K, H of the teacher). student_bias, teacher_bias: (K,).
@@ -53,10 +58,10 @@ def linear_distillation_loss(
     float32: the gradient of one logit lies near or below the smallest number it can hold. Without tokens the
     result is 0 and still reaches every gradient, so that no rank of a data-parallel run waits for another.
     """
-    rows = _checked_rows(loss, temperature)
-    student = _Head(student_hidden, student_weight, student_bias)
-    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, merged_into)
-    _check_shapes(student, teacher)
+    _check_loss(loss, temperature)
+    student = _Head(student_hidden, student_weight, student_bias, student_scaling)
+    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scaling)
+    _check_shapes(student, teacher, merged_into)
     if token_weights is not None:
         if token_weights.shape != student_hidden.shape[:1] or token_weights.requires_grad:
             raise ValueError(
@@ -66,14 +71,40 @@ def linear_distillation_loss(
         kept = token_weights.nonzero().squeeze(-1)
         student, teacher = _at_tokens(student, kept), _at_tokens(teacher, kept)
         token_weights = token_weights[kept]
-    apply: Callable[..., Tensor] = _LinearLoss.apply
-    return apply(
-        student.hidden,
-        student.weight,
-        student.bias,
-        teacher,
-        _Task(rows, temperature, token_weights, torch.is_grad_enabled()),
-    )
+    return _apply(student, _Task(teacher, loss, temperature, merged_into, token_weights, torch.is_grad_enabled()))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: LogitScaling = NOT_SCALED,
+) -> Tensor:
+    """Sum over tokens of `hard_cross_entropy` of the logits `scaling(hidden @ weight.T + bias)`.
+
+    hidden: (N, H), weight: (K, H), bias: (K,). labels: (N,) int64; tokens of label -100 are dropped.
+    Returns a scalar; precision and gradients are those of `linear_distillation_loss`.
+    """
+    student = _Head(hidden, weight, bias, scaling)
+    _check_head("student", student)
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be ({len(hidden)},) int64, got {tuple(labels.shape)} {labels.dtype}")
+    kept = (labels != IGNORED_LABEL).nonzero().squeeze(-1)
+    task = _Task(labels[kept], "hard_cross_entropy", 1.0, None, None, torch.is_grad_enabled())
+    return _apply(_at_tokens(student, kept), task)
+
+
+def chunk_tokens(num_tokens: int, vocabulary_size: int, device_type: str) -> int:
+    """How many tokens to take at once: chunks of about one size, as large as pays.
+
+    On a CPU up to 512: smaller ones read and write the weight's gradient more often, larger ones gained nothing. On
+    CUDA such that float32 logits of one model would fill 1 GiB, within 512 and 4096: 2048 at 128,000 words.
+    """
+    most = 512 if device_type == "cpu" else min(max(2**30 // (4 * vocabulary_size), 512), 4096)
+    chunks = max(1, -(-num_tokens // most))
+    return min(most, -(-num_tokens // (64 * chunks)) * 64) or 1
 
 
 class _Head(NamedTuple):
@@ -82,7 +113,7 @@ class _Head(NamedTuple):
     hidden: Tensor  # (N, H)
     weight: Tensor  # (K, H)
     bias: Tensor | None  # (K,)
-    merged_into: Tensor | None = None  # (D,) of a head of K + D words
+    scaling: LogitScaling = NOT_SCALED
 
 
 def _at_tokens(head: _Head, tokens: Tensor) -> _Head:
@@ -91,22 +122,31 @@ def _at_tokens(head: _Head, tokens: Tensor) -> _Head:
 
 
 class _Task(NamedTuple):
-    """What to compute from the two logits."""
+    """What to compute from the student's logits."""
 
-    rows: "RowLoss"
+    teacher: _Head | Tensor  # or labels (N,)
+    loss: str
     temperature: float
+    merged_into: Tensor | None  # (D,) of a teacher of K + D words
     token_weights: Tensor | None  # (N,)
     needs_gradient: bool
+
+
+def _apply(student: _Head, task: _Task) -> Tensor:
+    apply: Callable[..., Tensor] = _LinearLoss.apply
+    return apply(student.hidden, student.weight, student.bias, student.scaling, task)
 
 
 class _LinearLoss(torch.autograd.Function):
     """The sum, with the gradients made in the forward; backward only multiplies them by its scalar."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: _Head, task: _Task) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: LogitScaling, task: _Task
+    ) -> Tensor:
         # needs_input_grad looks at the tensors alone; it stays true under no_grad.
         needed = [needed and task.needs_gradient for needed in ctx.needs_input_grad[:3]]
-        total, gradients = _sum_and_gradients(_Head(hidden, weight, bias), teacher, task, needed)
+        total, gradients = _sum_and_gradients(_Head(hidden, weight, bias, scaling), task, needed)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return total
@@ -114,222 +154,181 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the graph may be retained and walked again with another factor.
+        # Not in place if the graph is retained: it may be walked again with another factor.
+        multiply = torch.mul if _graph_is_kept() else Tensor.mul_
         gradients = [
-            None if gradient is None else (gradient * grad_output).to(dtype)
+            None if gradient is None else multiply(gradient, grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None
 
 
-def _sum_and_gradients(
-    student: _Head, teacher: _Head, task: _Task, needed: list[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running was called with `retain_graph`; torch tells it to itself alone."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tell is None or bool(tell())
+
+
+def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The loss sum, and its gradients for the student's three tensors, None where not `needed`."""
-    num_tokens, vocabulary_size = len(student.hidden), len(student.weight)
-    hidden_dtype = student.hidden.dtype
-    student, teacher = _in_product_dtype(student), _in_product_dtype(teacher)
-    dtype = torch.promote_types(torch.promote_types(student.weight.dtype, teacher.weight.dtype), torch.float32)
-    new = student.hidden.new_empty(0, dtype=dtype)
-    total = new.new_zeros(())
+    num_tokens, hidden_dtype, factor = len(student.hidden), student.hidden.dtype, student.scaling.factor
+    size = chunk_tokens(num_tokens, len(student.weight), student.weight.device.type)
+    student = _for_products(student)
+    # Two buffers serve all chunks: in fresh memory the work on them would take several times as long.
+    logits = _rows_of(student, min(size, num_tokens))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    on_rows = RowTask(task.loss, task.temperature, student.bias, student_softcap=student.scaling.softcap)
+    if isinstance(task.teacher, Tensor):
+        teacher, theirs = None, task.teacher
+    else:
+        teacher = _for_products(task.teacher)
+        theirs = _rows_of(teacher, len(logits))
+        dtype = torch.promote_types(dtype, theirs.dtype)
+        on_rows = on_rows._replace(
+            teacher_bias=teacher.bias, teacher_softcap=teacher.scaling.softcap, merged_into=task.merged_into
+        )
+    rows = choose_rows(on_rows, logits, theirs)
+    total = logits.new_zeros((), dtype=dtype)
     grad_hidden = torch.empty_like(student.hidden, dtype=hidden_dtype) if needed[0] else None
-    grad_weight = new.new_zeros(student.weight.shape) if needed[1] else None
-    grad_bias = new.new_zeros(vocabulary_size) if needed[2] else None
-    # Three buffers serve all chunks: in fresh memory the elementwise work takes four times as long.
-    buffers = new.new_empty(3, min(CHUNK_TOKENS, num_tokens), vocabulary_size)
-    wide = new.new_empty(2 if teacher.merged_into is not None else 0, buffers.shape[1], len(teacher.weight))
-    product = torch.empty_like(student.weight) if needed[1] and student.weight.dtype != dtype else None
-    with torch.autocast(new.device.type, enabled=False):
-        for start in range(0, num_tokens, CHUNK_TOKENS):
-            chunk = slice(start, min(start + CHUNK_TOKENS, num_tokens))
-            student_logits, teacher_logits, gradient = buffers[:, : chunk.stop - start]
-            _write_logits(student, chunk, student_logits, scratch=gradient)
-            if teacher.merged_into is None:
-                _write_logits(teacher, chunk, teacher_logits, scratch=gradient)
-            else:
-                every_word, scratch = wide[:, : chunk.stop - start]
-                _write_logits(teacher, chunk, every_word, scratch=scratch)
-                teacher_logits.copy_(merge_words(every_word, teacher.merged_into))
-            values = task.rows(student_logits, teacher_logits, gradient, task.temperature)
-            if task.token_weights is not None:
-                weights = task.token_weights[chunk].to(dtype)
-                values = values * weights
-                gradient.mul_(weights[:, None])
-            total += values.sum()
+    # The first chunk writes it: zeros to add to would be one more pass over a large fresh tensor.
+    grad_weight = torch.empty_like(student.weight, dtype=dtype) if needed[1] else None
+    if grad_weight is not None and num_tokens == 0:
+        grad_weight.zero_()
+    grad_bias = logits.new_zeros(len(student.weight), dtype=dtype) if needed[2] else None
+    add_product = None if grad_weight is None else _adder(grad_weight, student.weight.dtype)
+    with torch.autocast(logits.device.type, enabled=False):
+        for start in range(0, num_tokens, size):
+            chunk = slice(start, min(start + size, num_tokens))
+            hidden, gradient = student.hidden[chunk], logits[: chunk.stop - start]
+            torch.mm(hidden, student.weight.t(), out=gradient)
+            if teacher is not None:
+                torch.mm(teacher.hidden[chunk], teacher.weight.t(), out=theirs[: len(hidden)])
+            weights = None if task.token_weights is None else task.token_weights[chunk]
+            total += rows(gradient, theirs[: len(hidden)] if teacher is not None else theirs[chunk], weights).sum()
+            # From here on the buffer holds the gradient of what stood in it.
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            if gradient.dtype != student.weight.dtype:
-                gradient = _narrow_view(student_logits, student.weight.dtype).copy_(gradient)
+                grad_bias += gradient.sum(0, dtype=dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = gradient @ student.weight
-            if grad_weight is not None and product is None:
-                grad_weight.addmm_(gradient.t(), student.hidden[chunk])
-            elif grad_weight is not None:
-                grad_weight += torch.mm(gradient.t(), student.hidden[chunk], out=product)
+            if add_product is not None:
+                add_product(gradient.t(), hidden, is_first=start == 0)
+    if factor != 1:  # the hidden states in the weight's gradient had it already
+        for each in (grad_hidden, grad_bias):
+            if each is not None:
+                each.mul_(factor)
     return total, [grad_hidden, grad_weight, grad_bias]
 
 
-def _in_product_dtype(head: _Head) -> _Head:
-    """Hidden states and weight in the dtype of their matrix products."""
+def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
+    """The rows for such products. A function of device, dtypes and task alone, so that a resumed run has the same."""
+    dtypes = {student.dtype, teacher.dtype} - {torch.int64}
+    can_be_fused = task.loss in FUSED and task.merged_into is None and torch.float64 not in dtypes
+    if can_be_fused and student.device.type == "cuda" and _triton_works(student.device, student.dtype):
+        from glmd.losses.triton_rows import TritonRows
+
+        return TritonRows(task)
+    return EagerRows(task, student, teacher)
+
+
+@lru_cache
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel compiles and runs there: Triton needs a C compiler and a device that it knows."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from glmd.losses.triton_rows import TritonRows
+
+        zeros = torch.zeros(1, 16, device=device, dtype=dtype)
+        TritonRows(RowTask("kl_divergence"))(zeros, zeros.clone(), None)
+    except Exception as error:
+        logger.warning("Triton does not work on %s in %s, the loss runs in plain torch: %s", device, dtype, error)
+        return False
+    return True
+
+
+def _rows_of(head: _Head, rows: int) -> Tensor:
+    """A buffer for the products of so many tokens; on CUDA each row begins where vectors can be loaded from."""
+    words = len(head.weight)
+    width = -(-words // 16) * 16 if head.weight.device.type == "cuda" else words
+    return head.hidden.new_empty(rows, width)[:, :words]
+
+
+def _for_products(head: _Head) -> _Head:
+    """Hidden states and weight in the dtype of their matrix products, hidden states and bias times the factor."""
     dtype, device = torch.promote_types(head.hidden.dtype, head.weight.dtype), head.hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float16:
         dtype = torch.float32
-    return head._replace(hidden=head.hidden.to(dtype), weight=head.weight.to(dtype))
+    hidden, bias, factor = head.hidden, head.bias, head.scaling.factor
+    if factor != 1:
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
+        bias = None if bias is None else bias * factor
+    return head._replace(hidden=hidden.to(dtype), weight=head.weight.to(dtype), bias=bias)
 
 
-def _write_logits(head: _Head, chunk: slice, out: Tensor, *, scratch: Tensor) -> None:
-    """Writes the chunk's (n, K) logits to `out`; `scratch`, alike, holds the product if that is narrower."""
-    if head.weight.dtype == out.dtype:
-        torch.mm(head.hidden[chunk], head.weight.t(), out=out)
-    else:
-        narrow = _narrow_view(scratch, head.weight.dtype)
-        out.copy_(torch.mm(head.hidden[chunk], head.weight.t(), out=narrow))
-    if head.bias is not None:
-        out.add_(head.bias)
+def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., None]:
+    """A function that adds the product of two matrices of `dtype` to `total`, in the precision of `total`."""
+    is_wide = dtype == total.dtype
+    if is_wide or _adds_wide_products(total.device, dtype):
+        wide: dict[str, Any] = {} if is_wide else {"out_dtype": total.dtype}
+
+        def add(a: Tensor, b: Tensor, *, is_first: bool) -> None:
+            torch.addmm(total, a, b, beta=0 if is_first else 1, out=total, **wide)  # with 0 `total` is not read
+
+        return add
+    # In blocks of words: a product of the whole size, and its copy in float32, would each be fresh memory.
+    product = total.new_empty(min(len(total), 4096), total.shape[1], dtype=dtype)
+
+    def add_blocks(a: Tensor, b: Tensor, *, is_first: bool) -> None:
+        for rows, part in zip(total.split(len(product)), a.split(len(product)), strict=True):
+            block = torch.mm(part, b, out=product[: len(part)])
+            rows.copy_(block) if is_first else rows.add_(block)
+
+    return add_blocks
 
 
-def _narrow_view(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of `buffer`'s shape and a narrower dtype in the first part of its memory."""
-    return buffer.view(dtype).flatten()[: buffer.numel()].view(buffer.shape)
+@lru_cache
+def _adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `addmm` adds a product of narrow matrices to a float32 one there: CUDA, from torch 2.8 on."""
+    if device.type != "cuda":
+        return False
+    narrow, wide = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(wide, narrow, narrow, out_dtype=wide.dtype, out=wide)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
-# A row loss gets the two logits and a third buffer, all (n, K) in float32 or better, and the temperature. It
-# returns the loss of each row (n,) and leaves the gradient with respect to the student's logits in the third
-# buffer; the logits are its scratch space. A compiled or fused one has the same signature and takes its place
-# in ROW_LOSSES.
-RowLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def _kl_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(p || q), gradient T (q - p), for the teacher's softmax p and the student's q."""
-    _divide(temperature, student, teacher)
-    teacher_normalizer = _write_softmax(teacher, out=gradient)
-    gap = teacher.sub_(student).mul_(gradient).sum(-1)
-    student_normalizer = _write_softmax(student, out=teacher)
-    torch.sub(teacher, gradient, out=gradient)
-    # sum(q - p) is 0 but for rounding. With it, what rounding did to the two normalisations cancels to first
-    # order; without it a row errs by 1e-4 at temperature 15, where the KL is 1e-3 and the normalisers are 10.
-    values = student_normalizer - teacher_normalizer + gap + gradient.sum(-1)
-    gradient.mul_(temperature)
-    return (temperature**2 * values).to(student.dtype)
-
-
-def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(q || p), gradient T q (log(q / p) - KL), for the teacher's softmax p and the student's q."""
-    _divide(temperature, student, teacher)
-    teacher_normalizer = _write_softmax(teacher, out=gradient)
-    torch.sub(student, teacher, out=teacher)
-    student_normalizer = _write_softmax(student, out=gradient)
-    log_ratio = teacher.add_((teacher_normalizer - student_normalizer).to(teacher.dtype)[:, None])
-    values = torch.mul(log_ratio, gradient, out=student).sum(-1)
-    gradient.mul_(log_ratio.sub_(values[:, None])).mul_(temperature)
-    return temperature**2 * values
-
-
-def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """T^2 (KL(p || m) + KL(q || m)) / 2 for m = (p + q) / 2, gradient T/2 q (log(q / m) - KL(q || m)).
-
-    With t = tanh(d / 2) for d = log(p / q): p = m (1 + t), q = m (1 - t), and the two logarithms sum to
-    t d + log(1 - t^2). Both parts are of second order in d, so that nothing cancels where the models nearly agree.
-    Where d is large, t rounds to 1, and the logarithms are taken from d itself.
-    """
-    _divide(temperature, student, teacher)
-    teacher_normalizer = _write_softmax(teacher, out=gradient)
-    gap = teacher.sub_(student)
-    q = torch.empty_like(student)
-    student_normalizer = _write_softmax(student, out=q)
-    gap.add_((student_normalizer - teacher_normalizer).to(gap.dtype)[:, None])
-    t = torch.div(gap, 2, out=student).tanh_()
-    mixture = gradient.add_(q).div_(2)
-    size, is_near = gap.abs(), gap.abs() < 1
-    far = 2 * math.log(2) - size - 2 * torch.log1p(torch.exp(-size))
-    values = (gap * t).add_(torch.where(is_near, torch.log1p(-t.square()), far)).mul_(mixture).sum(-1) / 2
-    log_ratio = torch.where(is_near, torch.log1p(-t), math.log(2) - torch.nn.functional.softplus(gap))
-    torch.mul(q, log_ratio, out=gradient)
-    gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True))).mul_(temperature / 2)
-    return temperature**2 * values
-
-
-def _cross_entropy_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """-T^2 sum(p log q), gradient T (q - p), for the teacher's softmax p and the student's q."""
-    _divide(temperature, student, teacher)
-    _write_softmax(teacher, out=gradient)
-    expected = torch.mul(student, gradient, out=teacher).sum(-1)
-    student_normalizer = _write_softmax(student, out=teacher)
-    torch.sub(teacher, gradient, out=gradient).mul_(temperature)
-    return (temperature**2 * (student_normalizer - expected)).to(student.dtype)
-
-
-def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """Mean squared difference, gradient 2 / K times the difference. The temperature is 1."""
-    torch.sub(student, teacher, out=gradient)
-    values = torch.mul(gradient, gradient, out=student).mean(-1)
-    gradient.mul_(2 / gradient.shape[-1])
-    return values
-
-
-def _centred_mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """Mean squared difference of logits less their means, gradient 2 / K times it. The temperature is 1."""
-    torch.sub(student, teacher, out=gradient)
-    gradient.sub_(gradient.mean(-1, keepdim=True))
-    values = torch.mul(gradient, gradient, out=student).mean(-1)
-    gradient.mul_(2 / gradient.shape[-1])
-    return values
-
-
-# The row form of each function in LOGIT_LOSSES.
-ROW_LOSSES: dict[str, RowLoss] = {
-    "kl_divergence": _kl_divergence_rows,
-    "reverse_kl": _reverse_kl_rows,
-    "js_divergence": _js_divergence_rows,
-    "cross_entropy": _cross_entropy_rows,
-    "mse": _mse_rows,
-    "centred_mse": _centred_mse_rows,
-}
-
-
-def _divide(temperature: float, *logits: Tensor) -> None:
-    if temperature != 1:
-        for each in logits:
-            each.div_(temperature)
-
-
-def _write_softmax(logits: Tensor, *, out: Tensor) -> Tensor:
-    """Writes the softmax of (n, K) to `out`; returns the log-sum-exp (n,) in float64.
-
-    That is read back from the largest entry, whose exponential is exactly 1, not by exponentiating again.
-    """
-    torch.softmax(logits, -1, out=out)
-    return logits.amax(-1).double() - out.amax(-1).double().log()
-
-
-def _checked_rows(loss: str, temperature: float) -> RowLoss:
-    if loss not in ROW_LOSSES:
-        close = difflib.get_close_matches(loss, ROW_LOSSES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(ROW_LOSSES)}"
+def _check_loss(loss: str, temperature: float) -> None:
+    if loss not in LOGIT_LOSSES:
+        close = difflib.get_close_matches(loss, LOGIT_LOSSES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(LOGIT_LOSSES)}"
         raise ConfigError(f"loss {loss!r} is unknown{hint}")
     check_temperature(temperature)
     if loss in ("mse", "centred_mse") and temperature != 1:
         raise ConfigError(f"temperature has no effect on {loss}, got {temperature}")
-    return ROW_LOSSES[loss]
 
 
-def _check_shapes(student: _Head, teacher: _Head) -> None:
+def _check_head(name: str, head: _Head) -> None:
+    hidden, weight = tuple(head.hidden.shape), tuple(head.weight.shape)
+    if len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
+        raise ValueError(f"{name}_hidden and {name}_weight must be (N, H) and (K, H), got {hidden} and {weight}")
+    if head.bias is not None and head.bias.shape != weight[:1]:
+        raise ValueError(f"{name}_bias must be ({weight[0]},), got {tuple(head.bias.shape)}")
+
+
+def _check_shapes(student: _Head, teacher: _Head, merged_into: Tensor | None) -> None:
     """Raises ValueError unless both make (N, K) logits of one shape."""
-    for name, head in (("student", student), ("teacher", teacher)):
-        hidden, weight = tuple(head.hidden.shape), tuple(head.weight.shape)
-        if len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
-            raise ValueError(f"{name}_hidden and {name}_weight must be (N, H) and (K, H), got {hidden} and {weight}")
-        if head.bias is not None and head.bias.shape != weight[:1]:
-            raise ValueError(f"{name}_bias must be ({weight[0]},), got {tuple(head.bias.shape)}")
+    _check_head("student", student)
+    _check_head("teacher", teacher)
     if len(student.hidden) != len(teacher.hidden):
         raise ValueError(
             f"student_hidden has {len(student.hidden)} tokens and teacher_hidden {len(teacher.hidden)}; "
             "they must be the same"
         )
-    merged = 0 if teacher.merged_into is None else len(teacher.merged_into)
+    merged = 0 if merged_into is None else len(merged_into)
     if len(student.weight) + merged != len(teacher.weight):
         raise ValueError(
             f"student_weight has {len(student.weight)} words and teacher_weight {len(teacher.weight)}"

@@ -9,11 +9,28 @@ models (padding) does not exist: it adds nothing to value or gradient.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glmd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LogitScaling:
+    """What some models do to the product of hidden states and final map: softcap * tanh(factor * x / softcap)."""
+
+    factor: float = 1.0  # Cohere multiplies, Granite divides
+    softcap: float | None = None  # Gemma 2; None: no cap
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The scaled logits, any shape."""
+        scaled = logits if self.factor == 1 else logits * self.factor
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+NOT_SCALED = LogitScaling()
 
 
 def merge_words(logits: Tensor, merged_into: Tensor) -> Tensor:

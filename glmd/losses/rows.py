@@ -1,0 +1,216 @@
+"""What stands between the matrix products of `losses.linear`: from chunks of two logits to loss and gradient.
+
+    rows = EagerRows(RowTask("kl_divergence", 15.0), student, teacher)
+    values = rows(student, teacher, token_weights)      # and `student` holds the gradient
+
+In plain torch; `losses.triton_rows` is the same for CUDA. Compiling was tried on a CPU: docs/performance.md says why it
+is not done.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glmd.losses.logits import merge_words
+
+# What the Triton kernel computes. The others run in plain torch on every device.
+FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "hard_cross_entropy")
+
+
+# On a CPU the buffers of a block stay near the core; a GPU is better served by few large steps.
+BLOCK_ROWS = {"cpu": 64, "cuda": 512}
+
+
+class RowTask(NamedTuple):
+    """What to compute from the products of hidden states and weights, row by row."""
+
+    loss: str  # a key of ROW_LOSSES
+    temperature: float = 1.0
+    student_bias: Tensor | None = None  # (K,)
+    teacher_bias: Tensor | None = None  # (K,)
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    merged_into: Tensor | None = None  # (D,) of a teacher of K + D words
+
+
+# Rows get the products (n, K) of student and teacher, or the labels (n,) in the teacher's place, and the weights of
+# the rows (n,). They return weight times loss of each (n,) and leave its gradient in the student's product.
+Rows = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class EagerRows:
+    """Plain torch, in blocks of rows over the same three buffers of float32 or better.
+
+    In fresh memory the same work would take four times as long on a CPU.
+    """
+
+    def __init__(self, task: RowTask, student: Tensor, teacher: Tensor) -> None:
+        self.task = task
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        if teacher.is_floating_point():
+            dtype = torch.promote_types(dtype, teacher.dtype)
+        rows = min(len(student), BLOCK_ROWS.get(student.device.type, 512))
+        capped = task.student_softcap is not None
+        self.buffers = student.new_empty(4 if capped else 3, rows, student.shape[1], dtype=dtype)
+        merged = () if task.merged_into is None else teacher.shape[1:]
+        self.every_word = student.new_empty(rows, *merged, dtype=dtype)
+
+    def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
+        values = self.buffers.new_empty(len(student))
+        for start in range(0, len(student), self.buffers.shape[1]):
+            block = slice(start, start + self.buffers.shape[1])
+            values[block] = self._block(student[block], teacher[block], None if weights is None else weights[block])
+        return values
+
+    def _block(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
+        task = self.task
+        logits, theirs, gradient, *capped = self.buffers[:, : len(student)]
+        _write_logits(student, task.student_bias, task.student_softcap, out=logits)
+        for copy in capped:
+            copy.copy_(logits)
+        if not teacher.is_floating_point():
+            theirs = teacher
+        elif task.merged_into is None:
+            _write_logits(teacher, task.teacher_bias, task.teacher_softcap, out=theirs)
+        else:
+            every_word = self.every_word[: len(teacher)]
+            _write_logits(teacher, task.teacher_bias, task.teacher_softcap, out=every_word)
+            theirs.copy_(merge_words(every_word, task.merged_into))
+        values = ROW_LOSSES[task.loss](logits, theirs, gradient, task.temperature)
+        for copy in capped:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
+            gradient.mul_(copy.div_(task.student_softcap).square_().neg_().add_(1))
+        if weights is not None:
+            weights = weights.to(values.dtype)
+            values = values * weights
+            gradient.mul_(weights[:, None])
+        student.copy_(gradient)
+        return values
+
+
+def _write_logits(product: Tensor, bias: Tensor | None, softcap: float | None, *, out: Tensor) -> None:
+    out.copy_(product)
+    if bias is not None:
+        out.add_(bias)
+    if softcap is not None:
+        out.div_(softcap).tanh_().mul_(softcap)
+
+
+# A row loss gets the two logits and a third buffer, all (n, K) in float32 or better, and the temperature. It
+# returns the loss of each row (n,) and leaves the gradient with respect to the student's logits in the third
+# buffer; the logits are its scratch space.
+RowLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _kl_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(p || q), gradient T (q - p), for the teacher's softmax p and the student's q."""
+    _divide(temperature, student, teacher)
+    teacher_normalizer = _write_softmax(teacher, out=gradient)
+    gap = teacher.sub_(student).mul_(gradient).sum(-1)
+    student_normalizer = _write_softmax(student, out=teacher)
+    torch.sub(teacher, gradient, out=gradient)
+    # sum(q - p) is 0 but for rounding. With it, what rounding did to the two normalisations cancels to first
+    # order; without it a row errs by 1e-4 at temperature 15, where the KL is 1e-3 and the normalisers are 10.
+    values = student_normalizer - teacher_normalizer + gap + gradient.sum(-1)
+    gradient.mul_(temperature)
+    return (temperature**2 * values).to(student.dtype)
+
+
+def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(q || p), gradient T q (log(q / p) - KL), for the teacher's softmax p and the student's q."""
+    _divide(temperature, student, teacher)
+    teacher_normalizer = _write_softmax(teacher, out=gradient)
+    torch.sub(student, teacher, out=teacher)
+    student_normalizer = _write_softmax(student, out=gradient)
+    log_ratio = teacher.add_((teacher_normalizer - student_normalizer).to(teacher.dtype)[:, None])
+    values = torch.mul(log_ratio, gradient, out=student).sum(-1)
+    gradient.mul_(log_ratio.sub_(values[:, None])).mul_(temperature)
+    return temperature**2 * values
+
+
+def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """T^2 (KL(p || m) + KL(q || m)) / 2 for m = (p + q) / 2, gradient T/2 q (log(q / m) - KL(q || m)).
+
+    With t = tanh(d / 2) for d = log(p / q): p = m (1 + t), q = m (1 - t), and the two logarithms sum to
+    t d + log(1 - t^2). Both parts are of second order in d, so that nothing cancels where the models nearly agree.
+    Where d is large, t rounds to 1, and the logarithms are taken from d itself.
+    """
+    _divide(temperature, student, teacher)
+    teacher_normalizer = _write_softmax(teacher, out=gradient)
+    gap = teacher.sub_(student)
+    q = torch.empty_like(student)
+    student_normalizer = _write_softmax(student, out=q)
+    gap.add_((student_normalizer - teacher_normalizer).to(gap.dtype)[:, None])
+    t = torch.div(gap, 2, out=student).tanh_()
+    mixture = gradient.add_(q).div_(2)
+    size, is_near = gap.abs(), gap.abs() < 1
+    far = 2 * math.log(2) - size - 2 * torch.log1p(torch.exp(-size))
+    values = (gap * t).add_(torch.where(is_near, torch.log1p(-t.square()), far)).mul_(mixture).sum(-1) / 2
+    log_ratio = torch.where(is_near, torch.log1p(-t), math.log(2) - torch.nn.functional.softplus(gap))
+    torch.mul(q, log_ratio, out=gradient)
+    gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True))).mul_(temperature / 2)
+    return temperature**2 * values
+
+
+def _cross_entropy_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """-T^2 sum(p log q), gradient T (q - p), for the teacher's softmax p and the student's q."""
+    _divide(temperature, student, teacher)
+    _write_softmax(teacher, out=gradient)
+    expected = torch.mul(student, gradient, out=teacher).sum(-1)
+    student_normalizer = _write_softmax(student, out=teacher)
+    torch.sub(teacher, gradient, out=gradient).mul_(temperature)
+    return (temperature**2 * (student_normalizer - expected)).to(student.dtype)
+
+
+def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """Mean squared difference, gradient 2 / K times the difference. The temperature is 1."""
+    torch.sub(student, teacher, out=gradient)
+    values = torch.mul(gradient, gradient, out=student).mean(-1)
+    gradient.mul_(2 / gradient.shape[-1])
+    return values
+
+
+def _centred_mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """Mean squared difference of logits less their means, gradient 2 / K times it. The temperature is 1."""
+    torch.sub(student, teacher, out=gradient)
+    gradient.sub_(gradient.mean(-1, keepdim=True))
+    values = torch.mul(gradient, gradient, out=student).mean(-1)
+    gradient.mul_(2 / gradient.shape[-1])
+    return values
+
+
+def _hard_cross_entropy_rows(student: Tensor, labels: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """-log q of the label, gradient q less 1 at the label. The labels are (n,) int64, the temperature is 1."""
+    places = labels[:, None]
+    normalizer = _write_softmax(student, out=gradient)
+    gradient.scatter_(1, places, gradient.gather(1, places) - 1)
+    return (normalizer - student.gather(1, places)[:, 0]).to(student.dtype)
+
+
+# The row form of each function in LOGIT_LOSSES, and of the one on labels.
+ROW_LOSSES: dict[str, RowLoss] = {
+    "kl_divergence": _kl_divergence_rows,
+    "reverse_kl": _reverse_kl_rows,
+    "js_divergence": _js_divergence_rows,
+    "cross_entropy": _cross_entropy_rows,
+    "mse": _mse_rows,
+    "centred_mse": _centred_mse_rows,
+    "hard_cross_entropy": _hard_cross_entropy_rows,
+}
+
+
+def _divide(temperature: float, *logits: Tensor) -> None:
+    if temperature != 1:
+        for each in logits:
+            each.div_(temperature)
+
+
+def _write_softmax(logits: Tensor, *, out: Tensor) -> Tensor:
+    """Writes the softmax of (n, K) to `out`; returns the log-sum-exp (n,) in float64.
+
+    That is read back from the largest entry, whose exponential is exactly 1, not by exponentiating again.
+    """
+    torch.softmax(logits, -1, out=out)
+    return logits.amax(-1).double() - out.amax(-1).double().log()
