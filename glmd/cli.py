@@ -166,8 +166,9 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.outline import describe
     from glmd.places import processes_of
-    from glmd.plan import describe, make_plan
+    from glmd.plan import make_plan
     from glmd.run_folder import require_free_folder
     from glmd.sharding import require_sound_launch
 

@@ -1,7 +1,6 @@
 """What a run will do, found out before it does anything: every refusal that can be made is made here.
 
     plan = make_plan(load_config("configs/runs/base.yaml"))
-    print(describe(plan))
 
 Reads configs, tokenizer, tasks and file headers; loads no weights and trains nothing.
 """
@@ -9,7 +8,7 @@ Reads configs, tokenizer, tasks and file headers; loads no weights and trains no
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from glmd.cache import read_manifest
 from glmd.checkpoint import write_problem
-from glmd.config import RunConfig, StageConfig, VocabularyConfig, cell_name
+from glmd.config import RunConfig, StageConfig, VocabularyConfig
 from glmd.data.batches import TaskDataset
 from glmd.data.blanks import verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint, require_text_field
@@ -408,14 +407,14 @@ def _check_lengths(
         return
     lengths = {"pretraining.max_length": config.pretraining.max_length or 0} if "pretraining" in method else {}
     for task, plan in tasks.items():
-        stages = _task_stages(config, method, task).items()
+        stages = task_stages(config, method, task).items()
         lengths |= {f"{key}.max_length of {task}": stage.max_length or plan.task.max_length for key, stage in stages}
     for key, length in lengths.items():
         if length > positions:
             raise ConfigError(f"{key} is {length}, {name} has {positions} positions; give at most {positions}")
 
 
-def _task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
+def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
     """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
     names = ["task_teacher", *(name for name in ("task_words", "task_labels") if name in method)]
     return {name: config.stage(name, task) for name in names}
@@ -428,7 +427,7 @@ def _check_blanks(
     if config.casting == "head":
         return
     for name, plan in tasks.items():
-        stages = _task_stages(config, method, name).values()
+        stages = task_stages(config, method, name).values()
         shortest = min(stage.max_length or plan.task.max_length for stage in stages)
         for examples in (plan.train, plan.inputs, plan.val):
             if examples:
@@ -497,7 +496,7 @@ def _check_checkpointing(plan: Plan, teacher: Any, student: Any) -> None:
     if config.teacher.pretraining is not None:
         stages["teacher.pretraining"] = config.teacher.pretraining
     for task in plan.tasks:
-        stages |= {f"{name} of {task}": stage for name, stage in _task_stages(config, plan.method, task).items()}
+        stages |= {f"{name} of {task}": stage for name, stage in task_stages(config, plan.method, task).items()}
     for name, stage in stages.items():
         model = teacher if "teacher" in name else student
         if stage.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -550,57 +549,3 @@ def split_parameters(model: Any, vocabulary_names: set[str]) -> dict[str, int]:
     vocabulary = sum(p.numel() for name, p in model.named_parameters() if name in vocabulary_names)
     width = model.get_input_embeddings().weight.shape[1]
     return {"total": total, "vocabulary": vocabulary, "body": total - vocabulary, "embedding_size": width}
-
-
-def describe(plan: Plan, world_size: int) -> str:
-    """The plan for a person: models and how they split, stages with steps, examples and tokens at most."""
-    config = plan.config
-    lines = [
-        f"teacher   {config.teacher.model or 'trained here from scratch'}",
-        f"method    {config.method}",
-        "",
-        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}{'embedding':>11}",
-    ]
-    sides = (("teacher", plan.teacher_config, len(plan.tokenizer)), ("student", plan.student_config, plan.kept_size))
-    for name, model, words in sides:
-        p = plan.parameters[name]
-        counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
-        lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
-    swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
-    lines += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
-    lines += [_stage_line(*stage, world_size) for stage in _stages(plan)]
-    controls = [name for name, on in vars(config.controls).items() if on]
-    lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
-    lines += [f"sweep     {len(config.cells)} cells: {', '.join(swept)}"] if swept else []
-    return "\n".join([*lines, f"output    {config.output_dir}"])
-
-
-def _stages(plan: Plan) -> Iterator[tuple[str, StageConfig, int, int | None, str]]:
-    """(name, settings, length, examples, what a sweep changes) of each stage, in order; a corpus is not counted yet."""
-    config = plan.config
-    if config.teacher.pretraining is not None:
-        yield "teacher", config.teacher.pretraining, config.teacher.pretraining.max_length or 0, None, ""
-    stages = {name: _task_stages(config, plan.method, name) for name in plan.tasks}
-    for name, task in plan.tasks.items():
-        stage = stages[name].pop("task_teacher")
-        if name not in config.teacher.tasks:
-            yield f"{name} task_teacher", stage, stage.max_length or task.task.max_length, len(task.train), ""
-    if "pretraining" in plan.method:
-        yield "pretraining", config.pretraining, config.pretraining.max_length or 0, None, ""
-    for name, task in plan.tasks.items():
-        for each in stages[name]:
-            # A first pass is shared by the cells that differ in the second alone.
-            cells = [{key: value for key, value in cell.items() if key.startswith(f"{each}.")} for cell in config.cells]
-            for number, cell in enumerate(cells):
-                if cell not in cells[:number]:
-                    stage = config.stage(each, name, cell)
-                    length = stage.max_length or task.task.max_length
-                    yield f"{name} {each}", stage, length, len(task.inputs), cell_name(cell).replace(f"{each}.", "")
-
-
-def _stage_line(name: str, stage: StageConfig, length: int, examples: int | None, swept: str, world_size: int) -> str:
-    steps, batch = stage.steps(examples or 0, world_size), stage.global_batch_size(world_size)
-    shown = f"{examples:,}" if examples is not None else "corpus"
-    return f"{name:<20}{steps:>9,}{batch:>7}{length:>8}{shown:>10}{steps * batch * length:>17,}" + (
-        f"  {swept}" if swept else ""
-    )
