@@ -67,6 +67,7 @@ class Plan:
     tokenizer: Any
     teacher_config: Any
     student_config: Any
+    source_size: int
     kept_size: int
     tasks: dict[str, TaskPlan]
     corpus: dict[str, Any] | None
@@ -108,6 +109,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         tokenizer,
         teacher_config,
         student_config=None,
+        source_size=len(tokenizer),
         kept_size=kept_size(config.vocabulary, tokenizer),
         tasks=tasks,
         corpus=corpus_fingerprint(corpus) if corpus else None,
@@ -117,6 +119,40 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         word_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
     return plan
+
+
+def make_sketch(config: RunConfig) -> Plan:
+    """The plan of a run whose teacher is a config.json alone: sizes, without tokenizer and texts. Raises GlmdError."""
+    from glmd.loading import load_model_config
+
+    method = load_method(config.method, count_positions=config.gkd_compat)
+    asked, config = config.pretraining.mlm_probability, _resolved(config, method)
+    _check_methods_needs(config, method)
+    _check_cache(config, method)
+    if config.tasks:
+        raise ConfigError(
+            f"tasks: {', '.join(config.tasks)}: {config.teacher.model} holds no tokenizer to count their texts by; "
+            "save the teacher's there, or give tasks={}"
+        )
+    teacher_config = load_model_config(str(config.teacher.model))
+    if is_causal(teacher_config):
+        config = _for_decoder(config, method, asked)
+    _check_cached_maskings(config, method)
+    _check_lengths(config, method, {}, "the teacher", teacher_config)
+    total, settings = teacher_config.vocab_size, config.vocabulary
+    kept = choose_kept_ids(np.zeros(total, dtype=np.int64), (), **_budget(settings))
+    plan = Plan(config, method, None, teacher_config, None, total, len(kept), tasks={}, corpus=None)
+    return _with_parameters(plan)
+
+
+def is_config_alone(model: str | None) -> bool:
+    """Whether a teacher is a local folder with a config.json and neither tokenizer nor weights."""
+    from glmd.loading import TOKENIZER_FILES, looks_local, require_model
+
+    if model is None or not looks_local(model):
+        return False
+    require_model(model)
+    return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
 
 
 def needs_pretraining(method: dict[str, Objective]) -> bool:
@@ -438,16 +474,11 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
     """How many tokens a student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse."""
     from glmd.tokenizer import compress_tokenizer
 
-    budget: dict[str, Any] = {
-        "keep_ratio": settings.keep_ratio,
-        "size": settings.size,
-        "multiple_of": settings.multiple_of,
-    }
     try:
         uncounted = np.zeros(source_size_of(tokenizer), dtype=np.int64)
         must_keep = must_keep_ids(tokenizer, words=settings.keep_words)
         parts = parts_to_keep(tokenizer, settings.selection)
-        kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **budget)
+        kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **_budget(settings))
     except ModelError as error:
         raise ConfigError(f"vocabulary: {error}") from None
     if len(kept_ids) < len(tokenizer):
@@ -456,6 +487,10 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
         token_map[kept_ids] = np.arange(len(kept_ids))
         compress_tokenizer(tokenizer, Vocabulary(kept_ids, token_map))
     return len(kept_ids)
+
+
+def _budget(settings: VocabularyConfig) -> dict[str, Any]:
+    return {"keep_ratio": settings.keep_ratio, "size": settings.size, "multiple_of": settings.multiple_of}
 
 
 def _with_parameters(plan: Plan) -> Plan:
@@ -515,7 +550,7 @@ def _check_vocabulary_effects(plan: Plan, teacher: Any) -> None:
         compared_embeddings(teacher, settings.similarity)
     except ModelError as error:
         raise ConfigError(str(error)) from None
-    is_whole = plan.kept_size == len(plan.tokenizer)
+    is_whole = plan.kept_size == plan.source_size
     if settings.teacher_mass == "merge" and (
         is_whole or not any(objective.uses("word_logits") for objective in plan.method.values())
     ):
