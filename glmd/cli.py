@@ -1,5 +1,5 @@
-"""The command line: `glmd run`, `check`, `cache`, `compress`, `evaluate`, `predict`, `vocab`, `verify`, `export` and
-`report`.
+"""The command line: `glmd run`, `check`, `plan`, `cache`, `compress`, `evaluate`, `predict`, `vocab`, `verify`,
+`export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2.
@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from glmd import __version__
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "Run a whole distillation; continue it where it was interrupted."),
         ("check", _check, "Refuse what can be refused and print the plan; train nothing."),
+        ("plan", _plan, "Say what a run will take: memory of a device, disk, FLOPs, tokens, time; read no weights."),
         ("cache", _cache, "Make a run's teacher.cache ahead of it, for this and other students."),
     ):
         command = add(name, function, text)
@@ -59,6 +61,19 @@ def build_parser() -> argparse.ArgumentParser:
             "config", nargs="?", help="a YAML file or the name of one in configs/runs (default: quickstart)"
         )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example pretraining.max_steps=1000")
+        if name == "plan":
+            command.add_argument("--devices", type=_positive, default=1, help="that train together (default: 1)")
+            command.add_argument(
+                "--device-memory", type=_gigabytes, metavar="GB", help="of a GPU (default: what this machine has)"
+            )
+            command.add_argument(
+                "--sharding",
+                default="none",
+                choices=("none", "fsdp"),
+                help="fsdp: split the student over the devices",
+            )
+            command.add_argument("--measure", action="store_true", help="time the steps on this machine")
+            command.add_argument("--json", action="store_true", help="for programs: bytes and seconds")
 
     command = add("compress", _compress, "Give a model a smaller vocabulary, without training.")
     command.add_argument("model", help="local folder or hub id, with any head")
@@ -139,6 +154,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gigabytes(text: str) -> float:
+    """An argument in GB, as bytes."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GB above 0")
+    return size * 1e9
+
+
 def _length(text: str) -> int:
     """An argument that is a length in tokens."""
     if _positive(text) < 8:
@@ -166,29 +192,53 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.outline import describe
     from glmd.places import processes_of
-    from glmd.plan import describe, make_plan
+    from glmd.plan import make_plan
     from glmd.run_folder import require_free_folder
     from glmd.sharding import require_sound_launch
 
     require_sound_launch(os.environ, config.mixed_precision)
     require_free_folder(config)
-    launched = os.environ.get("WORLD_SIZE")
-    with tempfile.TemporaryDirectory() as temporary:
-        world = None
-        if config.data.world:
-            from glmd.data.world import build_world
-
-            world = Path(temporary)
-            build_world(world / "world")
-            world = world / "world"
-        plan, cache = make_plan(config, world=world), []
+    cache = []
+    with _world(config) as world:
+        plan = make_plan(config, world=world)
         if config.teacher.cache is not None:
             from glmd.cache_plan import describe_cache
 
             cache = [describe_cache(plan, [str(world / "corpus.txt")] if world else config.data.corpus)]
+    launched = os.environ.get("WORLD_SIZE")
     processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
     print("\n".join([describe(plan, processes), *cache, *of_the_run]))
+
+
+@contextmanager
+def _world(config: RunConfig) -> Iterator[Path | None]:
+    """The embedded world, for as long as it is read, where the config asks for it."""
+    if not config.data.world:
+        yield None
+        return
+    from glmd.data.world import build_world
+
+    with tempfile.TemporaryDirectory() as temporary:
+        world = Path(temporary) / "world"
+        build_world(world)
+        yield world
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = _config(options)
+    from glmd import costs
+    from glmd.plan import is_config_alone, make_plan, make_sketch
+
+    layout = costs.Layout(options.devices, options.device_memory, options.sharding)
+    if is_config_alone(config.teacher.model):
+        plan = make_sketch(config)
+    else:
+        with _world(config) as world:
+            plan = make_plan(config, world=world)
+    cost = costs.run_cost(plan, layout, measure=options.measure)
+    print(costs.to_json(cost) if options.json else costs.table(cost))
 
 
 def _cache(options: argparse.Namespace) -> None:

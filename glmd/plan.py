@@ -1,7 +1,6 @@
 """What a run will do, found out before it does anything: every refusal that can be made is made here.
 
     plan = make_plan(load_config("configs/runs/base.yaml"))
-    print(describe(plan))
 
 Reads configs, tokenizer, tasks and file headers; loads no weights and trains nothing.
 """
@@ -9,7 +8,7 @@ Reads configs, tokenizer, tasks and file headers; loads no weights and trains no
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from glmd.cache import read_manifest
 from glmd.checkpoint import write_problem
-from glmd.config import RunConfig, StageConfig, VocabularyConfig, cell_name
+from glmd.config import RunConfig, StageConfig, VocabularyConfig
 from glmd.data.batches import TaskDataset
 from glmd.data.blanks import verbaliser_ids
 from glmd.data.corpus import corpus_fingerprint, require_text_field
@@ -68,6 +67,7 @@ class Plan:
     tokenizer: Any
     teacher_config: Any
     student_config: Any
+    source_size: int
     kept_size: int
     tasks: dict[str, TaskPlan]
     corpus: dict[str, Any] | None
@@ -109,6 +109,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         tokenizer,
         teacher_config,
         student_config=None,
+        source_size=len(tokenizer),
         kept_size=kept_size(config.vocabulary, tokenizer),
         tasks=tasks,
         corpus=corpus_fingerprint(corpus) if corpus else None,
@@ -118,6 +119,40 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         word_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
     return plan
+
+
+def make_sketch(config: RunConfig) -> Plan:
+    """The plan of a run whose teacher is a config.json alone: sizes, without tokenizer and texts. Raises GlmdError."""
+    from glmd.loading import load_model_config
+
+    method = load_method(config.method, count_positions=config.gkd_compat)
+    asked, config = config.pretraining.mlm_probability, _resolved(config, method)
+    _check_methods_needs(config, method)
+    _check_cache(config, method)
+    if config.tasks:
+        raise ConfigError(
+            f"tasks: {', '.join(config.tasks)}: {config.teacher.model} holds no tokenizer to count their texts by; "
+            "save the teacher's there, or give tasks={}"
+        )
+    teacher_config = load_model_config(str(config.teacher.model))
+    if is_causal(teacher_config):
+        config = _for_decoder(config, method, asked)
+    _check_cached_maskings(config, method)
+    _check_lengths(config, method, {}, "the teacher", teacher_config)
+    total, settings = teacher_config.vocab_size, config.vocabulary
+    kept = choose_kept_ids(np.zeros(total, dtype=np.int64), (), **_budget(settings))
+    plan = Plan(config, method, None, teacher_config, None, total, len(kept), tasks={}, corpus=None)
+    return _with_parameters(plan)
+
+
+def is_config_alone(model: str | None) -> bool:
+    """Whether a teacher is a local folder with a config.json and neither tokenizer nor weights."""
+    from glmd.loading import TOKENIZER_FILES, looks_local, require_model
+
+    if model is None or not looks_local(model):
+        return False
+    require_model(model)
+    return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
 
 
 def needs_pretraining(method: dict[str, Objective]) -> bool:
@@ -408,14 +443,14 @@ def _check_lengths(
         return
     lengths = {"pretraining.max_length": config.pretraining.max_length or 0} if "pretraining" in method else {}
     for task, plan in tasks.items():
-        stages = _task_stages(config, method, task).items()
+        stages = task_stages(config, method, task).items()
         lengths |= {f"{key}.max_length of {task}": stage.max_length or plan.task.max_length for key, stage in stages}
     for key, length in lengths.items():
         if length > positions:
             raise ConfigError(f"{key} is {length}, {name} has {positions} positions; give at most {positions}")
 
 
-def _task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
+def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
     """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
     names = ["task_teacher", *(name for name in ("task_words", "task_labels") if name in method)]
     return {name: config.stage(name, task) for name in names}
@@ -428,7 +463,7 @@ def _check_blanks(
     if config.casting == "head":
         return
     for name, plan in tasks.items():
-        stages = _task_stages(config, method, name).values()
+        stages = task_stages(config, method, name).values()
         shortest = min(stage.max_length or plan.task.max_length for stage in stages)
         for examples in (plan.train, plan.inputs, plan.val):
             if examples:
@@ -439,16 +474,11 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
     """How many tokens a student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse."""
     from glmd.tokenizer import compress_tokenizer
 
-    budget: dict[str, Any] = {
-        "keep_ratio": settings.keep_ratio,
-        "size": settings.size,
-        "multiple_of": settings.multiple_of,
-    }
     try:
         uncounted = np.zeros(source_size_of(tokenizer), dtype=np.int64)
         must_keep = must_keep_ids(tokenizer, words=settings.keep_words)
         parts = parts_to_keep(tokenizer, settings.selection)
-        kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **budget)
+        kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **_budget(settings))
     except ModelError as error:
         raise ConfigError(f"vocabulary: {error}") from None
     if len(kept_ids) < len(tokenizer):
@@ -457,6 +487,10 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
         token_map[kept_ids] = np.arange(len(kept_ids))
         compress_tokenizer(tokenizer, Vocabulary(kept_ids, token_map))
     return len(kept_ids)
+
+
+def _budget(settings: VocabularyConfig) -> dict[str, Any]:
+    return {"keep_ratio": settings.keep_ratio, "size": settings.size, "multiple_of": settings.multiple_of}
 
 
 def _with_parameters(plan: Plan) -> Plan:
@@ -497,7 +531,7 @@ def _check_checkpointing(plan: Plan, teacher: Any, student: Any) -> None:
     if config.teacher.pretraining is not None:
         stages["teacher.pretraining"] = config.teacher.pretraining
     for task in plan.tasks:
-        stages |= {f"{name} of {task}": stage for name, stage in _task_stages(config, plan.method, task).items()}
+        stages |= {f"{name} of {task}": stage for name, stage in task_stages(config, plan.method, task).items()}
     for name, stage in stages.items():
         model = teacher if "teacher" in name else student
         if stage.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -516,7 +550,7 @@ def _check_vocabulary_effects(plan: Plan, teacher: Any) -> None:
         compared_embeddings(teacher, settings.similarity)
     except ModelError as error:
         raise ConfigError(str(error)) from None
-    is_whole = plan.kept_size == len(plan.tokenizer)
+    is_whole = plan.kept_size == plan.source_size
     if settings.teacher_mass == "merge" and (
         is_whole or not any(objective.uses("word_logits") for objective in plan.method.values())
     ):
@@ -550,57 +584,3 @@ def split_parameters(model: Any, vocabulary_names: set[str]) -> dict[str, int]:
     vocabulary = sum(p.numel() for name, p in model.named_parameters() if name in vocabulary_names)
     width = model.get_input_embeddings().weight.shape[1]
     return {"total": total, "vocabulary": vocabulary, "body": total - vocabulary, "embedding_size": width}
-
-
-def describe(plan: Plan, world_size: int) -> str:
-    """The plan for a person: models and how they split, stages with steps, examples and tokens at most."""
-    config = plan.config
-    lines = [
-        f"teacher   {config.teacher.model or 'trained here from scratch'}",
-        f"method    {config.method}",
-        "",
-        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}{'embedding':>11}",
-    ]
-    sides = (("teacher", plan.teacher_config, len(plan.tokenizer)), ("student", plan.student_config, plan.kept_size))
-    for name, model, words in sides:
-        p = plan.parameters[name]
-        counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
-        lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
-    swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
-    lines += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
-    lines += [_stage_line(*stage, world_size) for stage in _stages(plan)]
-    controls = [name for name, on in vars(config.controls).items() if on]
-    lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
-    lines += [f"sweep     {len(config.cells)} cells: {', '.join(swept)}"] if swept else []
-    return "\n".join([*lines, f"output    {config.output_dir}"])
-
-
-def _stages(plan: Plan) -> Iterator[tuple[str, StageConfig, int, int | None, str]]:
-    """(name, settings, length, examples, what a sweep changes) of each stage, in order; a corpus is not counted yet."""
-    config = plan.config
-    if config.teacher.pretraining is not None:
-        yield "teacher", config.teacher.pretraining, config.teacher.pretraining.max_length or 0, None, ""
-    stages = {name: _task_stages(config, plan.method, name) for name in plan.tasks}
-    for name, task in plan.tasks.items():
-        stage = stages[name].pop("task_teacher")
-        if name not in config.teacher.tasks:
-            yield f"{name} task_teacher", stage, stage.max_length or task.task.max_length, len(task.train), ""
-    if "pretraining" in plan.method:
-        yield "pretraining", config.pretraining, config.pretraining.max_length or 0, None, ""
-    for name, task in plan.tasks.items():
-        for each in stages[name]:
-            # A first pass is shared by the cells that differ in the second alone.
-            cells = [{key: value for key, value in cell.items() if key.startswith(f"{each}.")} for cell in config.cells]
-            for number, cell in enumerate(cells):
-                if cell not in cells[:number]:
-                    stage = config.stage(each, name, cell)
-                    length = stage.max_length or task.task.max_length
-                    yield f"{name} {each}", stage, length, len(task.inputs), cell_name(cell).replace(f"{each}.", "")
-
-
-def _stage_line(name: str, stage: StageConfig, length: int, examples: int | None, swept: str, world_size: int) -> str:
-    steps, batch = stage.steps(examples or 0, world_size), stage.global_batch_size(world_size)
-    shown = f"{examples:,}" if examples is not None else "corpus"
-    return f"{name:<20}{steps:>9,}{batch:>7}{length:>8}{shown:>10}{steps * batch * length:>17,}" + (
-        f"  {swept}" if swept else ""
-    )

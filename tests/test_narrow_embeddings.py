@@ -16,8 +16,9 @@ from glmd.cli import main
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError
 from glmd.export import check_exports
+from glmd.outline import describe
 from glmd.pipeline import run
-from glmd.plan import describe, make_plan
+from glmd.plan import make_plan
 from glmd.student import build_student
 from glmd.verify import verify_folder
 
