@@ -30,7 +30,8 @@ from glmd.data.blanks import IGNORED
 from glmd.distiller import Distiller
 from glmd.heads import final_linear
 from glmd.loading import language_model_class
-from glmd.losses.linear import CHUNK_TOKENS
+from glmd.losses.linear import chunk_tokens
+from glmd.losses.rows import BLOCK_ROWS
 from glmd.objective import WORD_SIGNALS, Objective
 from glmd.teacher import OnlineTeacher, TeacherOutputs
 from glmd.vocabulary import Vocabulary
@@ -184,11 +185,15 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         teacher_forward, teacher_flops = allocated.peak, flops.get_total_flops()
         allocated.peak = allocated.now
         step.learn(batch, outputs)
-    student, loss, language_model = sum(p.nbytes for p in step.parameters), 0, step.distiller.language_model
+    student, language_model = sum(p.nbytes for p in step.parameters), step.distiller.language_model
+    loss, wider = 0, 0
     if cast.objective.uses("word_logits"):
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
-        loss = 4 * words * (3 * min(CHUNK_TOKENS, batch["input_ids"].numel()) + width)
+        tokens, number = batch["input_ids"].numel(), 2 if cast.mixed_precision == "bf16" else 4
+        here, there = (chunk_tokens(tokens, words, kind) for kind in ("cpu", "cuda" if fused_attention else "cpu"))
+        loss = words * (2 * there * number + 12 * BLOCK_ROWS["cpu"] + 4 * width)
+        wider = words * 2 * (there - here) * number  # the fake tensors are of a CPU, which takes smaller chunks
     head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
     whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
     return Count(
@@ -198,7 +203,7 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         student_gathered=_gathered(step.distiller),
         optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps
         teacher_forward=teacher_forward,
-        student_step=allocated.peak,
+        student_step=allocated.peak + wider,
         loss=loss,
         teacher_flops=teacher_flops,
         student_flops=flops.get_total_flops() - teacher_flops,

@@ -649,6 +649,25 @@ def test_inputs_are_left_as_they_were() -> None:
     assert all(torch.equal(x, before[name]) for name, x in case.tensors.items())
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 150, 513, 1000])
+def test_bfloat16_products_on_a_cpu_have_multiples_of_64_rows_and_those_added_do_not_show(n: int) -> None:
+    case = make(n, 37, 8, 8, biases="student teacher", weights=False).to(torch.bfloat16)
+    labels = torch.arange(n) % 37
+    with torch.profiler.profile(record_shapes=True) as profile:
+        chunked(case, temperature=4.0).backward()
+        linear_cross_entropy(case.student_hidden, case.student_weight, labels).backward()
+    products = [event.input_shapes for event in profile.events() if event.name == "aten::mm"]
+    tokens = {shape[at] for first, second, *_ in products for shape, at in ((first, 0), (first, 1))} - {8, 37}
+    assert len(products) >= 7 and tokens
+    assert all(each % 64 == 0 for each in tokens)
+    ours, exact = case.to(torch.bfloat16), case.to(torch.float64)
+    value, expected = chunked(ours, temperature=4.0), plain(exact, temperature=4.0)
+    value.backward()
+    expected.backward()
+    assert relative_error(value, expected) < 2e-2
+    assert all(relative_error(*pair) < 3e-2 for pair in zip(ours.gradients, exact.gradients, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_of_tokens_by_vocabulary_is_made(dtype: torch.dtype) -> None:
     """Logits of a chunk in the dtype of the products, of both models, and float32 for a block of rows."""

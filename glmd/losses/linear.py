@@ -174,14 +174,17 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
     num_tokens, hidden_dtype, factor = len(student.hidden), student.hidden.dtype, student.scaling.factor
     size = chunk_tokens(num_tokens, len(student.weight), student.weight.device.type)
     student = _for_products(student)
+    teacher = None if isinstance(task.teacher, Tensor) else _for_products(task.teacher)
+    num_rows = max(_rows_of_products(each.hidden) for each in (student, teacher) if each is not None)
+    student, teacher = _filled_up(student, num_rows), teacher and _filled_up(teacher, num_rows)
     # Two buffers serve all chunks: in fresh memory the work on them would take several times as long.
-    logits = _rows_of(student, min(size, num_tokens))
+    logits = _rows_of(student, min(size, num_rows))
     dtype = torch.promote_types(logits.dtype, torch.float32)
     on_rows = RowTask(task.loss, task.temperature, student.bias, student_softcap=student.scaling.softcap)
-    if isinstance(task.teacher, Tensor):
-        teacher, theirs = None, task.teacher
+    if teacher is None:
+        assert isinstance(task.teacher, Tensor), "labels"
+        theirs = task.teacher
     else:
-        teacher = _for_products(task.teacher)
         theirs = _rows_of(teacher, len(logits))
         dtype = torch.promote_types(dtype, theirs.dtype)
         on_rows = on_rows._replace(
@@ -189,7 +192,9 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
         )
     rows = choose_rows(on_rows, logits, theirs)
     total = logits.new_zeros((), dtype=dtype)
-    grad_hidden = torch.empty_like(student.hidden, dtype=hidden_dtype) if needed[0] else None
+    grad_hidden = (
+        student.hidden.new_empty(num_tokens, student.hidden.shape[1], dtype=hidden_dtype) if needed[0] else None
+    )
     # The first chunk writes it: zeros to add to would be one more pass over a large fresh tensor.
     grad_weight = torch.empty_like(student.weight, dtype=dtype) if needed[1] else None
     if grad_weight is not None and num_tokens == 0:
@@ -197,19 +202,21 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
     grad_bias = logits.new_zeros(len(student.weight), dtype=dtype) if needed[2] else None
     add_product = None if grad_weight is None else _adder(grad_weight, student.weight.dtype)
     with torch.autocast(logits.device.type, enabled=False):
-        for start in range(0, num_tokens, size):
-            chunk = slice(start, min(start + size, num_tokens))
-            hidden, gradient = student.hidden[chunk], logits[: chunk.stop - start]
+        for start in range(0, num_rows, size):
+            filled, chunk = slice(start, min(start + size, num_rows)), slice(start, min(start + size, num_tokens))
+            hidden, gradient = student.hidden[filled], logits[: filled.stop - start]
+            num = max(0, chunk.stop - start)
             torch.mm(hidden, student.weight.t(), out=gradient)
             if teacher is not None:
-                torch.mm(teacher.hidden[chunk], teacher.weight.t(), out=theirs[: len(hidden)])
+                torch.mm(teacher.hidden[filled], teacher.weight.t(), out=theirs[: len(hidden)])
             weights = None if task.token_weights is None else task.token_weights[chunk]
-            total += rows(gradient, theirs[: len(hidden)] if teacher is not None else theirs[chunk], weights).sum()
+            total += rows(gradient[:num], theirs[:num] if teacher is not None else theirs[chunk], weights).sum()
+            gradient[num:] = 0
             # From here on the buffer holds the gradient of what stood in it.
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = gradient @ student.weight
+                grad_hidden[chunk] = (gradient @ student.weight)[:num]
             if add_product is not None:
                 add_product(gradient.t(), hidden, is_first=start == 0)
     if factor != 1:  # the hidden states in the weight's gradient had it already
@@ -217,6 +224,22 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
             if each is not None:
                 each.mul_(factor)
     return total, [grad_hidden, grad_weight, grad_bias]
+
+
+def _rows_of_products(hidden: Tensor) -> int:
+    """N, or the next multiple of 64 where narrow matrices are multiplied on a CPU.
+
+    OneDNN, which does that, keeps what it has prepared, megabytes, for each number of rows that it ever met: texts of
+    any length filled gigabytes.
+    """
+    is_prepared = hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float16)
+    return -(-len(hidden) // 64) * 64 if is_prepared else len(hidden)
+
+
+def _filled_up(head: _Head, num_rows: int) -> _Head:
+    """The head with rows of zeros behind its hidden states."""
+    surplus = num_rows - len(head.hidden)
+    return head._replace(hidden=torch.nn.functional.pad(head.hidden, (0, 0, 0, surplus))) if surplus else head
 
 
 def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
