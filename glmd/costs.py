@@ -7,7 +7,6 @@ Bytes at the peaks and FLOPs are counted on a rehearsal of each stage's step; th
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from glmd.outline import PlannedStage, planned_stages
 from glmd.pipeline import MASKED_WORDS
 from glmd.places import control_cell, words_cell
 from glmd.plan import Plan, cached_stages, word_width
-from glmd.rehearsal import Cast, Count, counted, timed
+from glmd.rehearsal import Cast, Count, chunk_bytes, counted, timed
 from glmd.task_stages import HARD_LABELS
 from glmd.workbench import control_budget
 
@@ -130,6 +129,12 @@ def _stage_cost(
     shape = {"length": stage.length, "choices": max(choices)}
     once, twice = (count(cast, examples=n, **shape, fused_attention=layout.is_gpu) for n in (batch, 2 * batch))
     memory = _memory(once, layout)
+
+    def chunk(texts: int) -> int:
+        """Does not grow with the texts forever, as all else does."""
+        words = cast.student.vocab_size
+        return chunk_bytes(cast, texts * max(choices) * stage.length, words, layout.is_gpu) if once.chunk else 0
+
     room = layout.usable - memory["in all"] + max(memory["teacher forward"], memory["student step"])
     if clock is not None:
         needed, there = _memory(once, Layout())["in all"], _memory_of_this_machine()
@@ -148,7 +153,7 @@ def _stage_cost(
         texts=texts,
         tokens=round(runs * steps * texts * max(choices) * share * stage.length),
         memory=memory,
-        largest_batch=_largest_batch(once, twice, batch, room),
+        largest_batch=_largest_batch(once, twice, batch, room, chunk),
         fits=memory["in all"] <= layout.usable,
         step_flops=(once.teacher_flops + once.student_flops) * accumulated * layout.devices * share,
         step_seconds=seconds,
@@ -252,14 +257,26 @@ def _memory(count: Count, layout: Layout) -> dict[str, float]:
     return fixed | moving | {"of it loss": float(count.loss), "in all": in_all}
 
 
-def _largest_batch(once: Count, twice: Count, batch: int, room: float) -> int:
-    """Texts of a micro-batch whose two peaks stay in `room` bytes; both grow in proportion to the batch."""
-    found = []
-    for name in ("teacher_forward", "student_step"):
-        at_batch, per_text = getattr(once, name), (getattr(twice, name) - getattr(once, name)) / batch
-        if per_text > 0:
-            found.append(batch + math.floor((room - at_batch) / per_text))
-    return max(0, min(found))
+def _largest_batch(once: Count, twice: Count, batch: int, room: float, chunk: Callable[[int], int]) -> int:
+    """Texts of a micro-batch whose two peaks stay in `room` bytes; but for the loss's chunk both grow in proportion."""
+
+    def needed(texts: int) -> float:
+        forward = _at(texts, batch, once.teacher_forward, twice.teacher_forward)
+        step = _at(texts, batch, once.student_step - once.chunk, twice.student_step - twice.chunk)
+        return max(forward, step + chunk(texts))
+
+    fits, does_not = 0, 1
+    while needed(does_not) <= room:
+        fits, does_not = does_not, 2 * does_not
+    while does_not - fits > 1:
+        middle = (fits + does_not) // 2
+        fits, does_not = (middle, does_not) if needed(middle) <= room else (fits, middle)
+    return fits
+
+
+def _at(texts: int, batch: int, once: float, twice: float) -> float:
+    """What grows in proportion, at so many texts, from its size at `batch` and at twice that."""
+    return once + (texts - batch) * (twice - once) / batch
 
 
 def _memory_of_this_machine() -> float:

@@ -78,7 +78,8 @@ class Count:
     optimizer: int
     teacher_forward: int  # at its peak, beside the weights
     student_step: int  # forward, loss and backward at their peak, beside weights and gradients
-    loss: int  # of it, what the linear loss holds: chunks of logits, and the weight's gradient in float32
+    chunk: int  # of it, the logits of both models that the linear loss holds at a time
+    loss: int  # of it, all that the linear loss holds: also a block in float32, and the weight's gradient
     teacher_flops: int
     student_flops: int
 
@@ -186,14 +187,14 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         allocated.peak = allocated.now
         step.learn(batch, outputs)
     student, language_model = sum(p.nbytes for p in step.parameters), step.distiller.language_model
-    loss, wider = 0, 0
+    chunk = loss = wider = 0
     if cast.objective.uses("word_logits"):
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
-        tokens, number = batch["input_ids"].numel(), 2 if cast.mixed_precision == "bf16" else 4
-        here, there = (chunk_tokens(tokens, words, kind) for kind in ("cpu", "cuda" if fused_attention else "cpu"))
-        loss = words * (2 * there * number + 12 * BLOCK_ROWS["cpu"] + 4 * width)
-        wider = words * 2 * (there - here) * number  # the fake tensors are of a CPU, which takes smaller chunks
+        tokens = batch["input_ids"].numel()
+        chunk = chunk_bytes(cast, tokens, words, fused_attention)
+        wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
+        loss = chunk + words * (12 * BLOCK_ROWS["cpu"] + 4 * width)
     head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
     whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
     return Count(
@@ -204,10 +205,17 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps
         teacher_forward=teacher_forward,
         student_step=allocated.peak + wider,
+        chunk=chunk,
         loss=loss,
         teacher_flops=teacher_flops,
         student_flops=flops.get_total_flops() - teacher_flops,
     )
+
+
+def chunk_bytes(cast: Cast, tokens: int, words: int, is_gpu: bool) -> int:
+    """What the logits of both models take that the linear loss holds at a time, of a micro-batch of so many tokens."""
+    number = 2 if cast.mixed_precision == "bf16" else 4
+    return 2 * number * words * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu")
 
 
 def timed(cast: Cast, *, examples: int, length: int, choices: int = 1, repeats: int = 3) -> tuple[float, float]:
