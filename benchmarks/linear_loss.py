@@ -201,6 +201,11 @@ def peak_extra_mib(function: Callable[[Inputs], None], inputs: Inputs) -> float 
         began = torch.cuda.memory_allocated()
         function(inputs)
         return (torch.cuda.max_memory_allocated() - began) / 2**20
+    return resident_extra_mib(lambda: function(inputs))
+
+
+def resident_extra_mib(function: Callable[[], None]) -> float | None:
+    """Resident memory a call adds at its peak; None where Linux's counters are missing."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
@@ -211,7 +216,7 @@ def peak_extra_mib(function: Callable[[Inputs], None], inputs: Inputs) -> float 
     ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls freed is used again and not counted
     reset.write_text("5")
     before = read("VmRSS")
-    function(inputs)
+    function()
     return (read("VmHWM") - before) / 1024
 
 

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from linear_loss import peak_extra_mib
+from linear_loss import resident_extra_mib
 from step import Shape, make_variants
 
 BASE = Shape(teacher_layers=6, student_layers=3, hidden_size=384, batch=8, length=128, pad=0.0, keep_ratio=0.5)
@@ -47,7 +47,7 @@ def measure(axis: str, value: Any, rounds: int, clock: Callable[[], float]) -> l
             for name, variant in variants.items():
                 variant.watch.step(variant.run)
                 if number == 0:
-                    peaks[name] = peak_extra_mib(partial(variant.watch.step, variant.run))
+                    peaks[name] = resident_extra_mib(partial(variant.watch.step, variant.run))
                     del variant.watch.steps[-1]
     point = {"axis": axis, "value": value}
     ms = {name: {key: 1000 * each.watch.median(key) for key in ("step", "loss")} for name, each in variants.items()}

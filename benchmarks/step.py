@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from linear_loss import TEMPERATURE, peak_extra_mib
+from linear_loss import TEMPERATURE, resident_extra_mib
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
 from transformers import BertConfig, BertForMaskedLM
 
 import glmd.distiller
-from glmd.cache import CachedTeacher, TeacherCache
+from glmd.cache import TeacherCache
+from glmd.cached_teacher import CachedTeacher
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
 from glmd.distiller import Distiller
@@ -92,7 +93,7 @@ class Texts:
             rng.integers(1, shape.words, max(1, int(lengths[i % shape.batch])))
             for i in range(count * shape.accumulation * shape.batch)
         ]
-        self.max_length, self.num_tokens = shape.length, sum(map(len, self.rows))
+        self.longest, self.num_tokens = shape.length, sum(map(len, self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -294,20 +295,20 @@ def make_variants(
             if "checkpointing" in name:
                 distiller.recompute_activations()
             return make(live, distiller, given, watch, teacher_tensors=list(model.parameters()))
-        cached = CachedTeacher(_cache(texts, model, collate, folder / name).open(), model, vocabulary)
+        cached = CachedTeacher(_cache(texts, model, vocabulary, folder / name).open(), model, vocabulary)
         return make(cached, distiller, given, watch, teacher_tensors=[cached.weight, cached.bias])
 
     return {name: variant(name) for name in names}
 
 
-def _cache(texts: Texts, model: Any, collate: Collate, folder: Path) -> TeacherCache:
+def _cache(texts: Texts, model: Any, vocabulary: Vocabulary, folder: Path) -> TeacherCache:
     """What the model says of all texts, on disk."""
     width, dtype = model.config.hidden_size, str(model.dtype).removeprefix("torch.")
     cache = TeacherCache(folder, ((texts, 1),), width=width, dtype=dtype, made_from={})
-    missing = cache.missing()
+    missing, teacher = cache.missing(), OnlineTeacher(model, None, vocabulary)
     cache.begin()
     for number in missing:
-        cache.write_shard(number, model, collate, batch_size=8)
+        cache.write_shard(number, teacher, Collate(0), batch_size=8)
     cache.finish()
     return cache
 
@@ -347,7 +348,7 @@ def compare(arguments: argparse.Namespace, names: list[str], shape: Shape, folde
         for name, variant in variants.items():
             variant.watch.step(variant.run)
             if number == 0:  # AdamW's averages are there now; the second step is like all others
-                peaks[name] = peak_extra_mib(partial(variant.watch.step, variant.run))
+                peaks[name] = resident_extra_mib(partial(variant.watch.step, variant.run))
                 del variant.watch.steps[-1]
     tokens = round(shape.batch * shape.length * (1 - shape.pad))
     print(f"{shape}; about {tokens} tokens; {'process' if arguments.cpu_time else 'wall'} time, median of")
