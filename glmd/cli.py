@@ -21,7 +21,7 @@ from glmd.errors import ConfigError, GlmdError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     _set_up_logging()
     command: Callable[[argparse.Namespace], None] = options.command
     try:
@@ -35,6 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `glmd report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command and what it is given; a config's overrides may stand behind options too."""
+    parser = build_parser()
+    options, further = parser.parse_known_args(arguments)
+    if "overrides" not in options or any("=" not in each or each.startswith("-") for each in further):
+        return parser.parse_args(arguments)  # which refuses what it does not know
+    options.overrides += further
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -281,6 +281,8 @@ class _OnFakes(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor) and _is_mask(args[1]):
             return args[0][args[1].nonzero(as_tuple=True)]
+        if func is Tensor.nonzero and isinstance(args[0], FakeTensor):
+            return torch.ones(args[0].shape).nonzero()  # which labels are none nobody knows: all are kept, the most
         if func is nn.functional.scaled_dot_product_attention and self.fused_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}  # with dropout only a GPU has a kernel that keeps nothing for it
         return func(*args, **kwargs)

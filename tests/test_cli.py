@@ -90,6 +90,18 @@ def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
     }
 
 
+def test_overrides_may_stand_behind_options_and_nothing_else_may(glmd, capsys):
+    lines = [glmd("plan", *words) for words in (
+        ("quickstart", "tasks={}", "mixed_precision=bf16", "--device-memory", "1"),
+        ("quickstart", "tasks={}", "--device-memory", "1", "mixed_precision=bf16"),
+    )]  # fmt: skip
+    assert lines[0] == lines[1]
+    for word in ("--nonsense=1", "quickstart2"):
+        with pytest.raises(SystemExit) as error:
+            main(["plan", "quickstart", "--devices", "2", word])
+        assert error.value.code == 2 and f"unrecognized arguments: {word}" in capsys.readouterr().err
+
+
 def test_run_without_a_config_takes_its_first_word_for_an_override(refused):
     assert "pretraining.max_stps is unknown; did you mean max_steps?" in refused("run", "pretraining.max_stps=3")
 
