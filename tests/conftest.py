@@ -167,3 +167,26 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write_file
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every batch that a live teacher is asked for, or a cache is made of."""
+    from glmd.cache import TeacherCache
+    from glmd.teacher import OnlineTeacher
+
+    calls: list[str] = []
+    live, write = OnlineTeacher.__call__, TeacherCache.write_shard
+
+    def answer(teacher: OnlineTeacher, batch: Any) -> Any:
+        calls.append("live")
+        return live(teacher, batch)
+
+    def written(cache: TeacherCache, *rest: Any, **options: Any) -> None:
+        before = len(calls)
+        write(cache, *rest, **options)
+        calls[before:] = ["cache"] * (len(calls) - before)
+
+    monkeypatch.setattr(OnlineTeacher, "__call__", answer)
+    monkeypatch.setattr(TeacherCache, "write_shard", written)
+    return calls

@@ -260,36 +260,16 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows with every text batch that a live teacher is asked for, or a cache is made of."""
-    calls: list[str] = []
-    live, write = OnlineTeacher.__call__, TeacherCache.write_shard
-
-    def asked(teacher: OnlineTeacher, batch: Batch) -> TeacherOutputs:
-        calls.append("live")
-        return live(teacher, batch)
-
-    def written(cache: TeacherCache, *rest: Any, **options: Any) -> None:
-        before = len(calls)
-        write(cache, *rest, **options)
-        calls[before:] = ["cache"] * (len(calls) - before)
-
-    monkeypatch.setattr(OnlineTeacher, "__call__", asked)
-    monkeypatch.setattr(TeacherCache, "write_shard", written)
-    return calls
-
-
-def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp_path, forwards):
+def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp_path, asked):
     """Several epochs, in micro-batches by loader workers; a second student asks the teacher nothing."""
     both = (*CACHED, "pretraining.gradient_accumulation_steps=2", "dataloader_num_workers=2")
     live = run(tiny.config(tmp_path / "live", *both))
-    assert set(forwards) == {"live"}
-    forwards.clear()
+    assert set(asked) == {"live"}
+    asked.clear()
     place = f"teacher.cache={tmp_path / 'cache'}"
     cached = run(tiny.config(tmp_path / "cached", *both, place))
-    assert set(forwards) == {"cache"}
-    forwards.clear()
+    assert set(asked) == {"cache"}
+    asked.clear()
     ours, theirs = losses(tmp_path / "cached"), losses(tmp_path / "live")
     assert len(ours) == 24 and max(theirs) > 1.1 * min(theirs)
     assert ours != theirs and np.allclose(ours, theirs, rtol=1e-3, atol=0)
@@ -299,7 +279,7 @@ def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp
 
     wider = ("vocabulary.keep_ratio=1.0", "student.num_hidden_layers=2", "pretraining.learning_rate=1e-4")
     run(tiny.config(tmp_path / "second", *both, *wider, place))
-    assert forwards == []
+    assert asked == []
     run(tiny.config(tmp_path / "second live", *both, *wider))
     assert np.allclose(losses(tmp_path / "second"), losses(tmp_path / "second live"), rtol=1e-3, atol=1e-6)
 
@@ -358,17 +338,17 @@ def test_a_run_that_began_without_a_cache_does_not_go_on_with_one(tiny, trusting
         run(tiny.config(tmp_path / "run", *short, f"teacher.cache={tmp_path / 'cache'}"))
 
 
-def test_a_cache_made_ahead_is_read_by_the_run(tiny, trusting, tmp_path, forwards, capsys):
+def test_a_cache_made_ahead_is_read_by_the_run(tiny, trusting, tmp_path, asked, capsys):
     arguments = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *CACHED, "pretraining.max_steps=2"]
     assert main(["cache", *arguments]) == 2
     assert "teacher.cache is missing" in capsys.readouterr().err
     arguments.append(f"teacher.cache={tmp_path / 'cache'}")
     assert main(["cache", *arguments]) == 0
     assert f"{tmp_path / 'cache'}: complete" in capsys.readouterr().out
-    assert set(forwards) == {"cache"} and not (tmp_path / "run" / "pretraining").exists()
-    forwards.clear()
+    assert set(asked) == {"cache"} and not (tmp_path / "run" / "pretraining").exists()
+    asked.clear()
     assert main(["run", *arguments]) == 0
-    assert forwards == []
+    assert asked == []
 
 
 @pytest.fixture(scope="module")
@@ -452,14 +432,14 @@ def test_check_tells_what_the_cache_will_take(tiny, trusting, tmp_path, capsys, 
     assert "0.06 MB to come, 0.05 MB free; give another disk" in capsys.readouterr().err
 
 
-def test_a_causal_teacher_is_cached_in_one_masking(models, tiny, trusting, tmp_path, forwards):
+def test_a_causal_teacher_is_cached_in_one_masking(models, tiny, trusting, tmp_path, asked):
     """A decoder reads whole text: its epochs are alike."""
     base = [f"teacher={models / 'GPT2LMHeadModel'}", "vocabulary.keep_ratio=0.9", *CACHED[::2], CACHED[3]]
     live = tiny.config(tmp_path / "live", *base)
     run(live)
-    forwards.clear()
+    asked.clear()
     run(tiny.config(tmp_path / "cached", *base, f"teacher.cache={tmp_path / 'cache'}"))
-    assert set(forwards) == {"cache"}
+    assert set(asked) == {"cache"}
     ours, theirs = losses(tmp_path / "cached"), losses(tmp_path / "live")
     assert ours != theirs and np.allclose(ours, theirs, rtol=1e-3, atol=0)
     with pytest.raises(GlmdError, match=r"pretraining\.num_maskings has no effect"):

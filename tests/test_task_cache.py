@@ -271,26 +271,6 @@ SHORT = ("task_words.num_train_epochs=2", "task_labels.num_train_epochs=2")
 LOGS = ("task_words.logging_steps=1", "task_labels.logging_steps=1")
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows with every batch that a live teacher is asked for, or a cache is made of."""
-    calls: list[str] = []
-    live, write = OnlineTeacher.__call__, TeacherCache.write_shard
-
-    def answer(teacher: OnlineTeacher, batch: Batch) -> TeacherOutputs:
-        calls.append("live")
-        return live(teacher, batch)
-
-    def written(cache: TeacherCache, *rest: Any, **options: Any) -> None:
-        before = len(calls)
-        write(cache, *rest, **options)
-        calls[before:] = ["cache"] * (len(calls) - before)
-
-    monkeypatch.setattr(OnlineTeacher, "__call__", answer)
-    monkeypatch.setattr(TeacherCache, "write_shard", written)
-    return calls
-
-
 def losses(folder: Path, stage: str) -> list[float]:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["stage"].endswith(stage) and "loss" in row]
