@@ -24,7 +24,8 @@ from glmd.errors import RunError
 from glmd.heads import is_causal
 from glmd.loading import model_fingerprint
 from glmd.objective import WORD_SIGNALS
-from glmd.plan import Plan, cached_stages, kept_words, word_width
+from glmd.plan import Plan, word_width
+from glmd.resolution import cached_stages, kept_words
 from glmd.tokenizer import tokenizer_fingerprint
 
 SAMPLE = 4 << 20  # characters of a corpus that are cut into tokens to estimate the rest by

@@ -23,8 +23,9 @@ from glmd.objective import Objective
 from glmd.outline import PlannedStage, planned_stages
 from glmd.pipeline import MASKED_WORDS
 from glmd.places import control_cell, words_cell
-from glmd.plan import Plan, cached_stages, word_width
+from glmd.plan import Plan, word_width
 from glmd.rehearsal import Cast, Count, chunk_bytes, counted, timed
+from glmd.resolution import cached_stages
 from glmd.task_stages import HARD_LABELS
 from glmd.workbench import control_budget
 

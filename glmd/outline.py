@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from glmd.config import StageConfig, cell_name
-from glmd.plan import Plan, TaskPlan, task_stages
+from glmd.plan import Plan, TaskPlan
+from glmd.resolution import task_stages
 
 
 def describe(plan: Plan, world_size: int) -> str:

@@ -39,7 +39,8 @@ from glmd.export import PROBE, ModelCard, check_exports, export_model
 from glmd.metrics import score
 from glmd.objective import Objective
 from glmd.places import require_shareable
-from glmd.plan import Plan, TaskPlan, kept_words, split_parameters
+from glmd.plan import Plan, TaskPlan, split_parameters
+from glmd.resolution import kept_words
 from glmd.run_folder import RunFolder, begun_with
 from glmd.runlog import RunLog
 from glmd.sharding import is_sharded

@@ -25,7 +25,7 @@ strict_yaml configs_root config selection vocabulary slicing tokenization_glmd t
 data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
 heads objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
-checkpoint cache runlog run_folder plan outline rehearsal cache_plan places sharding
+checkpoint cache runlog run_folder resolution plan outline rehearsal cache_plan places sharding
 trainer bits_per_byte evaluation export
 report workbench
 task_stages

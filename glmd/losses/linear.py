@@ -211,7 +211,7 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
                 torch.mm(teacher.hidden[filled], teacher.weight.t(), out=theirs[: len(hidden)])
             weights = None if task.token_weights is None else task.token_weights[chunk]
             total += rows(gradient[:num], theirs[:num] if teacher is not None else theirs[chunk], weights).sum()
-            # From here on the buffer holds the gradient of what stood in it; of rows of zeros that is zero, as they are.
+            # From here on the buffer holds the gradient of what stood in it; rows of zeros stay zeros.
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=dtype)
             if grad_hidden is not None:
