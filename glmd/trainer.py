@@ -7,7 +7,6 @@ ends in the same weights, bit for bit.
 """
 
 import copy
-import hashlib
 import logging
 import math
 import os
@@ -18,8 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +28,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from glmd import __version__
 from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
@@ -39,27 +35,20 @@ from glmd.distiller import Distiller
 from glmd.errors import NumericsError, RunError
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
-from glmd.sharding import is_sharded, part_of, prepare_sharded, whole
+from glmd.sharding import is_sharded, prepare_sharded, whole
 from glmd.teacher import TeacherOutputs
+from glmd.training_state import (
+    LIBRARIES,
+    code_of_a_step,
+    fill,
+    load_optimizer,
+    load_trainable,
+    optimizer_tensors,
+    trainable,
+)
 
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], TeacherOutputs]
-LIBRARIES = ("torch", "transformers", "accelerate")
-# The code that the weights after a step depend on. What exports, scores or reports may be mended in between.
-STEP_MODULES = (
-    "trainer.py",
-    "sharding.py",
-    "distiller.py",
-    "heads.py",
-    "teacher.py",
-    "cache.py",
-    "cached_teacher.py",
-    "objective.py",
-    "schedules.py",
-    "losses/*.py",
-    "data/batches.py",
-    "data/blanks.py",
-)
 Evaluate = Callable[[], float]  # a score of the student as it stands, higher is better
 
 
@@ -162,7 +151,7 @@ class Trainer:
                 if step % settings.logging_steps == 0 or step == max_steps:
                     self._log(meter, distiller, step, max_steps, optimizer)
                 if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
-                    _fill(distiller, trained)
+                    fill(distiller, trained)
                     self._keep_best(distiller)
                     model.train()
                     if trained is not distiller:
@@ -173,11 +162,11 @@ class Trainer:
                 if stop:
                     raise Interrupted(128 + stop)
         if self.evaluate is None:
-            _fill(distiller, trained)
+            fill(distiller, trained)
         else:
             best = load_checkpoint(self.folder / "best")
             assert best is not None, "the last step was evaluated"
-            _load_trainable(distiller, best.tensors["model"])
+            load_trainable(distiller, best.tensors["model"])
         return TrainingResult(
             max_steps,
             self.progress.seconds,
@@ -316,7 +305,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         self.progress.scaler = scaler.state_dict() if scaler is not None else None
         is_main = self.accelerator.is_main_process
-        groups = {"model": trainable(distiller), "optimizer": _optimizer_tensors(distiller, optimizer)}
+        groups = {"model": trainable(distiller), "optimizer": optimizer_tensors(distiller, optimizer)}
         tensors = {name: whole(group, wanted=is_main) for name, group in groups.items()}
         if is_main:
             folder = self.folder / "checkpoints"
@@ -332,8 +321,8 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
         self._require_same_code(checkpoint)
         self.progress = Progress(**checkpoint.state["progress"])
-        _load_trainable(distiller, checkpoint.tensors["model"])
-        _load_optimizer(distiller, optimizer, checkpoint.tensors["optimizer"])
+        load_trainable(distiller, checkpoint.tensors["model"])
+        load_optimizer(distiller, optimizer, checkpoint.tensors["optimizer"])
         if self.progress.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         self._restore_best()
@@ -423,49 +412,6 @@ def make_optimizer(distiller: Distiller, settings: StageConfig) -> torch.optim.A
     ]
     betas = (settings.adam_beta1, settings.adam_beta2)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, fused=True)
-
-
-def trainable(distiller: Distiller) -> dict[str, Tensor]:
-    """The parameters that learn, each once, by name. Non-persistent and constant buffers are not state."""
-    return {name: p for name, p in distiller.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _load_trainable(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in trainable(distiller).items():
-        parameter.copy_(part_of(tensors[name], parameter))
-
-
-def _fill(distiller: Distiller, trained: Distiller) -> None:
-    """Give `distiller` the weights of the one that is trained, if that is another: a sharded one."""
-    if trained is not distiller:
-        _load_trainable(distiller.to("cpu"), whole(trainable(trained)))
-
-
-def _optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in trainable(distiller).items()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in trainable(distiller).items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
-        # AdamW keeps its step counter beside the parameter only when fused.
-        optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
-
-
-@cache
-def code_of_a_step() -> dict[str, str]:
-    """What computes a step: glmd's version with a hash of the modules that do, and the libraries' versions."""
-    package, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(path for pattern in STEP_MODULES for path in package.glob(pattern)):
-        digest.update(path.read_bytes())
-    libraries = {name: version(name) for name in LIBRARIES}
-    return {"glmd": f"{__version__}, {digest.hexdigest()[:12]}", **libraries}
 
 
 def _mix(seed: int, counter: int) -> int:

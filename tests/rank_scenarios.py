@@ -48,7 +48,7 @@ from glmd.errors import DataError, GlmdError
 from glmd.objective import Objective
 from glmd.sharding import end_sharding, is_sharded
 from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.trainer import trainable
+from glmd.training_state import trainable
 
 glmd.checkpoint.sync_to_disk = lambda path: None
 

@@ -26,7 +26,7 @@ data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.cor
 heads objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
 checkpoint cache runlog run_folder resolution plan outline rehearsal cache_plan places sharding
-trainer bits_per_byte evaluation export
+training_state trainer bits_per_byte evaluation export
 report workbench
 task_stages
 pipeline compress verify budget costs

@@ -31,7 +31,8 @@ from glmd.objective import Objective, Term
 from glmd.runlog import RunLog
 from glmd.sharding import take_up_sharding
 from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.trainer import STEP_MODULES, Interrupted, Trainer, TrainingResult, code_of_a_step, trainable
+from glmd.trainer import Interrupted, Trainer, TrainingResult
+from glmd.training_state import STEP_MODULES, code_of_a_step, trainable
 from glmd.vocabulary import Vocabulary
 
 V, C = 30, 2
