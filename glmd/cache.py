@@ -116,7 +116,11 @@ class TeacherCache:
         """Hold the folder, after whoever else is making the same cache. For one process of a run."""
         self._require_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w", encoding="utf-8") as file:
+        try:
+            file = (self.folder / "lock").open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"teacher.cache {self.folder / 'lock'} cannot be opened ({error.strerror})") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -137,7 +141,7 @@ class TeacherCache:
             if changed:
                 raise RunError(stale(self.folder, changed))
             self.rows_per_shard = manifest["rows_per_shard"]
-        known = (manifest or {}).get("shards")
+        known = {} if manifest is None else manifest.get("shards")  # without it nobody knows what shards are of
 
         def problem(number: int) -> tuple[str | None, bool]:
             record = _read_json(self._record(number)) if known is None else known.get(_shard_name(number))
@@ -261,11 +265,7 @@ class TeacherCache:
         write_atomically(self._record(number), json.dumps(record))
 
     def _require_folder(self) -> None:
-        problem = write_problem(self.folder)
-        if problem is None and self.folder.is_dir() and not (self.folder / MANIFEST).exists():
-            # Caches of tasks lie below that of the corpus, and may have come first.
-            is_empty = all(path.name in ("lock", TASKS) for path in self.folder.iterdir())
-            problem = None if is_empty else "is not empty and holds no cache"
+        problem = folder_problem(self.folder)
         if problem is not None:
             raise RunError(f"teacher.cache {self.folder} {problem}; choose another folder")
 
@@ -292,6 +292,16 @@ class TeacherCache:
         return self.folder / f"{_shard_name(number)}.json"
 
 
+def folder_problem(folder: Path) -> str | None:
+    """Why a cache cannot be made or completed there; None where it can."""
+    problem = write_problem(folder)
+    if problem is None and folder.is_dir() and not (folder / MANIFEST).exists():
+        # Caches of tasks lie below that of the corpus, and may have come first.
+        is_empty = all(path.name in ("lock", TASKS) for path in folder.iterdir())
+        problem = None if is_empty else "is not empty and holds no cache"
+    return problem
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a cache is of, or None before it was begun. Raises RunError where it cannot be told."""
     path = folder / MANIFEST
@@ -301,9 +311,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError:  # no folder that can be: what writes to it says why
         return None
     manifest = _read_json(path)
-    if manifest is None or manifest.get("version") != VERSION or not isinstance(manifest.get("made_from"), dict):
+    wanted = {"made_from": dict, "rows_per_shard": int}
+    is_sound = manifest is not None and all(isinstance(manifest.get(name), kind) for name, kind in wanted.items())
+    if manifest is None or not is_sound or manifest.get("version") != VERSION or not _is_table(manifest.get("shards")):
         raise RunError(f"{path} is no manifest of version {VERSION} of a cache; delete the folder to make it anew")
     return manifest
+
+
+def _is_table(shards: Any) -> bool:
+    """Whether these can be the records of shards; None before a cache was complete."""
+    return shards is None or (isinstance(shards, dict) and all(isinstance(each, dict) for each in shards.values()))
 
 
 def stale(folder: Path, changed: Sequence[str]) -> str:

@@ -49,7 +49,9 @@ class Layout:
     @property
     def usable(self) -> float:
         """Bytes that the parts of a step may fill."""
-        return USABLE * (self.device_memory or _memory_of_this_machine())
+        # Processes on CPUs share what one GPU has for itself.
+        shared_by = 1 if torch.cuda.is_available() else self.devices
+        return USABLE * (self.device_memory or _memory_of_this_machine() / shared_by)
 
     @property
     def is_gpu(self) -> bool:
@@ -111,7 +113,7 @@ def run_cost(plan: Plan, layout: Layout, *, measure: bool = False) -> RunCost:
         corpus_tokens=store.num_tokens if store is not None else None,
         stages=stages,
         disk=disk,
-        left_out=["scoring"] + (["controls.full_vocabulary"] if plan.config.controls.full_vocabulary else []),
+        left_out=_left_out(plan),
     )
 
 
@@ -294,6 +296,16 @@ def _store(plan: Plan) -> TokenStore | None:
         return None
 
 
+def _left_out(plan: Plan) -> list[str]:
+    cached = cached_stages(plan.config, plan.method)
+    return [
+        "scoring",
+        *(["controls.full_vocabulary"] if plan.config.controls.full_vocabulary else []),
+        *(["making teacher.cache, an epoch of the teacher for each masking"] if cached else []),
+        *(["its part of tasks on disk, which `glmd check` says"] if set(cached) - {"pretraining"} else []),
+    ]
+
+
 def _disk(plan: Plan, store: TokenStore | None) -> dict[str, float | None]:
     disk: dict[str, float | None] = {}
     if plan.config.data.corpus or plan.config.data.world:
@@ -321,7 +333,7 @@ def table(cost: RunCost) -> str:
     how = {"none": "each with all weights", "fsdp": "the student sharded"}[layout.sharding]
     number = "1 device" if layout.devices == 1 else f"{layout.devices} devices, {how},"
     unit, scale = ("GB", 1e9) if max(each.memory["in all"] for each in cost.stages) >= 1e9 else ("MB", 1e6)
-    width = max(20, *(len(each.name) for each in cost.stages))
+    width = max(22, *(len(each.name) for each in cost.stages))
     columns = [key for key in cost.stages[0].memory if any(each.memory[key] for each in cost.stages)]
     lines = [
         f"parameters  teacher {cost.parameters['teacher']:,}, student {cost.parameters['student']:,}",

@@ -303,7 +303,7 @@ class Pipeline:
 
     def _score_words(self, student: Any, teacher: Teacher, held_out: BlockDataset, arm: Arm) -> dict[str, float]:
         """Nearness to the teacher's words, and of a decoder also bits per byte."""
-        scores = self.bench.score_words(student, teacher, held_out, arm)
+        scores = self.bench.score_words(student, teacher, held_out, arm, self.config.pretraining)
         if is_causal(self.plan.teacher_config):
             scores |= self.bench.score_text(student, arm.tokenizer, held_out)
         return scores

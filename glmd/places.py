@@ -74,6 +74,7 @@ def processes_of(plan: Plan, launched: int | None) -> tuple[int, list[str]]:
     config = plan.config
     begun = begun_with(Path(config.output_dir))
     if begun is None:
+        require_shareable(plan, launched or 1, launched or 1)
         return launched or 1, []
     number, sharding = begun
     how = f"processes the run was begun with {number}" + (f", by {sharding}" if sharding else "")

@@ -341,7 +341,7 @@ def _check_checkpointing(plan: Plan, teacher: Any, student: Any) -> None:
     for task in plan.tasks:
         stages |= {f"{name} of {task}": stage for name, stage in task_stages(config, plan.method, task).items()}
     for name, stage in stages.items():
-        model = teacher if "teacher" in name else student
+        model = teacher if name.startswith(("teacher", "task_teacher")) else student
         if stage.gradient_checkpointing and not model.supports_gradient_checkpointing:
             raise ConfigError(
                 f"gradient_checkpointing of {name} has no effect: {type(model).__name__} cannot run its layers again; "

@@ -117,7 +117,9 @@ class Step:
             hidden = weight.new_empty(int(batch["attention_mask"].sum()), weight.shape[1])
         classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.num_labels
         answers = torch.zeros(len(batch["example_id"]), classes, device=device)
-        return TeacherOutputs(hidden, weight, self.teacher.bias, self.teacher.merged_into, answers)
+        return TeacherOutputs(
+            hidden, weight, self.teacher.bias, self.teacher.merged_into, answers, self.teacher.scaling
+        )
 
     def learn(self, batch: Batch, outputs: TeacherOutputs) -> None:
         """The student's forward, the loss and the backward."""
@@ -191,10 +193,11 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
     if cast.objective.uses("word_logits"):
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
+        theirs = cast.source_size if cast.merge_dropped else words
         tokens = batch["input_ids"].numel()
         chunk = chunk_bytes(cast, tokens, words, fused_attention)
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
-        loss = chunk + words * (12 * BLOCK_ROWS["cpu"] + 4 * width)
+        loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
     head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
     whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
     return Count(
@@ -215,7 +218,8 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
 def chunk_bytes(cast: Cast, tokens: int, words: int, is_gpu: bool) -> int:
     """What the logits of both models take that the linear loss holds at a time, of a micro-batch of so many tokens."""
     number = 2 if cast.mixed_precision == "bf16" else 4
-    return 2 * number * words * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu")
+    theirs = cast.source_size if cast.merge_dropped else words
+    return number * (words + theirs) * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu")
 
 
 def timed(cast: Cast, *, examples: int, length: int, choices: int = 1, repeats: int = 3) -> tuple[float, float]:

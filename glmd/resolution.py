@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glmd.cache import read_manifest
-from glmd.checkpoint import write_problem
+from glmd.cache import folder_problem, read_manifest
 from glmd.config import RunConfig, StageConfig
 from glmd.data.tasks import Task, load_task
 from glmd.errors import ConfigError
@@ -194,7 +193,7 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
     if config.teacher.cache_bits != 16 and not kept_words(cached, method):
         raise ConfigError("teacher.cache_bits has no effect: only task logits are kept, in 32 bits; remove it")
     folder = Path(config.teacher.cache)
-    problem = None if read_manifest(folder) else write_problem(folder)  # a complete one is only read
+    problem = None if read_manifest(folder) else folder_problem(folder)  # a complete one is only read
     if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
         problem = f"lies in output_dir {config.output_dir}"
     if problem is not None:

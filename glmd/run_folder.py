@@ -143,7 +143,7 @@ class RunFolder:
         record = self.on_main(lambda: _read_record(path))
         inputs = json.loads(json.dumps(inputs))
         if record is not None:
-            is_longer = not record["complete"] and _only_goes_on(record["inputs"], inputs)
+            is_longer = not record["complete"] and only_goes_on(record["inputs"], inputs)
             ignore = [*WATCHING_KEYS, *(["stage.max_steps"] if is_longer else [])]
             changed = differences(record["inputs"], inputs, ignore=ignore)
             if changed:
@@ -217,12 +217,13 @@ def _is_steady(stage: dict[str, Any]) -> bool:
     return stage.get("lr_scheduler_type") == "constant" and stage.get("warmup_ratio") == 0
 
 
-def _only_goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def only_goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether a stage gets more steps, and those that it has made would be the same."""
     before, after = old.get("stage") or {}, new.get("stage") or {}
     were, are = before.get("max_steps") or 0, after.get("max_steps") or 0
     is_fading = any(isinstance(term["weight"], dict) for term in old.get("terms", []))
-    return bool(_is_steady(before) and not is_fading and 0 < were < are)
+    # The end of a stage is scored too: a best checkpoint chosen there would not be one of the longer stage.
+    return bool(_is_steady(before) and not is_fading and new.get("selection") == "last" and 0 < were < are)
 
 
 def begun_with(folder: Path) -> tuple[int, str | None] | None:

@@ -145,10 +145,10 @@ class TaskStages:
             if objective.uses("task_logits", "task_labels"):
                 head = student if self.is_cloze else load_classifier(str(start), self.task.task, new_head=True)
             val = self.bench.val_data(self.task, stage)
-            before = self.bench.score_words(student, live, val, arm)
+            before = self.bench.score_words(student, live, val, arm, stage)
 
             def nearness() -> float:
-                return -self.bench.score_words(student, live, val, arm)["kl_divergence"]
+                return -self.bench.score_words(student, live, val, arm, stage)["kl_divergence"]
 
             training = self.bench.train(
                 place,
@@ -162,7 +162,7 @@ class TaskStages:
                 teacher=live,
                 evaluate=self._chooser(by_labels=nearness, by_teacher=nearness),
             )
-            words = self.bench.score_words(student, live, val, arm)
+            words = self.bench.score_words(student, live, val, arm, stage)
             self.bench.export(
                 student,
                 arm.tokenizer,

@@ -271,7 +271,9 @@ class Trainer:
         logger.warning("%s: step %d is left out (%d of %d)", self.stage, step, self.progress.skipped, tolerated)
 
     def _log(self, meter: "Meter", distiller: Distiller, step: int, max_steps: int, optimizer: Any) -> None:
-        losses = meter.read(self.accelerator.num_processes)
+        # Ranks may have texts of different length.
+        tokens = torch.tensor(float(meter.tokens), device=self.accelerator.device)
+        losses = meter.read(float(reduce(tokens, "sum") if self.accelerator.num_processes > 1 else tokens))
         weighted = distiller.objective.total(torch.tensor(list(losses.values())), (step - 1) / max(1, max_steps - 1))
         row = {
             "stage": self.stage,
@@ -386,18 +388,19 @@ class Meter:
 
     def _reset(self) -> None:
         self._means: list[Tensor] = []
-        self._tokens, self._since = 0, time.monotonic()
+        self.tokens, self._since = 0, time.monotonic()
 
     def add(self, means: Tensor, tokens: int) -> None:
         self._means.append(means)
-        self._tokens += tokens
+        self.tokens += tokens
 
-    def read(self, world_size: int) -> dict[str, float]:
+    def read(self, tokens: float) -> dict[str, float]:
+        """The means. tokens: of all ranks."""
         if not self._means:  # every step of the interval was left out
             self._reset()
             return dict.fromkeys(self.names, float("nan"))
         mean = torch.stack(self._means).mean(dim=0).tolist()
-        self.tokens_per_second = self._tokens * world_size / max(1e-9, time.monotonic() - self._since)
+        self.tokens_per_second = tokens / max(1e-9, time.monotonic() - self._since)
         self.last = dict(zip(self.names, mean, strict=True))
         self._reset()
         return self.last

@@ -82,7 +82,7 @@ class Workbench:
         if self.config.elastic:
             begun = run_folder.on_main(lambda: begun_with(run_folder.path))
             self.processes, self.sharding = begun or (self.processes, self.sharding)
-            run_folder.on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
+        run_folder.on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
 
     # Data
 
@@ -303,8 +303,9 @@ class Workbench:
             logger.info("teacher.cache: %s; it pays with further students, or more steps", found)
 
     def _write_shards(self, cache: TeacherCache, numbers: Sequence[int], load: Callable[[], Teacher]) -> None:
-        teacher = load() if numbers else _silent
-        batch_size = self.config.pretraining.per_device_eval_batch_size
+        teacher, is_corpus = load() if numbers else _silent, isinstance(cache.parts[0][0], BlockDataset)
+        stage = self.config.pretraining if is_corpus else self.config.task_labels
+        batch_size = stage.per_device_eval_batch_size
         for number in tqdm(numbers, desc="teacher.cache", unit="shard", disable=None):
             cache.write_shard(number, teacher, self.collate, batch_size=batch_size)
 
@@ -339,7 +340,7 @@ class Workbench:
         return asdict(result)
 
     def score_words(
-        self, student: Any, teacher: Teacher, data: BlockDataset | TaskDataset, arm: Arm
+        self, student: Any, teacher: Teacher, data: BlockDataset | TaskDataset, arm: Arm, stage: StageConfig
     ) -> dict[str, float]:
         """How near the student's word prediction is to the teacher's."""
         return score_words(
@@ -349,7 +350,7 @@ class Workbench:
             self.collate,
             token_map=arm.vocabulary.token_map,
             accelerator=self.accelerator,
-            batch_size=self.config.pretraining.per_device_eval_batch_size,
+            batch_size=stage.per_device_eval_batch_size,
         )
 
     def score_text(self, model: Any, tokenizer: Any, data: BlockDataset) -> dict[str, float]:

@@ -214,7 +214,28 @@ def test_a_cache_of_something_else_is_refused_by_name(cache, model, blocks):
         assert difference in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "made_from": {}}', '{"version": 1}'])
+def test_shards_without_a_manifest_are_nobodys(cache, model, blocks):
+    """Whoever deletes the manifest, to be rid of a refusal, must not be given another teacher's answers."""
+    make(cache, model, shards=cache.num_shards)
+    (cache.folder / "manifest.json").unlink()
+    with pytest.raises(RunError, match="not empty and holds no cache"):
+        cache_of(cache.folder, blocks, teacher="two").missing()
+
+
+def test_a_lock_that_cannot_be_opened_is_refused_in_one_line(cache):
+    (cache.folder / "lock").mkdir(parents=True)
+    with pytest.raises(RunError, match="lock cannot be opened"), cache.lock():
+        pass
+
+
+UNSOUND = (
+    *("", "{", "[]", '{"version": 0, "made_from": {}}', '{"version": 1}', '{"version": 2, "made_from": {}}'),
+    '{"version": 2, "made_from": {}, "rows_per_shard": 4, "shards": []}',
+    '{"version": 2, "made_from": {}, "rows_per_shard": 4, "shards": {"shard-00000.safetensors": 1}}',
+)
+
+
+@pytest.mark.parametrize("text", UNSOUND)
 def test_a_manifest_that_cannot_be_read_is_refused(cache, model, text):
     make(cache, model)
     (cache.folder / "manifest.json").write_text(text)

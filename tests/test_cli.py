@@ -78,6 +78,14 @@ def test_check_prints_the_plan_and_touches_nothing(glmd, tiny, tmp_path, monkeyp
     assert not run.exists()
 
 
+def test_check_and_run_refuse_a_strategy_without_effect_before_anything_is_done(refused, tiny, tmp_path):
+    one = ("task_labels.train_sampling_strategy=batch_rebalance", "task_labels.gradient_accumulation_steps=1")
+    for command in ("check", "run"):
+        text = refused(command, tiny.root / "run.yaml", f"output_dir={tmp_path / command}", *one)
+        assert "batch_rebalance has no effect: a step is one micro-batch of one process" in text
+        assert not list((tmp_path / command).rglob("stage.json"))
+
+
 def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
     text = glmd("check", tiny.root / "run.yaml", f"output_dir={finished.folder}")
     planned = {name: int(cells[0]) for name, cells in plan_lines(text).items() if name.startswith(("RTE", "pretr"))}

@@ -451,6 +451,16 @@ def test_half_precision_is_widened_because_a_logit_gradient_vanishes_in_it(autoc
     assert all(relative_error(*pair) < 1e-3 for pair in zip(ours.gradients, exact.gradients, strict=True))
 
 
+def test_a_float16_gradient_too_small_for_float16_survives_until_the_loss_scale() -> None:
+    case = make(32, 500, 16, 16, weights=False).to(torch.float16)
+    near = case.student_hidden.detach() + 2**-10 * torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    case = replace(case, teacher_hidden=near.half(), teacher_weight=case.student_weight.detach().clone())
+    ours, exact = case.to(torch.float16), case.to(torch.float64)
+    (chunked(ours, temperature=15.0) * 2.0**14).backward()
+    (plain(exact, temperature=15.0) * 2.0**14).backward()
+    assert relative_error(ours.gradients[0], exact.gradients[0]) < 1e-3
+
+
 def test_a_cached_float16_teacher_serves_a_float32_student() -> None:
     case = make(9, 50, weights=False)
     mixed = replace(case.to(torch.float32), teacher_hidden=case.teacher_hidden.half())

@@ -22,7 +22,7 @@ from glmd.pipeline import run
 from glmd.places import require_shareable, stage_places
 from glmd.plan import make_plan
 from glmd.report import results_table
-from glmd.run_folder import RunFolder
+from glmd.run_folder import RunFolder, only_goes_on
 from glmd.tokenizer import load_tokenizer
 from glmd.workbench import Workbench
 
@@ -228,6 +228,14 @@ def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is
     record.write_text(json.dumps({"complete": False, "inputs": json.loads(record.read_text())["inputs"]}))
     run(tiny.config(tmp_path / "run", *steady, "pretraining.max_steps=8"))
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_stage_whose_best_checkpoint_is_kept_may_not_get_longer():
+    """Its end is scored, and would not be in a longer one."""
+    stage = {"lr_scheduler_type": "constant", "warmup_ratio": 0, "max_steps": 6}
+    grown = {**stage, "max_steps": 8}
+    assert only_goes_on({"stage": stage, "selection": "last"}, {"stage": grown, "selection": "last"})
+    assert not only_goes_on({"stage": stage, "selection": "best"}, {"stage": grown, "selection": "best"})
 
 
 def begun_with(folder: Path, processes: int) -> None:

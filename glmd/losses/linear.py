@@ -192,6 +192,8 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
         )
     rows = choose_rows(on_rows, logits, theirs)
     total = logits.new_zeros((), dtype=dtype)
+    # In float16 small gradients would be gone before a loss scale is applied to them.
+    hidden_dtype = torch.float32 if hidden_dtype == torch.float16 else hidden_dtype
     grad_hidden = (
         student.hidden.new_empty(num_tokens, student.hidden.shape[1], dtype=hidden_dtype) if needed[0] else None
     )
