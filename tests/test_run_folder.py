@@ -66,7 +66,8 @@ def test_an_interrupted_stage_may_get_longer_where_no_step_knows_how_many_there_
         raise Killed
 
     def train(max_steps: int, work: Callable[[], dict[str, Any]], **changes: float) -> None:
-        inputs = {"stage": stage | {"max_steps": max_steps} | changes, "terms": [{"weight": weight}]}
+        settings = stage | {"max_steps": max_steps} | changes
+        inputs = {"stage": settings, "terms": [{"weight": weight}], "selection": "last"}
         folder.stage(folder.path / "pretraining", inputs, work)
 
     folder.path.mkdir()
