@@ -141,6 +141,8 @@ class TeacherConfig:
     model: str | None = None  # local folder or hub id
     revision: str | None = None  # branch, tag or commit of a hub id
     trust_remote_code: bool = False  # run Python code of the model's repository
+    # Further language models with the same tokenizer: on the corpus the student learns from all of them alike
+    ensemble: list[str] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; losses are float32 anyway
     # A folder for what the teachers say of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
@@ -161,6 +163,9 @@ class TeacherConfig:
             "scratch and pretraining belong together: give both or neither",
         )
         _require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
+        _require(not self.ensemble or self.scratch is None, "ensemble needs trained teachers; give model, not scratch")
+        named = [self.model, *self.ensemble]
+        _require(len(set(named)) == len(named) and "" not in named, f"ensemble names a model twice or none: {named}")
         _require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
         for name in ("cached_stages", "cache_bits"):
             given = getattr(self, name) != getattr(type(self), name)

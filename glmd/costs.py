@@ -300,6 +300,7 @@ def _left_out(plan: Plan) -> list[str]:
     cached = cached_stages(plan.config, plan.method)
     return [
         "scoring",
+        *(["teacher.ensemble"] if plan.config.teacher.ensemble else []),
         *(["controls.full_vocabulary"] if plan.config.controls.full_vocabulary else []),
         *(["making teacher.cache, an epoch of the teacher for each masking"] if cached else []),
         *(["its part of tasks on disk, which `glmd check` says"] if set(cached) - {"pretraining"} else []),

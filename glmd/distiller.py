@@ -5,6 +5,7 @@ weights: reading the LM head's weight outside trains wrongly under DDP, FSDP2 an
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,10 @@ class Distiller(nn.Module):
             chosen = token_mask(term, batch)
             labels = self.token_map[batch["word_labels"][chosen]]
             return linear_cross_entropy(hidden[chosen], linear.weight, labels, bias=linear.bias, scaling=linear.scaling)
+        if teacher.others:
+            # For the forward KL this has the gradient of the KL to the teachers' mean probability.
+            teachers = (replace(teacher, others=()), *teacher.others)
+            return torch.stack([self._word_sum(term, batch, each, hidden, linear) for each in teachers]).mean()
         valid = batch["attention_mask"].bool()
         weights = token_mask(term, batch)[valid].float() if term.tokens == "masked" else None
         assert teacher.hidden_states is not None and teacher.head_weight is not None, "the teacher has an LM head"

@@ -298,6 +298,7 @@ class Pipeline:
             arm=arm,
             kept_in=self.bench.kept_in("pretraining"),
         )
+        inputs["ensemble"] = [self.run_folder.fingerprint(each) for each in teacher.ensemble] or None
         result = self.run_folder.stage(place, inputs, work)
         self.rows.append({"system": arm.name, "stage": "pretraining", "task": None, "seed": seed, **result})
 

@@ -95,6 +95,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
     _check_named_teachers(config, method, tasks, tokenizer)
+    _check_ensemble(config, tokenizer, teacher_config)
     _check_blanks(config, method, tasks, tokenizer, causal=is_causal(teacher_config))
     plan = Plan(
         config,
@@ -195,6 +196,23 @@ def _check_named_teachers(
         _check_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
 
 
+def _check_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> None:
+    """Refuse a further teacher that does not predict the same words from the same ids."""
+    from glmd.heads import final_linear
+    from glmd.loading import load_model_config, load_source_tokenizer, require_model
+
+    for model in config.teacher.ensemble:
+        field = f"teacher.ensemble: {model}"
+        require_model(model, field="teacher.ensemble")
+        model_config = load_model_config(model)
+        if is_causal(model_config) != is_causal(teacher_config):
+            raise ConfigError(f"{field}: one of it and teacher.model predicts the next word, the other masked ones")
+        theirs = load_source_tokenizer(model, words=not is_causal(model_config))
+        _require_same_tokenizer(tokenizer, theirs, field)
+        _check_lengths(config, {"pretraining": Objective(())}, {}, field, model_config)
+        final_linear(_on_meta(field, model_config))
+
+
 def _require_same_tokenizer(ours: Any, theirs: Any, where: str) -> None:
     from glmd.tokenizer import tokenizer_fingerprint
 
@@ -241,7 +259,7 @@ def _check_weight_files(config: RunConfig) -> None:
     """Refuse weights that are absent or cut short, by the heads of their files."""
     from glmd.loading import require_weight_files
 
-    for model in (config.teacher.model, *config.teacher.tasks.values()):
+    for model in (config.teacher.model, *config.teacher.tasks.values(), *config.teacher.ensemble):
         if model is not None:
             require_weight_files(model)
 

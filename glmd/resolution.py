@@ -27,6 +27,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
     _check_cache(config, method)
+    _check_ensemble(config, method)
     return method, config, asked
 
 
@@ -198,6 +199,21 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
         problem = f"lies in output_dir {config.output_dir}"
     if problem is not None:
         raise ConfigError(f"teacher.cache {folder} {problem}; give a folder of its own, which other runs can share")
+
+
+def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse further teachers that nothing would be asked of."""
+    if not config.teacher.ensemble:
+        return
+    if not ("pretraining" in method and method["pretraining"].uses("word_logits")):
+        raise ConfigError(
+            f"teacher.ensemble has no effect: method {config.method} compares no words on the corpus; remove it"
+        )
+    if "pretraining" in cached_stages(config, method):
+        raise ConfigError(
+            "teacher.ensemble: of the corpus teacher.cache keeps the answers of one teacher; leave pretraining out of "
+            "teacher.cached_stages, or remove one of the two"
+        )
 
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:

@@ -4,8 +4,8 @@ teacher = OnlineTeacher(language_model, classifier=None, vocabulary=vocabulary)
 outputs = teacher(batch)      # TeacherOutputs
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class TeacherOutputs:
     merged_into: Tensor | None = None  # (D,) the student's word that each further row gives its probability to
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
     head_scaling: LogitScaling = NOT_SCALED  # what the teacher does to the product of hidden states and head
+    others: tuple["TeacherOutputs", ...] = ()  # of further teachers, whose words count as much as this one's
 
 
 class OnlineTeacher:
@@ -81,6 +82,17 @@ class OnlineTeacher:
         if self.classifier is not None:
             task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
         return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits, self.scaling)
+
+
+class Ensemble:
+    """Several teachers of one batch. The first is the one that students are compared with."""
+
+    def __init__(self, teachers: Sequence[OnlineTeacher]) -> None:
+        self.teachers = teachers
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
+        first, *others = (teacher(batch) for teacher in self.teachers)
+        return replace(first, others=tuple(others))
 
 
 def sliced_head(

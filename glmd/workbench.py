@@ -36,6 +36,7 @@ from glmd.distiller import Distiller
 from glmd.errors import DataError, GlmdError, RunError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
+from glmd.loading import load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
 from glmd.places import require_shareable
@@ -45,7 +46,7 @@ from glmd.run_folder import RunFolder, begun_with
 from glmd.runlog import RunLog
 from glmd.sharding import is_sharded
 from glmd.slicing import vocabulary_axes
-from glmd.teacher import OnlineTeacher, TeacherOutputs
+from glmd.teacher import Ensemble, OnlineTeacher, TeacherOutputs
 from glmd.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
 from glmd.trainer import Teacher, Trainer, TrainingResult
 from glmd.vocabulary import Vocabulary
@@ -205,7 +206,11 @@ class Workbench:
     def word_teacher(self, language_model: Any, stage: StageConfig, seed: int, arm: Arm) -> Teacher:
         """The teacher on the corpus for students with the arm's vocabulary, from the cache where there is to be one."""
         if "pretraining" not in self.cached_stages:
-            return self.teacher(language_model, None, arm)
+            teacher = self.config.teacher
+            configs = [replace(teacher, model=each, revision=None, ensemble=[]) for each in teacher.ensemble]
+            others = [load_language_model(each) for each in configs]
+            teachers = [self.teacher(each, None, arm) for each in (language_model, *others)]
+            return Ensemble(teachers) if others else teachers[0]
         outputs = self.outputs(
             cache_folder(self.config),
             lambda: self.corpus_cache(stage, seed),

@@ -22,7 +22,7 @@ from transformers import (
 
 from glmd.distiller import Distiller
 from glmd.objective import Objective, Term
-from glmd.teacher import OnlineTeacher, TeacherOutputs
+from glmd.teacher import Ensemble, OnlineTeacher, TeacherOutputs
 from glmd.vocabulary import Vocabulary
 
 V, C = 30, 3
@@ -115,6 +115,25 @@ def gradients(distiller: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def assert_same(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+
+
+def test_of_several_teachers_the_student_learns_the_mean_of_their_losses_and_so_their_mean_probability() -> None:
+    """For the forward KL both have one gradient: sum(p log q) is linear in p."""
+    terms = (Term("word_logits", "kl_divergence", 1.0, options={"temperature": 3.0}),)
+    distiller = Distiller(Objective(terms), TOKEN_MAP, language_model=students()["language_model"]).eval()
+    teachers = [OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=seed), None, VOCABULARY) for seed in (0, 7, 8)]
+    several, each_alone = loss_of(distiller, Ensemble(teachers), batch()), []
+    each_alone = [loss_of(distiller, teacher, batch()) for teacher in teachers]
+    assert_same(several, torch.stack(each_alone).mean())
+    assert max(each_alone) > 1.1 * min(each_alone)
+    source = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    mapped = {**source, "input_ids": torch.from_numpy(TOKEN_MAP)[source["input_ids"]]}
+    mean = sum((t.language_model(**source).logits[..., KEPT] / 3).softmax(-1) for t in teachers) / 3
+    log_q = (distiller.language_model(**mapped).logits / 3).log_softmax(-1)
+    mask = source["attention_mask"].bool()
+    expected = 9 * -(mean * log_q).sum(-1)[mask].mean()
+    ours, theirs = (gradients(distiller, loss) for loss in (several, expected))
+    assert_same(ours, theirs)
 
 
 def plain_loss(term: Term, distiller: Distiller, teacher: OnlineTeacher, batch: Batch) -> Tensor:

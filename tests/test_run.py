@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from glmd.checkpoint import load_checkpoint
 from glmd.cli import main
 from glmd.config import dump_config, load_config
 from glmd.data.tasks import load_task, read_split
-from glmd.errors import ConfigError, RunError
+from glmd.errors import ConfigError, GlmdError, RunError
 from glmd.pipeline import run
 from glmd.places import require_shareable, stage_places
 from glmd.plan import make_plan
@@ -228,6 +229,37 @@ def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is
     record.write_text(json.dumps({"complete": False, "inputs": json.loads(record.read_text())["inputs"]}))
     run(tiny.config(tmp_path / "run", *steady, "pretraining.max_steps=8"))
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_teacher_beside_its_copy_teaches_what_it_does_alone_and_another_one_does_not(tiny, trusting, tmp_path):
+    copied, other = (shutil.copytree(tiny.teacher, tmp_path / name) for name in ("copy", "other"))
+    tensors = load_file(other / "model.safetensors")
+    turned = {name: each.flip(0).contiguous() for name, each in tensors.items() if name.endswith("query.weight")}
+    save_file(tensors | turned, other / "model.safetensors", {"format": "pt"})
+    for name, ensemble in (("alone", ""), ("twice", f"{copied}"), ("several", f"{other}")):
+        run(tiny.config(tmp_path / name, "tasks={}", f"teacher.ensemble=[{ensemble}]"))
+    alone, twice, several = (weights(tmp_path / name) for name in ("alone", "twice", "several"))
+    assert alone == twice != several
+    save_file(
+        tensors | {name: each + 1 for name, each in turned.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(RunError, match=r"pretraining was made from other inputs \(ensemble: \['\w+'\] -> \['\w+'\]\)"):
+        run(tiny.config(tmp_path / "several", "tasks={}", f"teacher.ensemble=[{other}]"))
+
+
+def test_further_teachers_that_cannot_serve_are_refused(tiny, models, tmp_path):
+    copied = shutil.copytree(tiny.teacher, tmp_path / "copy")
+    for changes, says in (
+        (("method=hard",), "teacher.ensemble has no effect: method hard compares no words on the corpus"),
+        ((f"teacher.cache={tmp_path / 'cache'}", "pretraining.num_maskings=2"), "keeps the answers of one teacher"),
+        ((f"teacher.ensemble=[{tiny.teacher}]",), "ensemble names a model twice"),
+        ((f"teacher.ensemble=[{tmp_path / 'nowhere'}]",), "nowhere"),
+        ((f"teacher.ensemble=[{models / 'RobertaForMaskedLM'}]",), "its tokenizer .* differs from the teacher's"),
+        ((f"teacher.ensemble=[{models / 'GPT2LMHeadModel'}]",), "predicts the next word, the other masked ones"),
+    ):
+        with pytest.raises(GlmdError, match=says):
+            make_plan(tiny.config(tmp_path / "run", "tasks={}", f"teacher.ensemble=[{copied}]", *changes))
+    assert make_plan(tiny.config(tmp_path / "run", "tasks={}", f"teacher.ensemble=[{copied}]"))
 
 
 def test_a_stage_whose_best_checkpoint_is_kept_may_not_get_longer():
