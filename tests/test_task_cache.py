@@ -444,25 +444,18 @@ def test_a_complete_cache_on_a_disk_that_cannot_be_written_is_read(made, tiny, t
     for path in cache.rglob("lock"):
         path.unlink()
     before = sorted(cache.rglob("*"))
-    real = glmd_write_problem()
+    real = glmd.cache.write_problem
 
     def problem(folder: Path) -> str | None:
         return "cannot be written (Read-only file system)" if folder.is_relative_to(cache) else real(folder)
 
-    for module in ("cache", "plan"):
-        monkeypatch.setattr(f"glmd.{module}.write_problem", problem)
+    monkeypatch.setattr("glmd.cache.write_problem", problem)
     config = tiny.config(tmp_path / "run", *RUN, f"teacher.cache={cache}", f"teacher.tasks.RTE={made[1]}")
     run(config)
     assert asked == [] and sorted(cache.rglob("*")) == before
     next(cache.glob("*.safetensors")).unlink()
     with pytest.raises(RunError, match="Read-only file system"):
         run(replace(config, output_dir=str(tmp_path / "other")))
-
-
-def glmd_write_problem() -> Any:
-    from glmd.checkpoint import write_problem
-
-    return write_problem
 
 
 def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tmp_path, monkeypatch, caplog):
