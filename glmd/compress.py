@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from glmd.companions import find_companions
 from glmd.config import VocabularyConfig
 from glmd.data.corpus import build_token_store, require_text_field
 from glmd.errors import ConfigError
-from glmd.export import ModelCard, check_exports, export_model, prove_slice, require_free_output
+from glmd.export import ModelCard, check_exports, export_model, opens_plainly, prove_slice, require_free_output
 from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
 from glmd.plan import kept_size
 from glmd.slicing import slice_model
@@ -41,13 +42,16 @@ def compress_model(
     require_model(model, field="model")
     require_text_field(corpus, text_field)
     tokenizer = load_source_tokenizer(model, words=False)
-    kept_size(settings, tokenizer)  # refuses what cannot be, before text is counted and the model loaded
+    companions = find_companions(model)
+    kept_size(
+        settings, tokenizer, texts=companions.texts
+    )  # refuses what cannot be, before text is counted and the model loaded
     with tempfile.TemporaryDirectory() as temporary:
         store = build_token_store(temporary, corpus, tokenizer, text_field=text_field)
         counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
     source = load_model_as_saved(model)
     embeddings = compared_embeddings(source, settings.similarity)
-    vocabulary = build_vocabulary(tokenizer, embeddings.float(), counts, **settings.choice)
+    vocabulary = build_vocabulary(tokenizer, embeddings.float(), counts, keep_texts=companions.texts, **settings.choice)
     student = slice_model(source, vocabulary)
     prove_slice(source, student, torch.from_numpy(vocabulary.kept_ids))
     facts = {"kept tokens": f"{vocabulary.size:,} of {vocabulary.source_size:,}", "mapping": settings.mapping}
@@ -59,11 +63,18 @@ def compress_model(
         exact_tokenizer=not vocabulary.is_identity,
         auto_class=type(student).__name__,
     )
-    export_model(student, compress_tokenizer(tokenizer, vocabulary), output, card=card)
+    export_model(student, compress_tokenizer(tokenizer, vocabulary), output, card=card, companions=companions)
     check_exports([output])
+    plain = vocabulary.is_identity or opens_plainly(student.config)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (source, student))
     coverage = counts[vocabulary.kept_ids].sum() / counts.sum()
     return (
         f"{output}: {type(student).__name__}, {vocabulary.size:,} of {vocabulary.source_size:,} tokens "
         f"({coverage:.2%} of the corpus), {after:,} of {before:,} parameters; loads with stock transformers"
+        + (
+            ""
+            if plain
+            else ", its tokenizer with trust_remote_code=True; `glmd export --kind stock` makes it open without"
+        )
+        + (f"; not carried along: {', '.join(companions.left_behind)}" if companions.left_behind else "")
     )

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from glmd.checkpoint import file_sha256, load_checkpoint, sync_to_disk, write_problem
+from glmd.companions import Companions
 from glmd.config import load_config
 from glmd.errors import ModelError, RunError
 from glmd.loading import load_model_as_saved, load_source_tokenizer
@@ -52,13 +53,20 @@ class ModelCard:
     metrics: dict[str, float] = field(default_factory=dict)
     exact_tokenizer: bool = False  # the tokenizer maps dropped tokens and needs trust_remote_code (or glmd) to do so
     auto_class: str = "AutoModelForMaskedLM"
+    opens_plainly: bool = True  # AutoTokenizer opens an exact folder without trust_remote_code, as the ordinary one
 
 
-def export_model(model: Any, tokenizer: Any, folder: Path, *, card: ModelCard) -> None:
-    """Write model, tokenizer, generation config where there is one, model card and probe to `folder`, replacing it."""
+def export_model(
+    model: Any, tokenizer: Any, folder: Path, *, card: ModelCard, companions: Companions | None = None
+) -> None:
+    """Write model, tokenizer, generation config where there is one, model card and probe to `folder`, replacing it.
+
+    companions: what of the source goes along.
+    """
     if hasattr(model.config, "embedding_size"):
         width = f"{model.config.embedding_size} (hidden_size {model.config.hidden_size})"
         card = replace(card, facts={**card.facts, "embedding_size": width})
+    card = replace(card, opens_plainly=opens_plainly(model.config))
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -66,11 +74,13 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, card: ModelCard) -
     model.eval()
     model.save_pretrained(temporary)
     save_tokenizer(tokenizer, temporary)
+    if companions is not None:
+        companions.copy_to(temporary)
     (temporary / "README.md").write_text(card_text(card), encoding="utf-8")
     weights = {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
     (temporary / PROBE).write_text(json.dumps({**_probe(model), "weights": weights}), encoding="utf-8")
     model.train(was_training)
-    for path in temporary.iterdir():
+    for path in temporary.rglob("*"):
         sync_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
@@ -168,6 +178,26 @@ def _output(model: Any, ids: torch.Tensor) -> torch.Tensor:
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     output: torch.Tensor = model(input_ids=ids, **decoder)[0].float().cpu()
     return output
+
+
+def opens_plainly(config: Any) -> bool:
+    """Whether AutoTokenizer opens a compressed folder of this config without its code, as the ordinary tokenizer.
+
+    Of a few model types (llama) transformers has no tokenizer class, and asks for the folder's own.
+    """
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    return type(config) in TOKENIZER_MAPPING
+
+
+_WITHOUT = {
+    True: "Without both the folder opens too, with a tokenizer that splits rare words differently from what the model "
+    "was trained on.",
+    False: "Without both AutoTokenizer and pipelines refuse the folder, since transformers has no tokenizer class for "
+    "this model type: give `trust_remote_code=True`, or take `PreTrainedTokenizerFast.from_pretrained`, or a "
+    "folder made "
+    "by `glmd export --kind stock`; these split rare words differently from what the model was trained on.",
+}
 
 
 def prove_slice(source: Any, student: Any, kept_ids: torch.Tensor) -> None:
@@ -314,7 +344,7 @@ def card_text(card: ModelCard) -> str:
     if card.exact_tokenizer:
         lines += [
             "",
-            "With glmd installed, `import glmd.tokenizer` stands for `trust_remote_code`. Without both the folder",
-            "opens too, with a tokenizer that cuts rare words differently from what the model was trained on.",
+            "With glmd installed, `import glmd.tokenizer` stands for `trust_remote_code`. "
+            + _WITHOUT[card.opens_plainly],
         ]
     return "\n".join(lines) + "\n"

@@ -12,23 +12,24 @@ Some models scale or cap their logits after the map; that is a part of it here.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from glmd.errors import ModelError
 from glmd.losses.logits import NOT_SCALED, LogitScaling
 
-# What is done to the logits after the map, by model_type. Softcaps go by one name in every config.
-FACTORS: dict[str, Callable[[Any], float]] = {
-    **dict.fromkeys(("cohere", "cohere2"), lambda config: config.logit_scale),
-    **dict.fromkeys(
-        ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid"), lambda config: 1 / config.logits_scaling
-    ),
+# Fields of a config that say what is done to the logits after the map (Cohere's, Granite's), as a factor.
+FACTORS: dict[str, Callable[[float], float]] = {
+    "logit_scale": lambda value: value,
+    "logits_scaling": lambda value: 1 / value,
 }
 
 
@@ -52,15 +53,40 @@ def backbone(model: nn.Module) -> nn.Module:
     """The encoder under the head. Raises ModelError where the class has none."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; these are not supported yet")
+    return model.get_submodule(backbone_name(model))
+
+
+def backbone_name(model: nn.Module) -> str:
+    """The attribute that holds the encoder: base_model_prefix, or else the only transformers model inside."""
     name = getattr(model, "base_model_prefix", "")
-    if not name or not isinstance(getattr(model, name, None), nn.Module):
+    if name and isinstance(getattr(model, name, None), nn.Module):
+        return str(name)
+    inside = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
         raise ModelError(f"{type(model).__name__} has no backbone under base_model_prefix; it is not supported yet")
-    return getattr(model, name)
+    return inside[0]
 
 
 def is_causal(config: Any) -> bool:
-    """Whether a model of this config predicts the next word: by the architecture that the config names."""
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
+    """Whether a model of this config predicts the next word: by the architecture that the config names.
+
+    Whether it keeps to that is proved when it is loaded (`probes`). A class that transformers has in both of its lists,
+    as XLM's, is a masked LM.
+    """
+    return any(_is_causal_class(name) for name in getattr(config, "architectures", None) or ())
+
+
+@cache
+def _is_causal_class(name: str) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return False
+    # A class that came with its checkpoint is in no list.
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
@@ -78,8 +104,9 @@ def final_linear(model: nn.Module) -> LinearMap:
 
 def logit_scaling(config: Any) -> LogitScaling:
     """What a model of this config does to its logits after the final linear map."""
-    factor = FACTORS.get(config.model_type, lambda _: 1.0)(config)
-    return LogitScaling(float(factor), getattr(config, "final_logit_softcapping", None))
+    given = {name: getattr(config, name, None) for name in FACTORS}
+    factors = [FACTORS[name](value) for name, value in given.items() if isinstance(value, (int, float))]
+    return LogitScaling(float(math.prod(factors)), getattr(config, "final_logit_softcapping", None))
 
 
 def _linear_map(model: Any, linear: nn.Linear, head: Any) -> LinearMap:
@@ -197,41 +224,8 @@ def share_backbone(model: nn.Module, other: nn.Module) -> None:
     ours, theirs = backbone(model), backbone(other)
     if type(ours) is not type(theirs):
         raise ModelError(f"{type(model).__name__} and {type(other).__name__} have different backbones")
-    setattr(other, other.base_model_prefix, ours)  # type: ignore[arg-type]
+    setattr(other, backbone_name(other), ours)
     other.tie_weights()  # type: ignore[operator]
-
-
-@torch.no_grad()
-def prove_split(model: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -> None:
-    """Check on a probe batch that backbone, head and final linear map give the model's own logits.
-
-    Raises ModelError naming the class and the largest difference: what stands after the linear map and is not known
-    by name would make every distilled logit wrong.
-    """
-    _, linear = backbone(model), final_linear(model)  # each refuses a model that has none
-    device = linear.weight.device
-    probe = torch.arange(8, device=device).reshape(2, 4) % max(1, vocab_size)
-    was_training = model.training
-    model.eval()
-    try:
-        inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
-        expected = model(**inputs).logits
-        try:
-            hidden = hidden_before_final_linear(model, run_backbone(model, inputs))
-        except AttributeError as missing:  # Falcon-H1 multiplies its logits by a number that its backbone holds
-            raise ModelError(
-                f"{type(model).__name__}: its head needs more of its backbone than outputs ({missing}); not supported"
-            ) from None
-        got = linear.logits(hidden)
-    finally:
-        model.train(was_training)
-    scale = expected.float().abs().max().clamp(min=1.0)
-    error = ((got.float() - expected.float()).abs().max() / scale).item()
-    if tolerance < error or error != error:
-        raise ModelError(
-            f"{type(model).__name__}: hidden states times the output embeddings differ from its logits "
-            f"(relative difference {error:.1e}); its head is more than one linear map and is not supported"
-        )
 
 
 def _placeholder(outputs: Any) -> Tensor:
@@ -252,7 +246,7 @@ class _Stub(nn.Module):
 
 @contextmanager
 def _stub_backbone(model: nn.Module, outputs: Any) -> Iterator[None]:
-    name: str = model.base_model_prefix  # type: ignore[assignment]
+    name = backbone_name(model)
     real = model._modules[name]
     model._modules[name] = _Stub(outputs)
     try:

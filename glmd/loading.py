@@ -9,7 +9,9 @@ hold, or that are not finite, are an error, since `from_pretrained` would go on 
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,16 @@ from torch import Tensor, nn
 from glmd.config import TeacherConfig
 from glmd.data.tasks import Task
 from glmd.errors import GlmdError, ModelError
-from glmd.heads import is_causal, prove_split
+from glmd.heads import is_causal
+from glmd.probes import prove_language_model, prove_task_model, silence_padding
 
+logger = logging.getLogger(__name__)
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
 WEIGHTS: dict[str, Any] = {
     "use_safetensors": True,
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
 }
-
-
-# Their positions count from pad_token_id + 1.
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
@@ -122,9 +122,41 @@ def load_language_model(teacher: TeacherConfig) -> Any:
         **options,
     )
     _require_complete(model, info, teacher.model, allowed_missing=())
-    # Half precision rounds alike on both ways; what differs is a head that is more than one linear map.
-    prove_split(model, model.config.vocab_size)
-    return model.eval()
+    _require_tied(model, teacher.model)
+    _prove(model.eval(), prove_language_model)
+    return model
+
+
+def _require_tied(model: Any, name: str) -> None:
+    """Refuse two matrices of embeddings that the config calls one: saved again, one of them would be gone."""
+    ours, theirs = (each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if (
+        getattr(model.config, "tie_word_embeddings", False)
+        and ours.shape == theirs.shape
+        and not torch.equal(ours, theirs)
+    ):
+        raise ModelError(
+            f"{name}: its config says tie_word_embeddings, but its weights hold two different matrices; set it to "
+            "false "
+            "in config.json"
+        )
+
+
+def _prove(model: Any, prove: Callable[[Any], None]) -> None:
+    """`prove(model)`, with a vector of zeros for the pad token where nothing else stands in the way."""
+    try:
+        prove(model)
+    except ModelError as error:
+        if not silence_padding(model):
+            raise
+        try:
+            prove(model)
+        except ModelError:
+            raise error from None
+        logger.warning(
+            "%s: the vector of its pad token, which the last token of a text can see, is set to zero",
+            type(model).__name__,
+        )
 
 
 def compared_embeddings(model: Any, similarity: str) -> Tensor:
@@ -181,7 +213,8 @@ def load_classifier(name: str, task: Task, *, new_head: bool = False, **options:
     # Words in a blank need no head but the one that every masked LM has.
     may_begin = new_head and task.casting == "head"
     _require_complete(model, info, name, allowed_missing=_HEADS if may_begin else ())
-    return model.eval()
+    _prove(model.eval(), prove_task_model if task.casting == "head" else prove_language_model)
+    return model
 
 
 # Parts of a task's head that a language model has not.
@@ -189,10 +222,25 @@ _HEADS = ("classifier", "pooler", "score", "sequence_summary")
 
 
 def model_positions(config: Any) -> int | None:
-    """How many tokens a model can read at once; None where its positions have no end."""
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in POSITIONS_AFTER_PADDING:
-        positions -= (config.pad_token_id or 0) + 1
+    """How many tokens a model can read at once; None where its positions have no end.
+
+    In a table whose first rows are those of padding, as RoBERTa's, positions count from its padding_idx + 1.
+    """
+    from transformers import AutoModel
+
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            modules = list(AutoModel.from_config(config).named_modules())
+    except Exception:  # whatever a config's own code raises: such a model does not load either, and is refused there
+        return positions
+    for name, module in modules:
+        padding = getattr(module, "padding_idx", None)
+        is_table = isinstance(module, nn.Embedding) and "osition" in name + type(module).__name__
+        if is_table and padding is not None and module.num_embeddings == positions:
+            return positions - padding - 1
     return positions
 
 
@@ -245,7 +293,9 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, HTTP errors, ...
         if "trust_remote_code=True" in str(error):
             raise ModelError(
-                f"{name}: brings Python code of its own; read it, and give teacher.trust_remote_code: true to run it"
+                f"{name}: brings Python code of its own, which is not run; of a teacher it is after you have read "
+                "it and "
+                "given teacher.trust_remote_code: true"
             ) from None
         reason = " ".join(str(error).split())[:300]
         hint = "" if looks_local(name) else "; without internet give a local folder"

@@ -8,6 +8,7 @@ Reads configs, tokenizer, tasks and file headers; loads no weights and trains no
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -171,12 +172,23 @@ def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]
         require_model(teacher.model)
         model_config = load_model_config(teacher.model, **options)
         tokenizer = load_source_tokenizer(teacher.model, **options, words=not is_causal(model_config))
+    _require_text_model(model_config, str(teacher.model))
     if len(tokenizer) > model_config.vocab_size:
         raise ConfigError(
             f"teacher: its tokenizer has {len(tokenizer)} tokens, its embeddings {model_config.vocab_size} rows; "
             "they do not belong together"
         )
     return tokenizer, model_config
+
+
+def _require_text_model(config: Any, name: str) -> None:
+    """Refuse a model of several parts, whose layers and vocabulary are those of a part."""
+    for name_of in ("vocab_size", "num_hidden_layers"):
+        if not isinstance(getattr(config, name_of, None), int):
+            raise ConfigError(
+                f"teacher.model {name}: {type(config).__name__} has no {name_of} of its own; a model of text alone "
+                "is needed"
+            )
 
 
 def _check_named_teachers(
@@ -296,13 +308,17 @@ def _check_blanks(
                 TaskDataset(examples, tokenizer, max_length=shortest, is_causal=causal)
 
 
-def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
-    """How many tokens a student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse."""
-    from glmd.tokenizer import compress_tokenizer
+def kept_size(settings: VocabularyConfig, tokenizer: Any, *, texts: Sequence[str] = ()) -> int:
+    """How many tokens a student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse, and a
+    tokenizer that does not come back from its own folder.
+
+    texts: of which every piece is kept.
+    """
+    from glmd.tokenizer import compress_tokenizer, require_reloadable
 
     try:
         uncounted = np.zeros(source_size_of(tokenizer), dtype=np.int64)
-        must_keep = must_keep_ids(tokenizer, words=settings.keep_words)
+        must_keep = must_keep_ids(tokenizer, words=settings.keep_words, texts=texts)
         parts = parts_to_keep(tokenizer, settings.selection)
         kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **_budget(settings))
     except ModelError as error:
@@ -311,7 +327,8 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any) -> int:
         # A trial: which tokens are kept and where the others go is not known yet, whether it can be done is.
         token_map = np.full(len(tokenizer), len(kept_ids) - 1)
         token_map[kept_ids] = np.arange(len(kept_ids))
-        compress_tokenizer(tokenizer, Vocabulary(kept_ids, token_map))
+        tokenizer = compress_tokenizer(tokenizer, Vocabulary(kept_ids, token_map))
+    require_reloadable(tokenizer)
     return len(kept_ids)
 
 
@@ -322,7 +339,7 @@ def _budget(settings: VocabularyConfig) -> dict[str, Any]:
 def _with_parameters(plan: Plan) -> Plan:
     """Student config and parameter counts, on the meta device: shapes without weights."""
     from glmd.slicing import vocabulary_axes
-    from glmd.student import chosen_layers, student_model_config, weight_origins
+    from glmd.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
 
     student = plan.config.student
     total = plan.teacher_config.num_hidden_layers
@@ -339,8 +356,9 @@ def _with_parameters(plan: Plan) -> Plan:
         cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
     student_config = student_model_config(cut_config, student, count, chosen)
     _check_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
-    small = _on_meta("student", student_config)
+    small = _on_meta("student", saved_and_reopened(student_config))
     _check_checkpointing(plan, teacher, small)
+    _check_architecture(plan, count, chosen)
     if chosen is not None:
         weight_origins(small, _on_meta("teacher", cut_config), chosen)
     parameters = {
@@ -348,6 +366,29 @@ def _with_parameters(plan: Plan) -> Plan:
         for name, model in (("teacher", teacher), ("student", small))
     }
     return replace(plan, student_config=student_config, parameters=parameters)
+
+
+def _check_architecture(plan: Plan, count: int, chosen: list[int] | None) -> None:
+    """Refuse what a student of this config cannot be trained as, found out on one with drawn weights and few tokens."""
+    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
+
+    from glmd.loading import language_model_class
+    from glmd.probes import prove_config, prove_language_model, prove_task_model
+    from glmd.slicing import renumber_config, token_id_fields
+    from glmd.student import student_model_config
+
+    rows = plan.teacher_config.vocab_size
+    kept = np.unique([*range(min(64, rows)), *(i for _, i in token_id_fields(plan.teacher_config) if 0 <= i < rows)])
+    token_map = np.zeros(rows, dtype=np.int64)
+    token_map[kept] = np.arange(len(kept))
+    config = student_model_config(
+        renumber_config(plan.teacher_config, Vocabulary(kept, token_map)), plan.config.student, count, chosen
+    )
+    prove_config(config, language_model_class(config), prove_language_model)
+    tasks = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
+    heads = {AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification for task in tasks}
+    for head in sorted(heads, key=str):
+        prove_config(config, head, prove_task_model)
 
 
 def _check_checkpointing(plan: Plan, teacher: Any, student: Any) -> None:

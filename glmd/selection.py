@@ -20,12 +20,15 @@ from glmd.errors import ModelError
 SELECTIONS = ("closed", "free")
 
 
-def must_keep_ids(tokenizer: Any, *, words: Iterable[str] = (), single_characters: bool | None = None) -> set[int]:
+def must_keep_ids(
+    tokenizer: Any, *, words: Iterable[str] = (), texts: Iterable[str] = (), single_characters: bool | None = None
+) -> set[int]:
     """Source ids that no budget may drop.
 
     These are special and added tokens, the unknown token, bytes, every piece of each of `words` (label words, names of
-    classes) and, if `single_characters`, every one-character piece: with them in place the ordinary tokenizer of the
-    exported folder spells a rare word out where it would else give up.
+    classes), of `texts` (what a folder itself puts before an input) and of what its chat template writes, and, if
+    `single_characters`, every one-character piece: with them in place the ordinary tokenizer of the exported folder
+    spells a rare word out where it would else give up.
 
     single_characters: None keeps them where there are no bytes to spell with.
     """
@@ -48,7 +51,35 @@ def must_keep_ids(tokenizer: Any, *, words: Iterable[str] = (), single_character
             keep.add(i)
     for word in words:
         keep |= _word_ids(tokenizer, word)
+    for text in (*texts, *template_texts(tokenizer)):
+        for spaced in (text, f" {text}", text.strip()):
+            keep |= set(tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"])
     return keep
+
+
+def template_texts(tokenizer: Any) -> list[str]:
+    """What the chat templates of a tokenizer write themselves: their plain text, and the strings that they put out."""
+    template = getattr(tokenizer, "chat_template", None)
+    sources = list(template.values()) if isinstance(template, dict) else [template] if template else []
+    if not sources:
+        return []
+    import jinja2
+    from jinja2 import nodes
+
+    # As transformers opens them: with {% break %}, and {% generation %}, which jinja2 alone does not know.
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
+    found: dict[str, None] = {}
+    for source in sources:
+        try:
+            parsed = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
+        except jinja2.TemplateError:  # it cannot be used, and so writes nothing
+            continue
+        for output in parsed.find_all(nodes.Output):
+            found |= {each.data: None for each in output.find_all(nodes.TemplateData)}
+            found |= {each.value: None for each in output.find_all(nodes.Const) if isinstance(each.value, str)}
+        for assigned in parsed.find_all(nodes.Assign):  # {% set start = "[INST]" %}
+            found |= {each.value: None for each in assigned.find_all(nodes.Const) if isinstance(each.value, str)}
+    return [text for text in found if text.strip()]
 
 
 def byte_ids(tokenizer: Any) -> dict[int, int]:

@@ -8,6 +8,7 @@ shapes, so that any head of any architecture is cut by the same rule.
 """
 
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def vocabulary_axes(config: Any, model_class: type) -> dict[str, int]:
     Two models that differ only in vocabulary size are laid out on the meta device, where they cost nothing; the
     axes whose lengths differ are the vocabulary's.
     """
-    _refuse_second_tables(config)
+    _refuse_second_tables(config, model_class)
     rows = _config_rows(config)
     # Larger, not smaller: a smaller one could fall below a pad id.
     shapes = [_shapes_on_meta(config, model_class, size) for size in (rows, rows + 64)]
@@ -202,19 +203,21 @@ def _config_rows(config: Any) -> int:
     return rows
 
 
-# Tables that are indexed by something other than token ids.
-_OTHER_TABLES = ("type_vocab_size", "entity_vocab_size")
+def _refuse_second_tables(config: Any, model_class: Any) -> None:
+    """Refuse tables of tokens besides the one of vocab_size: cut alone, it would leave their ids behind.
 
-
-def _refuse_second_tables(config: Any) -> None:
-    """Refuse tables of tokens besides the one of vocab_size: cut alone, it would leave their ids behind."""
+    A table whose ids are an input of their own (token_type_ids, entity_ids, input_shape_ids) is none of tokens.
+    """
+    inputs = inspect.signature(model_class.forward).parameters
     for part in _config_parts(config):
         shared = getattr(part, "share_encoder_decoder_embeddings", False) and part.decoder_vocab_size == part.vocab_size
-        known = ("vocab_size", *_OTHER_TABLES, *(("decoder_vocab_size",) if shared else ()))
+        known = ("vocab_size", *(("decoder_vocab_size",) if shared else ()))
         for name, value in vars(part).items():
             if "vocab_size" in name and name not in known and isinstance(value, int):
-                found = f"{type(part).__name__}.{name} = {value}"
-                raise ModelError(f"{found} is a second table of tokens; models with two are not supported yet")
+                of_other_ids = any(each.endswith(name.replace("vocab_size", "ids")) for each in inputs)
+                if not of_other_ids:
+                    found = f"{type(part).__name__}.{name} = {value}"
+                    raise ModelError(f"{found} is a second table of tokens; models with two are not supported yet")
 
 
 def _set_rows(config: Any, rows: int) -> None:
@@ -242,10 +245,11 @@ _ID_FIELD = re.compile(
     "(pad|bos|eos|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos|blank|eod|question|system|user|assistant"
     "|prev_sot|no_timestamps|image|video|audio|timestamp|bo[ia]|eo[ia]|(image|video|vision|audio)_(start|end|bos|eos|pad))"
     "_token_(ids?|index|idx)"
+    "|(pad|bos|eos|unk|mask)_index"  # XLM's
 )
 # Fields that look like ids but are none of the above: to copy or to map them unread would be a guess.
 _ID_LIKE = re.compile(
-    ".*(token_ids?|token_index|token_idx|tokens_ids?|(^|_)(bos|eos|pad|sep|cls|mask|unk|start|end|newline|patch)_(id|index))"
+    "(?!.*layer).*(token_ids?|token_index|token_idx|tokens_ids?|(^|_)(bos|eos|pad|sep|cls|mask|unk|start|end|newline|patch)_(id|index))"
     "|(lang|task)_to_id"
 )
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")

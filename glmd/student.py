@@ -6,18 +6,22 @@ The result is a stock model with `vocab_size` of the kept vocabulary.
 """
 
 import copy
+import json
 import re
+import tempfile
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from glmd.config import StudentConfig
-from glmd.errors import ConfigError
-from glmd.heads import backbone
+from glmd.errors import ConfigError, ModelError
+from glmd.heads import backbone, backbone_name
 from glmd.layers import layer_indices
 from glmd.loading import language_model_class
 from glmd.narrow_embeddings import check_narrow, copy_around_layers, narrow_config
+from glmd.probes import OTHER_LAYERS, prove_copied_layers, prove_language_model
 from glmd.slicing import slice_model
 from glmd.strict_yaml import suggestion
 from glmd.vocabulary import Vocabulary
@@ -31,7 +35,9 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     the teacher; of a narrow `architecture` the layers, and what stands around them as nearly as it can. Raises
     ConfigError where a changed width makes that impossible.
     """
-    sliced = teacher if vocabulary.is_identity else slice_model(teacher, vocabulary)
+    # Every token kept is not every row: a teacher may have rows beyond its tokenizer.
+    is_whole = vocabulary.is_identity and vocabulary.size == teacher.config.vocab_size
+    sliced = teacher if is_whole else slice_model(teacher, vocabulary)
     total = teacher.config.num_hidden_layers
     count = config.num_hidden_layers or total
     chosen = chosen_layers(config, count, total)
@@ -49,6 +55,9 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
         if config.architecture is not None:
             copy_around_layers(student, sliced)
     student.tie_weights()
+    if chosen is not None:
+        _prove_copy(student, sliced, chosen)
+    prove_language_model(student)
     return student
 
 
@@ -72,15 +81,54 @@ def student_model_config(teacher_config: Any, config: StudentConfig, num_layers:
         result.true_hidden_size = result.intra_bottleneck_size if result.use_bottleneck else result.hidden_size
     if architecture is not None:
         check_narrow(result, teacher_config, copies=chosen is not None)
-    old_layers = result.num_hidden_layers
-    layer_types = getattr(result, "layer_types", None)
-    if isinstance(layer_types, list) and len(layer_types) == old_layers:
-        if num_layers > old_layers:
-            raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {old_layers} layers")
-        result.layer_types = [layer_types[i] for i in chosen or range(num_layers)]
-    result.num_hidden_layers = num_layers
+    _choose_settings(result, num_layers, chosen, given=set(config.config))
     result.dtype = "float32"
     return result
+
+
+def _choose_settings(config: Any, num_layers: int, chosen: list[int] | None, *, given: set[str]) -> None:
+    """Give `config` its number of layers, and of each list with a setting for every layer those of the chosen ones."""
+    total, of_all_models = config.num_hidden_layers, vars(PreTrainedConfig())
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == total and name not in of_all_models and name not in given:
+            if num_layers > total:
+                raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {total} layers")
+            setattr(config, name, type(value)(value[i] for i in chosen or range(num_layers)))
+    if num_layers != total:
+        try:
+            # A decoder with the config of an encoder-decoder has its number in a field of its own.
+            for name, value in list(vars(config).items()):
+                if re.fullmatch("(.*_)?layers", name) and type(value) is int and value == total and name not in given:
+                    setattr(config, name, num_layers)
+            config.num_hidden_layers = num_layers
+        except Exception as error:  # Funnel's follows from its blocks
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"student.num_hidden_layers: {type(config).__name__} does not take it ({reason})"
+            ) from None
+
+
+def saved_and_reopened(config: Any) -> Any:
+    """A student's config as its folder will give it. Raises ConfigError where it is another, or cannot be."""
+    name = type(config).__name__
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            again = type(config).from_pretrained(folder)
+    except Exception as error:  # the checks of configs raise classes of their own
+        reason = " ".join(str(error).split())[-300:]
+        raise ConfigError(
+            f"student: a {name} with these changes and {config.num_hidden_layers} layers cannot be saved and opened "
+            f"again ({reason}); set the field that it names in student.config, or keep all layers"
+        ) from None
+    before, after = (_own_fields(json.loads(each.to_json_string(use_diff=False))) for each in (config, again))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    if changed:
+        raise ConfigError(
+            f"student: {name}.{changed[0]} is {before.get(changed[0])!r:.80} and comes back from its file as "
+            f"{after.get(changed[0])!r:.80}; set it in student.config"
+        )
+    return again
 
 
 def chosen_layers(config: StudentConfig, count: int, total: int) -> list[int] | None:
@@ -102,22 +150,30 @@ def _copy_weights(student: Any, teacher: Any, chosen: list[int]) -> None:
         tensors[name].copy_(source[origin])
 
 
+def _own_fields(value: Any) -> Any:
+    """What a config says of its model; not who wrote it, nor in which numbers."""
+    if not isinstance(value, dict):
+        return value
+    others = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures"}
+    return {key: _own_fields(each) for key, each in value.items() if key not in others}
+
+
 def weight_origins(student: Any, teacher: Any, chosen: list[int]) -> dict[str, str]:
     """Which of the teacher's tensors each of the student's is a copy of, by name. Shapes alone are looked at.
 
     Of a student of another architecture those of its layers are. Raises ConfigError where a changed width makes a copy
-    impossible.
+    impossible, or a copied layer would have other settings than the teacher's.
     """
-    theirs, is_narrow = _layer_list(teacher), type(student) is not type(teacher)
-    ours = _layer_list(student) if is_narrow else theirs
-    pattern = re.compile(rf"^{re.escape(ours)}\.(\d+)(\..*)$")
+    lists, is_narrow = layer_lists(student, teacher), type(student) is not type(teacher)
+    places = "|".join(re.escape(name) for name in lists)
+    pattern = re.compile(rf"^({places})\.(\d+)(\..*)$")
     source = teacher.state_dict()
     origins = {}
     for name, tensor in student.state_dict().items():
         match = pattern.match(name)
         if is_narrow and not match:
             continue
-        origins[name] = f"{theirs}.{chosen[int(match[1])]}{match[2]}" if match else name
+        origins[name] = f"{lists[match[1]]}.{chosen[int(match[2])]}{match[3]}" if match else name
         found = source.get(origins[name])
         if found is None or found.shape != tensor.shape:
             was = tuple(found.shape) if found is not None else "absent"
@@ -125,18 +181,71 @@ def weight_origins(student: Any, teacher: Any, chosen: list[int]) -> dict[str, s
                 f"student.initialisation: {name} has shape {tuple(tensor.shape)}, the teacher's is {was}; "
                 "with other widths use scratch"
             )
+    if not is_narrow:
+        _require_same_settings(student, teacher, lists, chosen)
     return origins
 
 
-def _layer_list(model: Any) -> str:
-    """The name of the module list that holds the layers."""
-    encoder, total = backbone(model), model.config.num_hidden_layers
-    names = [
-        name for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if not names:
+def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
+    """Names of the student's module lists with a module for each layer -> the teacher's.
+
+    Most models have one; XLM has one for each part of a layer. Raises ConfigError where there is none.
+    """
+    ours, theirs = _lists_of(student), _lists_of(teacher)
+    if not (ours and theirs):
         raise ConfigError(
-            f"student.initialisation: {type(model).__name__} has no list of {total} layers to copy from; use scratch"
+            f"student.initialisation: {type(teacher).__name__} has no list of {teacher.config.num_hidden_layers} "
+            "layers to "
+            "copy from; use scratch"
         )
-    # The outermost list; lists inside a layer have longer names.
-    return f"{model.base_model_prefix}.{min(names, key=len)}"
+    if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's
+        return {min(ours, key=len): min(theirs, key=len)}
+    return {name: name for name in ours if name in theirs}
+
+
+def _lists_of(model: Any) -> list[str]:
+    """The outermost module lists of a backbone that are as long as it has layers."""
+    found: list[str] = []
+    for name, module in backbone(model).named_modules(prefix=backbone_name(model)):
+        is_list = isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+        if is_list and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def _require_same_settings(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> None:
+    """Refuse a copied layer with other modules than the teacher's, or with other settings but for its own number."""
+    for ours, theirs in lists.items():
+        for i, j in enumerate(chosen):
+            now, was = (
+                _settings_of(model.get_submodule(name))
+                for model, name in ((student, f"{ours}.{i}"), (teacher, f"{theirs}.{j}"))
+            )
+            pairs = {key: (now.get(key, "nothing"), was.get(key, "nothing")) for key in sorted(now.keys() | was.keys())}
+            for key, (value, original) in pairs.items():
+                if value != original and (value, original) != (i, j):
+                    raise ConfigError(
+                        f"student.initialisation: layer {i} of the student, a copy of the teacher's layer {j}, would "
+                        f"have {key} {value} in place of {original}; {OTHER_LAYERS}"
+                    )
+
+
+def _settings_of(layer: nn.Module) -> dict[str, Any]:
+    """Class and plain attributes of each module of a layer, by name."""
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        found[f"{name} (class)".strip()] = type(module).__name__
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        found |= {f"{name}.{key}".lstrip("."): value for key, value in plain.items() if key != "training"}
+    return found
+
+
+def _prove_copy(student: Any, teacher: Any, chosen: list[int]) -> None:
+    """Prove that a student holds and does what it copied, once its tied weights are one. Raises ModelError."""
+    ours, source = student.state_dict(), teacher.state_dict()
+    is_narrow = type(student) is not type(teacher)
+    for name, origin in weight_origins(student, teacher, chosen).items():
+        if not torch.equal(ours[name], source[origin].to(ours[name].dtype)):
+            raise ModelError(f"{type(teacher).__name__}: {name} is tied by the configuration but not in the model")
+    if not is_narrow:
+        prove_copied_layers(student, teacher, layer_lists(student, teacher), chosen)

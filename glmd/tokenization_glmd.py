@@ -86,6 +86,20 @@ class GlmdTokenizer(TokenizersBackend):
         # As transformers itself would write it for a class that came with a folder.
         self._auto_map = {"AutoTokenizer": (f"tokenization_glmd.{type(self).__name__}", None)}
         self._extend_map()
+        self._read_frame()
+
+    def _read_frame(self) -> None:
+        """Set add_bos_token and add_eos_token to what tokenizer.json does: transformers saves neither beside it."""
+        bos, eos = ([] if i is None else [i] for i in (self.bos_token_id, self.eos_token_id))
+        single, pair = (self.backend_tokenizer.encode(*texts).ids for texts in (("",), ("", "")))
+        for flags in ((True, True), (True, False), (False, True)):
+            framed = bos * flags[0] + eos * flags[1]
+            if framed and single == framed and pair == framed * 2:
+                for tokenizer in (self, self._source):
+                    # Their setters would each write the post-processor anew.
+                    object.__setattr__(tokenizer, "_add_bos_token", flags[0] and bool(bos))
+                    object.__setattr__(tokenizer, "_add_eos_token", flags[1] and bool(eos))
+                return
 
     @property
     def is_exact(self) -> bool:

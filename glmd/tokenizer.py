@@ -134,6 +134,7 @@ def load_tokenizer(folder: Path | str, **kwargs: Any) -> Any:
 
     kwargs: passed to `from_pretrained` (revision, trust_remote_code, ...).
     """
+    kwargs.setdefault("trust_remote_code", False)  # unset, it would ask on the terminal
     folder = Path(folder) if Path(folder).is_dir() else folder
     if isinstance(folder, Path) and _wants_exact(folder):
         try:
@@ -143,7 +144,10 @@ def load_tokenizer(folder: Path | str, **kwargs: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **kwargs)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}: no tokenizer could be loaded: {error}") from error
+        if "trust_remote_code=True" in str(error):
+            raise ModelError(f"{folder}: its tokenizer brings Python code of its own, which is not run") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder}: no tokenizer could be loaded: {reason}") from error
     return tokenizer
 
 
@@ -156,6 +160,23 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     if isinstance(tokenizer, GlmdTokenizer):
         content += [tokenizer_fingerprint(tokenizer.source_tokenizer), tokenizer.token_map]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def require_reloadable(tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot be saved, or reads texts in another way when it is opened again."""
+    texts = ["", *tokenizer.batch_decode([[i] for i in range(0, len(tokenizer), max(1, len(tokenizer) // 100))])]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(copy.deepcopy(tokenizer), folder)
+            again = load_tokenizer(folder)
+    except Exception as error:  # whatever a class raises in its own saving
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{type(tokenizer).__name__} cannot be saved and opened again: {reason}") from None
+    for text in texts:
+        if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise ModelError(
+                f"{type(tokenizer).__name__} reads {text!r:.40} in another way after it was saved and opened"
+            )
 
 
 def require_tokenizer(tokenizer: Any, *, mask: bool) -> None:

@@ -198,17 +198,21 @@ def _saved_again(subject: _Subject) -> str:
         save_tokenizer(subject.tokenizer, again)
         subject.model.save_pretrained(again)
         # Of a folder that others wrote, the same content may stand in other bytes.
-        for path in sorted(again.iterdir()) if (subject.folder / PROBE).exists() else ():
-            if path.name in ("config.json", "tokenization_glmd.py"):  # hold the version of their writer
+        written = [path for path in sorted(again.rglob("*")) if path.is_file()]
+        for path in written if (subject.folder / PROBE).exists() else ():
+            name = path.relative_to(again).as_posix()  # named chat templates have a folder of their own
+            if name in ("config.json", "tokenization_glmd.py"):  # hold the version of their writer
                 continue
-            if not (subject.folder / path.name).is_file():
-                raise ModelError(f"saving it again adds {path.name}")
-            if file_sha256(path) != file_sha256(subject.folder / path.name):
-                raise ModelError(f"saving it again changes {path.name}")
+            if not (subject.folder / name).is_file():
+                raise ModelError(f"saving it again adds {name}")
+            if file_sha256(path) != file_sha256(subject.folder / name):
+                raise ModelError(f"saving it again changes {name}")
         reloaded = load_tokenizer(again)
         for text in TEXTS:
             if reloaded(text)["input_ids"] != subject.tokenizer(text)["input_ids"]:
                 raise ModelError(f"{text[:40]!r} is cut otherwise after saving again")
+        if reloaded.chat_template != subject.tokenizer.chat_template:
+            raise ModelError("saving it again changes its chat template")
     return "nothing changes"
 
 

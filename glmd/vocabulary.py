@@ -280,6 +280,7 @@ def build_vocabulary(
     mapping: str = "inner_product",
     within_class: bool = False,
     keep_words: Iterable[str] = (),
+    keep_texts: Iterable[str] = (),
 ) -> Vocabulary:
     """Choose the kept tokens by count and map the others by embedding.
 
@@ -287,6 +288,7 @@ def build_vocabulary(
     counts: (V,) how often each token of `tokenizer` was seen.
     selection: "closed" keeps a token of byte-pair encoding together with what it is merged from; "free" by count alone.
     within_class: map beginnings of words onto such, what goes on within a word likewise.
+    keep_texts: texts of which every piece is kept.
     """
     source_size = source_size_of(tokenizer)
     if len(counts) != source_size:
@@ -297,7 +299,7 @@ def build_vocabulary(
         )
     if len(embeddings) > source_size:
         logger.info("%d embedding rows beyond the tokenizer are dropped", len(embeddings) - source_size)
-    required = must_keep_ids(tokenizer, words=keep_words)
+    required = must_keep_ids(tokenizer, words=keep_words, texts=keep_texts)
     kept_ids = choose_kept_ids(
         counts,
         required,

@@ -23,10 +23,10 @@ LAYERS = """
 errors schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
-heads objective loading teacher cached_teacher narrow_embeddings student
+heads probes objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
 checkpoint cache runlog run_folder resolution plan outline rehearsal cache_plan places sharding
-training_state trainer bits_per_byte evaluation export
+training_state trainer bits_per_byte evaluation companions export
 report workbench
 task_stages
 pipeline compress verify budget costs

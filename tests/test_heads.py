@@ -13,13 +13,13 @@ from glmd.heads import (
     backbone,
     final_linear,
     hidden_before_final_linear,
-    prove_split,
     run_head,
     run_task_head,
     share_backbone,
 )
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import kl_divergence
+from glmd.probes import prove_language_model
 
 V, C = 40, 3
 TRANSFORMER = {
@@ -111,7 +111,7 @@ def test_hidden_states_times_the_final_map_are_the_models_own_logits(name: str) 
     torch.testing.assert_close(logits, expected)
     assert expected.std() > 0.1, "the logits say something"
     torch.testing.assert_close(gradients(model, logits), gradients(model, expected), atol=1e-10, rtol=1e-8)
-    prove_split(model, V)
+    prove_language_model(model)
 
 
 def test_the_distillation_loss_of_a_mobilebert_reaches_both_parts_of_its_final_map() -> None:
@@ -154,14 +154,6 @@ def test_a_head_on_the_backbones_outputs_gives_the_models_own_logits(name: str) 
     assert torch.equal(run_head(model, backbone(model)(**inputs)), expected)
 
 
-@pytest.mark.parametrize("name", ["Cohere", "Granite"])
-def test_a_model_that_scales_its_logits_and_is_not_known_for_it_is_refused_by_name(name: str) -> None:
-    model = model_of(name)
-    model.config.model_type = "another"
-    with pytest.raises(ModelError, match=f"{LANGUAGE_MODELS[name]}: .* more than one linear map and is not supported"):
-        prove_split(model, V)
-
-
 @pytest.mark.parametrize("name", SCALED)
 def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole_models(name: str) -> None:
     """Student and teacher of the family; and a student equal to its teacher loses nothing."""
@@ -194,7 +186,7 @@ def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole
 @pytest.mark.parametrize("name", ["T5"])
 def test_a_model_that_is_not_backbone_and_head_is_refused_by_name(name: str) -> None:
     with pytest.raises(ModelError, match=LANGUAGE_MODELS[name]) as refusal:
-        prove_split(model_of(name), V)
+        prove_language_model(model_of(name))
     assert "support" in str(refusal.value)
 
 
@@ -209,13 +201,13 @@ def test_a_model_whose_head_asks_its_backbone_for_more_than_outputs_is_refused_b
 
     model = model_of("Llama")
     model.__class__, model.model.lm_head_multiplier = Asking, 2.0
-    with pytest.raises(ModelError, match=r"Asking: its head needs more of its backbone than outputs .*multiplier"):
-        prove_split(model, V)
+    with pytest.raises(ModelError, match=r"Asking: its head does not run on its backbone's outputs alone .*multiplier"):
+        prove_language_model(model)
 
 
 def test_a_model_without_output_embeddings_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="BertForSequenceClassification has no output embeddings"):
-        prove_split(model_of("Bert", "ForSequenceClassification"), V)
+        prove_language_model(model_of("Bert", "ForSequenceClassification"))
     with pytest.raises(ModelError, match="BertModel has no backbone"):
         backbone(model_of("Bert", "Model"))
 
@@ -238,19 +230,7 @@ def test_a_model_of_nan_weights_is_refused() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = float("nan")
     with pytest.raises(ModelError, match="nan"):
-        prove_split(model, V)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_proving_the_split_leaves_the_models_mode(training: bool) -> None:
-    for name in ("Bert", "Gemma2", "Cohere"):
-        model = model_of(name).train(training)
-        model.config.model_type = "another" if name == "Cohere" else model.config.model_type
-        try:
-            prove_split(model, V)
-        except ModelError:
-            assert name == "Cohere"
-        assert all(module.training is training for module in model.modules())
+        prove_language_model(model)
 
 
 @pytest.mark.parametrize("name", [*MASKED, "GPT2"])

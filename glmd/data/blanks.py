@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from glmd.data.tasks import BLANK, Task, TaskExample
-from glmd.errors import ConfigError, DataError
+from glmd.errors import ConfigError, DataError, ModelError
 
 IGNORED = -100  # a position that a loss or a score leaves out
 
@@ -68,10 +68,23 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def block_frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that the tokenizer puts before and after a text."""
-    framed, text = (tokenizer(each)["input_ids"] for each in ("", "a"))
-    before = next((i for i, (a, b) in enumerate(zip(framed, text, strict=False)) if a != b), len(framed))
-    return np.array(framed[:before], dtype=np.int64), np.array(framed[before:], dtype=np.int64)
+    """The ids that the tokenizer puts before and after a text. Raises ModelError where that cannot be told."""
+    special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+    # Found around a token of the vocabulary: of a text that it does not know, a tokenizer makes nothing or anything.
+    for token_id in range(len(tokenizer)):
+        text = "" if token_id in special else tokenizer.decode([token_id])
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids or special & set(ids):
+            continue
+        framed = tokenizer(text, verbose=False)["input_ids"]
+        for first in range(len(framed) - len(ids) + 1):
+            if framed[first : first + len(ids)] == ids:
+                end = framed[first + len(ids) :]
+                return np.array(framed[:first], dtype=np.int64), np.array(end, dtype=np.int64)
+    raise ModelError(
+        f"{type(tokenizer).__name__}: no token of its vocabulary stands in a text as itself, so what it puts before "
+        "and after a text cannot be told; it is not supported"
+    )
 
 
 def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:

@@ -1,0 +1,369 @@
+"""What is assumed of a model is proved when it is loaded: models for which it does not hold are refused in one line."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_heads import FIELDS, LANGUAGE_MODELS, MASKED, SPLIT, TRANSFORMER, model_of
+from torch import nn
+
+from glmd.config import StudentConfig
+from glmd.errors import ConfigError, GlmdError, ModelError
+from glmd.heads import is_causal, logit_scaling
+from glmd.loading import model_positions
+from glmd.plan import make_plan
+from glmd.probes import prove_config, prove_language_model, prove_task_model, silence_padding
+from glmd.student import build_student, saved_and_reopened, student_model_config
+from glmd.vocabulary import Vocabulary
+
+V = TRANSFORMER["vocab_size"]
+
+
+def small(name: str, head: str, **fields: Any) -> Any:
+    """A random model of a class of transformers, in evaluation mode; `fields` over those of all."""
+    config = getattr(transformers, f"{name}Config")(**{**TRANSFORMER, **FIELDS.get(name, {}), **fields})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}{head}")(config).eval()
+
+
+# --- Heads, padding, causality ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_stock_language_models_pass(name: str) -> None:
+    model = model_of(name)
+    silence_padding(model)
+    prove_language_model(model)
+
+
+@pytest.mark.parametrize("name", [*MASKED, "GPT2", "Llama"])
+def test_stock_classifiers_pass(name: str) -> None:
+    model = model_of(name, "ForSequenceClassification")
+    silence_padding(model)
+    prove_task_model(model)
+
+
+def test_multiple_choice_models_pass() -> None:
+    prove_task_model(model_of("Bert", "ForMultipleChoice"))
+
+
+def test_a_head_that_does_more_than_one_linear_map_is_refused() -> None:
+    class Shifted(transformers.LlamaForCausalLM):
+        def forward(self, **inputs: Any) -> Any:
+            outputs = super().forward(**inputs)
+            outputs.logits = outputs.logits + 0.1 * outputs.logits.square()
+            return outputs
+
+    model = model_of("Llama")
+    model.__class__ = Shifted
+    with pytest.raises(ModelError, match=r"Shifted: hidden states times .* differ from its logits .* not supported"):
+        prove_language_model(model)
+
+
+def test_a_head_with_a_bias_of_its_own_behind_the_map_is_refused_in_one_line() -> None:
+    model = small("Esm", "ForMaskedLM", mask_token_id=4, position_embedding_type="absolute")
+    with pytest.raises(ModelError, match="EsmForMaskedLM: its head does not run on its backbone's outputs alone"):
+        prove_language_model(model)
+
+
+def test_a_task_head_that_acts_before_its_backbone_is_refused() -> None:
+    """Longformer's marks its first token for global attention; trained without that, it would be scored with it."""
+    fields = {"attention_window": [4, 4], "sep_token_id": 2, "max_position_embeddings": 64}
+    model = small("Longformer", "ForSequenceClassification", **fields)
+    with pytest.raises(ModelError, match=r"Longformer.* task head on its backbone's outputs differs from its own"):
+        prove_task_model(model)
+    prove_language_model(small("Longformer", "ForMaskedLM", **fields))
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    with pytest.raises(ModelError, match="FNetForMaskedLM: padding changes its output"):
+        prove_language_model(small("FNet", "ForMaskedLM"))
+    with pytest.raises(ModelError, match="FNetForSequenceClassification: padding changes its output"):
+        prove_task_model(small("FNet", "ForSequenceClassification"))
+
+
+def test_a_mobilebert_whose_pad_vector_is_not_zero_is_mended() -> None:
+    model = small("MobileBert", "ForMaskedLM")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 1.0
+    with pytest.raises(ModelError, match="padding changes its output"):
+        prove_language_model(model)
+    assert silence_padding(model)
+    prove_language_model(model)
+    assert not silence_padding(model), "it is zero already"
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "fields"),
+    [("Llama", "ForCausalLM", {"is_causal": False}), ("Bert", "LMHeadModel", {"is_decoder": False})],
+)
+def test_a_causal_lm_that_sees_the_future_is_refused(name: str, head: str, fields: dict[str, Any]) -> None:
+    model = small(name, head, **fields)
+    model.config.architectures = [type(model).__name__]
+    with pytest.raises(ModelError, match=rf"{type(model).__name__}: .* last token changes the logits of earlier ones"):
+        prove_language_model(model)
+
+
+def test_a_bert_that_is_a_decoder_is_causal() -> None:
+    model = small("Bert", "LMHeadModel", is_decoder=True)
+    model.config.architectures = ["BertLMHeadModel"]
+    prove_language_model(model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "causal"),
+    [
+        ("GPT2LMHeadModel", True),
+        ("BertGenerationDecoder", True),
+        ("ReformerModelWithLMHead", True),
+        ("SomebodysForCausalLM", True),
+        ("XLMWithLMHeadModel", False),
+        ("BertForMaskedLM", False),
+        ("LlamaForSequenceClassification", False),
+    ],
+)
+def test_which_classes_are_causal_is_asked_of_transformers(architecture: str, causal: bool) -> None:
+    assert is_causal(transformers.BertConfig(architectures=[architecture])) is causal
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    model = model_of("Bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight *= 1e300
+    with pytest.raises(ModelError, match="logits that are not finite"):
+        prove_language_model(model)
+
+
+def test_a_model_that_gives_another_output_each_time_is_refused_as_such() -> None:
+    model = model_of("Bert")
+    model.bert.encoder.layer[0].register_forward_hook(lambda _, __, output: output + torch.rand_like(output))
+    with pytest.raises(ModelError, match="another output each time"):
+        prove_language_model(model)
+
+
+def test_a_model_whose_forward_changes_it_is_refused_by_what_changes() -> None:
+    """BigBird takes up full attention for good when it meets a short text."""
+    model = small("BigBird", "ForMaskedLM", attention_type="block_sparse", block_size=4, num_random_blocks=1)
+    with pytest.raises(ModelError, match=r"a forward changes .*attention_type.*block_sparse.* before"):
+        prove_language_model(model)
+    prove_language_model(small("BigBird", "ForMaskedLM", attention_type="original_full"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_model_is_after_its_proof_as_before(training: bool, refused: bool) -> None:
+    model = small("FNet" if refused else "Bert", "ForMaskedLM").train(training)
+    before, attributes = copy.deepcopy(model.state_dict()), {n: set(vars(m)) for n, m in model.named_modules()}
+    config = model.config.to_dict()
+    try:
+        prove_language_model(model)
+        assert not refused
+    except ModelError:
+        assert refused
+    assert all(module.training is training for module in model.modules())
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert model.config.to_dict() == config and all(p.grad is None for p in model.parameters())
+
+
+def test_a_scale_of_logits_is_found_by_the_field_of_the_config() -> None:
+    for name, factor in (("Cohere", 0.5), ("Granite", 1 / 3), ("Gemma2", 1.0)):
+        config = model_of(name).config
+        config.model_type = "another"
+        assert logit_scaling(config).factor == pytest.approx(factor)
+
+
+def test_a_model_is_proved_by_its_config_and_the_random_numbers_of_others_stay() -> None:
+    state = torch.get_rng_state()
+    config = transformers.FNetConfig(**TRANSFORMER)
+    with pytest.raises(ModelError, match="padding changes its output"):
+        prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
+    prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model, most=1000)  # too large to be tried
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- Positions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(
+            (name, 30)
+            for name in ("Roberta", "XLMRoberta", "Camembert", "MPNet", "Data2VecText", "RobertaPreLayerNorm")
+        ),
+        *((name, 32) for name in ("Bert", "Electra", "DistilBert", "GPT2", "OPT", "Llama", "ModernBert")),
+        ("BigBird", 32),
+    ],
+)
+def test_positions_are_counted_in_the_position_table(name: str, expected: int) -> None:
+    config = getattr(transformers, f"{name}Config")(**{**TRANSFORMER, "pad_token_id": 1, **FIELDS.get(name, {})})
+    assert model_positions(config) == expected
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model(input_ids=torch.full((1, expected), 5))
+    if expected == 30:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, expected + 1), 5))
+
+
+def test_a_model_whose_positions_have_no_end_has_none() -> None:
+    assert model_positions(transformers.MambaConfig(vocab_size=V)) is None
+
+
+# --- Copied layers, and configs that come back --------------------------------------------------------------------
+
+DECODER = {"num_hidden_layers": 4, "num_key_value_heads": 2}
+
+
+def student_of(teacher: Any, layers: Any = "uniform", **fields: Any) -> Any:
+    identity = Vocabulary.identity(teacher.config.vocab_size)
+    return build_student(teacher, identity, StudentConfig(2, layers, config=fields), seed=0)
+
+
+def test_settings_of_single_layers_follow_the_copied_ones() -> None:
+    teacher = small("SmolLM3", "ForCausalLM", **DECODER, no_rope_layer_interval=2)
+    assert teacher.config.no_rope_layers == [1, 0, 1, 0]
+    assert student_of(teacher).config.no_rope_layers == [0, 0]
+    assert student_of(teacher, [0, 3]).config.no_rope_layers == [1, 0]
+    again = saved_and_reopened(student_of(teacher).config)
+    assert again.no_rope_layers == [0, 0] and again.num_hidden_layers == 2
+
+
+def test_kinds_of_attention_follow_the_copied_layers() -> None:
+    teacher = small("Gemma2", "ForCausalLM", **DECODER, sliding_window=3, query_pre_attn_scalar=8)
+    assert student_of(teacher).config.layer_types == ["full_attention"] * 2
+    gpt_neo = {"num_layers": 4, "num_heads": 2, "attention_types": [[["global", "local"], 2]], "window_size": 4}
+    fields = {
+        key: value for key, value in TRANSFORMER.items() if key not in ("num_hidden_layers", "num_attention_heads")
+    }
+    config = transformers.GPTNeoConfig(**fields, **gpt_neo)
+    torch.manual_seed(0)
+    student = student_of(transformers.GPTNeoForCausalLM(config).eval())
+    assert student.config.attention_layers == saved_and_reopened(student.config).attention_layers == ["local", "local"]
+
+
+def test_a_layer_that_the_student_would_run_with_another_setting_is_refused() -> None:
+    teacher = small("SmolLM3", "ForCausalLM", **DECODER, no_rope_layer_interval=2)
+    with pytest.raises(ConfigError, match=r"layer 0 of the student, a copy of .* layer 1, would have .*use_rope 1 in"):
+        student_of(teacher, no_rope_layers=[1, 1])
+
+
+def test_a_copied_layer_is_run_against_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the layer's number within a forward shows in no attribute."""
+    layer = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    stock = layer.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        return stock(self, hidden_states, **rest) * (1 + self.self_attn.layer_idx)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    teacher = small("Llama", "ForCausalLM", **DECODER)
+    with pytest.raises(ModelError, match="layer 0 of the student is a copy of the teacher's layer 1 and gives another"):
+        student_of(teacher)
+    student_of(teacher, "first")
+    student_of(teacher, "scratch")
+
+
+def test_what_the_students_forward_hands_to_a_copied_layer_is_proved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model that takes the mask of a layer from its number, unseen by the layer."""
+    body = transformers.models.llama.modeling_llama.LlamaModel
+    stock, kinds = body.forward, {4: [1.0, 2.0, 1.0, 2.0], 2: [1.0, 2.0]}
+
+    def forward(self: Any, *args: Any, **rest: Any) -> Any:
+        def scaled(layer: Any, given: Any, more: Any) -> Any:
+            factor = kinds[len(self.layers)][layer.self_attn.layer_idx]
+            return given, more | {"position_embeddings": tuple(factor * each for each in more["position_embeddings"])}
+
+        hooks = [layer.register_forward_pre_hook(scaled, with_kwargs=True) for layer in self.layers]
+        try:
+            return stock(self, *args, **rest)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(body, "forward", forward)
+    teacher = small("Llama", "ForCausalLM", **DECODER)
+    with pytest.raises(ModelError, match="layer 0 of the student is a copy of the teacher's layer 1 and gives another"):
+        student_of(teacher)
+    student_of(teacher, [0, 3])
+
+
+def test_a_number_of_the_config_that_a_layer_takes_by_its_number_is_seen_before_any_weight() -> None:
+    teacher = small("GPT2", "LMHeadModel", num_hidden_layers=4, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ConfigError, match=r"layer 0 of the student, a copy .* would have attn.scaling .* in place of"):
+        student_of(teacher)
+    student_of(teacher, "first")
+
+
+def test_each_of_several_lists_of_layers_is_copied() -> None:
+    fields = {"emb_dim": 16, "n_layers": 4, "n_heads": 2, "max_position_embeddings": 32, "pad_index": 0}
+    torch.manual_seed(0)
+    teacher = transformers.XLMWithLMHeadModel(transformers.XLMConfig(vocab_size=V, **fields, init_std=0.3)).eval()
+    teacher.config.architectures = ["XLMWithLMHeadModel"]
+    student, theirs = student_of(teacher), teacher.state_dict()
+    for part in ("attentions", "layer_norm1", "ffns", "layer_norm2"):
+        copied = {k: v for k, v in student.state_dict().items() if f".{part}." in k}
+        assert copied
+        for key, value in copied.items():
+            assert torch.equal(
+                value, theirs[key.replace(f"{part}.1", f"{part}.3").replace(f"{part}.0", f"{part}.1")]
+            ), key
+
+
+def test_a_config_that_cannot_be_saved_and_opened_again_is_refused() -> None:
+    config = transformers.GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]])
+    with pytest.raises(ConfigError, match=r"GPTNeoConfig .* cannot be saved and opened again .*attention"):
+        saved_and_reopened(
+            student_model_config(config, StudentConfig(2, config={"attention_layers": ["local"]}), 2, [1, 3])
+        )
+
+
+# --- Rows are not tokens ------------------------------------------------------------------------------------------
+
+
+def test_rows_beyond_the_tokenizer_are_dropped_when_every_token_is_kept() -> None:
+    teacher = small("Llama", "ForCausalLM", num_hidden_layers=4)
+    student = build_student(teacher, Vocabulary.identity(V - 5), StudentConfig(2), seed=0)
+    assert student.config.vocab_size == V - 5 == student.get_input_embeddings().weight.shape[0]
+    assert torch.equal(student.get_output_embeddings().weight, teacher.get_output_embeddings().weight[: V - 5])
+
+
+def test_a_student_of_two_matrices_that_its_config_calls_one_is_refused() -> None:
+    teacher = small("Llama", "ForCausalLM", num_hidden_layers=4, tie_word_embeddings=False)
+    teacher.config.tie_word_embeddings = True
+    for size in (V, V - 5):
+        with pytest.raises(ModelError, match="tied by the configuration but not in the model"):
+            build_student(teacher, Vocabulary.identity(size), StudentConfig(2), seed=0)
+
+
+# --- In a plan ----------------------------------------------------------------------------------------------------
+
+
+def test_check_refuses_a_teacher_that_no_student_can_follow(tiny: Any, tmp_path: Any) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny.teacher)
+    model = transformers.FNetForMaskedLM(
+        transformers.FNetConfig(**{**TRANSFORMER, "vocab_size": config.vocab_size, "max_position_embeddings": 64})
+    )
+    folder = tmp_path / "fnet"
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny.teacher).save_pretrained(folder)
+    with pytest.raises(GlmdError, match="FNetForMaskedLM: padding changes its output"):
+        make_plan(tiny.config(tmp_path / "run", f"teacher={folder}"))
+
+
+def test_state_of_modules_that_hold_no_buffers_is_looked_at() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    model = model_of("Bert")
+    model.bert.encoder.layer[0].output.dense.__class__ = Counting
+    model.bert.encoder.layer[0].output.dense.calls = 0
+    with pytest.raises(ModelError, match=r"a forward changes bert.encoder.layer.0.output.dense.calls"):
+        prove_language_model(model)
+    assert LANGUAGE_MODELS["Bert"] == "BertForMaskedLM"
