@@ -17,7 +17,8 @@ from glmd.checkpoint import write_problem
 from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluation_batches
 from glmd.data.blanks import verbaliser_ids
 from glmd.data.predictions import require_idx, write_predictions
-from glmd.data.tasks import Split, Task, TaskExample, load_task, read_split
+from glmd.data.sources import Split
+from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
 from glmd.heads import (
     LinearMap,

@@ -44,7 +44,7 @@ class TaskPlan:
 
     @property
     def is_scored(self) -> bool:
-        return self.val[0].label is not None
+        return self.val[0].is_labelled
 
     @property
     def has_own_inputs(self) -> bool:
@@ -240,7 +240,7 @@ def _plan_task(
         inputs = read_split(task, own_inputs, "train", require_labels=uses_labels, training=True)
     val_source = _source(files, source, "val")
     val = read_split(task, val_source, "val", require_labels=config.selection == "best")
-    unlabelled = [example.label is None for example in val]
+    unlabelled = [not example.is_labelled for example in val]
     if any(unlabelled) and not all(unlabelled):
         found = f"{sum(unlabelled)} of {len(val)} rows of {name} val have no label"
         raise DataError(f"{val_source}: {found}; give all or none")

@@ -113,6 +113,16 @@ def test_a_task_of_your_own_is_a_path(make_task):
         ({"labels": [0.5, 1.5]}, "labels[0] must be"),
         ({"labels": ["yes"]}, "labels must be two or more"),
         ({"labels": ["yes", "yes", "no"]}, "labels must be two or more"),
+        ({"labels": [-1, 1]}, "labels: -1 is what rows say where they have no label; write other labels"),
+        ({"labels": [0, -1, 1]}, "labels: -1 is what rows say where they have no label"),
+        ({"labels": ["", "yes"]}, 'labels: "" is blank; write other labels'),
+        ({"labels": [1, "1"]}, 'differ; got 1, "1": 1 and "1" are alike'),
+        ({"labels": [0, False]}, "differ; got 0, false: 0 and false are alike"),
+        ({"labels": [True, 1]}, "differ; got true, 1: true and 1 are alike"),
+        ({"labels": [False, True, "True"]}, 'true and "True" are alike'),
+        ({"labels": ["yes", "yes "]}, 'got "yes", "yes ": "yes" and "yes " are alike'),
+        ({"labels": [None, 1]}, "labels[0] must be"),
+        ({"may_be_blank": ["prof"]}, "may_be_blank: 'prof' is not in fields; did you mean proof?"),
         ({"metrics": []}, "metrics must be one or more and differ; got none"),
         ({"metrics": ["accuracy", "accuracy"]}, "metrics must be one or more and differ; got accuracy, accuracy"),
         ({"text": "{clam}"}, "did you mean claim?"),
@@ -399,9 +409,12 @@ def test_a_source_that_is_not_there_is_refused_with_what_is(make_task, write, tm
     message = refusal(DataError, read_split, task, str(tmp_path / "Toy"), **read)  # one folder too deep
     assert message == f"{tmp_path}/Toy/Toy/train.jsonl: no such file; {tmp_path}/Toy holds val.jsonl"
     assert "cannot be read" in refusal(DataError, read_split, task, str(tmp_path / "none.jsonl"), **read)
-    (tmp_path / "rows.csv").write_text("claim,proof\n")
-    for source in (tmp_path / "none", tmp_path / "rows.csv", "superglue", "./none", " "):
+    for source in (tmp_path / "none", tmp_path / "none.csv", "superglue", "./none", " "):
         assert "no such folder, nor a .jsonl file" in refusal(DataError, read_split, task, str(source), **read)
+    for name in ("rows.csv", "rows.jsonl.gz", "rows"):
+        (tmp_path / name).write_text("claim,proof\n")
+        message = refusal(DataError, read_split, task, str(tmp_path / name), **read)
+        assert f"{name}: rows are read from .jsonl and .parquet files, not from" in message
 
 
 # The hub
