@@ -97,9 +97,10 @@ def split_files(folder: Path, split: Split, place: Place) -> list[Path]:
         return found[0]
     inside = next(iter(_named(folder, place)), folder)
     names = sorted(each.name for each in inside.iterdir())
+    hint = "" if place.folder else "; the key folder in the task's YAML names its subfolder, where that is not its name"
     raise DataError(
         f"{folder / place.folder_name / f'{split}.jsonl'}: no such file; "
-        f"{inside} holds {', '.join(names[:LISTED]) or 'nothing'}"
+        f"{inside} holds {', '.join(names[:LISTED]) or 'nothing'}{hint}"
     )
 
 

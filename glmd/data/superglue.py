@@ -282,6 +282,8 @@ def _checked_axg(row: Row, where: str, oddities: Oddities) -> Row:
     # The two of a pair follow each other, as jiant's scorer of the benchmark (jiant/metrics/winogender_metrics.py)
     # takes them; a wrong pair would show in its two hypotheses. The official file's pair_id differs within a pair,
     # and the hub's rows have none.
+    if "idx" not in row:
+        raise DataError(f"{where}: field 'idx' is missing, by which the two rows of a pair find each other")
     return row | {"pair": _part(row, "idx", int, where) // 2}
 
 
