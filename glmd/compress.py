@@ -62,8 +62,9 @@ def compress_model(
     export_model(student, compress_tokenizer(tokenizer, vocabulary), output, card=card)
     check_exports([output])
     before, after = (sum(p.numel() for p in each.parameters()) for each in (source, student))
-    coverage = counts[vocabulary.kept_ids].sum() / counts.sum()
+    covered = f"{vocabulary.coverage:.2%} of the corpus"
+    unknown = f", {vocabulary.unknown_share:.2%} of it unknown to the tokenizer" if vocabulary.unknown_share else ""
     return (
         f"{output}: {type(student).__name__}, {vocabulary.size:,} of {vocabulary.source_size:,} tokens "
-        f"({coverage:.2%} of the corpus), {after:,} of {before:,} parameters; loads with stock transformers"
+        f"({covered}{unknown}), {after:,} of {before:,} parameters; loads with stock transformers"
     )
