@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from glmd.checkpoint import write_problem
-from glmd.data.corpus import read_documents, require_text_field
+from glmd.data.corpus import read_documents, require_corpus
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.loading import load_model_as_saved, load_model_config, load_source_tokenizer, require_model
 from glmd.report import markdown_table
@@ -81,7 +81,7 @@ def budget_curve(
         if not 0 < ratio <= 1:
             raise ConfigError(f"--keep-ratios must be in (0, 1], got {ratio}")
     require_model(teacher, field="teacher")
-    require_text_field(corpus, text_field)
+    require_corpus(corpus, text_field)
     config, tokenizer = load_model_config(teacher), load_source_tokenizer(teacher, words=False)
     counts, held_out, lines = _count(tokenizer, corpus, text_field)
     must_keep, parts = must_keep_ids(tokenizer), parts_to_keep(tokenizer, selection)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from glmd.config import VocabularyConfig
-from glmd.data.corpus import build_token_store, require_text_field
+from glmd.data.corpus import build_token_store, require_corpus
 from glmd.errors import ConfigError
 from glmd.export import ModelCard, check_exports, export_model, prove_slice, require_free_output
 from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
@@ -39,7 +39,7 @@ def compress_model(
         raise ConfigError("teacher_mass has no effect without training; remove it")
     require_free_output(output)
     require_model(model, field="model")
-    require_text_field(corpus, text_field)
+    require_corpus(corpus, text_field)
     tokenizer = load_source_tokenizer(model, words=False)
     kept_size(settings, tokenizer)  # refuses what cannot be, before text is counted and the model loaded
     with tempfile.TemporaryDirectory() as temporary:

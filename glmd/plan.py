@@ -17,7 +17,7 @@ import numpy as np
 from glmd.config import RunConfig, VocabularyConfig
 from glmd.data.batches import TaskDataset
 from glmd.data.blanks import verbaliser_ids
-from glmd.data.corpus import corpus_fingerprint, require_text_field
+from glmd.data.corpus import corpus_fingerprint, require_corpus
 from glmd.data.tasks import Task, TaskExample, read_split
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.heads import is_causal
@@ -91,7 +91,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(world / "superglue") if world else config.data.superglue
     corpus = [str(world / "corpus.txt")] if world else config.data.corpus
-    require_text_field(corpus, config.data.text_field)
+    require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
     tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
     _check_named_teachers(config, method, tasks, tokenizer)
