@@ -102,6 +102,13 @@ def test_class_numbers_without_names_are_taken_in_order_with_a_warning(tmp_path,
     assert message.startswith(f"{tmp_path}/val.parquet row 1: field 'label' must be one of")
 
 
+def test_a_column_with_gaps_that_pandas_made_numbers_of_holds_labels_and_none(tmp_path):
+    rows = [{"premise": f"p{i}", "hypothesis": "h", "label": label} for i, label in enumerate([1.0, None, 0.0])]
+    Dataset.from_list(rows).to_pandas().to_parquet(tmp_path / "val.parquet")
+    examples = read_split(load_task("RTE"), str(tmp_path), "val", require_labels=False)
+    assert [example.label for example in examples] == [1, None, 0]
+
+
 def test_class_numbers_follow_the_files_own_names(tmp_path):
     classes = ClassLabel(names=["neutral", "entailment", "contradiction"])  # not our order
     features = Features({**hub_features("CB"), "label": classes})

@@ -212,11 +212,19 @@ def test_an_idx_that_stands_twice_in_a_file_is_refused_by_both_lines(make_task, 
     source = write(first, {**ROW, "idx": 4}, ROW, ROW, again)
     message = refusal(DataError, read_split, make_task(), source, "train", require_labels=True)
     assert message == f"{source}:5: field 'idx' is 3, as in {source}:1; each row needs its own"
+    other = {**first, "label": False}
     assert ":2: field 'idx' is 3" in refusal(
-        DataError, read_split, make_task(), write(first, first), "train", require_labels=False
+        DataError, read_split, make_task(), write(first, other), "train", require_labels=False
     )
     source = write({**first, "idx": {"b": 1, "a": 2}}, {**again, "idx": {"a": 2, "b": 1}})
     assert ":2: field 'idx'" in refusal(DataError, read_split, make_task(), source, "train", require_labels=True)
+
+
+def test_a_labelled_row_that_stands_twice_is_read_once(make_task, write, caplog):
+    source = write({**ROW, "idx": 3}, {**ROW, "idx": 3}, {**ROW, "idx": 4})
+    examples = read_split(make_task(), source, "val", require_labels=True)
+    assert [(e.example_id, e.idx) for e in examples] == [(0, 3), (1, 4)]
+    assert f"a row stands twice (1, first {source}:2)" in caplog.text
 
 
 def test_a_pool_without_labels_may_hold_one_input_twice_and_no_other_under_its_idx(make_task, write):

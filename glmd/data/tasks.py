@@ -11,6 +11,7 @@ from the hub.
 import dataclasses
 import json
 import logging
+import math
 import random
 import re
 import string
@@ -261,9 +262,11 @@ def read_split(
         made = _examples(task, row, where, len(examples), require_labels=require_labels, training=training)
         if made and row.get("idx") is not None:
             before, twin = first_of.setdefault(_key(row["idx"]), (where, made[0]))
-            # A pool without labels may hold one input twice, as a published one of WiC does.
-            if before != where and (made[0].label is not None or made[0].texts != twin.texts):
-                raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
+            if before != where:
+                _check_twin(made[0], twin, row, where, before)
+                oddities.note("a row stands twice", where)
+                # A pool without labels may hold one input twice, as a published one of WiC does.
+                made = made if made[0].label is None else []
         examples += made
     oddities.warn(str(source))
     alone = sum(task.asks_first and len(example.choices) == 1 for example in examples)
@@ -302,6 +305,9 @@ def _with_label(
 ) -> dict[str, Any]:
     """The row of a table with the label that its class number stands for."""
     label = row.get(task.label_field)
+    if isinstance(label, float):  # pandas makes numbers of a column with gaps such
+        label = int(label) if label.is_integer() else None if math.isnan(label) else label
+        row = row | {task.label_field: label}
     # Where the official label is a number (COPA, MultiRC), the class number is that number, whatever its name.
     if type(label) is not int or label == NO_LABEL or all(type(each) is int for each in task.labels):
         return row
@@ -414,6 +420,12 @@ def _group(task: Task, row: dict[str, Any], where: str) -> tuple[Any, ...] | Non
             raise DataError(f"{where}: field {field!r} must be text or a whole number, got {_shown(value)}")
         values.append(value)
     return tuple(values)
+
+
+def _check_twin(example: TaskExample, twin: TaskExample, row: dict[str, Any], where: str, before: str) -> None:
+    """Refuse an idx of two rows that differ: nobody could tell which of them an answer is for."""
+    if (example.texts, example.label, example.answers) != (twin.texts, twin.label, twin.answers):
+        raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
 
 
 def _check_blanks(task: Task, row: dict[str, Any], where: str, oddities: Oddities) -> None:
