@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, GenerationConfig
 
 from glmd.errors import ModelError
-from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep, unknown_id
 from glmd.slicing import expand_model, renumber_config, renumber_generation_config, slice_model, vocabulary_axes
 from glmd.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer
 from glmd.vocabulary import MAPPINGS, Vocabulary, build_vocabulary, in_degrees, map_tokens, token_classes
@@ -342,6 +342,15 @@ def test_unknown_tokens_cover_nothing_and_are_counted_apart(tmp_path):
     assert (summary["coverage"], summary["unknown_share"]) == (0.4, 0.4)
     alone = Vocabulary.identity(5, counts=np.array([0, 0, 0, 9, 0]), unknown_id=3)
     assert (alone.coverage, alone.unknown_share) == (0.0, 1.0)
+
+
+def test_the_unknown_token_is_the_models_own_and_none_where_bytes_spell_all(tiny):
+    assert unknown_id(transformers.AutoTokenizer.from_pretrained(tiny.teacher)) == 1
+    tokenizer = FAMILIES["gpt2"]()
+    assert unknown_id(tokenizer) is None
+    # Some say that it is the end of text, which separates documents and is often seen.
+    tokenizer.backend_tokenizer.model.unk_token = tokenizer.eos_token
+    assert unknown_id(tokenizer) is None
 
 
 @pytest.mark.parametrize("keep_ratio", [0.7, 1.0])
