@@ -312,6 +312,8 @@ def build_vocabulary(
         )
     if len(embeddings) > source_size:
         logger.info("%d embedding rows beyond the tokenizer are dropped", len(embeddings) - source_size)
+    unknown = unknown_id(tokenizer)
+    counts = _counts_of_text(tokenizer, counts, unknown)
     required = must_keep_ids(tokenizer, words=keep_words)
     kept_ids = choose_kept_ids(
         counts,
@@ -321,10 +323,9 @@ def build_vocabulary(
         multiple_of=multiple_of,
         parts=parts_to_keep(tokenizer, selection),
     )
-    _report_unseen(np.asarray(counts), kept_ids, required)
-    unknown = unknown_id(tokenizer)
-    if unknown is not None and np.any(counts):
-        report_unknown(tokenizer, float(counts[unknown] / np.sum(counts)))
+    _report_unseen(counts, kept_ids, required)
+    if unknown is not None and counts.any():
+        report_unknown(tokenizer, float(counts[unknown] / counts.sum()))
     if len(kept_ids) == source_size:
         return Vocabulary.identity(source_size, counts=counts, unknown_id=unknown)
     token_map = map_tokens(
@@ -344,6 +345,13 @@ def forbidden_targets(tokenizer: Any) -> set[int]:
     """Tokens that no other is mapped onto: special ones, and bytes that are a part of a character or invisible."""
     parts = {i for i, byte in byte_ids(tokenizer).items() if not 0x20 < byte < 0x7F}
     return {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder)} | parts
+
+
+def _counts_of_text(tokenizer: Any, counts: np.ndarray, unknown: int | None) -> np.ndarray:
+    """(V,) counts without special tokens, which stand between documents and are no text; the unknown one is."""
+    text = np.array(counts)
+    text[[i for i in tokenizer.all_special_ids if i != unknown and i < len(text)]] = 0
+    return text
 
 
 def _report_unseen(counts: np.ndarray, kept_ids: np.ndarray, required: set[int]) -> None:

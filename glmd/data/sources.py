@@ -70,11 +70,12 @@ def open_split(source: str, split: Split, place: Place) -> Found:
         return _read_files(split_files(path, split, place))
     if path.suffix.lower() in ROW_SUFFIXES:
         return _read_files([path])
-    instead = f"give a folder that holds {place.folder_name}/{split}.jsonl, or the data set aps/super_glue"
+    instead = f"give a folder that holds {place.folder_name}/{split}.jsonl"
+    instead += ", or the data set aps/super_glue" if place.hub_name else ""
     if source.strip() and path.is_file():
         raise DataError(
             f"{source}: rows are read from .jsonl and .parquet files, not from {path.suffix or 'others'}; "
-            f"convert it, or {instead}"
+            f"unpack or convert it, or {instead}"
         )
     # `data/superglue` beside an existing `data` is a mistyped path and no owner on the hub.
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.parent.exists():
