@@ -534,6 +534,7 @@ def test_an_odd_official_row_is_read_and_counted_in_one_warning(tmp_path, caplog
         ("a it b it c", 2, "it", 3),  # equally near: the later
         ("the cat and the dog", 0, "the dog", 3),  # rather in one piece than interrupted
         ("Lev Kamen, his friend, and Gregor Zino met", 0, "Kamen and Zino", 1),
+        ("Lev Kamen, his friend, and Gregor Zino met", 3, "Kamen and Zino", None),
         ("it", 40, "IT!", 0),
         ("the old cat", 0, "cats", None),
         ("the old cat", 0, " ", None),

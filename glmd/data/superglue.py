@@ -206,15 +206,15 @@ def _checked_wsc(row: Row, where: str, oddities: Oddities) -> Row:
 def span_index(text: str, index: int, span: str) -> int | None:
     """The word at which a span begins, nearest to its index; None where the text has it nowhere.
 
-    Case and attached punctuation differ in many official rows, and in a few other words stand between: these count only
-    where the text has the span nowhere in one piece.
+    Case and attached punctuation differ in many official rows, and in a few other words stand between: such a span
+    counts only where the text has it nowhere in one piece, and no farther off than an official index is.
     """
     parts = [(i, part) for i, word in enumerate(text.casefold().split()) for part in _WORD.findall(word)]
     places, words = [i for i, _ in parts], [part for _, part in parts]
     wanted = _WORD.findall(span.casefold())
     starts = [j for j, word in enumerate(words) if wanted and word == wanted[0]]
     whole = [j for j in starts if words[j : j + len(wanted)] == wanted]
-    interrupted = [j for j in starts if _in_order(wanted, words[j:])]
+    interrupted = [j for j in starts if abs(places[j] - index) <= 1 and _in_order(wanted, words[j:])]
     found = whole or interrupted
     # Of two that are equally near, the later: where an official index is wrong, the span stands at the next word.
     return min((places[j] for j in found), key=lambda place: (abs(place - index), -place), default=None)
