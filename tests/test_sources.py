@@ -138,10 +138,11 @@ def test_what_is_no_parquet_is_refused_by_name(tmp_path):
 
 
 def test_a_task_that_lies_in_several_places_is_not_guessed(tmp_path):
-    for place in ("first", "second"):
-        write_jsonl(tmp_path / place / "RTE" / "val.jsonl", OFFICIAL["RTE"])
-    message = refusal(load_task("RTE"), str(tmp_path), "val", require_labels=True)
-    assert "RTE val lies in several places" in message and "give one of them" in message
+    for place in ("all/RTE/val", "few/RTE/val", "all/CB/val", "few/CB/train"):
+        write_jsonl(tmp_path / f"{place}.jsonl", OFFICIAL[place.split("/")[1]])
+    for name in ("RTE", "CB"):  # with only one val, but train would be another collection's
+        message = refusal(load_task(name), str(tmp_path), "val", require_labels=True)
+        assert f"{name} lies in several places ({tmp_path}/all, {tmp_path}/few); give one of them" in message
 
 
 @pytest.mark.parametrize("name", ["AXb", "AXg"])

@@ -89,13 +89,12 @@ def split_files(folder: Path, split: Split, place: Place) -> list[Path]:
     for inside in (*_named(folder, place), folder):
         if files := _files_of(inside, split, place):
             return files
-    around = [each for child in _folders(folder) for each in _named(child, place)]
-    found = [files for inside in around if (files := _files_of(inside, split, place))]
-    if len(found) > 1:
-        places = ", ".join(str(files[0].parent) for files in found[:LISTED])
-        raise DataError(f"{folder}: {place.task} {split} lies in several places ({places}); give one of them")
-    if found:
-        return found[0]
+    around = [child for child in _folders(folder) if _named(child, place)]
+    if len(around) > 1:  # also where only one has this split: another split would come from another collection
+        places = ", ".join(map(str, around[:LISTED]))
+        raise DataError(f"{folder}: {place.task} lies in several places ({places}); give one of them")
+    if around and not _named(folder, place):
+        return split_files(around[0], split, place)
     inside = next(iter(_named(folder, place)), folder)
     names = sorted(each.name for each in inside.iterdir())
     hint = "" if place.folder else "; the key folder in the task's YAML names its subfolder, where that is not its name"
