@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from glmd.checkpoint import write_problem
-from glmd.data.corpus import read_documents, require_text_field
+from glmd.data.corpus import read_documents, require_corpus
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.loading import load_model_as_saved, load_model_config, load_source_tokenizer, require_model
 from glmd.report import markdown_table
-from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep, unknown_id
 from glmd.slicing import parameters_by_vocabulary
 from glmd.tokenizer import compress_tokenizer
-from glmd.vocabulary import Vocabulary, build_vocabulary
+from glmd.vocabulary import Vocabulary, build_vocabulary, report_unknown
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HELD_OUT = 10  # every tenth line
@@ -37,7 +37,7 @@ class Point:
 
     keep_ratio: float
     tokens: int
-    coverage: float  # share of tokens that are kept; the others are mapped
+    coverage: float  # share of tokens that are kept; the others are mapped, or unknown whatever is kept
     inflation: float  # tokens of the ordinary tokenizer over those of the source, minus 1
     parameters: int  # of the whole model
     vocabulary_parameters: int
@@ -54,6 +54,7 @@ class Curve:
     source_size: int
     must_keep: int
     counts: np.ndarray = field(compare=False, repr=False)  # (V,) of the counted text
+    unknown: float = 0.0  # share of held-out tokens that the source tokenizer cannot spell
 
     @property
     def knee(self) -> Point:
@@ -80,11 +81,14 @@ def budget_curve(
         if not 0 < ratio <= 1:
             raise ConfigError(f"--keep-ratios must be in (0, 1], got {ratio}")
     require_model(teacher, field="teacher")
-    require_text_field(corpus, text_field)
+    require_corpus(corpus, text_field)
     config, tokenizer = load_model_config(teacher), load_source_tokenizer(teacher, words=False)
     counts, held_out, lines = _count(tokenizer, corpus, text_field)
     must_keep, parts = must_keep_ids(tokenizer), parts_to_keep(tokenizer, selection)
     source_lengths = _lengths(tokenizer, lines)
+    unknown = unknown_id(tokenizer)
+    unknown_share = 0.0 if unknown is None else float(held_out[unknown] / held_out.sum())
+    report_unknown(tokenizer, unknown_share)
     points = []
     for ratio in sorted(set(ratios), reverse=True):
         try:
@@ -93,13 +97,14 @@ def budget_curve(
             continue
         inflation = _lengths(_ordinary(tokenizer, kept_ids), lines) / source_lengths - 1
         total, of_vocabulary = parameters_by_vocabulary(config, len(kept_ids))
-        coverage = float(held_out[kept_ids].sum() / held_out.sum())
+        coverage = float(held_out[kept_ids].sum() / held_out.sum()) - unknown_share  # the unknown token is always kept
         points.append(Point(ratio, len(kept_ids), coverage, inflation, total, of_vocabulary))
     if not points:
         smallest = len(must_keep) / len(tokenizer)
         raise ConfigError(f"--keep-ratios: the tokens that must be kept are more than each; begin at {smallest:.2f}")
     used = int((counts > 0).sum())
-    return Curve(tuple(points), int(counts.sum()), int(held_out.sum()), used, len(tokenizer), len(must_keep), counts)
+    totals = int(counts.sum()), int(held_out.sum())
+    return Curve(tuple(points), *totals, used, len(tokenizer), len(must_keep), counts, unknown_share)
 
 
 def examples(
@@ -142,17 +147,18 @@ def curve_table(curve: Curve) -> str:
                 f"{point.keep_ratio:g}" + (" *" if point == curve.knee else ""),
                 f"{point.tokens:,}",
                 f"{point.coverage:.2%}",
-                f"{1 - point.coverage:.2%}",
+                f"{max(0.0, 1 - point.coverage - curve.unknown):.2%}",
                 f"{point.inflation:+.2%}",
                 f"{point.vocabulary_parameters / 1e6:.2f} M",
                 f"{point.parameters / 1e6:.2f} M",
                 f"{saved * 4 / 1e6:,.0f} MB ({saved / full.parameters:.0%})",
             ]
         )
+    unknown = f"{curve.unknown:.2%} are unknown to the tokenizer, whatever is kept. " if curve.unknown else ""
     note = (
         f"{curve.counted:,} tokens were counted, {curve.held_out:,} held out. They use {curve.used:,} of "
         f"{curve.source_size:,} tokens; {curve.must_keep:,} must be kept in any case. MB are of float32. "
-        f"* the knee: beyond {curve.knee.keep_ratio:g} a token more covers less than the average one."
+        f"{unknown}* the knee: beyond {curve.knee.keep_ratio:g} a token more covers less than the average one."
     )
     return f"{markdown_table(header, body)}\n\n{note}"
 
@@ -229,6 +235,8 @@ def _count(tokenizer: Any, corpus: Sequence[str], text_field: str) -> tuple[np.n
                 _add(tokenizer, batch, into)
     for batch, into in zip(batches, (counts, held_out), strict=True):
         _add(tokenizer, batch, into)
+    if kept_lines and not held_out.sum():
+        raise DataError("corpus: its held-out lines give no tokens; give text that the tokenizer can read")
     if not kept_lines:
         raise DataError(f"corpus: {number + 1} lines are too few; at least {HELD_OUT} are needed, one to judge by")
     return counts, held_out, kept_lines

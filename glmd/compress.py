@@ -12,7 +12,7 @@ import torch
 
 from glmd.companions import find_companions
 from glmd.config import VocabularyConfig
-from glmd.data.corpus import build_token_store, require_text_field
+from glmd.data.corpus import build_token_store, require_corpus
 from glmd.errors import ConfigError
 from glmd.export import ModelCard, check_exports, export_model, opens_plainly, prove_slice, require_free_output
 from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
@@ -40,12 +40,11 @@ def compress_model(
         raise ConfigError("teacher_mass has no effect without training; remove it")
     require_free_output(output)
     require_model(model, field="model")
-    require_text_field(corpus, text_field)
+    require_corpus(corpus, text_field)
     tokenizer = load_source_tokenizer(model, words=False)
     companions = find_companions(model)
-    kept_size(
-        settings, tokenizer, texts=companions.texts
-    )  # refuses what cannot be, before text is counted and the model loaded
+    # Refuses what cannot be, before text is counted and the model loaded.
+    kept_size(settings, tokenizer, texts=companions.texts)
     with tempfile.TemporaryDirectory() as temporary:
         store = build_token_store(temporary, corpus, tokenizer, text_field=text_field)
         counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
@@ -65,16 +64,13 @@ def compress_model(
     )
     export_model(student, compress_tokenizer(tokenizer, vocabulary), output, card=card, companions=companions)
     check_exports([output])
-    plain = vocabulary.is_identity or opens_plainly(student.config)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (source, student))
-    coverage = counts[vocabulary.kept_ids].sum() / counts.sum()
+    covered = f"{vocabulary.coverage:.2%} of the corpus"
+    unknown = f", {vocabulary.unknown_share:.2%} of it unknown to the tokenizer" if vocabulary.unknown_share else ""
+    is_plain = vocabulary.is_identity or opens_plainly(student.config)
+    plainly = "" if is_plain else ", its tokenizer with trust_remote_code=True; `glmd export --kind stock` does without"
+    left = f"; not carried along: {', '.join(companions.left_behind)}" if companions.left_behind else ""
     return (
         f"{output}: {type(student).__name__}, {vocabulary.size:,} of {vocabulary.source_size:,} tokens "
-        f"({coverage:.2%} of the corpus), {after:,} of {before:,} parameters; loads with stock transformers"
-        + (
-            ""
-            if plain
-            else ", its tokenizer with trust_remote_code=True; `glmd export --kind stock` makes it open without"
-        )
-        + (f"; not carried along: {', '.join(companions.left_behind)}" if companions.left_behind else "")
+        f"({covered}{unknown}), {after:,} of {before:,} parameters; loads with stock transformers{plainly}{left}"
     )

@@ -253,7 +253,7 @@ class DataConfig:
 
     corpus: list[str] = field(default_factory=list)  # text, jsonl, folders, or a `datasets` id
     text_field: str = "text"  # which field of a jsonl or hub row is the document
-    superglue: str | None = None  # a folder of SuperGLUE jsonl folders, or aps/super_glue
+    superglue: str | None = None  # SuperGLUE as the official zip or the hub lays it out, or aps/super_glue
     world: bool = False  # make a small world of facts instead: corpus, tasks and tokenizer
     eval_blocks: int = 64  # corpus blocks held out to measure word prediction
 

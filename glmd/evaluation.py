@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from glmd.checkpoint import write_problem
 from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluation_batches
 from glmd.data.blanks import verbaliser_ids
-from glmd.data.predictions import require_idx, write_predictions
-from glmd.data.tasks import Split, Task, TaskExample, load_task, read_split
+from glmd.data.predictions import require_idx, with_idx, write_predictions
+from glmd.data.sources import ROW_SUFFIXES, Split
+from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
 from glmd.heads import (
     LinearMap,
@@ -184,17 +185,17 @@ def evaluate_folder(
 def predict_file(
     model: str, task_name: str, file: str, output: Path, *, max_length: int | None, batch_size: int
 ) -> int:
-    """Write the answers of a task model to the rows of a jsonl file, in the leaderboard's form. Returns their number.
+    """Write the answers of a task model to the rows of a file, in the leaderboard's form. Returns their number.
 
     Raises GlmdError as `evaluate_folder` does; rows need no labels.
     """
     task = _task_for(model, task_name)
-    if not file.endswith(".jsonl"):
-        raise DataError(f"--file {file}: give a .jsonl file in the official form")
+    if not file.lower().endswith(ROW_SUFFIXES):
+        raise DataError(f"--file {file}: rows are read from .jsonl and .parquet files; convert it to one of them")
     problem = "exists already" if output.exists() else write_problem(output.parent)
     if problem is not None:
         raise DataError(f"--output {output}: {problem}; choose another")
-    examples = read_split(task, file, "test", require_labels=False)
+    examples = with_idx(task, read_split(task, file, "test", require_labels=False))
     require_idx(task, examples)
     answers, _ = _answers(model, task, examples, max_length or task.max_length, batch_size)
     write_predictions(task, answers, examples, output)

@@ -18,7 +18,7 @@ import numpy as np
 from glmd.config import RunConfig, VocabularyConfig
 from glmd.data.batches import TaskDataset
 from glmd.data.blanks import verbaliser_ids
-from glmd.data.corpus import corpus_fingerprint, require_text_field
+from glmd.data.corpus import corpus_fingerprint, require_corpus
 from glmd.data.tasks import Task, TaskExample, read_split
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.heads import is_causal
@@ -45,7 +45,7 @@ class TaskPlan:
 
     @property
     def is_scored(self) -> bool:
-        return self.val[0].label is not None
+        return self.val[0].is_labelled
 
     @property
     def has_own_inputs(self) -> bool:
@@ -92,7 +92,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(world / "superglue") if world else config.data.superglue
     corpus = [str(world / "corpus.txt")] if world else config.data.corpus
-    require_text_field(corpus, config.data.text_field)
+    require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
     tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
     _check_named_teachers(config, method, tasks, tokenizer)
@@ -252,7 +252,7 @@ def _plan_task(
         inputs = read_split(task, own_inputs, "train", require_labels=uses_labels, training=True)
     val_source = _source(files, source, "val")
     val = read_split(task, val_source, "val", require_labels=config.selection == "best")
-    unlabelled = [example.label is None for example in val]
+    unlabelled = [not example.is_labelled for example in val]
     if any(unlabelled) and not all(unlabelled):
         found = f"{sum(unlabelled)} of {len(val)} rows of {name} val have no label"
         raise DataError(f"{val_source}: {found}; give all or none")

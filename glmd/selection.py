@@ -98,6 +98,15 @@ def byte_ids(tokenizer: Any) -> dict[int, int]:
     return found
 
 
+def unknown_id(tokenizer: Any) -> int | None:
+    """Source id of what a text gives where the tokenizer cannot spell it; None where bytes spell everything."""
+    if len(set(byte_ids(tokenizer).values())) == 256:
+        return None
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    found = model.get("unk_id")
+    return tokenizer.get_vocab().get(model.get("unk_token")) if found is None else int(found)
+
+
 def _word_ids(tokenizer: Any, word: str) -> set[int]:
     """Ids of all pieces of a word, at the start of a text and after a space."""
     unknown = tokenizer.unk_token_id

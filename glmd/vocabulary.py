@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from glmd.errors import ModelError
-from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
+from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of, unknown_id
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 HUB_SHARE = 0.05
 HUB_SIZE = 10  # of a few dropped tokens some share one by chance
 UNSEEN_SHARE = 0.1  # of kept tokens that are kept by nothing but their low ids, because the corpus has none of them
+UNKNOWN_SHARE = 0.01  # of counted tokens; well-suited tokenizers meet a tenth of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +43,14 @@ class Vocabulary:
     token_map: (V,) int64 student id of each source id; `token_map[kept_ids]` is 0..K-1.
     mapping: how the targets of dropped tokens were chosen.
     counts: (V,) int64 how often each source token was seen, if the tokens were counted.
+    unknown_id: source id of the unknown token, which covers nothing; None where the tokenizer can spell everything.
     """
 
     kept_ids: np.ndarray
     token_map: np.ndarray
     mapping: str = "inner_product"
     counts: np.ndarray | None = None
+    unknown_id: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("kept_ids", "token_map", "counts"):
@@ -74,9 +77,11 @@ class Vocabulary:
             raise ModelError(f"vocabulary: counts must be {len(token_map)} numbers of at least 0")
 
     @classmethod
-    def identity(cls, source_size: int, *, counts: np.ndarray | None = None) -> "Vocabulary":
+    def identity(
+        cls, source_size: int, *, counts: np.ndarray | None = None, unknown_id: int | None = None
+    ) -> "Vocabulary":
         """Keep every token."""
-        return cls(np.arange(source_size), np.arange(source_size), mapping="identity", counts=counts)
+        return cls(np.arange(source_size), np.arange(source_size), "identity", counts, unknown_id)
 
     @property
     def size(self) -> int:
@@ -99,10 +104,18 @@ class Vocabulary:
 
     @property
     def coverage(self) -> float | None:
-        """Share of counted tokens that are kept. None without counts."""
+        """Share of counted tokens that are kept and known. None without counts."""
         if self.counts is None or not self.counts.sum():
             return None
-        return float(self.counts[self.kept_ids].sum() / self.counts.sum())
+        known = self.kept_ids[self.kept_ids != self.unknown_id] if self.unknown_id is not None else self.kept_ids
+        return float(self.counts[known].sum() / self.counts.sum())
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of counted tokens that the source tokenizer could not spell; 0 without counts."""
+        if self.unknown_id is None or self.counts is None or not self.counts.sum():
+            return 0.0
+        return float(self.counts[self.unknown_id] / self.counts.sum())
 
     def is_kept(self, source_id: int) -> bool:
         return bool(self.kept_ids[self.token_map[source_id]] == source_id)
@@ -145,7 +158,9 @@ class Vocabulary:
             raise ModelError(f"{folder / SUMMARY_FILE}: version {version}, this glmd reads {FORMAT_VERSION}")
         try:
             arrays = load_file(folder / ARRAYS_FILE)
-            vocabulary = cls(arrays["kept_ids"], arrays["token_map"], mapping, arrays.get("counts"))
+            vocabulary = cls(
+                arrays["kept_ids"], arrays["token_map"], mapping, arrays.get("counts"), summary.get("unknown_id")
+            )
         except (SafetensorError, KeyError, ModelError) as error:
             raise ModelError(f"{folder / ARRAYS_FILE} cannot be used: {error}") from error
         if vocabulary.fingerprint() != fingerprint:
@@ -299,6 +314,8 @@ def build_vocabulary(
         )
     if len(embeddings) > source_size:
         logger.info("%d embedding rows beyond the tokenizer are dropped", len(embeddings) - source_size)
+    unknown = unknown_id(tokenizer)
+    counts = _counts_of_text(tokenizer, counts, unknown)
     required = must_keep_ids(tokenizer, words=keep_words, texts=keep_texts)
     kept_ids = choose_kept_ids(
         counts,
@@ -308,9 +325,11 @@ def build_vocabulary(
         multiple_of=multiple_of,
         parts=parts_to_keep(tokenizer, selection),
     )
-    _report_unseen(np.asarray(counts), kept_ids, required)
+    _report_unseen(counts, kept_ids, required)
+    if unknown is not None and counts.any():
+        report_unknown(tokenizer, float(counts[unknown] / counts.sum()))
     if len(kept_ids) == source_size:
-        return Vocabulary.identity(source_size, counts=counts)
+        return Vocabulary.identity(source_size, counts=counts, unknown_id=unknown)
     token_map = map_tokens(
         embeddings[:source_size],
         kept_ids,
@@ -319,7 +338,7 @@ def build_vocabulary(
         unk_id=tokenizer.unk_token_id,
         classes=token_classes(tokenizer) if within_class else None,
     )
-    vocabulary = Vocabulary(kept_ids, token_map, mapping, counts)
+    vocabulary = Vocabulary(kept_ids, token_map, mapping, counts, unknown)
     _report_map(tokenizer, vocabulary)
     return vocabulary
 
@@ -328,6 +347,13 @@ def forbidden_targets(tokenizer: Any) -> set[int]:
     """Tokens that no other is mapped onto: special ones, and bytes that are a part of a character or invisible."""
     parts = {i for i, byte in byte_ids(tokenizer).items() if not 0x20 < byte < 0x7F}
     return {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder)} | parts
+
+
+def _counts_of_text(tokenizer: Any, counts: np.ndarray, unknown: int | None) -> np.ndarray:
+    """(V,) counts without special tokens, which stand between documents and are no text; the unknown one is."""
+    text = np.array(counts)
+    text[[i for i in tokenizer.all_special_ids if i != unknown and i < len(text)]] = 0
+    return text
 
 
 def _report_unseen(counts: np.ndarray, kept_ids: np.ndarray, required: set[int]) -> None:
@@ -343,13 +369,25 @@ def _report_unseen(counts: np.ndarray, kept_ids: np.ndarray, required: set[int])
         )
 
 
+def report_unknown(tokenizer: Any, share: float) -> None:
+    """Warn of a text of which the tokenizer cannot spell a notable share."""
+    if share > UNKNOWN_SHARE:
+        logger.warning(
+            "vocabulary: %.2f %% of the text are unknown to the tokenizer (%s), which no keep ratio covers; "
+            "give text in its own language and script, or another teacher",
+            100 * share,
+            tokenizer.unk_token or "the unknown token",
+        )
+
+
 def _report_map(tokenizer: Any, vocabulary: Vocabulary) -> None:
     degrees = in_degrees(vocabulary)
     logger.info(
-        "vocabulary: %d of %d tokens kept, coverage %s, dropped tokens share %d targets",
+        "vocabulary: %d of %d tokens kept, coverage %s, unknown %.4f, dropped tokens share %d targets",
         vocabulary.size,
         vocabulary.source_size,
-        "unknown" if vocabulary.coverage is None else f"{vocabulary.coverage:.4f}",
+        "not counted" if vocabulary.coverage is None else f"{vocabulary.coverage:.4f}",
+        vocabulary.unknown_share,
         degrees.targets,
     )
     hub, taken = degrees.hubs[0] if degrees.hubs else (0, 0)
@@ -372,6 +410,8 @@ def _summary(vocabulary: Vocabulary) -> dict[str, Any]:
         "keep_ratio": vocabulary.size / vocabulary.source_size,
         "mapping": vocabulary.mapping,
         "coverage": vocabulary.coverage,
+        "unknown_id": vocabulary.unknown_id,
+        "unknown_share": vocabulary.unknown_share,
         "dropped": degrees.dropped,
         "targets": degrees.targets,
         "largest_share": degrees.largest_share,

@@ -22,7 +22,8 @@ PACKAGE = Path(glmd.__file__).parent
 LAYERS = """
 errors schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
-data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
+data.jsonl data.noun_phrases data.oddities data.sources data.superglue data.tasks data.predictions
+data.corpus data.blanks data.batches data.world
 heads probes objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
 checkpoint cache runlog run_folder resolution plan outline rehearsal cache_plan places sharding

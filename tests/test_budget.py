@@ -8,7 +8,7 @@ import pytest
 import transformers
 from families import CLASSES
 
-from glmd.budget import HELD_OUT, Curve, Point, budget_curve, examples
+from glmd.budget import HELD_OUT, Curve, Point, budget_curve, curve_json, curve_table, examples
 from glmd.cli import main
 from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep
 from glmd.slicing import parameters_by_vocabulary, slice_model
@@ -133,3 +133,25 @@ def test_a_corpus_of_a_few_lines_is_refused(models, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("the cat\n" * 9)
     assert main(["vocab", str(tmp_path / "short.txt"), "--teacher", str(models / "GPT2LMHeadModel")]) == 2
     assert "corpus: 9 lines are too few; at least 10 are needed" in capsys.readouterr().err
+
+
+def test_unknown_tokens_are_no_coverage(tiny, tmp_path, caplog):
+    (tmp_path / "foreign.txt").write_text("東 京 語\n" * 40)
+    known = [line for line in tiny.corpus.read_text().splitlines() if line][:50]
+    model = str(tiny.teacher)
+    (whole,) = budget_curve(model, [str(tmp_path / "foreign.txt")], ratios=[1.0]).points
+    assert whole.coverage == 0 and "100.00 % of the text are unknown to the tokenizer ([UNK])" in caplog.text
+    caplog.clear()
+    (tmp_path / "half.txt").write_text("".join(f"{line}\n{line} 東 京\n" for line in known))
+    curve = budget_curve(model, [str(tmp_path / "half.txt")], ratios=[1.0])
+    assert 0 < curve.unknown < 1 and curve.points[0].coverage == pytest.approx(1 - curve.unknown)
+    table = curve_table(curve)
+    assert f"{curve.unknown:.2%} are unknown to the tokenizer, whatever is kept" in table
+    assert [cell.strip() for cell in table.splitlines()[2].split("|")[3:5]] == [f"{1 - curve.unknown:.2%}", "0.00%"]
+    assert json.loads(curve_json(curve))["unknown"] == curve.unknown
+
+
+def test_what_bytes_spell_is_not_unknown(models, tmp_path, caplog):
+    (tmp_path / "foreign.txt").write_text("東 京 語\n" * 40)
+    curve = budget_curve(str(models / "GPT2LMHeadModel"), [str(tmp_path / "foreign.txt")], ratios=[1.0])
+    assert curve.unknown == 0 and curve.points[0].coverage == 1 and "unknown" not in caplog.text

@@ -152,12 +152,25 @@ def test_predict_refuses_before_the_model_is_loaded(refused, finished, tiny, tmp
     for output, says in ((tmp_path / "rows.jsonl", "exists already"), (rows / "below.jsonl", "is a file")):
         assert f"--output {output}: {says}; choose another" in refused(*common, "--output", output)
     for lines, says in (
-        (row + "}\n", f"{rows}:1: field 'idx' is missing, by which the leaderboard knows a row"),
+        (
+            row + ', "idx": 1}\n' + row + "}\n",
+            f"{rows}:2: field 'idx' is missing, by which the leaderboard knows",
+        ),
         (f'{row}, "idx": 1}}\n' * 2, f"{rows}:2: idx 1 stands in {rows}:1 too"),
     ):
         rows.write_text(lines)
         assert says in refused(*common, "--output", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+    csv = (*common[:-1], tmp_path / "rows.csv", "--output", tmp_path / "out.jsonl")
+    assert "rows.csv: rows are read from .jsonl and .parquet files" in refused(*csv)
+
+
+def test_predict_numbers_rows_without_idx(glmd, finished, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"premise": "a", "hypothesis": "b"}\n\n' * 3)
+    classifier, output = finished.folder / "tasks/RTE/teacher/model", tmp_path / "out.jsonl"
+    common = ("--task", "RTE", "--max-length", "32", "--file", tmp_path / "rows.jsonl")
+    assert "answers to 3 examples" in glmd("predict", classifier, *common, "--output", output)
+    assert [json.loads(line)["idx"] for line in output.read_text().splitlines()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("length", ["7", "0", "x"])

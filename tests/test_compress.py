@@ -35,6 +35,15 @@ def test_every_kind_of_model_keeps_its_output_on_kept_tokens(name, models, tmp_p
     assert tokenizer(text)["input_ids"] == [tokenizer.token_map[i] for i in source_ids]
 
 
+def test_the_summary_counts_unknown_tokens_apart(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("glmd.compress.check_exports", lambda folders: None)
+    (tmp_path / "foreign.txt").write_text("東 京 語\n\n" * 40)
+    arguments = ["compress", str(tiny.teacher), str(tmp_path / "small"), "--corpus", str(tmp_path / "foreign.txt")]
+    assert main([*arguments, "--keep-ratio", "0.7"]) == 0
+    captured = capsys.readouterr()
+    assert "(0.00% of the corpus, 100.00% of it unknown to the tokenizer)" in captured.out
+
+
 def test_every_compressed_folder_opens_without_glmd(models, tmp_path, monkeypatch):
     from glmd.export import check_exports
 

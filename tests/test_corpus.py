@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from glmd.data import corpus
-from glmd.data.corpus import build_token_store, corpus_fingerprint, open_token_store, read_documents
+from glmd.data.corpus import build_token_store, corpus_fingerprint, open_token_store, read_documents, require_corpus
 from glmd.errors import DataError, ModelError, RunError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "oak", "elm", "ash", "fir", "yew"]
@@ -498,3 +498,100 @@ def test_a_real_corpus_has_as_many_bert_tokens_as_documented(shared, tmp_path):
     counts = store.counts(len(tokenizer))
     assert counts[tokenizer.sep_token_id] == 58
     assert counts.sum() - 58 == 161_642
+
+
+# What a run would refuse at its start is refused before
+
+
+CORPUS_FAULTS = [
+    ("absent", "no such file or folder, and the hub gave no data set"),
+    ("absent.txt", "no such file or folder"),
+    ("loop.txt", "is a link to loop.txt, where nothing can be read"),
+    ("loop", "is a link to loop, where nothing can be read"),
+    ("gone.jsonl", "is a link to nowhere, where nothing can be read"),
+    ("linked", "gone.txt: is a link to nowhere, where nothing can be read"),
+    ("empty", "the folder holds no .txt or .jsonl file; it holds nothing"),
+    ("packed", "the folder holds no .txt or .jsonl file; it holds a.txt.gz, deep/"),
+    ("blank", "a.txt: the file holds no text"),
+    ("a.txt.gz", "a corpus file ends in .txt or .jsonl, not in .gz"),
+    ("a.parquet", "a corpus file ends in .txt or .jsonl, not in .parquet"),
+    ("a.jsonl", "a.jsonl:1: field 'text' is missing; known: body"),
+    ("some.jsonl", "some.jsonl:3: field 'text' is missing; did you mean txt?"),
+    ("null.jsonl", "null.jsonl:1: field 'text' must be text, got None"),
+    ("hollow.jsonl", "no text in any document"),
+    ("broken.jsonl", "broken.jsonl:2: not valid JSON"),
+    ("bits.txt", "bits.txt:1: not UTF-8 at byte 1"),
+    ("wide.txt", "wide.txt:1: holds a NUL byte and is no text"),
+    ("pipe.txt", "is neither a file nor a folder"),
+]
+
+
+@pytest.fixture
+def faults(tmp_path, monkeypatch) -> Path:
+    """Every kind of corpus that cannot be read, by the names of CORPUS_FAULTS."""
+    monkeypatch.chdir(tmp_path)
+    for name, target in {"loop.txt": "loop.txt", "loop": "loop", "gone.jsonl": "nowhere"}.items():
+        os.symlink(target, name)
+    for folder in ("empty", "packed/deep", "blank", "linked"):
+        Path(folder).mkdir(parents=True)
+    os.symlink("nowhere", "linked/gone.txt")
+    Path("linked/a.txt").write_text("oak")
+    Path("blank/a.txt").write_text("\n \n")
+    for name in ("packed/a.txt.gz", "a.txt.gz", "bits.txt"):
+        Path(name).write_bytes(b"\x1f\x8b\x08\x00")
+    Path("a.parquet").write_bytes(b"PAR1")
+    Path("a.jsonl").write_text('{"body": "oak"}\n')
+    Path("some.jsonl").write_text('{"text": "oak"}\n{"text": ""}\n{"txt": "elm"}\n')
+    Path("null.jsonl").write_text('{"text": null}\n')
+    Path("hollow.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    Path("broken.jsonl").write_text('{"text": "oak"}\n{"text": \n')
+    Path("wide.txt").write_bytes("oak\n".encode("utf-16-le"))
+    os.mkfifo("pipe.txt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("source", "says"), CORPUS_FAULTS)
+def test_a_corpus_that_cannot_be_read_is_refused_by_its_beginning(faults, tmp_path, trees, source, says):
+    message = refusal(DataError, require_corpus, [trees, source] if source != "hollow.jsonl" else [source], "text")
+    assert says in message and source in message
+
+
+def test_a_corpus_is_looked_at_and_not_read_through(tmp_path, monkeypatch):
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "oak"}\n' * 30 + "{\n")
+    monkeypatch.setattr(corpus, "PEEK_DOCUMENTS", 20)
+    require_corpus([str(path)], "text")
+    monkeypatch.setattr(corpus, "PEEK_DOCUMENTS", 40)
+    assert "long.jsonl:31" in refusal(DataError, require_corpus, [str(path)], "text")
+    monkeypatch.setattr(corpus, "PEEK_CHARACTERS", 60)
+    require_corpus([str(path)], "text")
+
+
+def test_a_run_that_has_its_tokens_goes_on_without_the_hub(tmp_path):
+    require = ["owner/name:default"], "text"
+    assert "the hub gave no data set" in refusal(DataError, require_corpus, *require, store=tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    require_corpus(*require, store=tmp_path)
+
+
+def test_a_blank_file_beside_text_and_no_corpus_at_all_are_fine(tmp_path, trees):
+    (tmp_path / "hollow.jsonl").write_text('{"text": ""}\n')
+    require_corpus([trees, str(tmp_path / "hollow.jsonl")], "text")
+    require_corpus([], "text")
+    assert "a list of files" in refusal(DataError, require_corpus, [], "body")
+
+
+@pytest.mark.parametrize("command", ["check", "run", "vocab", "compress"])
+@pytest.mark.parametrize("source", ["absent", "loop", "blank", "a.jsonl", "bits.txt"])
+def test_every_command_refuses_it_in_one_line_before_anything_is_written(faults, tiny, capsys, command, source):
+    from glmd.cli import main
+
+    arguments = {
+        "check": [str(tiny.root / "run.yaml"), f"data.corpus=[{source}]", "output_dir=out"],
+        "run": [str(tiny.root / "run.yaml"), f"data.corpus=[{source}]", "output_dir=out"],
+        "vocab": [source, "--teacher", str(tiny.teacher)],
+        "compress": [str(tiny.teacher), "out", "--corpus", source, "--keep-ratio", "0.6"],
+    }
+    assert main([command, *arguments[command]]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert source in lines[-1] and not list(Path().glob("out/*/*"))

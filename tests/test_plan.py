@@ -4,13 +4,11 @@ import json
 
 import pytest
 
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, DataError
 from glmd.plan import make_plan
 
 SENTIMENT = """
 name: Sentiment
-folder: Sentiment
-hub_name: sentiment
 fields: [sentence]
 text: "{sentence}"
 labels: [negative, positive]
@@ -38,6 +36,22 @@ def test_a_task_of_ones_own_is_read_from_its_definition_and_files(tiny, tmp_path
         (("it was bad", None),),
         (("it was good", None),),
     ]
+
+
+def test_a_subfolder_is_named_only_where_a_task_is_read_from_one(tiny, tmp_path, files):
+    del files["train"], files["val"]
+    of_the_task = f"tasks={json.dumps({'mood': files})}"
+    with pytest.raises(DataError, match=r"Sentiment/train\.jsonl: no such file; .* holds RTE; the key folder in"):
+        make_plan(tiny.config(tmp_path / "run", of_the_task))
+    with pytest.raises(DataError, match=r"o/n: hub_name of task Sentiment is missing"):
+        make_plan(tiny.config(tmp_path / "run", of_the_task, "data.superglue=o/n"))
+    folder = tmp_path / "task"
+    (folder / "val.jsonl").rename(folder / "validation.jsonl")
+    (folder / "Sentiment").mkdir()
+    for path in folder.glob("*.jsonl"):
+        path.rename(folder / "Sentiment" / path.name)
+    plan = make_plan(tiny.config(tmp_path / "run", of_the_task, f"data.superglue={folder}"))
+    assert len(plan.tasks["Sentiment"].val) == 2
 
 
 def test_settings_beside_a_definition_change_its_stages(tiny, tmp_path, files):

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from test_superglue import OFFICIAL, hub_features, hub_rows, without_labels
 
 from glmd.data.predictions import require_idx, write_predictions
-from glmd.data.tasks import TaskExample, load_task, read_split
+from glmd.data.tasks import TaskExample, load_task, read_split, task_names
 from glmd.errors import DataError
 
 
@@ -96,6 +98,27 @@ def test_an_idx_without_the_parts_of_its_form_is_refused(task, idx, says):
     with pytest.raises(DataError) as caught:
         require_idx(load_task(task), [example(0, idx)])
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("task", "part"), [("MultiRC", "'paragraph', 'question', 'answer'"), ("ReCoRD", "'query'")])
+def test_a_form_that_needs_more_than_a_number_says_so(tmp_path, task, part):
+    with pytest.raises(DataError, match=f"field 'idx' is missing; the answers of {task} are .* {part}, which"):
+        write_predictions(load_task(task), [0], [example(0, None, ("a",))], tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_test_split_without_labels_gives_one_file_from_official_rows_and_the_hubs(tmp_path, name):
+    rows, task = without_labels(OFFICIAL[name]), load_task(name)
+    official, hub = tmp_path / "test.jsonl", tmp_path / "test.parquet"
+    official.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(hub_rows(name, rows), features=hub_features(name)).to_parquet(str(hub))
+    for source in (official, hub):
+        examples = read_split(task, str(source), "test", require_labels=False)
+        write_predictions(task, [0] * len(examples), examples, tmp_path / f"{source.suffix[1:]}.answers")
+    answers = [path.read_text() for path in (tmp_path / "jsonl.answers", tmp_path / "parquet.answers")]
+    assert answers[0] == answers[1]
+    ids = [row.get("idx") for row in rows] if name != "ReCoRD" else [q["idx"] for row in rows for q in row["qas"]]
+    assert [json.loads(line)["idx"] for line in answers[0].splitlines()] == ids
 
 
 def test_a_folder_for_the_file_is_made(tmp_path):

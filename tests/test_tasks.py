@@ -113,6 +113,16 @@ def test_a_task_of_your_own_is_a_path(make_task):
         ({"labels": [0.5, 1.5]}, "labels[0] must be"),
         ({"labels": ["yes"]}, "labels must be two or more"),
         ({"labels": ["yes", "yes", "no"]}, "labels must be two or more"),
+        ({"labels": [-1, 1]}, "labels: -1 is what rows say where they have no label; write other labels"),
+        ({"labels": [0, -1, 1]}, "labels: -1 is what rows say where they have no label"),
+        ({"labels": ["", "yes"]}, 'labels: "" is blank; write other labels'),
+        ({"labels": [1, "1"]}, 'differ; got 1, "1": 1 and "1" are alike'),
+        ({"labels": [0, False]}, "differ; got 0, false: 0 and false are alike"),
+        ({"labels": [True, 1]}, "differ; got true, 1: true and 1 are alike"),
+        ({"labels": [False, True, "True"]}, 'true and "True" are alike'),
+        ({"labels": ["yes", "yes "]}, 'got "yes", "yes ": "yes" and "yes " are alike'),
+        ({"labels": [None, 1]}, "labels[0] must be"),
+        ({"may_be_blank": ["prof"]}, "may_be_blank: 'prof' is not in fields; did you mean proof?"),
         ({"metrics": []}, "metrics must be one or more and differ; got none"),
         ({"metrics": ["accuracy", "accuracy"]}, "metrics must be one or more and differ; got accuracy, accuracy"),
         ({"text": "{clam}"}, "did you mean claim?"),
@@ -202,11 +212,19 @@ def test_an_idx_that_stands_twice_in_a_file_is_refused_by_both_lines(make_task, 
     source = write(first, {**ROW, "idx": 4}, ROW, ROW, again)
     message = refusal(DataError, read_split, make_task(), source, "train", require_labels=True)
     assert message == f"{source}:5: field 'idx' is 3, as in {source}:1; each row needs its own"
+    other = {**first, "label": False}
     assert ":2: field 'idx' is 3" in refusal(
-        DataError, read_split, make_task(), write(first, first), "train", require_labels=False
+        DataError, read_split, make_task(), write(first, other), "train", require_labels=False
     )
     source = write({**first, "idx": {"b": 1, "a": 2}}, {**again, "idx": {"a": 2, "b": 1}})
     assert ":2: field 'idx'" in refusal(DataError, read_split, make_task(), source, "train", require_labels=True)
+
+
+def test_a_labelled_row_that_stands_twice_is_read_once(make_task, write, caplog):
+    source = write({**ROW, "idx": 3}, {**ROW, "idx": 3}, {**ROW, "idx": 4})
+    examples = read_split(make_task(), source, "val", require_labels=True)
+    assert [(e.example_id, e.idx) for e in examples] == [(0, 3), (1, 4)]
+    assert f"a row stands twice (1, first {source}:2)" in caplog.text
 
 
 def test_a_pool_without_labels_may_hold_one_input_twice_and_no_other_under_its_idx(make_task, write):
@@ -399,9 +417,12 @@ def test_a_source_that_is_not_there_is_refused_with_what_is(make_task, write, tm
     message = refusal(DataError, read_split, task, str(tmp_path / "Toy"), **read)  # one folder too deep
     assert message == f"{tmp_path}/Toy/Toy/train.jsonl: no such file; {tmp_path}/Toy holds val.jsonl"
     assert "cannot be read" in refusal(DataError, read_split, task, str(tmp_path / "none.jsonl"), **read)
-    (tmp_path / "rows.csv").write_text("claim,proof\n")
-    for source in (tmp_path / "none", tmp_path / "rows.csv", "superglue", "./none", " "):
+    for source in (tmp_path / "none", tmp_path / "none.csv", "superglue", "./none", " "):
         assert "no such folder, nor a .jsonl file" in refusal(DataError, read_split, task, str(source), **read)
+    for name in ("rows.csv", "rows.jsonl.gz", "rows"):
+        (tmp_path / name).write_text("claim,proof\n")
+        message = refusal(DataError, read_split, task, str(tmp_path / name), **read)
+        assert f"{name}: rows are read from .jsonl and .parquet files, not from" in message
 
 
 # The hub

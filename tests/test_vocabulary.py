@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, GenerationConfig
 
 from glmd.errors import ModelError
-from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep, unknown_id
 from glmd.slicing import expand_model, renumber_config, renumber_generation_config, slice_model, vocabulary_axes
 from glmd.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer
 from glmd.vocabulary import MAPPINGS, Vocabulary, build_vocabulary, in_degrees, map_tokens, token_classes
@@ -330,6 +330,43 @@ def test_arrays_that_are_no_vocabulary_are_refused(kept, token_map, message):
         Vocabulary(np.array(kept, dtype=None if kept else int), np.array(token_map))
     with pytest.raises(ModelError, match=r"counts must be 2 numbers"):
         Vocabulary(np.array([0, 1]), np.array([0, 1]), counts=np.array([1, 2, 3]))
+
+
+def test_unknown_tokens_cover_nothing_and_are_counted_apart(tmp_path):
+    counts = np.array([1, 2, 3, 4, 0])
+    vocabulary = Vocabulary(np.array([0, 2, 3]), np.array([0, 1, 1, 2, 1]), counts=counts, unknown_id=3)
+    assert (vocabulary.coverage, vocabulary.unknown_share) == (0.4, 0.4)
+    vocabulary.save(tmp_path)
+    assert Vocabulary.load(tmp_path).coverage == 0.4
+    summary = json.loads((tmp_path / "vocabulary.json").read_text())
+    assert (summary["coverage"], summary["unknown_share"]) == (0.4, 0.4)
+    alone = Vocabulary.identity(5, counts=np.array([0, 0, 0, 9, 0]), unknown_id=3)
+    assert (alone.coverage, alone.unknown_share) == (0.0, 1.0)
+
+
+def test_the_unknown_token_is_the_models_own_and_none_where_bytes_spell_all(tiny):
+    assert unknown_id(transformers.AutoTokenizer.from_pretrained(tiny.teacher)) == 1
+    tokenizer = FAMILIES["gpt2"]()
+    assert unknown_id(tokenizer) is None
+    # Some say that it is the end of text, which separates documents and is often seen.
+    tokenizer.backend_tokenizer.model.unk_token = tokenizer.eos_token
+    assert unknown_id(tokenizer) is None
+
+
+@pytest.mark.parametrize("keep_ratio", [0.7, 1.0])
+@pytest.mark.parametrize(("share", "warned"), [(1.0, True), (0.02, True), (0.005, False), (0.0, False)])
+def test_a_notable_share_of_unknown_tokens_is_warned_of(tiny, caplog, keep_ratio, share, warned):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.teacher)
+    counts = np.full(len(tokenizer), 1000)
+    known = 1000 * (len(tokenizer) - len(tokenizer.all_special_ids))  # a separator between documents is no text
+    counts[tokenizer.unk_token_id] = round(share / (1 - share) * known) if share < 1 else 1000
+    if share == 1:
+        counts *= np.isin(np.arange(len(counts)), tokenizer.all_special_ids)
+    embeddings = np.eye(len(tokenizer), 8)
+    vocabulary = build_vocabulary(tokenizer, embeddings, counts, keep_ratio=keep_ratio)
+    assert vocabulary.unknown_share == pytest.approx(share, abs=1e-4)
+    assert vocabulary.coverage <= 1 - vocabulary.unknown_share
+    assert ("unknown to the tokenizer ([UNK])" in caplog.text) == warned
 
 
 def test_its_properties_say_what_the_arrays_say():

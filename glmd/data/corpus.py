@@ -31,6 +31,7 @@ MAX_DOCUMENT_CHARACTERS = 16_000_000
 STORE_VERSION = 2
 TEXT_FIELD = "text"  # the default
 SUFFIXES = (".txt", ".jsonl")
+PEEK_DOCUMENTS, PEEK_CHARACTERS = 1000, 1_000_000  # of each source, read before anything is begun
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,33 @@ def read_documents(sources: Sequence[str], *, text_field: str = "text") -> Itera
     return itertools.chain.from_iterable(_documents(each, text_field) for each in _resolve(sources))
 
 
-def require_text_field(sources: Sequence[str], text_field: str) -> None:
-    """Refuse the name of a field where no source has fields. Raises DataError, also for a source that is not there."""
-    if text_field != TEXT_FIELD and all(isinstance(each, Path) and each.suffix == ".txt" for each in _resolve(sources)):
+def require_corpus(sources: Sequence[str], text_field: str, *, store: Path | None = None) -> None:
+    """Refuse what reading would refuse, by the first documents of each source, of hub data sets too. Raises DataError.
+
+    No source at all is no corpus, which not every run needs. A text_field where no source has fields is refused.
+    store: where a token store is or will be. Once it is there, the hub is not asked: the run may go on without it.
+    """
+    if not sources and text_field == TEXT_FIELD:
+        return
+    resolved = _resolve(sources)
+    if text_field != TEXT_FIELD and all(isinstance(each, Path) and each.suffix.lower() == ".txt" for each in resolved):
         raise DataError(f"text_field {text_field!r} has no effect: the corpus is .txt files alone; remove it")
+    if store is not None and (store / "manifest.json").is_file():
+        resolved = [each for each in resolved if isinstance(each, Path)]
+    blank = [_is_blank(_documents(each, text_field)) for each in resolved]
+    if blank and all(blank):
+        raise DataError(f"{', '.join(map(str, sources))}: no text in any document; name another text_field or corpus")
+
+
+def _is_blank(documents: Iterator[str]) -> bool:
+    """Whether a source was read to its end and holds no text; only its beginning is read."""
+    is_blank, characters = True, 0
+    for number, document in enumerate(documents, start=1):
+        is_blank = is_blank and not document.strip()
+        characters += len(document)
+        if number >= PEEK_DOCUMENTS or characters >= PEEK_CHARACTERS:
+            return False
+    return is_blank
 
 
 def corpus_fingerprint(sources: Sequence[str]) -> dict[str, Any]:
@@ -351,18 +375,47 @@ def _resolve(sources: Sequence[str]) -> list[Path | str]:
 def _resolve_one(source: str) -> list[Path] | list[str]:
     path = Path(os.path.expanduser(source))  # Path.expanduser fails for an unknown ~user
     if source.strip() and path.is_dir():
-        files = sorted((p for p in path.iterdir() if _is_text(p) and p.is_file()), key=lambda p: p.name)
-        if not files:
-            raise DataError(f"{source}: the folder holds no .txt or .jsonl file")
-        return list(files)
+        return _text_files(source, path)
     if source.strip() and path.exists():
         if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{source}: a corpus file ends in .txt or .jsonl")
+            raise DataError(
+                f"{source}: a corpus file ends in .txt or .jsonl, not in {path.suffix or 'nothing'}; "
+                "unpack or convert it, or give the id of a data set of the hub"
+            )
+        if not path.is_file():
+            raise DataError(
+                f"{source}: is neither a file nor a folder; give a .txt or .jsonl file, or a folder of them"
+            )
         return [path]
+    if path.is_symlink():
+        raise _dead_link(path)
     if _hub_id(source):
         return [source]
     hint = "; for a data set of the hub write owner/name:config" if re.fullmatch(r"[\w-]+/[\w.-]+", source) else ""
     raise DataError(f"{source if source.strip() else repr(source)}: no such file or folder{hint}")
+
+
+def _text_files(source: str, folder: Path) -> list[Path]:
+    try:
+        everything = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror})") from None
+    files = [p for p in everything if _is_text(p) and not p.is_dir()]
+    for path in files:
+        if path.is_symlink() and not path.exists():
+            raise _dead_link(path)
+    files = [path for path in files if path.is_file()]
+    if not files:
+        held = ", ".join(f"{p.name}/" if p.is_dir() else p.name for p in everything[:8]) or "nothing"
+        raise DataError(
+            f"{source}: the folder holds no .txt or .jsonl file; it holds {held}. Unpack or convert files, and name "
+            "subfolders by themselves"
+        )
+    return files
+
+
+def _dead_link(path: Path) -> DataError:
+    return DataError(f"{path}: is a link to {os.readlink(path)}, where nothing can be read; mend it, or name the text")
 
 
 def _is_text(path: Path) -> bool:
@@ -390,6 +443,10 @@ def _read_text(path: Path) -> Iterator[str]:
     paragraphs: list[str] = []
     size = num_documents = 0
     for line_number, line in itertools.chain(read_lines(path), [(0, "")]):  # the file's end ends a document
+        if "\0" in line:
+            raise DataError(
+                f"{path}:{line_number}: holds a NUL byte and is no text; save the file as UTF-8, or remove it"
+            )
         if line.strip():
             paragraphs.append(line)
             size += len(line) + 1

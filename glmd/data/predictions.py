@@ -6,8 +6,10 @@ The leaderboard wants one file for each task, named like its folder (BoolQ.jsonl
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from glmd.errors import DataError
 # jiant/tasks/lib/*.py, and before that `_write_*_preds` of jiant/evaluate.py. Truth values are words there, with a
 # capital in WSC and without one in BoolQ and WiC; answers of MultiRC and COPA are numbers; ReCoRD's is the entity.
 
+logger = logging.getLogger(__name__)
+
 _IDX_PARTS = {"multirc": ("paragraph", "question", "answer"), "record": ("query",)}
 
 
@@ -30,13 +34,16 @@ def write_predictions(
     """Write the predictions for a split that was read without `training`.
 
     predictions: (B,) class ids, or positions of the chosen candidates, in the order of the examples.
-    Raises DataError for an example without idx or with another's, and for a prediction that is no class or candidate.
+    Rows of which none has an idx are known by their number, from 0.
+    Raises DataError for an example without idx beside others, or with another's, and for a prediction that is no class
+    or candidate.
     """
     chosen = np.asarray(predictions)
     if chosen.shape != (len(examples),):
         raise ValueError(f"{len(examples)} examples need as many predictions in one row; got shape {chosen.shape}")
     if chosen.size and chosen.dtype.kind not in "iu":
         raise DataError(f"predictions must be one row of class ids or positions, got {chosen.dtype}")
+    examples = with_idx(task, examples)
     require_idx(task, examples)
     for example, prediction in zip(examples, chosen.tolist(), strict=True):
         count = len(task.labels) or len(example.choices)
@@ -52,13 +59,37 @@ def write_predictions(
     os.replace(temporary, target)
 
 
+def with_idx(task: Task, examples: Sequence[TaskExample]) -> list[TaskExample]:
+    """The examples as they are, or with the numbers of their rows from 0 where no row has an idx.
+
+    Raises DataError where the form of the answers needs more than a number.
+    """
+    if any(example.idx is not None for example in examples):
+        return list(examples)
+    parts = _IDX_PARTS.get(task.rows, ())
+    if parts and examples:
+        named = ", ".join(map(repr, parts))
+        raise DataError(
+            f"{_where(task, examples[0])}: field 'idx' is missing; the answers of {task.name} are written by its parts "
+            f"{named}, which a row's number does not tell: give the rows as the official file or the hub has them"
+        )
+    logger.info("%s: no row has an idx; answers are given by the number of the row, from 0", task.name)
+    return [replace(example, idx=number) for number, example in enumerate(examples)]
+
+
+def _where(task: Task, example: TaskExample) -> str:
+    return example.where or f"{task.name} example {example.example_id}"
+
+
 def require_idx(task: Task, examples: Sequence[TaskExample]) -> None:
     """Refuse examples without an idx of their own, and an idx that has not its form's parts."""
     first_of: dict[str, TaskExample] = {}
     for example in examples:
-        where = example.where or f"{task.name} example {example.example_id}"
+        where = _where(task, example)
         if example.idx is None:
-            raise DataError(f"{where}: field 'idx' is missing, by which the leaderboard knows a row")
+            raise DataError(
+                f"{where}: field 'idx' is missing, by which the leaderboard knows a row; give it to all rows or to none"
+            )
         for part in _IDX_PARTS.get(task.rows, ()):
             if not isinstance(example.idx, dict) or part not in example.idx:
                 raise DataError(f"{where}: field 'idx' must have {part!r}, got {json.dumps(example.idx)[:60]}")

@@ -4,7 +4,8 @@
         row = checked("multirc", row, where)       # paragraph, question, answer, label, idx
 
 `flat_rows` is for the official files, whose rows may be nested; a hub row is flat already. Both pass `checked`. A form
-without an entry in a table below needs nothing: its rows are flat and their texts are all there is.
+without an entry in a table below needs nothing: its rows are flat and their texts are all there is. What is wrong in a
+few official rows, and harms nothing, is counted in `Oddities` and read all the same.
 """
 
 import re
@@ -12,27 +13,26 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from glmd.data.noun_phrases import OPENERS, noun_phrases
+from glmd.data.oddities import Oddities
 from glmd.errors import DataError
 from glmd.strict_yaml import suggestion
 
 Form = Literal["flat", "axg", "copa", "multirc", "record", "wic", "wsc"]
 Row = dict[str, Any]
-# Four official answers of MultiRC are empty texts; elsewhere an empty field is a mistake.
-MAY_BE_BLANK = {"multirc": ("answer",)}
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-def flat_rows(form: Form, row: Row, where: str) -> Iterator[tuple[str, Row]]:
+def flat_rows(form: Form, row: Row, where: str, oddities: Oddities | None = None) -> Iterator[tuple[str, Row]]:
     """Each flat row of an official row, with the place to name in an error. Raises DataError."""
-    if form in _FLATTEN:
-        yield from _FLATTEN[form](row, where)
+    if form in _FLATTEN and _FLAT_FIELD[form] not in row:
+        yield from _FLATTEN[form](row, where, oddities or Oddities())
     else:
         yield where, row
 
 
-def checked(form: Form, row: Row, where: str) -> Row:
+def checked(form: Form, row: Row, where: str, oddities: Oddities | None = None) -> Row:
     """The flat row, with the fields that a template may use besides the hub's. Raises DataError."""
-    return _CHECK[form](row, where) if form in _CHECK else row
+    return _CHECK[form](row, where, oddities or Oddities()) if form in _CHECK else row
 
 
 def _part(row: Row, key: str, kind: type, where: str, within: str = "") -> Any:
@@ -46,11 +46,8 @@ def _part(row: Row, key: str, kind: type, where: str, within: str = "") -> Any:
 
 
 def _parts(row: Row, key: str, where: str, within: str = "") -> Iterator[tuple[str, Row]]:
-    """The objects of the list row[key], at least one, each with its path."""
-    listed = _part(row, key, list, where, within)
-    if not listed:
-        raise DataError(f"{where}: field '{within}{key}' is an empty list; at least one is needed")
-    for i, each in enumerate(listed):
+    """The objects of the list row[key], each with its path."""
+    for i, each in enumerate(_part(row, key, list, where, within)):
         path = f"{within}{key}[{i}]"
         if not isinstance(each, dict):
             raise DataError(f"{where}: field '{path}' must be an object, got {str(each)[:60]!r}")
@@ -60,11 +57,15 @@ def _parts(row: Row, key: str, where: str, within: str = "") -> Iterator[tuple[s
 # MultiRC: a line is a paragraph with questions with answers; a flat row is an answer.
 
 
-def _flat_multirc(row: Row, where: str) -> Iterator[tuple[str, Row]]:
+def _flat_multirc(row: Row, where: str, oddities: Oddities) -> Iterator[tuple[str, Row]]:
     passage = _part(row, "passage", dict, where)
     paragraph = _part(passage, "text", str, where, "passage.")
     seen: dict[int, str] = {}
+    if passage.get("questions") == []:
+        oddities.note("a passage has no questions", where)
     for question_path, question in _parts(passage, "questions", where, "passage."):
+        if question.get("answers") == []:
+            oddities.note("a question has no answers", where)
         number = _part(question, "idx", int, where, f"{question_path}.")
         if seen.setdefault(number, question_path) != question_path:
             found = f"field '{question_path}.idx' is {number}, as in {seen[number]}"
@@ -86,24 +87,20 @@ def _flat_multirc(row: Row, where: str) -> Iterator[tuple[str, Row]]:
 # ReCoRD: a line is a passage with the places of its entities and with queries; a flat row is a query.
 
 
-def _flat_record(row: Row, where: str) -> Iterator[tuple[str, Row]]:
+def _flat_record(row: Row, where: str, oddities: Oddities) -> Iterator[tuple[str, Row]]:
     passage = _part(row, "passage", dict, where)
     text = _part(passage, "text", str, where, "passage.")
-    spans = sorted(
-        (_official_span(each, text, where, path) for path, each in _parts(passage, "entities", where, "passage.")),
-        key=lambda span: span[0],
-    )
+    spans = _entity_spans(passage, text, where, oddities)
     entities = [text[start:end] for start, end in spans]
+    if row.get("qas") == []:
+        oddities.note("a passage has no queries", where)
     for path, query in _parts(row, "qas", where):
         answers = []
         for answer_path, answer in _parts(query, "answers", where, f"{path}.") if query.get("answers") else ():
-            start, end = _official_span(answer, text, where, answer_path)
             answers.append(_part(answer, "text", str, where, f"{answer_path}."))
-            if text[start:end] != answers[-1]:
-                raise DataError(
-                    f"{where}: field '{answer_path}' is {answers[-1][:60]!r}, "
-                    f"but the passage has {text[start:end][:60]!r} there"
-                )
+            span = _official_span(answer, text, where, answer_path) if "start" in answer else None
+            if span is None or text[slice(*span)] != answers[-1]:
+                oddities.note("an answer does not stand where its row says", f"{where} {answer_path}")
         flat = {
             "passage": text,
             "query": _part(query, "query", str, where, f"{path}."),
@@ -118,30 +115,40 @@ def _flat_record(row: Row, where: str) -> Iterator[tuple[str, Row]]:
         yield f"{where}: {path}", flat
 
 
-def _official_span(span: Row, text: str, where: str, path: str) -> tuple[int, int]:
-    """Start and end as Python slices have them; the official end is the last character's."""
+def _entity_spans(passage: Row, text: str, where: str, oddities: Oddities) -> list[tuple[int, int]]:
+    """Start and end of each entity, by place; without those that are no part of the text, or blank."""
+    found = []
+    for path, each in _parts(passage, "entities", where, "passage."):
+        span = _official_span(each, text, where, path)
+        if span is None or not text[slice(*span)].strip():
+            oddities.note("an entity lies outside its passage and is left out", f"{where} {path}")
+        else:
+            found.append(span)
+    if not found:
+        raise DataError(f"{where}: field 'passage.entities' holds no part of the passage; at least one is needed")
+    return sorted(found, key=lambda span: span[0])
+
+
+def _official_span(span: Row, text: str, where: str, path: str) -> tuple[int, int] | None:
+    """Start and end as Python slices have them; the official end is the last character's. None: outside the text."""
     start, end = (_part(span, key, int, where, f"{path}.") for key in ("start", "end"))
-    if not 0 <= start <= end < len(text):
-        raise DataError(
-            f"{where}: field '{path}' runs from {start} to {end}, "
-            f"which is outside the passage of {len(text)} characters (0 to {len(text) - 1})"
-        )
-    return start, end + 1
+    return (start, end + 1) if 0 <= start <= end < len(text) else None
 
 
-def _checked_record(row: Row, where: str) -> Row:
+def _checked_record(row: Row, where: str, oddities: Oddities) -> Row:
     spans = row.get("entity_spans")
     if spans is not None:
         if isinstance(spans, list):  # the hub's rows hold one object of lists or a list of objects
             spans = {key: [_part(each, key, object, where, "entity_spans.") for each in spans] for key in _SPAN}
         columns = [_part(spans, key, list, where, "entity_spans.") for key in _SPAN]
-        for i, (text, start, end) in enumerate(zip(*columns, strict=True)):
-            if row["passage"][start:end] != text:
-                raise DataError(
-                    f"{where}: field 'entity_spans[{i}]': the passage has no {text!r} from {start} to {end}"
-                )
+        if any(row["passage"][start:end] != text for text, start, end in zip(*columns, strict=True)):
+            oddities.note("an entity does not stand where its row says", where)
     # The hub lists entities in the order of a set, which is none: one order for both sources.
-    return row | {"entities": sorted(set(_texts(row, "entities", where)))}
+    entities = sorted(set(_texts(row, "entities", where)))
+    answers = row.get("answers") or []
+    if any(answer not in entities for answer in answers):
+        oddities.note("an answer is none of the entities, so that nobody can choose it", where)
+    return row | {"entities": entities}
 
 
 _SPAN = ("text", "start", "end")
@@ -158,7 +165,7 @@ def _texts(row: Row, key: str, where: str) -> list[str]:
 # WSC: a line holds a text and a target, two spans with the index of their first word; flat: the spans as fields.
 
 
-def _flat_wsc(row: Row, where: str) -> Iterator[tuple[str, Row]]:
+def _flat_wsc(row: Row, where: str, oddities: Oddities) -> Iterator[tuple[str, Row]]:
     target = _part(row, "target", dict, where)
     flat = {key: value for key, value in row.items() if key != "target"}
     text = _part(row, "text", str, where)
@@ -178,23 +185,44 @@ def _as_in_text(text: str, index: int, span: str) -> str:
     return found.group() if found else span
 
 
-def _checked_wsc(row: Row, where: str) -> Row:
+def _checked_wsc(row: Row, where: str, oddities: Oddities) -> Row:
     text = _part(row, "text", str, where)
-    words = list(re.finditer(r"\S+", text))
+    found: Row = {}
     for name in ("span1", "span2"):
-        index, span = _part(row, f"{name}_index", int, where), _part(row, f"{name}_text", str, where)
-        if not 0 <= index < len(words):
-            raise DataError(f"{where}: field '{name}_index' is {index}, but the text has {len(words)} words (from 0)")
-        # Case and attached punctuation differ in many official rows, and in a few other words stand between.
-        rest = iter(_WORD.findall(text[words[index].start() :].casefold()))
-        wanted = _WORD.findall(span.casefold())
-        if not wanted or next(rest, None) != wanted[0] or not all(word in rest for word in wanted[1:]):
-            there = words[index].group()
-            raise DataError(f"{where}: field '{name}_text' is {span[:60]!r}, but the text's word {index} is {there!r}")
-    word = words[row["span2_index"]]
+        given, span = _part(row, f"{name}_index", int, where), _part(row, f"{name}_text", str, where)
+        index = span_index(text, given, span)
+        if index is None:
+            raise DataError(f"{where}: field '{name}_text' is {span[:60]!r}, which stands nowhere in the text")
+        if index != given:
+            oddities.note("a span stands at another word than its index says, and the nearest is taken", where)
+        found |= {f"{name}_index": index, f"{name}_text": _as_in_text(text, index, span)}
+    row = row | found
+    word = list(re.finditer(r"\S+", text))[row["span2_index"]]
     pronoun = re.compile(re.escape(row["span2_text"]), re.IGNORECASE).search(text, word.start(), word.end()) or word
     marked = f"{text[: pronoun.start()]}*{pronoun.group()}*{text[pronoun.end() :]}"
     return row | {"marked_text": marked, "candidates": _wsc_candidates(row, marked, where)}
+
+
+def span_index(text: str, index: int, span: str) -> int | None:
+    """The word at which a span begins, nearest to its index; None where the text has it nowhere.
+
+    Case and attached punctuation differ in many official rows, and in a few other words stand between: such a span
+    counts only where the text has it nowhere in one piece, and no farther off than an official index is.
+    """
+    parts = [(i, part) for i, word in enumerate(text.casefold().split()) for part in _WORD.findall(word)]
+    places, words = [i for i, _ in parts], [part for _, part in parts]
+    wanted = _WORD.findall(span.casefold())
+    starts = [j for j, word in enumerate(words) if wanted and word == wanted[0]]
+    whole = [j for j in starts if words[j : j + len(wanted)] == wanted]
+    interrupted = [j for j in starts if abs(places[j] - index) <= 1 and _in_order(wanted, words[j:])]
+    found = whole or interrupted
+    # Of two that are equally near, the later: where an official index is wrong, the span stands at the next word.
+    return min((places[j] for j in found), key=lambda place: (abs(place - index), -place), default=None)
+
+
+def _in_order(wanted: list[str], words: list[str]) -> bool:
+    rest = iter(words)
+    return all(word in rest for word in wanted)
 
 
 def _wsc_candidates(row: Row, marked: str, where: str) -> list[str]:
@@ -232,7 +260,7 @@ _WORD = re.compile(r"\w+")
 # Flat in both sources, with a field to check or to fill in.
 
 
-def _checked_copa(row: Row, where: str) -> Row:
+def _checked_copa(row: Row, where: str, oddities: Oddities) -> Row:
     question = _part(row, "question", str, where)
     if question not in ("cause", "effect"):
         raise DataError(f"{where}: field 'question' must be cause or effect, got {question[:60]!r}")
@@ -240,32 +268,32 @@ def _checked_copa(row: Row, where: str) -> Row:
     return row | {"statement": statement, "connective": {"cause": "because", "effect": "so"}[question]}
 
 
-def _checked_wic(row: Row, where: str) -> Row:
+def _checked_wic(row: Row, where: str, oddities: Oddities) -> Row:
     for number in "12":
         sentence = _part(row, f"sentence{number}", str, where)
         if f"start{number}" in row or f"end{number}" in row:
             start, end = (_part(row, f"{key}{number}", int, where) for key in ("start", "end"))
-            if not 0 <= start < end <= len(sentence):
-                raise DataError(
-                    f"{where}: fields 'start{number}' and 'end{number}' are {start} and {end}, "
-                    f"which is no part of sentence{number} with its {len(sentence)} characters"
-                )
+            if not 0 <= start < end <= len(sentence):  # no text depends on it
+                oddities.note("the place of the word is no part of its sentence", where)
     return row
 
 
-def _checked_axg(row: Row, where: str) -> Row:
+def _checked_axg(row: Row, where: str, oddities: Oddities) -> Row:
     # The two of a pair follow each other, as jiant's scorer of the benchmark (jiant/metrics/winogender_metrics.py)
     # takes them; a wrong pair would show in its two hypotheses. The official file's pair_id differs within a pair,
     # and the hub's rows have none.
+    if "idx" not in row:
+        raise DataError(f"{where}: field 'idx' is missing, by which the two rows of a pair find each other")
     return row | {"pair": _part(row, "idx", int, where) // 2}
 
 
-_FLATTEN: dict[str, Callable[[Row, str], Iterator[tuple[str, Row]]]] = {
+_FLATTEN: dict[str, Callable[[Row, str, Oddities], Iterator[tuple[str, Row]]]] = {
     "multirc": _flat_multirc,
     "record": _flat_record,
     "wsc": _flat_wsc,
 }
-_CHECK: dict[str, Callable[[Row, str], Row]] = {
+_FLAT_FIELD = {"multirc": "paragraph", "record": "query", "wsc": "span1_text"}  # of a row that is flat already
+_CHECK: dict[str, Callable[[Row, str, Oddities], Row]] = {
     "axg": _checked_axg,
     "copa": _checked_copa,
     "record": _checked_record,

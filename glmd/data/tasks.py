@@ -11,7 +11,7 @@ from the hub.
 import dataclasses
 import json
 import logging
-import os
+import math
 import random
 import re
 import string
@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glmd.configs_root import configs_root, named_file
-from glmd.data.jsonl import read_jsonl
-from glmd.data.superglue import MAY_BE_BLANK, Form, checked, flat_rows
+from glmd.data.oddities import Oddities
+from glmd.data.sources import Place, Split, open_split
+from glmd.data.superglue import Form, checked, flat_rows
 from glmd.errors import ConfigError, DataError
 from glmd.strict_yaml import build, load_yaml, suggestion
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "val", "test"]
 Label = str | bool | int
-HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+NO_LABEL = -1  # the hub's sign for a hidden label; null is another
 
 
 Casting = Literal["head", "cloze"]
@@ -56,13 +56,15 @@ class Task:
     """A classification task, or a choice among candidates. Raises ConfigError for keys that cannot work together."""
 
     name: str
-    folder: str  # its subfolder in a SuperGLUE folder
-    hub_name: str  # its config in aps/super_glue
     fields: tuple[str, ...]  # of a row; each must hold text
     text: str  # what the model reads, with {field} for a field
     metrics: tuple[str, ...]  # of glmd.metrics; the first selects checkpoints
     max_length: int  # tokens of text and text_pair, special ones included
     labels: tuple[Label, ...] = ()  # as they stand in the rows; the position is the class id. Empty: a choice
+    folder: str | None = None  # its subfolder in a SuperGLUE folder; None: its name
+    hub_name: str | None = None  # its config in aps/super_glue, if it is read from the hub
+    only_split: Split | None = None  # of a diagnostic set, which has no train and val; read for val too
+    may_be_blank: tuple[str, ...] = ()  # fields that a few rows leave empty; counted in a warning
     text_pair: str | None = None  # the second text, if there is one
     label_field: str = "label"
     rows: Form = "flat"  # the form of its rows, of glmd.data.superglue; flat: texts and a label as they stand
@@ -97,8 +99,12 @@ class Task:
             if name in self.fields:
                 raise ConfigError(f"fields: {name!r} has a meaning of its own in templates; rename the field")
         for key in ("name", "folder", "hub_name"):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", getattr(self, key)):
-                raise ConfigError(f"{key} must be letters, digits, - and _; got {getattr(self, key)!r}")
+            value = getattr(self, key)
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+                raise ConfigError(f"{key} must be letters, digits, - and _; got {value!r}")
+        for field in self.may_be_blank:
+            if field not in self.fields:
+                raise ConfigError(f"may_be_blank: {field!r} is not in fields{suggestion(field, self.fields)}")
         if self.is_choice:
             self._check_choices()
         else:
@@ -161,9 +167,17 @@ class Task:
         return used
 
     def _check_labels(self) -> None:
-        # 1 == True in Python, and a row's 1 is not a row's true.
-        if len({(type(label), label) for label in self.labels}) < max(2, len(self.labels)):
+        if len(self.labels) < 2:
             raise ConfigError(f"labels must be two or more and differ; got {_listed(self.labels) or 'none'}")
+        for label in self.labels:
+            if not _is_given(label) or (isinstance(label, str) and not label.strip()):
+                sign = "blank" if isinstance(label, str) else "what rows say where they have no label"
+                raise ConfigError(f"labels: {_shown(label)} is {sign}; write other labels there and in the rows")
+        texts = [_label_text(label) for label in self.labels]
+        for i, text in enumerate(texts):
+            if text in texts[:i]:
+                alike = f"{_shown(self.labels[texts.index(text)])} and {_shown(self.labels[i])} are alike"
+                raise ConfigError(f"labels must be two or more and differ; got {_listed(self.labels)}: {alike}")
 
     def _check_classes(self) -> None:
         self._check_labels()
@@ -200,6 +214,11 @@ class TaskExample:
     answers: tuple[str, ...] = ()  # all right candidates, where a row may have several (ReCoRD)
     where: str = dataclasses.field(default="", compare=False)  # file and line, or their like, to name in a refusal
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether its right answer is known, also where none of its candidates is one."""
+        return self.label is not None or bool(self.answers)
+
 
 def task_names() -> list[str]:
     """The tasks that come with glmd."""
@@ -223,8 +242,8 @@ def read_split(
 ) -> list[TaskExample]:
     """Every example of a split, checked.
 
-    source: a folder that holds `<task.folder>/<split>.jsonl` in the official form; or one .jsonl file,
-        whatever its name; or a data set of the hub, `aps/super_glue`.
+    source: a folder that holds the split in the official form or in the hub's (`glmd.data.sources`); or one .jsonl or
+        .parquet file, whatever its name; or a data set of the hub, `aps/super_glue`.
     require_labels: refuse a row without a label. A label that is there is checked in any case; null and -1,
         with which the hub marks hidden labels, count as none.
     training: make examples to learn from. Where a row lists its candidates, an example has at most
@@ -232,19 +251,24 @@ def read_split(
         one, where labels are required (none, where a row only says that its first is wrong); any, and no label, where
         they are not, so that inputs without labels and with them teach the same. Without `training` a row is one
         example with all its candidates.
+    What is odd in official rows and harms nothing is counted in one warning.
     Raises DataError naming file, line and field.
     """
     examples: list[TaskExample] = []
     first_of: dict[str, tuple[str, TaskExample]] = {}
-    for where, row in _rows(task, str(source), split):
-        row = checked(task.rows, row, where)
+    oddities = Oddities()
+    for where, row in _rows(task, str(source), split, oddities):
+        _check_blanks(task, row, where, oddities)
         made = _examples(task, row, where, len(examples), require_labels=require_labels, training=training)
         if made and row.get("idx") is not None:
             before, twin = first_of.setdefault(_key(row["idx"]), (where, made[0]))
-            # A pool without labels may hold one input twice, as a published one of WiC does.
-            if before != where and (made[0].label is not None or made[0].texts != twin.texts):
-                raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
+            if before != where:
+                _check_twin(made[0], twin, row, where, before)
+                oddities.note("a row stands twice", where)
+                # A pool without labels may hold one input twice, as a published one of WiC does.
+                made = made if made[0].label is None else []
         examples += made
+    oddities.warn(str(source))
     alone = sum(task.asks_first and len(example.choices) == 1 for example in examples)
     if alone:
         logger.warning(
@@ -261,62 +285,47 @@ def read_split(
     return examples
 
 
-def _rows(task: Task, source: str, split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(os.path.expanduser(source))
-    if source.strip() and path.is_dir():
-        path = _split_file(path, task, split)
-    elif path.suffix.lower() != ".jsonl":
-        # `data/superglue` beside an existing `data` is a mistyped path and no owner on the hub.
-        if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.parent.exists():
-            raise DataError(
-                f"{source if source.strip() else repr(source)}: no such folder, nor a .jsonl file; "
-                f"give a folder that holds {task.folder}/{split}.jsonl, or the data set aps/super_glue"
-            )
-        return _hub_rows(task, source, task.hub_name, HUB_SPLITS[split])
-    return (flat for line, row in read_jsonl(path) for flat in flat_rows(task.rows, row, f"{path}:{line}"))
+def _rows(task: Task, source: str, split: Split, oddities: Oddities) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Flat rows, with class numbers turned back into the labels of the official files."""
+    if task.only_split is not None and split != task.only_split:
+        if split == "train":
+            raise DataError(f"{source}: {task.name} has no train split; it is scored with a model of another task")
+        split = task.only_split
+    found = open_split(source, split, Place(task.name, task.folder, task.hub_name))
+    names = found.class_names.get(task.label_field)
+    for where, row in found.rows:
+        if found.is_table:
+            row = _with_label(task, row, names, where, oddities)
+        for place, flat in flat_rows(task.rows, row, where, oddities):
+            yield place, checked(task.rows, flat, place, oddities)
 
 
-def _split_file(folder: Path, task: Task, split: Split) -> Path:
-    path = folder / task.folder / f"{split}.jsonl"
-    if split == "test" and not path.is_file() and path.with_name(f"{task.folder}.jsonl").is_file():
-        return path.with_name(f"{task.folder}.jsonl")  # the diagnostics' only file: AX-b/AX-b.jsonl
-    if not path.is_file():
-        inside = folder / task.folder if (folder / task.folder).is_dir() else folder
-        names = sorted(each.name for each in inside.iterdir())
-        raise DataError(f"{path}: no such file; {inside} holds {', '.join(names[:12]) or 'nothing'}")
-    return path
-
-
-def _hub_rows(task: Task, source: str, config: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a hub data set, with class numbers turned back into the labels of the official files."""
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(source, config, split=split)
-    except Exception as error:  # whatever the hub's client raises, the remedy is the same
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise DataError(
-            f"{source}: no such folder, and the hub gave no {config} {split} "
-            f"({type(error).__name__}: {reason}); "
-            f"give a folder that holds {task.folder}/{{train,val,test}}.jsonl"
-        ) from error
-    labels = {str(label): label for label in task.labels}
+def _with_label(
+    task: Task, row: dict[str, Any], names: list[str] | None, where: str, oddities: Oddities
+) -> dict[str, Any]:
+    """The row of a table with the label that its class number stands for."""
+    label = row.get(task.label_field)
+    if isinstance(label, float):  # pandas makes numbers of a column with gaps such
+        label = int(label) if label.is_integer() else None if math.isnan(label) else label
+        row = row | {task.label_field: label}
     # Where the official label is a number (COPA, MultiRC), the class number is that number, whatever its name.
-    are_numbers = all(type(label) is int for label in task.labels)
-    names = None if are_numbers else getattr(rows.features.get(task.label_field), "names", None)
-    for number, row in enumerate(rows, start=1):
-        label = row.get(task.label_field)
-        if names is not None and label is not None and label >= 0:
-            row[task.label_field] = labels.get(names[label], names[label])
-        yield f"{source} {config} {split} row {number}", row
+    if type(label) is not int or label == NO_LABEL or all(type(each) is int for each in task.labels):
+        return row
+    labels = {str(each): each for each in task.labels}
+    if names is not None:
+        name = names[label] if 0 <= label < len(names) else None
+        return row if name is None else row | {task.label_field: labels.get(name, name)}
+    if not 0 <= label < len(task.labels):
+        return row
+    oddities.note("labels are class numbers without names and are taken in the order of the task's labels", where)
+    return row | {task.label_field: task.labels[label]}
 
 
 def _examples(
     task: Task, row: dict[str, Any], where: str, first_id: int, *, require_labels: bool, training: bool
 ) -> list[TaskExample]:
     """The examples of a flat row: one, or in training one for each of its right answers."""
-    may_be_blank = MAY_BE_BLANK.get(task.rows, ())
-    fields = {field: _text(row, field, where, may_be_blank=field in may_be_blank) for field in task.fields}
+    fields = {field: _text(row, field, where, may_be_blank=field in task.may_be_blank) for field in task.fields}
     answers: tuple[str, ...] = ()
     if task.choices_from is not None:
         candidates = _text_list(row, task.choices_from, where)
@@ -324,10 +333,12 @@ def _examples(
             known = _label(task, task.labels, row, where, require_labels)
             answers, label = candidates[:1] if known == 1 else (), known
         else:
-            answers = _answers(row, candidates, where, require_labels)
+            answers = _answers(task, row, candidates, where, require_labels)
             label = next((i for i, each in enumerate(candidates) if each in answers), None)
+        if training:
+            answers = tuple(each for each in answers if each in candidates)
         if training and require_labels and not answers:
-            return []  # which of the others is right nobody says
+            return []  # which of the candidates is right nobody says
         answers = answers if require_labels or not training else ()
         variants = _drawn(task, row, candidates, answers) if training else [(candidates, label)]
     else:
@@ -381,12 +392,14 @@ def _drawn(
     return variants
 
 
-def _answers(row: dict[str, Any], candidates: tuple[str, ...], where: str, require_labels: bool) -> tuple[str, ...]:
+def _answers(
+    task: Task, row: dict[str, Any], candidates: tuple[str, ...], where: str, require_labels: bool
+) -> tuple[str, ...]:
     answers = _text_list(row, "answers", where) if row.get("answers") else ()
     if require_labels and not answers:
         raise DataError(f"{where}: field 'answers' must list the right candidates; the row has none")
     for answer in answers:
-        if answer not in candidates:
+        if answer not in candidates and task.rows != "record":  # of which a few official rows are counted
             raise DataError(f"{where}: field 'answers' has {answer[:60]!r}, which is none of the candidates")
     return answers
 
@@ -407,6 +420,22 @@ def _group(task: Task, row: dict[str, Any], where: str) -> tuple[Any, ...] | Non
             raise DataError(f"{where}: field {field!r} must be text or a whole number, got {_shown(value)}")
         values.append(value)
     return tuple(values)
+
+
+def _check_twin(example: TaskExample, twin: TaskExample, row: dict[str, Any], where: str, before: str) -> None:
+    """Refuse an idx of two rows that differ: nobody could tell which of them an answer is for."""
+    if (example.texts, example.label, example.answers) != (twin.texts, twin.label, twin.answers):
+        raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
+
+
+def _check_blanks(task: Task, row: dict[str, Any], where: str, oddities: Oddities) -> None:
+    """Count a text that is blank where it may be; refuse a row in which nothing else stands."""
+    blank = [field for field in task.fields if isinstance(row.get(field), str) and not row[field].strip()]
+    if blank and len(blank) == len(task.fields):
+        raise DataError(f"{where}: field {blank[0]!r} is blank, and the row has no other text")
+    for field in blank:
+        if field in task.may_be_blank:
+            oddities.note(f"field {field!r} is blank", where)
 
 
 def _key(idx: Any) -> str:
@@ -443,7 +472,14 @@ def _text_list(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
 
 
 def _is_given(label: Any) -> bool:
-    return label is not None and not (label == -1 and type(label) is int)
+    return label is not None and not (label == NO_LABEL and type(label) is int)
+
+
+def _label_text(label: Label) -> str:
+    """By which labels are told apart: true and "True" are alike, and 1 and "1"; so are 1 and true, 0 and false."""
+    if isinstance(label, str) and label.strip().casefold() not in ("true", "false"):
+        return label.strip()
+    return str(label).strip().casefold().replace("true", "1").replace("false", "0")
 
 
 def _label(task: Task, known: tuple[Label, ...], row: dict[str, Any], where: str, require_labels: bool) -> int | None:

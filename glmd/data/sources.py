@@ -1,0 +1,206 @@
+"""The rows of a task's split, wherever they lie: official files, the hub's Parquet in a folder, the hub itself.
+
+    found = open_split("superglue/", "val", Place("RTE", folder="RTE", hub_name="rte"))
+    for where, row in found.rows:
+        ...
+
+A folder may be the official zip's (RTE/train.jsonl, AX-b/AX-b.jsonl), a copy of the hub's data set
+(rte/validation-00000-of-00001.parquet), the folder of one task, or a folder around one of these.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from glmd.data.jsonl import read_jsonl
+from glmd.errors import DataError
+
+Split = Literal["train", "val", "test"]
+Located = tuple[str, dict[str, Any]]  # where a row stands, to name in a refusal, and the row
+HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+# As the official zip, the hub and `datasets` name them.
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+ROW_SUFFIXES = (".jsonl", ".parquet")
+LISTED = 12  # names in a message
+
+
+@dataclass(frozen=True)
+class Place:
+    """Under which names a task lies in a folder and on the hub."""
+
+    task: str
+    folder: str | None = None  # None: the task's name
+    hub_name: str | None = None
+
+    @property
+    def folder_name(self) -> str:
+        return self.folder or self.task
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its folder may be called, the likeliest first."""
+        return tuple(dict.fromkeys([self.folder_name, self.hub_name or self.task, self.task]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows, one at a time.
+
+    is_table: whether they have columns of one type each, where labels are class numbers.
+    class_names: for a column of class numbers, the names that the file gives them.
+    """
+
+    rows: Iterator[Located]
+    is_table: bool = False
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+
+
+def open_split(source: str, split: Split, place: Place) -> Found:
+    """The rows of a split of a task.
+
+    source: a folder, one .jsonl or .parquet file whatever its name, or a data set of the hub, `owner/name`.
+    Raises DataError naming the source and what would work.
+    """
+    path = Path(os.path.expanduser(source))
+    if source.strip() and path.is_dir():
+        return _read_files(split_files(path, split, place))
+    if path.suffix.lower() in ROW_SUFFIXES:
+        return _read_files([path])
+    instead = f"give a folder that holds {place.folder_name}/{split}.jsonl"
+    instead += ", or the data set aps/super_glue" if place.hub_name else ""
+    if source.strip() and path.is_file():
+        raise DataError(
+            f"{source}: rows are read from .jsonl and .parquet files, not from {path.suffix or 'others'}; "
+            f"unpack or convert it, or {instead}"
+        )
+    # `data/superglue` beside an existing `data` is a mistyped path and no owner on the hub.
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.parent.exists():
+        shown = source if source.strip() else repr(source)
+        raise DataError(f"{shown}: no such folder, nor a .jsonl file; {instead}")
+    return _read_hub(source, split, place)
+
+
+def split_files(folder: Path, split: Split, place: Place) -> list[Path]:
+    """The files of a split in a folder. Raises DataError where there is none, and where several places hold one."""
+    for inside in (*_named(folder, place), folder):
+        if files := _files_of(inside, split, place):
+            return files
+    around = [child for child in _folders(folder) if _named(child, place)]
+    if len(around) > 1:  # also where only one has this split: another split would come from another collection
+        places = ", ".join(map(str, around[:LISTED]))
+        raise DataError(f"{folder}: {place.task} lies in several places ({places}); give one of them")
+    if around and not _named(folder, place):
+        return split_files(around[0], split, place)
+    inside = next(iter(_named(folder, place)), folder)
+    names = sorted(each.name for each in inside.iterdir())
+    hint = "" if place.folder else "; the key folder in the task's YAML names its subfolder, where that is not its name"
+    raise DataError(
+        f"{folder / place.folder_name / f'{split}.jsonl'}: no such file; "
+        f"{inside} holds {', '.join(names[:LISTED]) or 'nothing'}{hint}"
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Subfolders by name; __MACOSX and hidden ones hold nobody's rows."""
+    try:
+        return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _named(folder: Path, place: Place) -> list[Path]:
+    """Subfolders with one of the task's names; those that are spelled in another case come last."""
+    by_name = {each.name: each for each in _folders(folder)}
+    exact = [by_name[name] for name in place.names if name in by_name]
+    folded = {name.casefold() for name in place.names}
+    return exact + [each for name, each in by_name.items() if name.casefold() in folded and each not in exact]
+
+
+def _files_of(folder: Path, split: Split, place: Place) -> list[Path]:
+    for name in SPLIT_NAMES[split]:
+        if (folder / f"{name}.jsonl").is_file():
+            return [folder / f"{name}.jsonl"]
+    if split == "test":  # the diagnostics' only file bears the task's name: AX-b/AX-b.jsonl
+        folded = {name.casefold() for name in place.names}
+        alone = [each for each in sorted(folder.glob("*.jsonl")) if each.stem.casefold() in folded]
+        if alone:
+            return alone[:1]
+    return _parquet_files(folder, split) or _parquet_files(folder / "data", split)
+
+
+def _parquet_files(folder: Path, split: Split) -> list[Path]:
+    """train-00000-of-00001.parquet, super_glue-train.parquet, train/0000.parquet: all parts, in order."""
+    named = re.compile(rf"(.*[-_.])?({'|'.join(SPLIT_NAMES[split])})([-_.].*)?")
+    files = sorted(each for each in folder.glob("*.parquet") if named.fullmatch(each.stem))
+    for name in SPLIT_NAMES[split]:
+        files = files or sorted((folder / name).glob("*.parquet"))
+    parts = [re.search(r"-\d{5}-of-(\d{5})", each.stem) for each in files]
+    for part in parts:
+        if part is not None and int(part[1]) != len(files):
+            raise DataError(f"{files[0].parent}: {len(files)} of {int(part[1])} Parquet files of {split} are there")
+    return files
+
+
+def _read_files(files: list[Path]) -> Found:
+    if files[0].suffix.lower() == ".jsonl":
+        return Found((f"{path}:{line}", row) for path in files for line, row in read_jsonl(path))
+    return Found(_parquet_rows(files), is_table=True, class_names=_class_names(files[0]))
+
+
+def _parquet_rows(files: Iterable[Path]) -> Iterator[Located]:
+    for path in files:
+        number = 0
+        try:
+            for batch in _open_parquet(path).iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+        except (OSError, ValueError) as error:  # Arrow's errors are of these kinds
+            raise _not_parquet(path, error) from None
+
+
+def _class_names(path: Path) -> dict[str, list[str]]:
+    """Column -> names of its class numbers, as `datasets` writes them into a Parquet file."""
+    try:
+        written = (_open_parquet(path).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(written).get("info", {}).get("features", {})
+    except (OSError, ValueError) as error:
+        raise _not_parquet(path, error) from None
+    return {column: each["names"] for column, each in features.items() if isinstance(each, dict) and "names" in each}
+
+
+def _open_parquet(path: Path) -> Any:
+    from pyarrow.parquet import ParquetFile  # comes with datasets
+
+    return ParquetFile(path)
+
+
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [""])[0][:120]
+    return DataError(f"{path}: cannot be read as Parquet ({reason}); fetch the file again")
+
+
+def _read_hub(source: str, split: Split, place: Place) -> Found:
+    config, hub_split = place.hub_name, HUB_SPLITS[split]
+    if config is None:
+        raise DataError(
+            f"{source}: hub_name of task {place.task} is missing, its config in this data set; write it in the task's "
+            "YAML, or give .jsonl files as train and val"
+        )
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(source, config, split=hub_split)
+    except Exception as error:  # whatever the hub's client raises, the remedy is the same
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise DataError(
+            f"{source}: no such folder, and the hub gave no {config} {hub_split} ({type(error).__name__}: {reason}); "
+            f"give a folder that holds {place.folder_name}/{{train,val,test}}.jsonl"
+        ) from error
+    names = {column: each.names for column, each in rows.features.items() if getattr(each, "names", None)}
+    located = ((f"{source} {config} {hub_split} row {number}", row) for number, row in enumerate(rows, start=1))
+    return Found(located, is_table=True, class_names=names)
