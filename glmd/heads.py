@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 from glmd.errors import ModelError
 from glmd.losses.logits import NOT_SCALED, LogitScaling
 
-# Fields of a config that say what is done to the logits after the map (Cohere's, Granite's), as a factor.
+# Fields of a config that say what is done to the logits after the map (Cohere's, Granite's, Falcon H1's), as a factor.
 FACTORS: dict[str, Callable[[float], float]] = {
     "logit_scale": lambda value: value,
     "logits_scaling": lambda value: 1 / value,
+    "lm_head_multiplier": lambda value: value,
 }
 
 
@@ -234,11 +235,15 @@ def _placeholder(outputs: Any) -> Tensor:
 
 
 class _Stub(nn.Module):
-    """Stands where a backbone stood and returns what it returned."""
+    """Stands where a backbone stood and returns what it returned, called itself or by a part (OPT's decoder)."""
 
-    def __init__(self, outputs: Any) -> None:
+    def __init__(self, outputs: Any, real: nn.Module) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.__dict__["real"] = outputs, real  # not a module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.__dict__["real"], name)
+        return _Stub(self.outputs, found) if isinstance(found, PreTrainedModel) else found
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.outputs
@@ -248,7 +253,7 @@ class _Stub(nn.Module):
 def _stub_backbone(model: nn.Module, outputs: Any) -> Iterator[None]:
     name = backbone_name(model)
     real = model._modules[name]
-    model._modules[name] = _Stub(outputs)
+    model._modules[name] = _Stub(outputs, real)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -109,6 +109,18 @@ def language_model_class(config: Any) -> Any:
     return AutoModelForCausalLM if is_causal(config) else AutoModelForMaskedLM
 
 
+def auto_class_name(model: Any) -> str:
+    """The auto class that opens a model's folder, or its own class where none does."""
+    from transformers.models.auto import modeling_auto
+
+    name = type(model).__name__
+    for head in ("MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice"):
+        mapping = f"MODEL_FOR_{re.sub('(?<=[a-z])(?=[A-Z])', '_', head).upper()}_MAPPING_NAMES"
+        if name in getattr(modeling_auto, mapping).values():
+            return f"AutoModelFor{head}"
+    return name
+
+
 def load_language_model(teacher: TeacherConfig) -> Any:
     """A masked or causal LM with a trained head, in the teacher's dtype, in evaluation mode."""
     assert teacher.model is not None, "checked before"
@@ -129,16 +141,16 @@ def load_language_model(teacher: TeacherConfig) -> Any:
 
 def _require_tied(model: Any, name: str) -> None:
     """Refuse two matrices of embeddings that the config calls one: saved again, one of them would be gone."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        anew = type(model)(model.config)
     ours, theirs = (each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()))
-    if (
-        getattr(model.config, "tie_word_embeddings", False)
-        and ours.shape == theirs.shape
-        and not torch.equal(ours, theirs)
-    ):
+    is_one = anew.get_input_embeddings().weight is anew.get_output_embeddings().weight
+    if is_one and not torch.equal(ours, theirs):
         raise ModelError(
             f"{name}: its config says tie_word_embeddings, but its weights hold two different matrices; set it to "
-            "false "
-            "in config.json"
+            "false in config.json"
         )
 
 
@@ -229,7 +241,7 @@ def model_positions(config: Any) -> int | None:
     from transformers import AutoModel
 
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 1:  # XLNet says -1
         return None
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -384,7 +384,11 @@ def _check_architecture(plan: Plan, count: int, chosen: list[int] | None) -> Non
     config = student_model_config(
         renumber_config(plan.teacher_config, Vocabulary(kept, token_map)), plan.config.student, count, chosen
     )
-    prove_config(config, language_model_class(config), prove_language_model)
+    try:
+        prove_config(config, language_model_class(config), prove_language_model)
+    except ModelError as error:
+        start = plan.config.student.initialisation
+        raise ConfigError(f"a student of {count} layers with student.initialisation {start}: {error}") from None
     tasks = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
     heads = {AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification for task in tasks}
     for head in sorted(heads, key=str):

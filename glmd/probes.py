@@ -9,6 +9,7 @@ ModelError, one line, and leaves the model as it was.
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -140,8 +141,39 @@ def prove_config(config: Any, auto_class: Any, prove: Callable[[Any], None], *, 
         for parameter in model.parameters():
             draw = torch.randn_like if parameter.ndim > 1 else torch.rand_like
             parameter.data = 0.1 * draw(parameter.data) + (parameter.ndim == 1)
+        _require_reloadable(model)
         silence_padding(model)
+        _require_trainable(model)
     prove(model)
+
+
+def _require_reloadable(model: Any) -> None:
+    """Prove that a model's folder gives back what was saved: Youtu's loses the vector of its pad token."""
+    name = type(model).__name__
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    except Exception as error:  # whatever a model's own code raises
+        reason = " ".join(str(error).split())[-200:]
+        raise ModelError(f"{name}: it cannot be saved and opened again ({reason}); it is not supported") from None
+    changed = [key for key, value in model.state_dict().items() if not _same(value, again.get(key))]
+    if changed:
+        raise ModelError(f"{name}: saved and opened again, it has another {changed[0]}; it is not supported")
+
+
+def _require_trainable(model: Any) -> None:
+    """Prove that a step can be made: Reformer, trained, reads texts of one length alone."""
+    model.train()
+    try:
+        with torch.enable_grad():
+            model(**_probe(model)).logits.sum().backward()
+    except Exception as error:  # whatever a model's own code raises
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{type(model).__name__}: it cannot be trained ({reason}); it is not supported") from None
+    if model.get_input_embeddings().weight.grad is None:
+        raise ModelError(f"{type(model).__name__}: no gradient reaches its embeddings; it is not supported")
+    model.zero_grad()
 
 
 def _probe(model: Any) -> dict[str, Tensor]:
@@ -278,8 +310,9 @@ def _hidden_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
 
 
 def _main_output(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+    found = next(iter(output.values())) if isinstance(output, Mapping) else output
+    result: Tensor = found if isinstance(found, Tensor) else found[0]
+    return result
 
 
 @contextmanager

@@ -8,7 +8,7 @@ V source tokens, K kept tokens.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -74,12 +74,22 @@ def template_texts(tokenizer: Any) -> list[str]:
             parsed = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
         except jinja2.TemplateError:  # it cannot be used, and so writes nothing
             continue
-        for output in parsed.find_all(nodes.Output):
-            found |= {each.data: None for each in output.find_all(nodes.TemplateData)}
-            found |= {each.value: None for each in output.find_all(nodes.Const) if isinstance(each.value, str)}
-        for assigned in parsed.find_all(nodes.Assign):  # {% set start = "[INST]" %}
-            found |= {each.value: None for each in assigned.find_all(nodes.Const) if isinstance(each.value, str)}
+        for node in (*parsed.find_all(nodes.Output), *parsed.find_all(nodes.Assign)):  # {% set start = "[INST]" %}
+            found |= dict.fromkeys(_strings(node))
     return [text for text in found if text.strip()]
+
+
+def _strings(node: Any) -> Iterator[str]:
+    """The strings that a part of a template may put out; not the names of fields, nor what is compared with."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.TemplateData):
+        yield node.data
+    elif isinstance(node, nodes.Const) and isinstance(node.value, str):
+        yield node.value
+    elif not isinstance(node, nodes.Compare):
+        for child in [node.node] if isinstance(node, nodes.Getitem) else node.iter_child_nodes():
+            yield from _strings(child)
 
 
 def byte_ids(tokenizer: Any) -> dict[int, int]:

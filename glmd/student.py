@@ -82,18 +82,24 @@ def student_model_config(teacher_config: Any, config: StudentConfig, num_layers:
     if architecture is not None:
         check_narrow(result, teacher_config, copies=chosen is not None)
     _choose_settings(result, num_layers, chosen, given=set(config.config))
-    result.dtype = "float32"
+    result.dtype = torch.float32
     return result
 
 
 def _choose_settings(config: Any, num_layers: int, chosen: list[int] | None, *, given: set[str]) -> None:
     """Give `config` its number of layers, and of each list with a setting for every layer those of the chosen ones."""
     total, of_all_models = config.num_hidden_layers, vars(PreTrainedConfig())
+    places = chosen or list(range(min(num_layers, total)))
     for name, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == total and name not in of_all_models and name not in given:
-            if num_layers > total:
-                raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {total} layers")
-            setattr(config, name, type(value)(value[i] for i in chosen or range(num_layers)))
+        if name in given or name in of_all_models or not value:
+            continue
+        of_each = isinstance(value, (list, tuple)) and len(value) == total
+        if of_each and num_layers > total:
+            raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {total} layers")
+        if of_each:
+            setattr(config, name, type(value)(value[i] for i in places))
+        elif isinstance(value, dict) and all(type(key) is int and 0 <= key < total for key in value):
+            setattr(config, name, {i: value[j] for i, j in enumerate(places) if j in value})
     if num_layers != total:
         try:
             # A decoder with the config of an encoder-decoder has its number in a field of its own.

@@ -36,7 +36,7 @@ from glmd.distiller import Distiller
 from glmd.errors import DataError, GlmdError, RunError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
-from glmd.loading import load_language_model
+from glmd.loading import auto_class_name, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
 from glmd.places import require_shareable
@@ -433,8 +433,6 @@ class Workbench:
             "data": ", ".join(sources) or "a generated world of facts",
             "glmd": __version__,
         }
-        name = type(model).__name__.replace("LMHeadModel", "ForCausalLM")
-        heads = ("SequenceClassification", "MultipleChoice", "MaskedLM", "CausalLM")
         card = ModelCard(
             title,
             base or "",
@@ -442,7 +440,7 @@ class Workbench:
             known | facts,
             metrics or {},
             exact_tokenizer=tokenizer is not self.tokenizer,
-            auto_class="AutoModelFor" + next(head for head in heads if head in name),
+            auto_class=auto_class_name(model),
         )
         if self.accelerator.is_main_process:
             export_model(model, tokenizer, folder, card=card)

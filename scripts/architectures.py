@@ -75,6 +75,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "xlm": {"pad_index": 0, "unk_index": 1, "mask_index": 4},
     "flaubert": {"pad_index": 0, "unk_index": 1, "mask_index": 4},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8, "n_head": 4, "n_embd": 64},
+    "whisper": {"begin_suppress_tokens": None, "suppress_tokens": None},
+    "nemotron": {"num_key_value_heads": 2},
+    "ministral": {"head_dim": 16},
+    "esmc": {"vocab_size": VOCABULARY},
 }
 RUN = """
 output_dir: {folder}/run
@@ -150,7 +157,7 @@ def attempt(kind: str, name: str) -> dict[str, str]:
             try:
                 distil(folder, start)
             except GlmdError as error:
-                reasons.append(_line(error, own=True))
+                reasons.append(_line(error, own=True).replace(f"{folder}/", ""))
                 if "initialisation" not in reasons[-1]:
                     break
             except (Exception, SystemExit) as error:
@@ -181,7 +188,10 @@ for module in list(sys.modules.values()):
 
 def make_model(kind: str, name: str, folder: Path) -> None:
     """A small model with drawn weights, wide enough that each part shows in the output, and a tokenizer."""
-    config = transformers.CONFIG_MAPPING[name](**small_fields(transformers.CONFIG_MAPPING[name], FIELDS.get(name, {})))
+    config_class, own = transformers.CONFIG_MAPPING[name], FIELDS.get(name, {})
+    if kind == "causal" and "is_decoder" in config_class().to_dict():
+        own = own | {"is_decoder": True}
+    config = config_class(**small_fields(config_class, own))
     torch.manual_seed(0)
     auto_class = transformers.AutoModelForMaskedLM if kind == "masked" else transformers.AutoModelForCausalLM
     with torch.device("meta"):
@@ -201,7 +211,10 @@ def small_fields(config_class: Any, own: dict[str, Any]) -> dict[str, Any]:
     """Arguments for a small config of the class, and of the configs inside it."""
     config, fields = config_class(), {}
     for name in sorted({*vars(config), *config.to_dict(), *getattr(config, "attribute_map", {})}):
-        value = getattr(config, name, None)
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # one for each layer
+            continue
         if isinstance(value, transformers.PreTrainedConfig):
             fields[name] = type(value)(**small_fields(type(value), {})).to_dict()
         elif isinstance(value, int) and not isinstance(value, bool):
