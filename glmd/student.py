@@ -88,30 +88,35 @@ def student_model_config(teacher_config: Any, config: StudentConfig, num_layers:
 
 def _choose_settings(config: Any, num_layers: int, chosen: list[int] | None, *, given: set[str]) -> None:
     """Give `config` its number of layers, and of each list with a setting for every layer those of the chosen ones."""
-    total, of_all_models = config.num_hidden_layers, vars(PreTrainedConfig())
+    total, own = config.num_hidden_layers, vars(PreTrainedConfig()).keys() | given
     places = chosen or list(range(min(num_layers, total)))
-    for name, value in list(vars(config).items()):
-        if name in given or name in of_all_models or not value:
-            continue
-        of_each = isinstance(value, (list, tuple)) and len(value) == total
-        if of_each and num_layers > total:
-            raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {total} layers")
-        if of_each:
+    # A list with an entry for each layer, and a mapping from some layers' numbers to what is different in them.
+    values = {name: value for name, value in {**config.to_dict(), **vars(config)}.items() if value and name not in own}
+    lists = {name: value for name, value in values.items() if isinstance(value, (list, tuple)) and len(value) == total}
+    mappings = {name: value for name, value in values.items() if _is_by_layer(value, total)}
+    if (lists or mappings) and num_layers > total:
+        raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {total} layers")
+    try:
+        for name, value in lists.items():
             setattr(config, name, type(value)(value[i] for i in places))
-        elif isinstance(value, dict) and all(type(key) is int and 0 <= key < total for key in value):
-            setattr(config, name, {i: value[j] for i, j in enumerate(places) if j in value})
-    if num_layers != total:
-        try:
+        for name in mappings:
+            setattr(config, name, None)
+        if num_layers != total:
             # A decoder with the config of an encoder-decoder has its number in a field of its own.
             for name, value in list(vars(config).items()):
                 if re.fullmatch("(.*_)?layers", name) and type(value) is int and value == total and name not in given:
                     setattr(config, name, num_layers)
             config.num_hidden_layers = num_layers
-        except Exception as error:  # Funnel's follows from its blocks
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"student.num_hidden_layers: {type(config).__name__} does not take it ({reason})"
-            ) from None
+        for name, value in mappings.items():
+            of_layer = {int(key): each for key, each in value.items()}
+            setattr(config, name, {i: of_layer[j] for i, j in enumerate(places) if j in of_layer})
+    except Exception as error:  # Funnel's number of layers follows from its blocks
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"student.num_hidden_layers: {type(config).__name__} does not take it ({reason})") from None
+
+
+def _is_by_layer(value: Any, total: int) -> bool:
+    return isinstance(value, dict) and all(str(key).isdigit() and int(key) < total for key in value)
 
 
 def saved_and_reopened(config: Any) -> Any:
