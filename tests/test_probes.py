@@ -9,12 +9,14 @@ import transformers
 from test_heads import FIELDS, LANGUAGE_MODELS, MASKED, SPLIT, TRANSFORMER, model_of
 from torch import nn
 
-from glmd.config import StudentConfig
+from glmd.config import StudentConfig, TeacherConfig
+from glmd.data.blanks import block_frame
 from glmd.errors import ConfigError, GlmdError, ModelError
 from glmd.heads import is_causal, logit_scaling
-from glmd.loading import model_positions
+from glmd.loading import load_language_model, model_positions
 from glmd.plan import make_plan
 from glmd.probes import prove_config, prove_language_model, prove_task_model, silence_padding
+from glmd.slicing import renumber_config, vocabulary_axes
 from glmd.student import build_student, saved_and_reopened, student_model_config
 from glmd.vocabulary import Vocabulary
 
@@ -367,3 +369,135 @@ def test_state_of_modules_that_hold_no_buffers_is_looked_at() -> None:
     with pytest.raises(ModelError, match=r"a forward changes bert.encoder.layer.0.output.dense.calls"):
         prove_language_model(model)
     assert LANGUAGE_MODELS["Bert"] == "BertForMaskedLM"
+
+
+# --- Families that were refused or broken without need ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16}),  # its head calls a part of its backbone
+        ("Bart", {"decoder_ffn_dim": 32, "is_decoder": True}),
+        ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "head_dim": 8, "mamba_d_state": 4}),
+    ],
+)
+def test_a_head_that_looks_into_its_backbone_is_split(name: str, fields: dict[str, Any]) -> None:
+    model = small(name, "ForCausalLM", num_key_value_heads=2, **fields)
+    model.config.architectures = [type(model).__name__]
+    prove_language_model(model)
+
+
+def test_a_decoder_with_the_config_of_an_encoder_decoder_gets_fewer_layers() -> None:
+    teacher = small("Bart", "ForCausalLM", encoder_layers=4, decoder_layers=4, is_decoder=True, num_hidden_layers=4)
+    student = student_of(teacher)
+    assert len(student.model.decoder.layers) == 2 == student.config.decoder_layers
+
+
+def test_settings_by_the_number_of_a_layer_follow_the_copied_layers() -> None:
+    config = transformers.BertConfig(num_hidden_layers=4)
+    config.of_some = {"1": "one", "3": "three"}
+    student = student_model_config(config, StudentConfig(2), 2, [0, 3])
+    assert student.of_some == {1: "three"}
+    config.of_some = {"9": "no layer's"}
+    assert student_model_config(config, StudentConfig(2), 2, [0, 3]).of_some == {"9": "no layer's"}
+
+
+def test_a_number_of_layers_that_a_config_does_not_take_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"student.num_hidden_layers: FunnelConfig does not take it \(.*block_sizes"):
+        student_model_config(transformers.FunnelConfig(), StudentConfig(2), 2, [0, 1])
+
+
+def test_a_model_that_loses_weights_in_its_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Youtu, whose folder loses the vector of its pad token."""
+    stock = transformers.BertForMaskedLM.from_pretrained.__func__
+
+    def forgetful(cls: Any, *args: Any, **rest: Any) -> Any:
+        model = stock(cls, *args, **rest)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[0] = 0
+        return model
+
+    config = transformers.BertConfig(**TRANSFORMER)
+    prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
+    monkeypatch.setattr(transformers.BertForMaskedLM, "from_pretrained", classmethod(forgetful))
+    with pytest.raises(ModelError, match=r"saved and opened again, it has another bert.embeddings.word_embeddings"):
+        prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
+
+
+def test_a_model_that_cannot_be_trained_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Reformer, which trains on texts of one length alone."""
+    stock = transformers.BertForMaskedLM.forward
+
+    def forward(self: Any, *args: Any, **rest: Any) -> Any:
+        if self.training:
+            raise ValueError("one length alone")
+        return stock(self, *args, **rest)
+
+    monkeypatch.setattr(transformers.BertForMaskedLM, "forward", forward)
+    config = transformers.BertConfig(**TRANSFORMER)
+    with pytest.raises(ModelError, match=r"it cannot be trained \(one length alone\)"):
+        prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
+
+
+def test_a_table_whose_ids_are_an_input_of_their_own_is_none_of_tokens() -> None:
+    axes = vocabulary_axes(
+        transformers.ErnieConfig(**TRANSFORMER, task_type_vocab_size=3), transformers.ErnieForMaskedLM
+    )
+    assert {name for name in axes if "task_type" in name} == set() and axes
+    config = transformers.RoCBertConfig(**TRANSFORMER, pronunciation_vocab_size=V, shape_vocab_size=V)
+    with pytest.raises(ModelError, match=r"depends on the vocabulary otherwise|second table"):
+        vocabulary_axes(transformers.MarianConfig(**TRANSFORMER, decoder_vocab_size=V + 1), transformers.MarianMTModel)
+    assert vocabulary_axes(config, transformers.RoCBertForMaskedLM)
+
+
+def test_the_number_of_a_layer_is_no_token_id() -> None:
+    config = transformers.BertConfig(**TRANSFORMER)
+    config.moe_layer_start_index = 1
+    assert renumber_config(config, Vocabulary.identity(V)).moe_layer_start_index == 1
+    config.start_index = 1
+    with pytest.raises(ModelError, match="start_index = 1 looks like a token id"):
+        renumber_config(config, Vocabulary.identity(V))
+
+
+def test_two_matrices_that_the_config_calls_one_are_refused_when_a_teacher_is_loaded(tiny: Any, tmp_path: Any) -> None:
+    model = small("Llama", "ForCausalLM", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    load_language_model(TeacherConfig(str(tmp_path)))
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(ModelError, match="its config says tie_word_embeddings, but its weights hold two different"):
+        load_language_model(TeacherConfig(str(tmp_path)))
+
+
+def test_the_pad_vector_of_a_loaded_mobilebert_is_set_to_zero_and_that_is_said(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small("MobileBert", "ForMaskedLM")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 1.0
+    model.save_pretrained(tmp_path)
+    loaded = load_language_model(TeacherConfig(str(tmp_path)))
+    assert not loaded.get_input_embeddings().weight[0].any()
+    assert "the vector of its pad token" in caplog.text
+
+
+def test_a_model_of_several_parts_is_refused_in_one_line(tiny: Any, tmp_path: Any) -> None:
+    transformers.Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path / "several")
+    transformers.AutoTokenizer.from_pretrained(tiny.teacher).save_pretrained(tmp_path / "several")
+    with pytest.raises(ConfigError, match="Gemma3Config has no vocab_size of its own; a model of text alone is needed"):
+        make_plan(tiny.config(tmp_path / "run", f"teacher={tmp_path / 'several'}", "casting=cloze"))
+
+
+# --- The frame of a text ------------------------------------------------------------------------------------------
+
+
+def test_the_frame_of_a_text_is_found_without_the_letter_a() -> None:
+    letters = "กขคงจ"
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    tokenizer = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(entries)})
+    before, after = block_frame(tokenizer)
+    assert (before.tolist(), after.tolist()) == ([2], [3])
+    without = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(entries[:5])})
+    with pytest.raises(ModelError, match="what it puts before and after a text cannot be told"):
+        block_frame(without)
