@@ -12,7 +12,7 @@ from torch import nn
 from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.blanks import block_frame
 from glmd.errors import ConfigError, GlmdError, ModelError
-from glmd.heads import is_causal, logit_scaling
+from glmd.heads import backbone, is_causal, logit_scaling
 from glmd.loading import load_language_model, model_positions
 from glmd.plan import make_plan
 from glmd.probes import prove_config, prove_language_model, prove_task_model, silence_padding
@@ -84,6 +84,26 @@ def test_a_model_that_reads_padding_is_refused() -> None:
         prove_language_model(small("FNet", "ForMaskedLM"))
     with pytest.raises(ModelError, match="FNetForSequenceClassification: padding changes its output"):
         prove_task_model(small("FNet", "ForSequenceClassification"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_half_precision_is_no_reason_to_refuse(dtype: torch.dtype) -> None:
+    mixture = {"num_local_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    for model in (small("Mixtral", "ForCausalLM", **mixture), small("Bert", "ForMaskedLM")):
+        prove_language_model(model.to(dtype))
+
+    class Deaf(transformers.BertModel):
+        def forward(self, input_ids: Any, attention_mask: Any = None, **rest: Any) -> Any:
+            return super().forward(input_ids, **rest)
+
+    deaf = small("Bert", "ForMaskedLM", initializer_range=1.0).to(dtype)
+    deaf.bert.__class__ = Deaf
+    with pytest.raises(ModelError, match="padding changes its output"):
+        prove_language_model(deaf)
+    model = small("Llama", "ForCausalLM", is_causal=False, num_key_value_heads=2, initializer_range=1.0).to(dtype)
+    model.config.architectures = ["LlamaForCausalLM"]
+    with pytest.raises(ModelError, match="last token changes the logits of earlier ones"):
+        prove_language_model(model)
 
 
 def test_a_mobilebert_whose_pad_vector_is_not_zero_is_mended() -> None:
@@ -379,13 +399,28 @@ def test_state_of_modules_that_hold_no_buffers_is_looked_at() -> None:
     [
         ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16}),  # its head calls a part of its backbone
         ("Bart", {"decoder_ffn_dim": 32, "is_decoder": True}),
-        ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "head_dim": 8, "mamba_d_state": 4}),
+        (
+            "FalconH1",
+            {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "head_dim": 8, "mamba_d_state": 4}
+            | {"lm_head_multiplier": 3.0},
+        ),
     ],
 )
 def test_a_head_that_looks_into_its_backbone_is_split(name: str, fields: dict[str, Any]) -> None:
     model = small(name, "ForCausalLM", num_key_value_heads=2, **fields)
     model.config.architectures = [type(model).__name__]
     prove_language_model(model)
+
+
+def test_a_backbone_that_stands_elsewhere_than_its_class_says_is_found() -> None:
+    """Llama 4's prefix is that of the model with pictures."""
+    model = model_of("Llama")
+    model.__class__ = type("Elsewhere", (transformers.LlamaForCausalLM,), {"base_model_prefix": "language_model"})
+    assert backbone(model) is model.model
+    prove_language_model(model)
+    model.other = transformers.LlamaModel(model.config)
+    with pytest.raises(ModelError, match="Elsewhere has no backbone under base_model_prefix"):
+        backbone(model)
 
 
 def test_a_decoder_with_the_config_of_an_encoder_decoder_gets_fewer_layers() -> None:
