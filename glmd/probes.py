@@ -52,8 +52,7 @@ def prove_language_model(model: Any) -> None:
         if is_causal(model.config) and _differ(own[1, :-1], own[0, :-1]):
             raise ModelError(
                 f"{name}: its config names a causal LM, but the last token changes the logits of earlier ones; it "
-                "reads "
-                "text in both directions (is_decoder or is_causal in its config) and cannot be distilled as causal"
+                "reads text in both directions (is_decoder or is_causal in its config), which is not supported"
             )
 
 
@@ -74,8 +73,7 @@ def prove_task_model(model: Any) -> None:
             _require_repeatable(model, shaped(inputs), own)
             raise ModelError(
                 f"{type(model).__name__}: its task head on its backbone's outputs differs from its own logits "
-                "(relative "
-                f"difference {_difference(split, own):.1e}); it does more than that to its inputs and is not supported"
+                f"(relative difference {_difference(split, own):.1e}); it does more, which is not supported"
             )
         _require_padding_unseen(model, inputs, own, shaped)
 
@@ -106,10 +104,9 @@ def prove_copied_layers(student: Any, teacher: Any, lists: Mapping[str, str], ch
             error = (output - expected).abs().max() if output.shape == expected.shape else torch.tensor(torch.inf)
             if not error <= 1e-5 * update:
                 raise ModelError(
-                    f"student.initialisation: layer {i} of the student is a copy of the teacher's layer "
-                    f"{chosen[i]} and "
-                    f"gives another output (relative difference {error / update:.1e}): {type(student).__name__} treats "
-                    f"layers by their number; {OTHER_LAYERS}"
+                    f"student.initialisation: layer {i} of the student is a copy of the teacher's layer {chosen[i]} "
+                    f"and gives another output (relative difference {error / update:.1e}): "
+                    f"{type(student).__name__} treats layers by their number; {OTHER_LAYERS}"
                 )
 
 
@@ -130,7 +127,7 @@ def silence_padding(model: Any) -> bool:
 def prove_config(config: Any, auto_class: Any, prove: Callable[[Any], None], *, most: int = 100_000_000) -> None:
     """Prove what can be known of a model by its config: on one with drawn weights, unless it has too many.
 
-    Drawn wide, so that what a part does shows in the output.
+    Drawn so that each part shows in the output: matrices by the width of what they read, other vectors near 1.
     """
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
@@ -139,8 +136,8 @@ def prove_config(config: Any, auto_class: Any, prove: Callable[[Any], None], *, 
         torch.manual_seed(0)
         model = auto_class.from_config(config).float()
         for parameter in model.parameters():
-            draw = torch.randn_like if parameter.ndim > 1 else torch.rand_like
-            parameter.data = 0.1 * draw(parameter.data) + (parameter.ndim == 1)
+            drawn = torch.randn_like(parameter.data)
+            parameter.data = drawn * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1 + 0.1 * drawn
         _require_reloadable(model)
         silence_padding(model)
         _require_trainable(model)
