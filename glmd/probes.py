@@ -278,8 +278,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
     if changed:
         raise ModelError(
             f"{type(model).__name__}: a forward changes {min(changed)} in the model ({before.get(min(changed))!r} "
-            "before), so "
-            "that what it gives depends on what it was given before; set it in its config so that it stays"
+            "before), so that what it gives depends on what it was given before; set it in its config for good"
         )
 
 

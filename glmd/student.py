@@ -206,8 +206,7 @@ def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
     if not (ours and theirs):
         raise ConfigError(
             f"student.initialisation: {type(teacher).__name__} has no list of {teacher.config.num_hidden_layers} "
-            "layers to "
-            "copy from; use scratch"
+            "layers to copy from; use scratch"
         )
     if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's
         return {min(ours, key=len): min(theirs, key=len)}
