@@ -305,8 +305,8 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, HTTP errors, ...
         if "trust_remote_code=True" in str(error):
             raise ModelError(
-                f"{name}: brings Python code of its own, which is not run; read it, and give "
-                "teacher.trust_remote_code: true where it is a teacher's"
+                f"{name}: brings Python code of its own, which is not run; read it, and "
+                "give teacher.trust_remote_code: true where it is a teacher"
             ) from None
         reason = " ".join(str(error).split())[:300]
         hint = "" if looks_local(name) else "; without internet give a local folder"
