@@ -34,6 +34,8 @@ NOT_SWEPT = (
     "mlm_probability",
     "num_maskings",
 )
+# What `check` and a run say of mixed_precision fp16.
+FLOAT16_HEADS = "products with LM heads run in float32, as fp16 cannot hold their gradients; bf16 is faster"
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 

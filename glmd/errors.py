@@ -30,6 +30,6 @@ class DiskError(RunError):
 
 
 class NumericsError(GlmdError):
-    """A loss or gradient that is not finite. The last good checkpoint is kept."""
+    """A loss, gradient, score or answer that is not finite. The last good checkpoint is kept."""
 
     exit_code = 3

@@ -7,6 +7,7 @@ run folder: config.yaml, log.jsonl, corpus/, vocabulary/, teacher/, pretraining/
 
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from glmd import __version__
 from glmd.cache_plan import require_own_cache
 from glmd.checkpoint import full_disk_refused, write_atomically
-from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
+from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig, to_dict
 from glmd.data.batches import BlockDataset
 from glmd.data.corpus import TokenStore, build_token_store, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
@@ -44,6 +45,7 @@ from glmd.trainer import Teacher
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
 
+logger = logging.getLogger(__name__)
 MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
 # How long ranks wait for one another: the main one tokenizes a corpus alone, for hours; torch would wait 10 minutes.
 PATIENCE = timedelta(days=2)
@@ -71,6 +73,8 @@ def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
     """The checked pipeline of a run, in its folder, which is held as long."""
     folder = require_free_folder(config)
     with full_disk_refused(folder), _accelerator(config) as accelerator:
+        if config.mixed_precision == "fp16":
+            logger.info("mixed_precision fp16: %s", FLOAT16_HEADS)
         run_folder = RunFolder(folder, accelerator)
         with run_folder.lock():
             world = _build_world(folder, accelerator) if config.data.world else None

@@ -32,11 +32,11 @@ from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
 from glmd.distiller import Distiller
-from glmd.errors import NumericsError, RunError
+from glmd.errors import ModelError, NumericsError, RunError
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
 from glmd.sharding import is_sharded, prepare_sharded, whole
-from glmd.teacher import TeacherOutputs
+from glmd.teacher import TeacherOutputs, unsound_examples
 from glmd.training_state import (
     LIBRARIES,
     code_of_a_step,
@@ -182,6 +182,9 @@ class Trainer:
         Sharded, it is another than the given one, which stays whole, on the CPU, for evaluation and export.
         """
         accelerator = self.accelerator
+        if accelerator.scaler is not None:
+            # A new one for each stage: the loss scale that another ended with is not known to a run that is resumed.
+            accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
         if self.settings.gradient_checkpointing:
             distiller.recompute_activations()
         if not is_sharded(accelerator):
@@ -241,7 +244,7 @@ class Trainer:
         if is_finite:
             optimizer.step()
         else:
-            self._skip_or_stop(means, norm, step, micro_batches)
+            self._skip_or_stop(means, norm, step, micro_batches, teacher)
         optimizer.zero_grad()
         return means if is_finite else None
 
@@ -252,9 +255,13 @@ class Trainer:
             finite &= torch.isfinite(norm)
         return bool(finite)
 
-    def _skip_or_stop(self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch]) -> None:
+    def _skip_or_stop(
+        self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch], teacher: Teacher
+    ) -> None:
         """Log the examples of all ranks, which have the same means and norm; stop where no more is tolerated."""
         ids: list[int] = gather_object([int(i) for batch in micro_batches for i in batch["example_id"]])
+        unsound = [i for batch in micro_batches for i in unsound_examples(teacher(batch), batch)]
+        unsound = gather_object(unsound)
         losses, norm_value = means.tolist(), float(norm)
         found = {"stage": self.stage, "step": step, "losses": losses, "gradient_norm": norm_value, "examples": ids}
         self.log.write(found)
@@ -263,7 +270,12 @@ class Trainer:
         if self.progress.skipped > tolerated:
             raise NumericsError(
                 f"{self.stage}: step {step}: loss {losses} or gradient norm {norm_value:g} is not finite; "
-                f"examples {ids}; the last checkpoint is kept. Lower learning_rate or check the teacher"
+                f"examples {ids}; the last checkpoint is kept. "
+                + (
+                    f"The teacher's outputs for {sorted(set(unsound))} are not finite; check the teacher"
+                    if unsound
+                    else "Lower learning_rate or check the teacher"
+                )
                 + (f"; skip_nonfinite {tolerated} is used up" if tolerated else "")
             )
         if self.accelerator.scaler is not None:
@@ -407,7 +419,14 @@ class Meter:
 
 
 def make_optimizer(distiller: Distiller, settings: StageConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only, as in BERT."""
+    """AdamW; weight decay for matrices only, as in BERT.
+
+    Raises ModelError for weights of half precision: most updates are smaller than their steps, and would be lost.
+    """
+    for name, parameter in trainable(distiller).items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(f"{name} is {kind}, in which it would not learn; load it in torch.float32")
     named = list(trainable(distiller).values())
     groups = [
         {"params": [p for p in named if p.ndim > 1], "weight_decay": settings.weight_decay},

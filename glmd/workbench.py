@@ -408,6 +408,7 @@ class Workbench:
             token_map=token_map,
             accelerator=self.accelerator,
             batch_size=stage.per_device_eval_batch_size,
+            name=f"{task.task.name}: the {'teacher' if arm is None else 'student'}",
         )
         return answers_of(task.task, logits)
 

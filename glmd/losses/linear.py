@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from glmd.errors import ConfigError
 from glmd.losses.labels import IGNORED_LABEL
@@ -288,7 +289,21 @@ def _for_products(head: _Head) -> _Head:
     if factor != 1:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
         bias = None if bias is None else bias * factor
-    return head._replace(hidden=hidden.to(dtype), weight=head.weight.to(dtype), bias=bias)
+    return head._replace(hidden=hidden.to(dtype), weight=_converted(head.weight, dtype), bias=bias)
+
+
+# The weights of frozen heads as they are multiplied, with the version that was converted.
+_constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight.to(dtype)`; of a teacher, which is the same in every micro-batch, made once while it lives."""
+    if weight.dtype == dtype or weight.requires_grad or weight.grad_fn is not None or weight.is_inference():
+        return weight.to(dtype)
+    known = _constants.get(weight)
+    if known is None or known[0] != weight._version or known[1].dtype != dtype:
+        known = _constants[weight] = (weight._version, weight.to(dtype))
+    return known[1]
 
 
 def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., None]:
