@@ -9,16 +9,13 @@ ends in the same weights, bit for bit.
 import copy
 import logging
 import math
-import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +33,7 @@ from glmd.errors import ModelError, NumericsError, RunError
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
 from glmd.sharding import is_sharded, prepare_sharded, whole
+from glmd.signals import Interrupted, finishes_step
 from glmd.teacher import TeacherOutputs, unsound_examples
 from glmd.training_state import (
     LIBRARIES,
@@ -50,10 +48,6 @@ from glmd.training_state import (
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], TeacherOutputs]
 Evaluate = Callable[[], float]  # a score of the student as it stands, higher is better
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT arrived: the step was finished and saved. Exit code 143 or 130."""
 
 
 @dataclass
@@ -141,7 +135,7 @@ class Trainer:
             unit="step",
             disable=not _show_bar(accelerator),
         )
-        with bar, _signals() as received:
+        with bar, closing(batches), finishes_step() as received:
             for step, micro_batches in enumerate(batches, start=start_step + 1):
                 means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 if means is not None:
@@ -260,14 +254,13 @@ class Trainer:
     ) -> None:
         """Log the examples of all ranks, which have the same means and norm; stop where no more is tolerated."""
         ids: list[int] = gather_object([int(i) for batch in micro_batches for i in batch["example_id"]])
-        unsound = [i for batch in micro_batches for i in unsound_examples(teacher(batch), batch)]
-        unsound = gather_object(unsound)
         losses, norm_value = means.tolist(), float(norm)
         found = {"stage": self.stage, "step": step, "losses": losses, "gradient_norm": norm_value, "examples": ids}
         self.log.write(found)
         self.progress.skipped += 1
         tolerated = self.settings.skip_nonfinite
         if self.progress.skipped > tolerated:
+            unsound = gather_object([i for batch in micro_batches for i in unsound_examples(teacher(batch), batch)])
             raise NumericsError(
                 f"{self.stage}: step {step}: loss {losses} or gradient norm {norm_value:g} is not finite; "
                 f"examples {ids}; the last checkpoint is kept. "
@@ -446,26 +439,3 @@ def _mix(seed: int, counter: int) -> int:
 
 def _show_bar(accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and sys.stderr.isatty()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying; a second one ends the process at once."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        logger.warning("signal %d: the step is finished and saved; a second signal ends at once", number)
-
-    try:
-        previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are not ours to take
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

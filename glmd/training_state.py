@@ -25,6 +25,7 @@ STEP_MODULES = (
     "distiller.py",
     "heads.py",
     "teacher.py",
+    "finite.py",
     "cache.py",
     "cached_teacher.py",
     "objective.py",

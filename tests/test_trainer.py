@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -444,7 +445,7 @@ def test_a_run_continued_with_another_torch_says_so(
 
 # Settings, the disk, and what is compared by its results: tokens, examples and the vocabulary.
 NO_STEP = {
-    *("checkpoint", "config", "configs_root", "errors", "runlog", "strict_yaml"),
+    *("checkpoint", "config", "configs_root", "errors", "runlog", "signals", "strict_yaml"),
     *("data.corpus", "data.tasks", "vocabulary"),
 }
 
@@ -537,13 +538,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         raise Killed(code)
 
     def impatient() -> None:
-        for _ in range(2):
-            ask_to_stop()()
+        ask_to_stop()()
+        time.sleep(0.3)
+        ask_to_stop()()
 
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr("glmd.signals.TOGETHER", 0.2)
     with pytest.raises(Killed) as stop:
         train(tmp_path, teacher=teacher_that(impatient, 4), save_steps=100)
     assert stop.value.args == (143,) and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_signal_that_is_told_twice_is_one(tmp_path: Path) -> None:
+    """The group had it from `timeout` or Slurm, and the rank from its launcher once more."""
+    with pytest.raises(Interrupted):
+        train(tmp_path, teacher=teacher_that(lambda: [ask_to_stop()() for _ in range(3)], 4), save_steps=100)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_outside_the_main_thread_training_takes_no_signals(
