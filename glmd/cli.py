@@ -16,7 +16,7 @@ from pathlib import Path
 
 from glmd import __version__
 from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
-from glmd.errors import ConfigError, GlmdError
+from glmd.errors import ConfigError, GlmdError, RankError
 from glmd.signals import EndedAtOnce, code_of_signal, ends_at_once
 
 
@@ -34,6 +34,8 @@ def _obey(options: argparse.Namespace) -> int:
     try:
         command(options)
     except GlmdError as error:
+        if isinstance(error, RankError) and code_of_signal() is not None:
+            return code_of_signal() or 0  # the other rank has ended by the same signal
         print(f"glmd: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except EndedAtOnce as ended:  # in training a signal is an Interrupted, after the step was saved

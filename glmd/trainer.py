@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from glmd.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
 from glmd.distiller import Distiller
 from glmd.errors import ModelError, NumericsError, RunError
+from glmd.processes import lost_ranks, on_main
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
 from glmd.sharding import is_sharded, prepare_sharded, whole
@@ -117,7 +118,7 @@ class Trainer:
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
         model, trained, optimizer = self._prepare(distiller)
-        checkpoint = load_checkpoint(self.folder / "checkpoints")
+        checkpoint = load_agreed_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             self._restore(checkpoint, trained, optimizer)
         start_step, began = self.progress.step, time.monotonic() - self.progress.seconds
@@ -135,7 +136,7 @@ class Trainer:
             unit="step",
             disable=not _show_bar(accelerator),
         )
-        with bar, closing(batches), finishes_step() as received:
+        with bar, closing(batches), lost_ranks(), finishes_step() as received:
             for step, micro_batches in enumerate(batches, start=start_step + 1):
                 means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 if means is not None:
@@ -158,7 +159,7 @@ class Trainer:
         if self.evaluate is None:
             fill(distiller, trained)
         else:
-            best = load_checkpoint(self.folder / "best")
+            best = load_agreed_checkpoint(self.folder / "best")
             assert best is not None, "the last step was evaluated"
             load_trainable(distiller, best.tensors["model"])
         return TrainingResult(
@@ -301,12 +302,16 @@ class Trainer:
                 f"{self.stage}: step {self.progress.step}: the score that the best checkpoint is chosen by is {score}; "
                 "check the teacher's answers on val, or give selection=last"
             )
-        if self.progress.best_score is None or score > self.progress.best_score:
-            self.progress.best_score, self.progress.best_step = score, self.progress.step
-            if self.accelerator.is_main_process:
-                tensors = {"model": trainable(distiller)}
-                save_checkpoint(self.folder / "best", self.progress.step, tensors, {"score": score}, keep=1)
-            self.accelerator.wait_for_everyone()
+        progress = self.progress
+
+        def best_now() -> tuple[float | None, int | None]:
+            if progress.best_score is not None and score <= progress.best_score:
+                return progress.best_score, progress.best_step
+            tensors = {"model": trainable(distiller)}
+            save_checkpoint(self.folder / "best", progress.step, tensors, {"score": score}, keep=1)
+            return score, progress.step
+
+        progress.best_score, progress.best_step = on_main(best_now)
 
     def _save(self, distiller: Distiller, optimizer: Any) -> None:
         scaler = self.accelerator.scaler
@@ -314,16 +319,14 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         groups = {"model": trainable(distiller), "optimizer": optimizer_tensors(distiller, optimizer)}
         tensors = {name: whole(group, wanted=is_main) for name, group in groups.items()}
-        if is_main:
-            folder = self.folder / "checkpoints"
-            state = {
-                "progress": vars(self.progress),
-                "models": distiller.describe(),
-                "threads": torch.get_num_threads(),
-                "code": code_of_a_step(),
-            }
-            save_checkpoint(folder, self.progress.step, tensors, state, keep=self.settings.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        folder, keep = self.folder / "checkpoints", self.settings.save_total_limit
+        state = {
+            "progress": vars(self.progress),
+            "models": distiller.describe(),
+            "threads": torch.get_num_threads(),
+            "code": code_of_a_step(),
+        }
+        on_main(lambda: save_checkpoint(folder, self.progress.step, tensors, state, keep=keep))
 
     def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
         self._require_same_code(checkpoint)
@@ -366,12 +369,14 @@ class Trainer:
     def _restore_best(self) -> None:
         """Forget best weights of steps that are run again."""
         folder, best = self.folder / "best", self.progress.best_step
-        if self.accelerator.is_main_process:
+
+        def is_there() -> bool:
             for path in folder.glob("step-*"):
                 if int(path.name.removeprefix("step-").removesuffix(".tmp")) > self.progress.step:
                     shutil.rmtree(path)
-        self.accelerator.wait_for_everyone()
-        if best is not None and not (folder / f"step-{best:06d}").is_dir():
+            return best is not None and (folder / f"step-{best:06d}").is_dir()
+
+        if not on_main(is_there):
             # The forgotten ones had taken its place, and may score otherwise this time: choose among what is to come.
             self.progress.best_score = self.progress.best_step = None
 

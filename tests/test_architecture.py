@@ -20,7 +20,8 @@ PACKAGE = Path(glmd.__file__).parent
 
 # Lowest first. A module may import those of lower rows, and those to its left.
 LAYERS = """
-errors signals finite schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
+errors signals processes finite
+schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.superglue data.tasks data.predictions data.corpus data.blanks data.batches data.world
 heads objective loading teacher cached_teacher narrow_embeddings student

@@ -722,3 +722,20 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Tensor], message: 
 def test_a_wrong_loss_or_temperature_is_refused_by_name(loss: str, temperature: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         chunked(make(), loss, temperature)
+
+
+def test_ranks_run_the_loss_in_one_way_or_all_in_the_slow_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from glmd import pipeline
+
+    monkeypatch.setattr(pipeline, "number_of_ranks", lambda: 2)
+    monkeypatch.setattr(pipeline, "triton_problem", lambda device, dtype: None)
+    for others, allowed in (([None, None], True), (["no C compiler", None], False)):
+        monkeypatch.setattr(pipeline, "gathered", lambda mine, others=others: [mine, others])
+        pipeline._agree_on_kernels(torch.device("cuda"))
+        assert linear._triton_is_allowed == [allowed]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton does not work on rank 1 (no C compiler): the loss runs in plain torch on all"
+    ]
+    linear.allow_triton(True)

@@ -320,11 +320,10 @@ def test_an_elastic_run_with_processes_that_cannot_share_its_batches_is_refused_
     folder = finished.copy(tmp_path / "run")
     begun_with(folder, 3)
     shutil.rmtree(folder / LABELS)
-    monkeypatch.setattr(RunFolder, "on_main", lambda self, function: function())
     accelerator = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type="MULTI_CPU")
     plan = make_plan(tiny.config(folder, "elastic=true"))
     with pytest.raises(ConfigError, match="elastic: the 3 micro-batches of a step cannot be shared by 2 processes"):
-        Workbench(plan, RunFolder(folder, accelerator), accelerator)
+        Workbench(plan, RunFolder(folder), accelerator)
 
 
 def test_the_planned_places_are_where_the_stages_lie(finished, tiny):
@@ -801,3 +800,15 @@ def test_the_teacher_and_the_control_learn_from_train_when_the_student_has_input
     steps = {row["stage"]: row["training"]["steps"] for row in results["rows"]}
     assert steps["task_words"] == steps["labels"] == 1 and steps["task_teacher"] == 3
     assert steps["hard_labels"] == 2, "as many updates as both passes"
+
+
+def test_a_corpus_is_read_once_to_know_it_by(tiny, tmp_path, monkeypatch):
+    """Of many processes one does it, for the plan and for the store alike."""
+    import glmd.data.corpus
+    from glmd.pipeline import _pipeline
+
+    real, read = glmd.data.corpus._sha256, []
+    monkeypatch.setattr("glmd.data.corpus._sha256", lambda path: read.append(path.name) or real(path))
+    with _pipeline(tiny.config(tmp_path / "run")) as pipeline:
+        pipeline._begin()
+    assert read.count("corpus.txt") == 1

@@ -445,7 +445,7 @@ def test_a_run_continued_with_another_torch_says_so(
 
 # Settings, the disk, and what is compared by its results: tokens, examples and the vocabulary.
 NO_STEP = {
-    *("checkpoint", "config", "configs_root", "errors", "runlog", "signals", "strict_yaml"),
+    *("checkpoint", "config", "configs_root", "errors", "processes", "runlog", "signals", "strict_yaml"),
     *("data.corpus", "data.tasks", "vocabulary"),
 }
 
