@@ -395,6 +395,8 @@ def _report(options: argparse.Namespace) -> None:
 
     results = load_results(options.run)
     print(results_table(results), end="")
+    if results.get("exports_verified") is False:
+        print("glmd: the exports are not verified yet; `glmd run` with the run's config does it", file=sys.stderr)
     recorded = options.run / "config.yaml"
     if "of" in results and recorded.is_file():
         now = to_dict(load_config(recorded))

@@ -18,7 +18,7 @@ from glmd.checkpoint import load_checkpoint
 from glmd.cli import main
 from glmd.config import dump_config, load_config
 from glmd.data.tasks import load_task, read_split
-from glmd.errors import ConfigError, GlmdError, RunError
+from glmd.errors import ConfigError, GlmdError, ModelError, RunError
 from glmd.pipeline import run
 from glmd.places import require_shareable, stage_places
 from glmd.plan import make_plan
@@ -812,3 +812,25 @@ def test_a_corpus_is_read_once_to_know_it_by(tiny, tmp_path, monkeypatch):
     with _pipeline(tiny.config(tmp_path / "run")) as pipeline:
         pipeline._begin()
     assert read.count("corpus.txt") == 1
+
+
+def test_results_are_on_disk_before_the_exports_are_proved_and_say_so(finished, tiny, tmp_path, monkeypatch, capsys):
+    from glmd.cli import main
+
+    folder = finished.copy(tmp_path / "run")
+    for name in ("exports_checked.json", "results.json"):
+        (folder / name).unlink()
+
+    def refuse(folders: list[Path]) -> None:
+        raise ModelError(f"{folders[0]}: its output differs")
+
+    monkeypatch.setattr("glmd.workbench.check_exports", refuse)
+    with pytest.raises(ModelError, match="its output differs"):
+        run(tiny.config(folder))
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "| student" in said.out and "the exports are not verified yet" in said.err
+    monkeypatch.setattr("glmd.workbench.check_exports", lambda folders: None)
+    results = run(tiny.config(folder))
+    assert results["exports_verified"] and json.loads((folder / "results.json").read_text()) == results
+    assert main(["report", str(folder)]) == 0 and "verified" not in capsys.readouterr().err
