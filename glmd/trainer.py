@@ -12,8 +12,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,14 +146,16 @@ class Trainer:
                 if step % settings.logging_steps == 0 or step == max_steps:
                     self._log(meter, distiller, step, max_steps, optimizer)
                 if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
-                    fill(distiller, trained)
-                    self._keep_best(distiller)
-                    model.train()
-                    if trained is not distiller:
-                        distiller.to("cpu")
+                    with meter.paused():
+                        fill(distiller, trained)
+                        self._keep_best(distiller)
+                        model.train()
+                        if trained is not distiller:
+                            distiller.to("cpu")
                 stop = self._agree_on_signal(received)
                 if (step % settings.save_steps == 0 and step < max_steps) or stop:
-                    self._save(trained, optimizer)
+                    with meter.paused():
+                        self._save(trained, optimizer)
                 if stop:
                     raise Interrupted(128 + stop)
         if self.evaluate is None:
@@ -207,7 +209,7 @@ class Trainer:
         world_size = accelerator.num_processes
         progress = (step - 1) / max(1, max_steps - 1)
         # float32 is exact to 16 million tokens a step, and the one that every device has.
-        counts = sum(objective.counts(batch) for batch in micro_batches).to(accelerator.device, torch.float32)
+        counts = sum(objective.counts(batch) for batch in micro_batches).float().to(accelerator.device)
         counts = reduce(counts, "sum") if world_size > 1 else counts
         sums = torch.zeros(len(objective.terms), device=accelerator.device)
         for i, batch in enumerate(micro_batches):
@@ -389,7 +391,7 @@ class Trainer:
 
 
 class Meter:
-    """Means of the terms over a logging interval. Tensors stay on the device until they are read."""
+    """Means of the terms over a logging interval, and its speed. Tensors stay on the device until they are read."""
 
     def __init__(self, names: list[str]) -> None:
         self.names, self.last = names, dict.fromkeys(names, float("nan"))
@@ -403,6 +405,13 @@ class Meter:
     def add(self, means: Tensor, tokens: int) -> None:
         self._means.append(means)
         self.tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no time: what is done is no training."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
     def read(self, tokens: float) -> dict[str, float]:
         """The means. tokens: of all ranks."""

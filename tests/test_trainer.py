@@ -569,6 +569,36 @@ def test_outside_the_main_thread_training_takes_no_signals(
 # What is not finite
 
 
+def test_a_checkpoint_before_the_first_update_is_gone_on_from(tmp_path: Path) -> None:
+    """All steps so far were left out, so that AdamW has no averages yet."""
+    changes = {"skip_nonfinite": 2, "save_steps": 1}
+    expected = train(tmp_path / "whole", teacher=spoiled_at(0, 2), **changes)
+    spoiling, calls = spoiled_at(0, 2), iter(range(1000))
+
+    def answer(batch: Batch) -> TeacherOutputs:
+        if next(calls) == 5:  # in step 3
+            die()
+        return spoiling(batch)
+
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", teacher=answer, **changes)
+    found = load_checkpoint(tmp_path / "killed" / "checkpoints")
+    assert found is not None and found.state["progress"]["step"] == 2 and not found.tensors["optimizer"]
+    assert_identical(train(tmp_path / "killed", **changes), expected)
+
+
+def test_the_speed_is_that_of_training_without_scoring_and_saving(tmp_path: Path) -> None:
+    def evaluate() -> float:
+        time.sleep(0.5)
+        return 0.0
+
+    trainer = trainer_of(tmp_path, settings_of(), evaluate=evaluate)
+    trainer.run(distiller_of(), teacher_of(), Rows(), Collate(0))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
+    assert min(speeds[1:]) > 6 * 8 / 0.5, "six texts of eight tokens at most, in a step that is scored"
+
+
 def assert_stopped_at_step_3(folder: Path, distiller: Distiller, error: NumericsError) -> None:
     plan = StepPlan(len(Rows()), 3, 2, 0, 1, seed=0)
     ids = [i for keys in plan.micro_batches(2, 3) for _, i in keys]
