@@ -324,6 +324,9 @@ class RunConfig:
     selection: Literal["last", "best", "agreement"] = "last"
     gkd_compat: bool = False  # divide word losses by all positions, pads included, as the published code does
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of matrix products in training
+    # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
+    # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.
+    deterministic: bool = True
     dataloader_num_workers: int = 0  # no number of workers changes a batch
     # Continue with another number of processes than the run was begun with: the same global batches in the same order,
     # by another gradient_accumulation_steps. Only the last bits of the weights differ.

@@ -29,6 +29,7 @@ from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig, differ
 from glmd.data.batches import BlockDataset
 from glmd.data.corpus import TokenStore, build_token_store, corpus_fingerprint, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
+from glmd.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
 from glmd.errors import ConfigError, RunError
 from glmd.heads import is_causal
 from glmd.loading import compared_embeddings, load_language_model
@@ -71,9 +72,11 @@ def make_cache(config: RunConfig) -> None:
 def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
     """The checked pipeline of a run, in its folder, which is held as long."""
     folder = require_free_folder(config)
-    with full_disk_refused(folder), _accelerator(config) as accelerator:
+    with full_disk_refused(folder), cublas_workspace(config.deterministic), _accelerator(config) as accelerator:
         if config.mixed_precision == "fp16":
             logger.info("mixed_precision fp16: %s", FLOAT16_HEADS)
+        if not config.deterministic:
+            logger.info(NOT_PROMISED if accelerator.device.type == "cuda" else NO_EFFECT)
         _require_one_config(config)
         run_folder = RunFolder(folder)
         with run_folder.lock():
@@ -354,7 +357,8 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
     _agree_on_kernels(accelerator.device)
     take_up_sharding(accelerator, os.environ)
     try:
-        yield accelerator
+        with same_bits(accelerator.device, config.deterministic):
+            yield accelerator
     finally:
         accelerator.end_training()
         end_sharding(accelerator)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from glmd.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
+from glmd.determinism import is_repeatable
 from glmd.distiller import Distiller
 from glmd.errors import ModelError, NumericsError, RunError
 from glmd.processes import lost_ranks, on_main
@@ -326,6 +327,7 @@ class Trainer:
             "progress": vars(self.progress),
             "models": distiller.describe(),
             "threads": torch.get_num_threads(),
+            "repeatable": is_repeatable(self.accelerator.device),
             "code": code_of_a_step(),
         }
         on_main(lambda: save_checkpoint(folder, self.progress.step, tensors, state, keep=keep))
@@ -347,6 +349,12 @@ class Trainer:
                 threads,
                 saved_by,
                 saved_by,
+            )
+        if not (checkpoint.state.get("repeatable", True) and is_repeatable(self.accelerator.device)):
+            logger.warning(
+                "%s: was begun, or continues, without deterministic algorithms; its weights will differ in their last "
+                "bits from those of an uninterrupted run",
+                self.stage,
             )
         logger.info("%s: continues after step %d of %s", self.stage, self.progress.step, checkpoint.path)
 

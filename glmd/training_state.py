@@ -26,6 +26,7 @@ STEP_MODULES = (
     "heads.py",
     "teacher.py",
     "finite.py",
+    "determinism.py",
     "cache.py",
     "cached_teacher.py",
     "objective.py",

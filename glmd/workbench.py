@@ -161,7 +161,8 @@ class Workbench:
 
         classifier: the fine-tuned teacher of stages that learn from it. kept_in: the precision of a cached teacher.
         """
-        return {
+        how = {} if self.config.deterministic else {"deterministic": False}
+        return how | {
             "stage": asdict(stage) if stage is not None else None,
             "seed": seed,
             "terms": [asdict(term) for term in objective.terms] if objective is not None else [],

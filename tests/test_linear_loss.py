@@ -291,7 +291,7 @@ def test_a_triton_that_does_not_work_is_warned_of_once_and_then_left_alone(
     ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("loss", LOGIT_LOSSES)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_gpu_is_as_exact(loss: str, dtype: torch.dtype, most: float) -> None:

@@ -123,15 +123,12 @@ def test_the_loss_scale_begins_anew_in_each_stage(tmp_path: Path) -> None:
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.slow
+@pytest.mark.cuda
 def test_a_run_in_fp16_says_once_that_heads_run_in_float32(
     tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Accelerate refuses fp16 on a CPU, which comes first there."""
     from glmd.pipeline import run
 
-    if not torch.cuda.is_available():
-        pytest.skip("fp16 needs a GPU")
     with caplog.at_level(logging.INFO):
         run(tiny.config(tmp_path / "run", "mixed_precision=fp16"))
     assert caplog.text.count("products with LM heads run in float32") == 1
