@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from glmd.errors import GlmdError, RankError
+from glmd.errors import GlmdError, RankError, RunError
 from glmd.signals import EndedAtOnce
 
 PATIENCE = timedelta(days=2)  # with the main rank, which tokenizes a corpus alone
@@ -128,5 +128,11 @@ def _group() -> Any:
     """The gloo group of this run, made when all ranks first ask for it."""
     world = dist.group.WORLD
     if not _group_of or _group_of[0][0] is not world:
-        _group_of[:] = [(world, dist.new_group(backend="gloo", timeout=PATIENCE))]
+        try:
+            _group_of[:] = [(world, dist.new_group(backend="gloo", timeout=PATIENCE))]
+        except RuntimeError as error:
+            raise RunError(
+                f"the processes cannot reach one another by gloo ({error}); set GLOO_SOCKET_IFNAME to the interface of "
+                "the network between the machines"
+            ) from error
     return _group_of[0][1]

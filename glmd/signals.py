@@ -45,14 +45,20 @@ def code_of_signal() -> int | None:
 def ends_at_once() -> Iterator[None]:
     """Raise EndedAtOnce on a signal, so that what is half done is cleared away."""
 
+    last: list[threading.Timer] = []
+
     def end(number: int) -> None:
-        last = threading.Timer(GRACE, os._exit, (128 + number,))
-        last.daemon = True
-        last.start()
+        last.append(threading.Timer(GRACE, os._exit, (128 + number,)))
+        last[0].daemon = True
+        last[0].start()
         raise EndedAtOnce(128 + number)
 
-    with _handler(end):
-        yield
+    try:
+        with _handler(end):
+            yield
+    finally:
+        for timer in last:
+            timer.cancel()
 
 
 @contextmanager

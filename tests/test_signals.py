@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import glmd.cache
 import glmd.cli
 import glmd.data.corpus
 import glmd.pipeline
+import glmd.report
+import glmd.signals
 import glmd.trainer
 import glmd.workbench
 from glmd.signals import begin_worker, held_back
@@ -149,6 +152,26 @@ def test_an_end_that_a_library_swallows_is_an_end_all_the_same(
     monkeypatch.setattr("glmd.report.load_results", swallow)
     monkeypatch.setattr("glmd.report.results_table", lambda _: "")
     assert glmd.cli.main(["report", str(tmp_path)]) == 143
+    timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    assert all(each.finished.is_set() for each in timers), "what has ended need not be ended"
+
+
+def test_what_neither_ends_nor_hears_is_ended(tmp_path: Path) -> None:
+    """A library that swallows the end and goes on; the others of the group would wait for it."""
+
+    def deaf() -> None:
+        def swallow(_: Path) -> None:
+            while True:
+                with contextlib.suppress(BaseException):
+                    (tmp_path / "here").touch()
+                    time.sleep(2 * SECONDS)
+
+        glmd.signals.GRACE = 0.5
+        glmd.report.load_results = swallow  # type: ignore[assignment]
+
+    session = Session(["report", str(tmp_path)], tmp_path / "said", deaf)
+    session.wait_for((tmp_path / "here").exists)
+    assert session.end("SIGTERM") == 143
 
 
 def test_what_a_signal_broke_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

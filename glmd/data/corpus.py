@@ -51,7 +51,8 @@ def read_documents(sources: Sequence[str], *, text_field: str = "text") -> Itera
 
 def require_text_field(sources: Sequence[str], text_field: str) -> None:
     """Refuse the name of a field where no source has fields. Raises DataError, also for a source that is not there."""
-    if text_field != TEXT_FIELD and all(isinstance(each, Path) and each.suffix == ".txt" for each in _resolve(sources)):
+    found = _resolve(sources) if sources or text_field != TEXT_FIELD else []
+    if text_field != TEXT_FIELD and all(isinstance(each, Path) and each.suffix == ".txt" for each in found):
         raise DataError(f"text_field {text_field!r} has no effect: the corpus is .txt files alone; remove it")
 
 
