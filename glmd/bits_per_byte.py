@@ -21,6 +21,7 @@ from torch import nn
 from glmd.data.blanks import block_frame
 from glmd.data.corpus import encode_texts, read_documents
 from glmd.errors import DataError, ModelError
+from glmd.finite import not_finite
 from glmd.heads import is_causal
 from glmd.loading import load_model_as_saved, load_model_config, model_positions, require_model
 from glmd.tokenizer import GlmdTokenizer, load_tokenizer, ordinary_tokenizer, require_fast, vocabulary_of
@@ -109,18 +110,25 @@ def text_bits(
     """-log2 of the probability that a causal LM gives to all ids of all texts, summed.
 
     start: ids that stand before the first id of every window, so that it is predicted too; not scored themselves.
+    Raises NumericsError, alike on every rank, where they are not finite.
     A text longer than max_length is read in overlapping windows, each id scored once.
     """
     model.eval()
     room = max_length - len(start)
-    jobs = [(text, *window) for text in texts for window in windows(len(text), room)]
-    total = 0.0
-    for text, begin, scored, end in jobs[accelerator.process_index :: accelerator.num_processes]:
+    total, bad = 0.0, set()
+    jobs = [(number, text, *window) for number, text in enumerate(texts) for window in windows(len(text), room)]
+    for number, text, begin, scored, end in jobs[accelerator.process_index :: accelerator.num_processes]:
         ids = torch.tensor([*start, *text[begin:end]], device=accelerator.device)
         first = len(start) + scored - begin
         logits = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += nn.functional.cross_entropy(logits, ids[first:], reduction="sum").item() / math.log(2)
+        if not math.isfinite(total):
+            bad.add(number)
+            total = 0.0
+    found = sorted(set().union(*gather_object([bad])))
+    if found:
+        raise not_finite(getattr(model, "name_or_path", "") or type(model).__name__, found, "the predictions")
     return float(sum(gather_object([total])))
 
 

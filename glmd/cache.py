@@ -38,8 +38,9 @@ from glmd.cached_teacher import DIGEST, GROUP, CachedOutputs, digests, example_s
 from glmd.checkpoint import file_sha256, sync_to_disk, write_atomically, write_problem
 from glmd.config import differences
 from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset
-from glmd.errors import DiskError, ModelError, NumericsError, RunError
-from glmd.teacher import TeacherOutputs
+from glmd.errors import DiskError, ModelError, RunError
+from glmd.finite import not_finite
+from glmd.teacher import TeacherOutputs, unsound_examples
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class TeacherCache:
         for start in range(0, len(rows), batch_size):
             batch = collate([self._example(row) for row in rows[start : start + batch_size]])
             names += digests(batch)
-            parts, numbers = self._kept(teacher(batch), batch)
+            parts, numbers = self._kept(teacher(batch), batch, getattr(teacher, "name", "the teacher"))
             for name, part in parts.items():
                 said.setdefault(name, []).append(part.cpu())
             for name, each in numbers.items():
@@ -213,8 +214,14 @@ class TeacherCache:
         found.pop("word_labels", None)  # which clean texts have not that share a batch with corrupted ones
         return found
 
-    def _kept(self, outputs: TeacherOutputs, batch: Batch) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """Of a batch's answers what is kept, and how many tokens or logits each example has of it."""
+    def _kept(self, outputs: TeacherOutputs, batch: Batch, name: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """Of a batch's answers what is kept, and how many tokens or logits each example has of it.
+
+        name: the teacher's. Raises NumericsError where it said what is not finite.
+        """
+        unsound = unsound_examples(outputs, batch)
+        if unsound:
+            raise not_finite(f"teacher.cache: {name}", unsound, "the outputs")
         parts: dict[str, Tensor] = {}
         counts: dict[str, list[int]] = {}
         if self.width is not None:
@@ -228,8 +235,6 @@ class TeacherCache:
             numbers = batch.get("num_choices", torch.full((len(logits),), logits.shape[1]))
             exists = torch.arange(logits.shape[1]) < numbers[:, None]
             parts["task_logits"], counts["logit_offsets"] = logits[exists], numbers.tolist()
-            if not torch.isfinite(parts["task_logits"]).all():
-                raise NumericsError("teacher.cache: the teacher's task logits are not finite; check the teacher")
         return parts, counts
 
     def _stored(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -240,8 +245,6 @@ class TeacherCache:
         lengths = exact.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         error = ((unpacked(kept, torch.float32) - exact).norm(dim=-1) / lengths).max()
         if error > ROUNDING[self.stored] or torch.isnan(error):
-            if not torch.isfinite(exact).all():
-                raise NumericsError("teacher.cache: the teacher's hidden states are not finite; check the teacher")
             largest = exact.abs().max().item()
             found = f"the teacher's hidden states reach {largest:.3g} and lose {error.item():.1e} of their length"
             raise ModelError(

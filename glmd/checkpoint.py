@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmd.errors import DiskError, GlmdError, RunError
+from glmd.processes import is_main, on_main, together
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 MAKE_ROOM = "make room, and the same command continues the run"
+VISIBLE = 60.0  # seconds until what one machine wrote must be seen by another
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -77,15 +80,47 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     Damaged ones are named in a warning and skipped. Raises RunError when all are damaged: starting anew
     without a word would throw the run away.
     """
+    path = newest_checkpoint(folder)
+    return None if path is None else read_checkpoint(path)
+
+
+def load_agreed_checkpoint(folder: Path) -> Checkpoint | None:
+    """The same for all ranks: the main one compares and chooses, the others read what it names.
+
+    Raises RunError, on all of them, where one cannot see it.
+    """
+    path = on_main(lambda: newest_checkpoint(folder))
+    return None if path is None else together(lambda: _read_when_visible(path))
+
+
+def _read_when_visible(path: Path) -> Checkpoint:
+    until = time.monotonic() + VISIBLE
+    while True:
+        try:
+            return read_checkpoint(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if time.monotonic() > until or is_main():
+                found = f"{path}, which the main process chose, cannot be read by another ({error})"
+                raise RunError(f"{found}; output_dir must lie on storage that all machines see") from None
+        time.sleep(1)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What a whole checkpoint holds."""
+    listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]  # others are not ours
+    files = [path / name for name in sorted(listed) if name.endswith(".safetensors")]
+    tensors = {file.stem: load_file(file) for file in files}
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(path, tensors, state)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Where the newest valid one lies. Warns and raises as `load_checkpoint`."""
     found = _checkpoints(folder)
     for path in reversed(found):
         problem = manifest_problem(path)
         if problem is None:
-            listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]  # others are not ours
-            files = [path / name for name in sorted(listed) if name.endswith(".safetensors")]
-            tensors = {file.stem: load_file(file) for file in files}
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(path, tensors, state)
+            return path
         logger.warning("%s is damaged (%s) and is skipped", path, problem)
     if found:
         raise RunError(

@@ -16,25 +16,40 @@ from pathlib import Path
 
 from glmd import __version__
 from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
-from glmd.errors import ConfigError, GlmdError
+from glmd.errors import ConfigError, GlmdError, RankError
+from glmd.signals import EndedAtOnce, code_of_signal, ends_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parse(arguments)
     _set_up_logging()
+    with ends_at_once():
+        return _obey(options)
+
+
+def _obey(options: argparse.Namespace) -> int:
+    """Run the command; a refusal or a signal is one line and an exit code."""
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
     except GlmdError as error:
+        if isinstance(error, RankError) and code_of_signal() is not None:
+            return code_of_signal() or 0  # the other rank has ended by the same signal
         print(f"glmd: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:  # in training a signal is a SystemExit, after the step was saved
-        print("glmd: interrupted", file=sys.stderr)
-        return 130
+    except EndedAtOnce as ended:  # in training a signal is an Interrupted, after the step was saved
+        if os.environ.get("RANK", "0") == "0":
+            print(f"glmd: {'interrupted' if ended.code == 130 else 'terminated'}", file=sys.stderr)
+        return int(ended.code or 0)
     except BrokenPipeError:  # `glmd report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    except Exception:
+        code = code_of_signal()
+        if code is None:
+            raise
+        return code  # what fails after a signal is what it broke: another rank has gone, or a process that was asked
+    return code_of_signal() or 0  # a library may have swallowed it
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -382,6 +397,8 @@ def _report(options: argparse.Namespace) -> None:
 
     results = load_results(options.run)
     print(results_table(results), end="")
+    if results.get("exports_verified") is False:
+        print("glmd: the exports are not verified yet; `glmd run` with the run's config does it", file=sys.stderr)
     recorded = options.run / "config.yaml"
     if "of" in results and recorded.is_file():
         now = to_dict(load_config(recorded))

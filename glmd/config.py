@@ -34,6 +34,8 @@ NOT_SWEPT = (
     "mlm_probability",
     "num_maskings",
 )
+# What `check` and a run say of mixed_precision fp16.
+FLOAT16_HEADS = "products with LM heads run in float32, as fp16 cannot hold their gradients; bf16 is faster"
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 
@@ -322,6 +324,9 @@ class RunConfig:
     selection: Literal["last", "best", "agreement"] = "last"
     gkd_compat: bool = False  # divide word losses by all positions, pads included, as the published code does
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of matrix products in training
+    # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
+    # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.
+    deterministic: bool = True
     dataloader_num_workers: int = 0  # no number of workers changes a batch
     # Continue with another number of processes than the run was begun with: the same global batches in the same order,
     # by another gradient_accumulation_steps. Only the last bits of the weights differ.

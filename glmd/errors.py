@@ -29,7 +29,13 @@ class DiskError(RunError):
     exit_code = 4
 
 
+class RankError(GlmdError):
+    """Another process of the run has ended. What that one said is why; from a checkpoint the same command goes on."""
+
+    exit_code = 1
+
+
 class NumericsError(GlmdError):
-    """A loss or gradient that is not finite. The last good checkpoint is kept."""
+    """A loss, gradient, score or answer that is not finite. The last good checkpoint is kept."""
 
     exit_code = 3

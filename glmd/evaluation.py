@@ -6,6 +6,7 @@ words = score_words(student, teacher, dataset, collate, token_map=map, accelerat
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from glmd.data.predictions import require_idx, with_idx, write_predictions
 from glmd.data.sources import ROW_SUFFIXES, Split
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
 from glmd.errors import DataError, ModelError
+from glmd.finite import examples_of_tokens, not_finite, require_finite
 from glmd.heads import (
     LinearMap,
     choice_logits,
@@ -48,10 +50,12 @@ def predict(
     token_map: np.ndarray | None,
     accelerator: Accelerator,
     batch_size: int = 64,
+    name: str = "the model",
 ) -> np.ndarray:
     """(examples, C) float32 logits in the dataset's order, the same on every rank; -inf for a choice that is not there.
 
     token_map: (V,) source id -> student id when the classifier is a compressed student; None for a teacher.
+    name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
     """
     classifier.eval()
     ids: list[int] = []
@@ -66,11 +70,14 @@ def predict(
             logits = choice_logits(classifier(**one_choice_each(inputs)).logits, batch["num_choices"])
         else:
             logits = classifier(**inputs).logits
-        rows += logits.float().tolist()
+        table = logits.float().tolist()
+        counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
+        rows += [row[:count] for row, count in zip(table, counts, strict=True)]
     gathered = gather_object([(ids, rows)])
     result: dict[int, list[float]] = {}
     for part_ids, part_rows in gathered:
         result.update(zip(part_ids, part_rows, strict=True))
+    require_finite(name, result)
     most = max(map(len, result.values()))
     return np.array([result[i] + [-np.inf] * (most - len(result[i])) for i in range(len(dataset))], dtype=np.float32)
 
@@ -91,11 +98,13 @@ def score_words(
     kl_divergence: nats a token from the teacher at temperature 1. agreement: share of tokens whose likeliest word
     is the teacher's. On corrupted inputs also masked_accuracy and teacher_masked_accuracy: share of corrupted
     tokens whose word (or the word it is mapped to) is the likeliest.
+    Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """
     student.eval()
     linear = final_linear(student)
     to_student = torch.from_numpy(token_map).to(accelerator.device)
     totals = np.zeros(6)
+    bad: set[int] = set()
     for batch in _share(dataset, collate, accelerator, batch_size):
         outputs = teacher(batch)
         hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
@@ -111,19 +120,20 @@ def score_words(
             )
             if outputs.merged_into is not None:
                 theirs = merge_words(theirs, outputs.merged_into)
-            best, teacher_best = ours.argmax(-1), theirs.argmax(-1)
-            totals[:3] += [
-                len(rows),
-                kl_divergence(ours, theirs).sum().item(),
-                (best == teacher_best).sum().item(),
-            ]
+            best, teacher_best, kl = ours.argmax(-1), theirs.argmax(-1), kl_divergence(ours, theirs)
+            totals[:3] += [len(rows), kl.sum().item(), (best == teacher_best).sum().item()]
+            if not np.isfinite(totals[1]):
+                bad |= set(examples_of_tokens(batch)[rows][~torch.isfinite(kl)].tolist())
             if labels is not None:
                 chosen = labels[rows] >= 0
                 words = to_student[labels[rows][chosen]]
                 right = [(each[chosen] == words).sum().item() for each in (best, teacher_best)]
                 totals[3:] += [len(words), *right]
-    tokens, kl, agreed, masked, right, teacher_right = np.sum(gather_object([totals]), axis=0)
-    scores = {"kl_divergence": kl / tokens, "agreement": agreed / tokens}
+    found = sorted(set().union(*gather_object([bad])))
+    if found:
+        raise not_finite("student and teacher", found, "the predictions")
+    tokens, total, agreed, masked, right, teacher_right = np.sum(gather_object([totals]), axis=0)
+    scores = {"kl_divergence": total / tokens, "agreement": agreed / tokens}
     if masked:
         scores |= {"masked_accuracy": right / masked, "teacher_masked_accuracy": teacher_right / masked}
     return {name: float(value) for name, value in scores.items()}
@@ -241,5 +251,6 @@ def _answers(
     collate = Collate(tokenizer.pad_token_id or 0)  # a decoder may have none; what stands there is masked
     classifier.to(accelerator.device)
     # The folder's tokenizer gives the model's own ids, so there is nothing to map.
-    logits = predict(classifier, dataset, collate, token_map=None, accelerator=accelerator, batch_size=batch_size)
+    options: dict[str, Any] = {"accelerator": accelerator, "batch_size": batch_size, "name": model}
+    logits = predict(classifier, dataset, collate, token_map=None, **options)
     return answers_of(task, logits), dataset.truncated

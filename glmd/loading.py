@@ -204,11 +204,14 @@ def load_model_as_saved(name: str) -> Any:
     return model.eval()
 
 
-def load_classifier(name: str, task: Task, *, new_head: bool = False, **options: Any) -> Any:
+def load_classifier(
+    name: str, task: Task, *, new_head: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """A stock task model for `task`, in evaluation mode: a classifier, a multiple-choice model, or a language model.
 
     new_head: begin a task head on a language model (drawn from torch's generator: seed it); otherwise the
         checkpoint must hold one with the task's labels in the task's order.
+    dtype: of the weights, whatever the file holds: float32 for what is trained, and for what is scored by itself.
     """
     from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
 
@@ -221,7 +224,7 @@ def load_classifier(name: str, task: Task, *, new_head: bool = False, **options:
     auto_class: Any = AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification
     if task.casting == "cloze":
         auto_class = language_model_class(load_model_config(name, **remote))
-    model, info = _from_pretrained(auto_class, name, **WEIGHTS, **options)
+    model, info = _from_pretrained(auto_class, name, dtype=dtype, **WEIGHTS, **options)
     # Words in a blank need no head but the one that every masked LM has.
     may_begin = new_head and task.casting == "head"
     _require_complete(model, info, name, allowed_missing=_HEADS if may_begin else ())
@@ -305,8 +308,8 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, HTTP errors, ...
         if "trust_remote_code=True" in str(error):
             raise ModelError(
-                f"{name}: brings Python code of its own, which is not run; read it, and "
-                "give teacher.trust_remote_code: true where it is a teacher"
+                f"{name}: brings Python code of its own, which is not run; read it, and give "
+                "teacher.trust_remote_code: true if it is a run's teacher"
             ) from None
         reason = " ".join(str(error).split())[:300]
         hint = "" if looks_local(name) else "; without internet give a local folder"

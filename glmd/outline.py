@@ -6,7 +6,7 @@ print(describe(make_plan(config), world_size=1))
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmd.config import StageConfig, cell_name
+from glmd.config import FLOAT16_HEADS, StageConfig, cell_name
 from glmd.plan import Plan, TaskPlan
 from glmd.resolution import task_stages
 
@@ -17,6 +17,7 @@ def describe(plan: Plan, world_size: int) -> str:
     lines = [
         f"teacher   {config.teacher.model or 'trained here from scratch'}",
         f"method    {config.method}",
+        f"weights   {_precision(plan)}",
         "",
         f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}{'embedding':>11}",
     ]
@@ -32,6 +33,15 @@ def describe(plan: Plan, world_size: int) -> str:
     lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
     lines += [f"sweep     {len(config.cells)} cells: {', '.join(swept)}"] if swept else []
     return "\n".join([*lines, f"output    {config.output_dir}"])
+
+
+def _precision(plan: Plan) -> str:
+    """In which precision weights are trained, the teacher runs, and what is otherwise than one may expect."""
+    config, held = plan.config, getattr(plan.teacher_config, "dtype", None)
+    kept = str(held).removeprefix("torch.") if held is not None else "float32"
+    whose = f", though the teacher's file holds {kept}" if kept != "float32" and config.teacher.scratch is None else ""
+    said = f"trained in float32{whose}; the teacher runs in {config.teacher.dtype}"
+    return f"{said}; {FLOAT16_HEADS}" if config.mixed_precision == "fp16" else said
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ run folder: config.yaml, log.jsonl, corpus/, vocabulary/, teacher/, pretraining/
 
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,18 @@ from accelerate.utils import InitProcessGroupKwargs
 from glmd import __version__
 from glmd.cache_plan import require_own_cache
 from glmd.checkpoint import full_disk_refused, write_atomically
-from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
+from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig, differences, to_dict
 from glmd.data.batches import BlockDataset
-from glmd.data.corpus import TokenStore, build_token_store, open_token_store
+from glmd.data.corpus import TokenStore, build_token_store, corpus_fingerprint, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
+from glmd.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
 from glmd.errors import ConfigError, RunError
 from glmd.heads import is_causal
 from glmd.loading import compared_embeddings, load_language_model
+from glmd.losses.linear import allow_triton, triton_problem
 from glmd.objective import Objective, Term
-from glmd.plan import Plan, make_plan
+from glmd.plan import Plan, corpus_sources, make_plan
+from glmd.processes import TRAINING_PATIENCE, gathered, number_of_ranks, on_main, together, wait
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
@@ -44,9 +47,8 @@ from glmd.trainer import Teacher
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
 
+logger = logging.getLogger(__name__)
 MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
-# How long ranks wait for one another: the main one tokenizes a corpus alone, for hours; torch would wait 10 minutes.
-PATIENCE = timedelta(days=2)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -70,11 +72,19 @@ def make_cache(config: RunConfig) -> None:
 def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
     """The checked pipeline of a run, in its folder, which is held as long."""
     folder = require_free_folder(config)
-    with full_disk_refused(folder), _accelerator(config) as accelerator:
-        run_folder = RunFolder(folder, accelerator)
+    with full_disk_refused(folder), cublas_workspace(config.deterministic), _accelerator(config) as accelerator:
+        if config.mixed_precision == "fp16":
+            logger.info("mixed_precision fp16: %s", FLOAT16_HEADS)
+        if not config.deterministic:
+            logger.info(NOT_PROMISED if accelerator.device.type == "cuda" else NO_EFFECT)
+        _require_one_config(config)
+        run_folder = RunFolder(folder)
         with run_folder.lock():
-            world = _build_world(folder, accelerator) if config.data.world else None
-            plan = make_plan(config, world=world)
+            world = _build_world(folder) if config.data.world else None
+            plan = together(lambda: make_plan(config, world=world, hash_corpus=False))
+            sources = corpus_sources(config, world)
+            if sources:  # of which one process reads all
+                plan = replace(plan, corpus=on_main(lambda: corpus_fingerprint(sources)))
             run_folder.record_config(config)
             if config.report_to:  # not before: a tracker's files would make the folder of a refused run a foreign one
                 accelerator.init_trackers("glmd")
@@ -111,10 +121,13 @@ class Pipeline:
         results["of"] = {key: to_dict(self.config)[key] for key in GROWING}
         if self.config.sweep:
             results["best_cells"] = best_cells(results)
-        if self.accelerator.is_main_process:
-            self.bench.check_exports()
-            write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
-        self.accelerator.wait_for_everyone()
+        # First the results: a week of training is not lost to a folder that does not load.
+        self._write_results(results | {"exports_verified": False})
+        on_main(self.bench.check_exports)
+        return self._write_results(results | {"exports_verified": True})
+
+    def _write_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        on_main(lambda: write_atomically(self.folder / "results.json", json.dumps(results, indent=1)))
         return results
 
     def make_cache(self) -> None:
@@ -140,7 +153,7 @@ class Pipeline:
         if self._reads_corpus_cache():
             model, revision = self.config.teacher.model, self.config.teacher.revision
             teacher_hash = self.run_folder.fingerprint(model, revision) if model is not None else None
-            self.run_folder.on_main(lambda: require_own_cache(self.plan, teacher_hash))
+            on_main(lambda: require_own_cache(self.plan, teacher_hash))
         self.bench.store = self._token_store()
         if "pretraining" in self.plan.method:
             self.bench.blocks(self.config.pretraining, self.first_seed)  # refuses a corpus that is too short for it
@@ -159,17 +172,16 @@ class Pipeline:
         caches = [cache for task in tasks for cache in task.caches(None, arms)]
         if caches and self._reads_corpus_cache():
             caches.append(self.bench.corpus_cache(self.config.pretraining, self.first_seed))
-        self.run_folder.on_main(lambda: self.bench.require_room(caches) if caches else None)
+        on_main(lambda: self.bench.require_room(caches) if caches else None)
 
     def _token_store(self) -> TokenStore | None:
-        sources = [str(self.world / "corpus.txt")] if self.world else self.config.data.corpus
+        sources = corpus_sources(self.config, self.world)
         if not sources:
             return None
         place = self.folder / "corpus"
-        if self.accelerator.is_main_process:
-            build_token_store(place, sources, self.plan.tokenizer, text_field=self.config.data.text_field)
-        self.accelerator.wait_for_everyone()
-        return open_token_store(place)
+        tokenizer, field, known = self.plan.tokenizer, self.config.data.text_field, self.plan.corpus
+        on_main(lambda: build_token_store(place, sources, tokenizer, text_field=field, fingerprint=known).manifest)
+        return together(lambda: open_token_store(place))
 
     def _teacher(self) -> TeacherConfig:
         """The teacher as named, or one trained on the corpus with plain masked-word prediction."""
@@ -208,12 +220,13 @@ class Pipeline:
         place, settings = self.folder / "vocabulary", self.config.vocabulary
         source = self.plan.tokenizer
 
+        def build() -> None:
+            model = load_language_model(replace(teacher, dtype="float32"))
+            embeddings = compared_embeddings(model, settings.similarity)
+            build_vocabulary(source, embeddings, self._counts(), **settings.choice).save(place)
+
         def work() -> dict[str, Any]:
-            if self.accelerator.is_main_process:
-                model = load_language_model(replace(teacher, dtype="float32"))
-                embeddings = compared_embeddings(model, settings.similarity)
-                build_vocabulary(source, embeddings, self._counts(), **settings.choice).save(place)
-            self.accelerator.wait_for_everyone()
+            on_main(build)
             return {}
 
         tasks = {name: task.fingerprint() for name, task in self.plan.tasks.items()}
@@ -334,19 +347,45 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
             mixed_precision=config.mixed_precision,
             log_with=list(config.report_to) or None,
             project_dir=config.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TRAINING_PATIENCE)],
         )
     except ValueError as error:  # ranks that cannot meet, or a precision or tracker that this machine has not
         _require_ranks(launched, 1 if "MASTER_ADDR" in str(error) else launched)
         raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from None
     _require_ranks(launched, accelerator.num_processes)
+    wait()
+    _agree_on_kernels(accelerator.device)
     take_up_sharding(accelerator, os.environ)
     try:
-        yield accelerator
+        with same_bits(accelerator.device, config.deterministic):
+            yield accelerator
     finally:
         accelerator.end_training()
         end_sharding(accelerator)
         AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
+
+
+def _require_one_config(config: RunConfig) -> None:
+    """Refuse ranks that were launched with different configs, which would wait for one another."""
+    first, *others = gathered(to_dict(config))
+    for rank, theirs in enumerate(others, start=1):
+        changed = differences(first, theirs)
+        if changed:
+            raise RunError(
+                f"rank {rank} was given another config than rank 0 ({'; '.join(changed)}); give all the same"
+            )
+
+
+def _agree_on_kernels(device: torch.device) -> None:
+    """Run the loss in one way on all ranks: one that has only the slow one would have the others wait."""
+    allow_triton(True)
+    if device.type != "cuda" or number_of_ranks() == 1:
+        return
+    mine = [triton_problem(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for rank, problems in enumerate(gathered(mine)):
+        for problem in filter(None, problems):
+            allow_triton(False)
+            logger.warning("Triton does not work on rank %d (%s): the loss runs in plain torch on all", rank, problem)
 
 
 def _require_ranks(launched: int, ranks: int) -> None:
@@ -355,13 +394,15 @@ def _require_ranks(launched: int, ranks: int) -> None:
         raise RunError(f"{found}; launch as in docs/multi-gpu.md") from None
 
 
-def _build_world(folder: Path, accelerator: Accelerator) -> Path:
+def _build_world(folder: Path) -> Path:
     from glmd.data.world import build_world
 
     place = folder / "world"
-    if accelerator.is_main_process:
+
+    def build() -> None:
         for leftover in folder.glob(".world-*"):  # of a start that was killed; the folder is locked for this one
             shutil.rmtree(leftover)
         build_world(place)
-    accelerator.wait_for_everyone()
+
+    on_main(build)
     return place

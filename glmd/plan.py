@@ -73,10 +73,11 @@ class Plan:
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
+def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool = True) -> Plan:
     """Check everything and read the small things. Raises GlmdError, one line.
 
-    world: where the embedded world lies, for `data.world`.
+    world: where the embedded world lies, for `data.world`. hash_corpus: read the corpus for `Plan.corpus`; of many
+        processes one need do it.
     """
     method, config, asked = resolve(config)
     tokenizer, teacher_config = _load_teacher_side(config, world)
@@ -91,7 +92,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(world / "superglue") if world else config.data.superglue
-    corpus = [str(world / "corpus.txt")] if world else config.data.corpus
+    corpus = corpus_sources(config, world)
     require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
     tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
@@ -107,13 +108,18 @@ def make_plan(config: RunConfig, *, world: Path | None = None) -> Plan:
         source_size=len(tokenizer),
         kept_size=kept_size(config.vocabulary, tokenizer),
         tasks=tasks,
-        corpus=corpus_fingerprint(corpus) if corpus else None,
+        corpus=None,
     )
     plan = _with_parameters(plan)
     if kept_words(cached_stages(config, method), method):
         word_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
-    return plan
+    return replace(plan, corpus=corpus_fingerprint(corpus)) if corpus and hash_corpus else plan
+
+
+def corpus_sources(config: RunConfig, world: Path | None) -> list[str]:
+    """Where the run's corpus lies; nowhere for a run without one."""
+    return [str(world / "corpus.txt")] if world else config.data.corpus
 
 
 def make_sketch(config: RunConfig) -> Plan:

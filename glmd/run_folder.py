@@ -15,17 +15,15 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from glmd.checkpoint import describe_files, files_problem, write_atomically, write_problem
 from glmd.config import GROWING, RunConfig, differences, dump_config, load_config, to_dict
-from glmd.errors import ConfigError, GlmdError, RunError
+from glmd.errors import ConfigError, RunError
 from glmd.loading import model_fingerprint
+from glmd.processes import is_main, on_main
 
 logger = logging.getLogger(__name__)
 
@@ -91,41 +89,38 @@ def require_free_folder(config: RunConfig) -> Path:
 class RunFolder:
     """The folder of a run, as all ranks see it. `left` is what its complete stages left, by the stage's folder."""
 
-    def __init__(self, path: Path, accelerator: Accelerator) -> None:
-        self.path, self.accelerator = path, accelerator
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.left: dict[Path, dict[str, dict[str, Any]]] = {}
         self._fingerprints: dict[tuple[str, str | None], str] = {}
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this run. Raises RunError naming the process that has it."""
-        if not self.accelerator.is_main_process:
-            self.accelerator.wait_for_everyone()
+        with ExitStack() as held:
+            on_main(lambda: self._take(held))
             yield
-            return
+
+    def _take(self, held: ExitStack) -> None:
+        """Lock the folder until `held` ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a+", encoding="utf-8")
+            file = held.enter_context((self.path / "lock").open("a+", encoding="utf-8"))
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise RunError(f"output_dir {self.path} {reason}; choose another") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "another run"
-                raise RunError(f"output_dir {self.path} is in use by {owner}") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            self.accelerator.wait_for_everyone()
-            yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another run"
+            raise RunError(f"output_dir {self.path} is in use by {owner}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
     def record_config(self, config: RunConfig) -> None:
-        if self.accelerator.is_main_process:
-            write_atomically(self.path / "config.yaml", dump_config(config))
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: write_atomically(self.path / "config.yaml", dump_config(config)))
 
     def name(self, place: Path) -> str:
         """A stage's folder as it is called in logs: tasks/RTE/seed-0/words."""
@@ -140,7 +135,7 @@ class RunFolder:
         refused with the folder to delete.
         """
         path = place / "stage.json"
-        record = self.on_main(lambda: _read_record(path))
+        record = on_main(lambda: _read_record(path))
         inputs = json.loads(json.dumps(inputs))
         if record is not None:
             is_longer = not record["complete"] and only_goes_on(record["inputs"], inputs)
@@ -150,7 +145,7 @@ class RunFolder:
                 found = f"{place} was made from other inputs ({'; '.join(changed)})"
                 raise RunError(f"{found}; change them back, or delete {place} to make it anew")
             if record["complete"]:
-                if problem := self.on_main(lambda: files_problem(place, record["files"])):
+                if problem := on_main(lambda: files_problem(place, record["files"])):
                     found = f"{place} is not what the complete stage left ({problem})"
                     raise RunError(f"{found}; delete {place} to make it anew")
                 self.left[place] = record["files"]
@@ -162,7 +157,7 @@ class RunFolder:
         began = time.monotonic()
         result = work()
         result["seconds"] = round(time.monotonic() - began, 1)
-        self.left[place] = self.on_main(lambda: _result_files(place))
+        self.left[place] = on_main(lambda: _result_files(place))
         self._write(path, {"complete": True, "inputs": inputs, "result": result, "files": self.left[place]})
         gc.collect()  # models hold themselves in cycles: gigabytes that would stay for the next stage
         self._forget_the_way(place)
@@ -170,39 +165,22 @@ class RunFolder:
 
     def _forget_the_way(self, place: Path) -> None:
         """What a finished stage leaves is its model; the way there is no longer needed."""
-        if self.accelerator.is_main_process:
+        if is_main():
             for name in ("checkpoints", "best"):
                 shutil.rmtree(place / name, ignore_errors=True)
 
     def is_complete(self, place: Path) -> bool:
         """Whether a stage will be skipped, or refused."""
-        return bool(self.on_main(lambda: is_complete(place)))
+        return bool(on_main(lambda: is_complete(place)))
 
     def fingerprint(self, model: str, revision: str | None = None) -> str:
         """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""
         if (model, revision) not in self._fingerprints:
-            self._fingerprints[model, revision] = self.on_main(lambda: model_fingerprint(model, revision))
+            self._fingerprints[model, revision] = on_main(lambda: model_fingerprint(model, revision))
         return self._fingerprints[model, revision]
 
-    def on_main(self, function: Callable[[], Any]) -> Any:
-        """What the main process finds, known to all ranks; its refusal is that of all."""
-        if self.accelerator.num_processes == 1:
-            return function()
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = function()
-            except GlmdError as error:
-                found[1] = error
-        torch.distributed.broadcast_object_list(found, src=0)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
-
     def _write(self, path: Path, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            write_atomically(path, json.dumps(record, indent=1))
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: write_atomically(path, json.dumps(record, indent=1)))
 
 
 def _numbers_of_steps(config: dict[str, Any]) -> list[str]:

@@ -60,9 +60,12 @@ class TaskStages:
 
         def work() -> dict[str, Any]:
             if self.named is not None:
-                return self.bench.score_task(load_classifier(self.named, self.task.task), self.task, stage, None)
+                return self.bench.score_task(self._loaded_teacher(), self.task, stage, None)
             torch.manual_seed(seed)
-            options = {"revision": self.teacher.revision, "trust_remote_code": self.teacher.trust_remote_code}
+            options: dict[str, Any] = {
+                "revision": self.teacher.revision,
+                "trust_remote_code": self.teacher.trust_remote_code,
+            }
             model = load_classifier(str(self.teacher.model), self.task.task, new_head=True, **options)
             training = self.bench.train(
                 place,
@@ -74,7 +77,7 @@ class TaskStages:
                 classifier=model,
                 evaluate=self._chooser(by_labels=lambda: self._main_metric(model, stage, None)),
             )
-            result = {"training": training, **self.bench.score_task(model, self.task, stage, None)}
+            scores = self.bench.score_task(model, self.task, stage, None)
             self.bench.export(
                 model,
                 self.bench.tokenizer,
@@ -82,9 +85,11 @@ class TaskStages:
                 title=f"Teacher fine-tuned on {self.name}",
                 summary=f"the labels of {self.name}",
                 facts={"seed": str(seed)},
-                metrics=result.get("metrics"),
+                metrics=scores.get("metrics"),
             )
-            return result
+            if self.teacher.dtype != "float32":  # the folder's own scores are on its card, those of the table teach
+                scores = self.bench.score_task(self._loaded_teacher(), self.task, stage, None)
+            return {"training": training, **scores}
 
         if self.named is not None:
             inputs = self.bench.inputs(
@@ -257,9 +262,13 @@ class TaskStages:
 
     # The fine-tuned teacher, live and from disk
 
+    def _loaded_teacher(self) -> Any:
+        """The fine-tuned model in the precision that it teaches in, and is scored in."""
+        return load_classifier(self.classifier, self.task.task, dtype=getattr(torch, self.teacher.dtype))
+
     def _live(self, arm: Arm | None, *, words: bool) -> OnlineTeacher:
         """The fine-tuned teacher; for words, with its LM head, as pretrained where the task has a head of its own."""
-        model = load_classifier(self.classifier, self.task.task, dtype=getattr(torch, self.teacher.dtype))
+        model = self._loaded_teacher()
         language_model = None
         if words:  # in a blank the fine-tuned model has predicted words itself
             language_model = model if self.is_cloze else load_language_model(self.teacher)
@@ -281,8 +290,7 @@ class TaskStages:
     def _answers(self, stage: StageConfig) -> np.ndarray:
         """(examples,) what the fine-tuned teacher answers on val: the same for all seeds, cells and the control."""
         if self.theirs is None:
-            teacher = load_classifier(self.classifier, self.task.task)
-            self.theirs = self.bench.answers(teacher, self.task, stage, None)
+            self.theirs = self.bench.answers(self._loaded_teacher(), self.task, stage, None)
         return self.theirs
 
     # What stages are compared and reported by

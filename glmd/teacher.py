@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glmd.finite import examples_of_tokens, spoiled
 from glmd.heads import (
     final_linear,
     hidden_before_final_linear,
@@ -69,6 +70,11 @@ class OnlineTeacher:
                 language_model, vocabulary, merge_dropped=merge_dropped
             )
 
+    @property
+    def name(self) -> str:
+        """The folder or hub id that it was loaded from."""
+        return getattr(self.base, "name_or_path", "") or type(self.base).__name__
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Run on source `input_ids` (B, S), from whatever device they come."""
@@ -81,6 +87,7 @@ class OnlineTeacher:
             hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
         if self.classifier is not None:
             task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
+            task_logits = spoiled(task_logits, batch.get("num_choices"))
         return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits, self.scaling)
 
 
@@ -110,6 +117,18 @@ def sliced_head(
         chosen = slice(vocabulary.size)  # no copy
     bias = linear.bias.detach()[chosen] if linear.bias is not None else None
     return linear.weight.detach()[chosen], bias, merged_into
+
+
+def unsound_examples(outputs: TeacherOutputs, batch: Mapping[str, Tensor]) -> list[int]:
+    """The examples of a batch of which a teacher said what is not finite. Reads all that it said."""
+    found: set[int] = set()
+    if outputs.hidden_states is not None:
+        bad = (~torch.isfinite(outputs.hidden_states).all(-1)).cpu()
+        found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
+    if outputs.task_logits is not None:
+        bad = torch.isnan(spoiled(outputs.task_logits, batch.get("num_choices"))).any(-1).cpu()
+        found |= set(batch["example_id"].cpu()[bad].tolist())
+    return sorted(found)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

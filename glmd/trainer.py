@@ -9,16 +9,13 @@ ends in the same weights, bit for bit.
 import copy
 import logging
 import math
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,15 +25,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from glmd.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from glmd.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, BlockDataset, Collate, StepPlan, TaskDataset, step_batches
+from glmd.determinism import is_repeatable
 from glmd.distiller import Distiller
-from glmd.errors import NumericsError, RunError
+from glmd.errors import ModelError, NumericsError, RunError
+from glmd.processes import lost_ranks, on_main
 from glmd.runlog import RunLog
 from glmd.schedules import learning_rate_factor
 from glmd.sharding import is_sharded, prepare_sharded, whole
-from glmd.teacher import TeacherOutputs
+from glmd.signals import Interrupted, finishes_step
+from glmd.teacher import TeacherOutputs, unsound_examples
 from glmd.training_state import (
     LIBRARIES,
     code_of_a_step,
@@ -50,10 +50,6 @@ from glmd.training_state import (
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], TeacherOutputs]
 Evaluate = Callable[[], float]  # a score of the student as it stands, higher is better
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT arrived: the step was finished and saved. Exit code 143 or 130."""
 
 
 @dataclass
@@ -123,7 +119,7 @@ class Trainer:
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
         model, trained, optimizer = self._prepare(distiller)
-        checkpoint = load_checkpoint(self.folder / "checkpoints")
+        checkpoint = load_agreed_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             self._restore(checkpoint, trained, optimizer)
         start_step, began = self.progress.step, time.monotonic() - self.progress.seconds
@@ -141,7 +137,7 @@ class Trainer:
             unit="step",
             disable=not _show_bar(accelerator),
         )
-        with bar, _signals() as received:
+        with bar, closing(batches), lost_ranks(), finishes_step() as received:
             for step, micro_batches in enumerate(batches, start=start_step + 1):
                 means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 if means is not None:
@@ -151,20 +147,22 @@ class Trainer:
                 if step % settings.logging_steps == 0 or step == max_steps:
                     self._log(meter, distiller, step, max_steps, optimizer)
                 if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
-                    fill(distiller, trained)
-                    self._keep_best(distiller)
-                    model.train()
-                    if trained is not distiller:
-                        distiller.to("cpu")
+                    with meter.paused():
+                        fill(distiller, trained)
+                        self._keep_best(distiller)
+                        model.train()
+                        if trained is not distiller:
+                            distiller.to("cpu")
                 stop = self._agree_on_signal(received)
                 if (step % settings.save_steps == 0 and step < max_steps) or stop:
-                    self._save(trained, optimizer)
+                    with meter.paused():
+                        self._save(trained, optimizer)
                 if stop:
                     raise Interrupted(128 + stop)
         if self.evaluate is None:
             fill(distiller, trained)
         else:
-            best = load_checkpoint(self.folder / "best")
+            best = load_agreed_checkpoint(self.folder / "best")
             assert best is not None, "the last step was evaluated"
             load_trainable(distiller, best.tensors["model"])
         return TrainingResult(
@@ -182,6 +180,9 @@ class Trainer:
         Sharded, it is another than the given one, which stays whole, on the CPU, for evaluation and export.
         """
         accelerator = self.accelerator
+        if accelerator.scaler is not None:
+            # A new one for each stage: the loss scale that another ended with is not known to a run that is resumed.
+            accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
         if self.settings.gradient_checkpointing:
             distiller.recompute_activations()
         if not is_sharded(accelerator):
@@ -209,7 +210,7 @@ class Trainer:
         world_size = accelerator.num_processes
         progress = (step - 1) / max(1, max_steps - 1)
         # float32 is exact to 16 million tokens a step, and the one that every device has.
-        counts = sum(objective.counts(batch) for batch in micro_batches).to(accelerator.device, torch.float32)
+        counts = sum(objective.counts(batch) for batch in micro_batches).float().to(accelerator.device)
         counts = reduce(counts, "sum") if world_size > 1 else counts
         sums = torch.zeros(len(objective.terms), device=accelerator.device)
         for i, batch in enumerate(micro_batches):
@@ -241,7 +242,7 @@ class Trainer:
         if is_finite:
             optimizer.step()
         else:
-            self._skip_or_stop(means, norm, step, micro_batches)
+            self._skip_or_stop(means, norm, step, micro_batches, teacher)
         optimizer.zero_grad()
         return means if is_finite else None
 
@@ -252,7 +253,9 @@ class Trainer:
             finite &= torch.isfinite(norm)
         return bool(finite)
 
-    def _skip_or_stop(self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch]) -> None:
+    def _skip_or_stop(
+        self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch], teacher: Teacher
+    ) -> None:
         """Log the examples of all ranks, which have the same means and norm; stop where no more is tolerated."""
         ids: list[int] = gather_object([int(i) for batch in micro_batches for i in batch["example_id"]])
         losses, norm_value = means.tolist(), float(norm)
@@ -261,9 +264,15 @@ class Trainer:
         self.progress.skipped += 1
         tolerated = self.settings.skip_nonfinite
         if self.progress.skipped > tolerated:
+            unsound = gather_object([i for batch in micro_batches for i in unsound_examples(teacher(batch), batch)])
             raise NumericsError(
                 f"{self.stage}: step {step}: loss {losses} or gradient norm {norm_value:g} is not finite; "
-                f"examples {ids}; the last checkpoint is kept. Lower learning_rate or check the teacher"
+                f"examples {ids}; the last checkpoint is kept. "
+                + (
+                    f"The teacher's outputs for {sorted(set(unsound))} are not finite; check the teacher"
+                    if unsound
+                    else "Lower learning_rate or check the teacher"
+                )
                 + (f"; skip_nonfinite {tolerated} is used up" if tolerated else "")
             )
         if self.accelerator.scaler is not None:
@@ -296,12 +305,16 @@ class Trainer:
                 f"{self.stage}: step {self.progress.step}: the score that the best checkpoint is chosen by is {score}; "
                 "check the teacher's answers on val, or give selection=last"
             )
-        if self.progress.best_score is None or score > self.progress.best_score:
-            self.progress.best_score, self.progress.best_step = score, self.progress.step
-            if self.accelerator.is_main_process:
-                tensors = {"model": trainable(distiller)}
-                save_checkpoint(self.folder / "best", self.progress.step, tensors, {"score": score}, keep=1)
-            self.accelerator.wait_for_everyone()
+        progress = self.progress
+
+        def best_now() -> tuple[float | None, int | None]:
+            if progress.best_score is not None and score <= progress.best_score:
+                return progress.best_score, progress.best_step
+            tensors = {"model": trainable(distiller)}
+            save_checkpoint(self.folder / "best", progress.step, tensors, {"score": score}, keep=1)
+            return score, progress.step
+
+        progress.best_score, progress.best_step = on_main(best_now)
 
     def _save(self, distiller: Distiller, optimizer: Any) -> None:
         scaler = self.accelerator.scaler
@@ -309,16 +322,15 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         groups = {"model": trainable(distiller), "optimizer": optimizer_tensors(distiller, optimizer)}
         tensors = {name: whole(group, wanted=is_main) for name, group in groups.items()}
-        if is_main:
-            folder = self.folder / "checkpoints"
-            state = {
-                "progress": vars(self.progress),
-                "models": distiller.describe(),
-                "threads": torch.get_num_threads(),
-                "code": code_of_a_step(),
-            }
-            save_checkpoint(folder, self.progress.step, tensors, state, keep=self.settings.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        folder, keep = self.folder / "checkpoints", self.settings.save_total_limit
+        state = {
+            "progress": vars(self.progress),
+            "models": distiller.describe(),
+            "threads": torch.get_num_threads(),
+            "repeatable": is_repeatable(self.accelerator.device),
+            "code": code_of_a_step(),
+        }
+        on_main(lambda: save_checkpoint(folder, self.progress.step, tensors, state, keep=keep))
 
     def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
         self._require_same_code(checkpoint)
@@ -337,6 +349,12 @@ class Trainer:
                 threads,
                 saved_by,
                 saved_by,
+            )
+        if not (checkpoint.state.get("repeatable", True) and is_repeatable(self.accelerator.device)):
+            logger.warning(
+                "%s: was begun, or continues, without deterministic algorithms; its weights will differ in their last "
+                "bits from those of an uninterrupted run",
+                self.stage,
             )
         logger.info("%s: continues after step %d of %s", self.stage, self.progress.step, checkpoint.path)
 
@@ -361,12 +379,14 @@ class Trainer:
     def _restore_best(self) -> None:
         """Forget best weights of steps that are run again."""
         folder, best = self.folder / "best", self.progress.best_step
-        if self.accelerator.is_main_process:
+
+        def is_there() -> bool:
             for path in folder.glob("step-*"):
                 if int(path.name.removeprefix("step-").removesuffix(".tmp")) > self.progress.step:
                     shutil.rmtree(path)
-        self.accelerator.wait_for_everyone()
-        if best is not None and not (folder / f"step-{best:06d}").is_dir():
+            return best is not None and (folder / f"step-{best:06d}").is_dir()
+
+        if not on_main(is_there):
             # The forgotten ones had taken its place, and may score otherwise this time: choose among what is to come.
             self.progress.best_score = self.progress.best_step = None
 
@@ -379,7 +399,7 @@ class Trainer:
 
 
 class Meter:
-    """Means of the terms over a logging interval. Tensors stay on the device until they are read."""
+    """Means of the terms over a logging interval, and its speed. Tensors stay on the device until they are read."""
 
     def __init__(self, names: list[str]) -> None:
         self.names, self.last = names, dict.fromkeys(names, float("nan"))
@@ -394,6 +414,13 @@ class Meter:
         self._means.append(means)
         self.tokens += tokens
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no time: what is done is no training."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
     def read(self, tokens: float) -> dict[str, float]:
         """The means. tokens: of all ranks."""
         if not self._means:  # every step of the interval was left out
@@ -407,7 +434,14 @@ class Meter:
 
 
 def make_optimizer(distiller: Distiller, settings: StageConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only, as in BERT."""
+    """AdamW; weight decay for matrices only, as in BERT.
+
+    Raises ModelError for weights of half precision: most updates are smaller than their steps, and would be lost.
+    """
+    for name, parameter in trainable(distiller).items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(f"{name} is {kind}, in which it would not learn; load it in torch.float32")
     named = list(trainable(distiller).values())
     groups = [
         {"params": [p for p in named if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -427,26 +461,3 @@ def _mix(seed: int, counter: int) -> int:
 
 def _show_bar(accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and sys.stderr.isatty()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying; a second one ends the process at once."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        logger.warning("signal %d: the step is finished and saved; a second signal ends at once", number)
-
-    try:
-        previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are not ours to take
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -25,6 +25,8 @@ STEP_MODULES = (
     "distiller.py",
     "heads.py",
     "teacher.py",
+    "finite.py",
+    "determinism.py",
     "cache.py",
     "cached_teacher.py",
     "objective.py",
@@ -62,6 +64,8 @@ def optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]
 
 def load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tensor]) -> None:
     for name, parameter in trainable(distiller).items():
+        if f"{name}.step" not in tensors:  # no step yet, as all were left out, or it had no gradient in any
+            continue
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
         # AdamW keeps its step counter beside the parameter only when fused.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from glmd import __version__
@@ -33,7 +32,7 @@ from glmd.data.blanks import block_frame, candidate_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
-from glmd.errors import DataError, GlmdError, RunError
+from glmd.errors import DataError, RunError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
 from glmd.loading import auto_class_name, load_language_model
@@ -41,6 +40,7 @@ from glmd.metrics import score
 from glmd.objective import Objective
 from glmd.places import require_shareable
 from glmd.plan import Plan, TaskPlan, split_parameters
+from glmd.processes import on_main, together
 from glmd.resolution import kept_words
 from glmd.run_folder import RunFolder, begun_with
 from glmd.runlog import RunLog
@@ -81,9 +81,9 @@ class Workbench:
         self.is_sharded = is_sharded(accelerator)
         self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
         if self.config.elastic:
-            begun = run_folder.on_main(lambda: begun_with(run_folder.path))
+            begun = on_main(lambda: begun_with(run_folder.path))
             self.processes, self.sharding = begun or (self.processes, self.sharding)
-        run_folder.on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
+        on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
 
     # Data
 
@@ -161,7 +161,8 @@ class Workbench:
 
         classifier: the fine-tuned teacher of stages that learn from it. kept_in: the precision of a cached teacher.
         """
-        return {
+        how = {} if self.config.deterministic else {"deterministic": False}
+        return how | {
             "stage": asdict(stage) if stage is not None else None,
             "seed": seed,
             "terms": [asdict(term) for term in objective.terms] if objective is not None else [],
@@ -253,33 +254,25 @@ class Workbench:
 
         def missing(*, whole: bool) -> list[int]:
             # Half a cache has shards of the size that it was begun with.
-            found, cache.rows_per_shard = self.run_folder.on_main(
-                lambda: (cache.missing(whole=whole), cache.rows_per_shard)
-            )
+            found, cache.rows_per_shard = on_main(lambda: (cache.missing(whole=whole), cache.rows_per_shard))
             return list(found)
 
         # A complete one is not locked: its disk may be read-only, and other runs read it too.
         if not missing(whole=False) and not missing(whole=True):
             return
-        with cache.lock() if self.accelerator.is_main_process else nullcontext():
+        with ExitStack() as held:
+            on_main(lambda: held.enter_context(cache.lock()))
             wanted = missing(whole=True)
             if not wanted:
                 return
-            self.run_folder.on_main(cache.begin)
+            on_main(cache.begin)
             self._say_how_often_read(cache)
-            problems: list[GlmdError | None] = [None]
-            try:
-                self._write_shards(cache, wanted[rank::world_size], load)
-            except GlmdError as error:  # of one rank, that the others would wait for
-                problems = [error]
-            for problem in gather_object(problems):
-                if problem is not None:
-                    raise problem
-            self.run_folder.on_main(cache.finish)
+            together(lambda: self._write_shards(cache, wanted[rank::world_size], load))
+            on_main(cache.finish)
 
     def refuse_stale(self, caches: Sequence[TeacherCache]) -> None:
         """Refuse caches of something else, and a disk too small for one, before anything is trained."""
-        self.run_folder.on_main(lambda: [cache.missing(whole=False) for cache in caches])
+        on_main(lambda: [cache.missing(whole=False) for cache in caches])
 
     def require_room(self, caches: Sequence[TeacherCache]) -> None:
         """Refuse a disk that cannot take all caches of the run, before the first is made."""
@@ -408,6 +401,7 @@ class Workbench:
             token_map=token_map,
             accelerator=self.accelerator,
             batch_size=stage.per_device_eval_batch_size,
+            name=f"{task.task.name}: the {'teacher' if arm is None else 'student'}",
         )
         return answers_of(task.task, logits)
 
@@ -442,9 +436,7 @@ class Workbench:
             exact_tokenizer=tokenizer is not self.tokenizer,
             auto_class=auto_class_name(model),
         )
-        if self.accelerator.is_main_process:
-            export_model(model, tokenizer, folder, card=card)
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: export_model(model, tokenizer, folder, card=card))
 
     def check_exports(self) -> None:
         """Prove every exported folder of the run in a fresh process, each once."""

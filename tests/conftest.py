@@ -23,6 +23,18 @@ settings.register_profile("search", deadline=None)
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    wanted = [item for item in items if item.get_closest_marker("cuda") is not None]
+    if wanted:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in wanted:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU of NVIDIA"))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -60,11 +60,14 @@ def train(
     *,
     workers: int = 0,
     dies_at: int | None = None,
+    blind: bool = False,
+    apart: bool = False,
     **changes: Any,
 ) -> None:
     """Five steps of two micro-steps. act: called with (rank, number of the micro-step from 0) before its teacher.
 
     workers: of each rank's loader; with any the weights are scored after each step. dies_at: in the middle of that.
+    blind: rank 1 takes every checkpoint for damaged. apart: it has other scores, the best of them elsewhere.
     """
     teacher, distiller, calls = teacher_of(), distiller_of(), iter(range(1000))
 
@@ -79,8 +82,10 @@ def train(
     def score() -> float:
         if trainer.progress.step == dies_at and rank == 1:
             os.kill(os.getpid(), 9)
-        return -abs(trainer.progress.step - 3.0)
+        return -abs(trainer.progress.step - (5.0 if apart and rank == 1 else 3.0))
 
+    if blind and rank == 1:
+        glmd.checkpoint.manifest_problem = lambda folder: "not visible yet"
     evaluate = score if workers else None
     trainer = trainer_of(folder, settings_of(**changes), workers=workers, evaluate=evaluate)
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
@@ -253,6 +258,9 @@ SCENARIOS: dict[str, tuple[str, Callable[[int, int], Any] | None, dict[str, Any]
     "scored": ("scored", None, {"workers": 2}),
     "killed while scored": ("killed-while-scored", None, {"workers": 2, "dies_at": 4}),
     "killed while scored, resumed": ("killed-while-scored", None, {"workers": 2}),
+    "killed again": ("blind", kill_rank_1, {}),
+    "blind, resumed": ("blind", None, {"blind": True}),
+    "apart": ("apart", None, {"workers": 2, "apart": True}),
     "fsdp2": ("fsdp2", None, {"adam_epsilon": 1e-3}),
     "killed in a save": ("killed-in-a-save", kill_rank_0_in_its_save, {}),
     "killed in a save, resumed": ("killed-in-a-save", None, {}),

@@ -20,7 +20,8 @@ PACKAGE = Path(glmd.__file__).parent
 
 # Lowest first. A module may import those of lower rows, and those to its left.
 LAYERS = """
-errors schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
+errors signals processes finite determinism
+schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.oddities data.sources data.superglue data.tasks data.predictions
 data.corpus data.blanks data.batches data.world
@@ -140,8 +141,8 @@ save_total_limit per_device_eval_batch_size"""
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
-    "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision dataloader_num_workers
-        elastic report_to""",
+    "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision deterministic
+        dataloader_num_workers elastic report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages cache_bits tasks scratch",
     "student.": "num_hidden_layers initialisation config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "

@@ -36,3 +36,8 @@ def test_a_tasks_batches_are_timed_by_strategy(tiny) -> None:
     pads = {kind: int(share) for kind, share in re.findall(r"\| RTE, \w+ \| ([\w' ]+) \| (\d+) % ", said)}
     assert pads["group_by_length"] < pads["random"] == pads["batch_rebalance"]
     assert pads["longest first"] <= pads["rows' order"]
+
+
+def test_the_cost_of_the_same_bits_is_a_ratio() -> None:
+    said = output_of("deterministic.py", "--shape", "2,1,64,500", "--batch", "2", "--length", "16", "--rounds", "1")
+    assert re.search(r"deterministic: true \d+\.\d ms a step, false \d+\.\d ms: ratio \d+\.\d\d", said)

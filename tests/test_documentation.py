@@ -80,15 +80,15 @@ def test_every_test_that_a_page_names_exists():
             assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, f"{file}::{name}"
 
 
-def test_every_promise_and_each_of_fifty_faults_names_a_test():
+def test_every_promise_and_every_fault_names_a_test():
     rows = [line for line in RELIABILITY.partition("## Promises")[2].splitlines() if line.startswith("| ")]
     rows = [line for line in rows if "---" not in line and not line.startswith(("| promise", "| #"))]
     assert [line for line in rows if "::test_" not in line] == []
     faults = re.findall(r"^\| (\d+) \|", RELIABILITY.partition("## Faults")[2], re.MULTILINE)
-    assert [int(number) for number in faults] == list(range(1, 51))
+    assert [int(number) for number in faults] == list(range(1, 52))
 
 
 def test_the_exit_codes_of_the_page_are_those_of_the_errors():
     errors = [each for each in vars(glmd.errors).values() if isinstance(each, type)]
-    documented = {int(code) for code in re.findall(r"^\| ([234]) \| [a-z]", RELIABILITY, re.MULTILINE)}
+    documented = {int(code) for code in re.findall(r"^\| ([1234])[ ,]", RELIABILITY, re.MULTILINE)}
     assert {error.exit_code for error in errors} <= documented

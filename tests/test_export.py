@@ -314,3 +314,47 @@ def test_a_task_head_that_looks_for_an_end_or_a_pad_token_can_be_probed(name):
     config = getattr(transformers, f"{name}Config")(**fields)
     probe = _probe(getattr(transformers, f"{name}ForSequenceClassification")(config).eval())
     assert len(probe["output"]) == len(probe["places"]) > 0
+
+
+def strangers_answer(folder: Path, monkeypatch) -> str:
+    """What a stranger says of a folder, in this process."""
+    import sys
+
+    from glmd.export import _STRANGER
+
+    monkeypatch.setattr(sys, "argv", ["-", str(folder)])
+    try:
+        exec(_STRANGER, {"__name__": "__main__"})
+    except SystemExit as end:
+        return str(end.code)
+    return "fine"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_folder_is_proved_in_every_precision_and_by_what_its_outputs_are_worth(
+    finished, tmp_path, monkeypatch, dtype, size
+):
+    """The probe is made as it is compared, in float32 on the CPU; an error counts beside the largest output."""
+    source, folder = finished.folder / "pretraining/student", tmp_path / "model"
+    model = stock_model(source)
+    with torch.no_grad():
+        for parameter in model.cls.predictions.transform.LayerNorm.parameters():
+            parameter *= size
+        model.cls.predictions.bias *= 0
+    export_model(model.to(dtype), load_tokenizer(source), folder, card=CARD)
+    assert {p.dtype for p in model.parameters()} == {dtype}, "the model itself is left as it was"
+    assert strangers_answer(folder, monkeypatch) == "fine"
+    probe = json.loads((folder / PROBE).read_text())
+    largest = max(map(abs, probe["output"]))
+    for error, answer in ((1e-5, "fine"), (1e-1, "its output differs by")):
+        wrong = [value + error * largest for value in probe["output"]]
+        (folder / PROBE).write_text(json.dumps({**probe, "output": wrong}))
+        assert answer in strangers_answer(folder, monkeypatch)
+
+
+def test_a_refusal_of_the_fresh_process_is_one_line_with_its_folder_whatever_it_was(finished, tmp_path, monkeypatch):
+    folder = copies(finished, tmp_path, "torn")
+    (folder / "model.safetensors").write_bytes(b"{")
+    assert strangers_answer(folder, monkeypatch).startswith(f"{folder}: ")
+    assert "\n" not in strangers_answer(folder, monkeypatch)

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from glmd.errors import ConfigError
-from glmd.losses import linear
+from glmd.losses import linear, rows
 from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
 from glmd.losses.linear import chunk_tokens, linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, merge_words
@@ -289,7 +291,7 @@ def test_a_triton_that_does_not_work_is_warned_of_once_and_then_left_alone(
     ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("loss", LOGIT_LOSSES)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_gpu_is_as_exact(loss: str, dtype: torch.dtype, most: float) -> None:
@@ -722,3 +724,82 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Tensor], message: 
 def test_a_wrong_loss_or_temperature_is_refused_by_name(loss: str, temperature: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         chunked(make(), loss, temperature)
+
+
+def test_ranks_run_the_loss_in_one_way_or_all_in_the_slow_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from glmd import pipeline
+
+    monkeypatch.setattr(pipeline, "number_of_ranks", lambda: 2)
+    monkeypatch.setattr(pipeline, "triton_problem", lambda device, dtype: None)
+    for others, allowed in (([None, None], True), (["no C compiler", None], False)):
+        monkeypatch.setattr(pipeline, "gathered", lambda mine, others=others: [mine, others])
+        pipeline._agree_on_kernels(torch.device("cuda"))
+        assert linear._triton_is_allowed == [allowed]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton does not work on rank 1 (no C compiler): the loss runs in plain torch on all"
+    ]
+    linear.allow_triton(True)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device like Apple's GPUs: no operation may give a float64 tensor."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, Tensor) and each.dtype == torch.float64:
+                raise TypeError("Cannot convert a tensor to float64, which this device has not")
+        return found
+
+
+@pytest.fixture
+def no_float64() -> Iterator[NoFloat64]:
+    rows._has_float64.cache_clear()
+    yield NoFloat64()
+    rows._has_float64.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [*LOGIT_LOSSES, "hard_cross_entropy"])
+def test_the_loss_needs_no_float64_and_errs_no_more_without(
+    no_float64: NoFloat64, loss: str, dtype: torch.dtype
+) -> None:
+    """Against the float64 twin of the same numbers: values and gradients, at the temperature of the paper."""
+    temperature = 15.0 if loss in TEMPERED else 1.0
+    case = make(64, 5000, 16, 16, biases="student teacher", scale=3.0).to(dtype)
+    # Nearly the teacher: the KL is far smaller than the normalizers that it is the difference of.
+    assert case.student_bias is not None
+    fixed = [each.detach() for each in (case.student_hidden * 1.02, case.student_weight, case.student_bias)]
+    near = replace(case, teacher_hidden=fixed[0], teacher_weight=fixed[1], teacher_bias=fixed[2])
+    ours, exact = near.to(dtype), near.to(torch.float64)
+    labels = torch.arange(64)
+
+    def value(case: Case) -> Tensor:
+        if loss == "hard_cross_entropy":
+            return linear_cross_entropy(case.student_hidden, case.student_weight, labels, bias=case.student_bias)
+        return linear_distillation_loss(
+            case.student_hidden,
+            case.student_weight,
+            case.teacher_hidden,
+            case.teacher_weight,
+            student_bias=case.student_bias,
+            teacher_bias=case.teacher_bias,
+            token_weights=case.token_weights,
+            temperature=temperature,
+            loss=loss,
+        )
+
+    with no_float64:
+        assert not rows._has_float64(torch.device("cpu")), "what is tried here has float64"
+        got = value(ours)
+        got.backward()
+    rows._has_float64.cache_clear()
+    usual, expected = value(near.to(dtype)), value(exact)
+    expected.backward()
+    error, allowed = (abs(each.item() - expected.item()) for each in (got, usual))
+    assert error <= 2 * allowed + 1e-5 * abs(expected.item()), (error, allowed, expected)
+    close = 1e-3 if dtype == torch.float32 else 1.0  # of nearly equal models bf16 leaves little
+    for mine, theirs in zip(ours.gradients, exact.gradients, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=close * theirs.abs().max().item())

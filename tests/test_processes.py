@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,41 +163,52 @@ def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, t
     assert len(losses[0]) == 30 + 6 + 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-# Two ranks ask the main one, which answers, refuses, answers again: what each rank found, as a line.
-ASK_THE_MAIN_RANK = """
-import os, sys, types
+# Two ranks, in turn: what the main one answers, refuses and breaks on, what each finds, and that one has gone.
+ASK_ONE_ANOTHER = """
+import os, sys, time
 import torch.distributed
 from glmd.errors import GlmdError, RunError
-from glmd.run_folder import RunFolder
+from glmd.processes import gathered, on_main, together, wait
 
 rank = 0 if os.fork() else 1
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=2)
-folder = RunFolder(None, types.SimpleNamespace(num_processes=2, is_main_process=rank == 0))
 
 def refuse():
     raise RunError(f"rank {rank} refuses")
 
-found = [folder.on_main(lambda: {"rank": rank})]
-try:
-    folder.on_main(refuse)
-except GlmdError as error:
-    found += [type(error).__name__, str(error)]
-found.append(folder.on_main(lambda: rank))
-with open(f"{sys.argv[1]}/{rank}", "w") as file:
-    file.write(repr(found))
-torch.distributed.destroy_process_group()
-if rank == 0:
-    os.wait()
+def said(ask, function):
+    try:
+        return ask(function)
+    except (GlmdError, SystemExit, KeyError) as error:
+        return f"{type(error).__name__}: {getattr(error, 'code', error)}"
+
+found = [said(on_main, lambda: {"rank": rank}), said(on_main, refuse), said(on_main, lambda: {}["key"])]
+found += [said(on_main, lambda: sys.exit(143)), said(on_main, lambda: rank)]
+found += [said(together, lambda: rank), said(together, refuse if rank else lambda: rank), gathered(rank)]
+if rank == 1:
+    os._exit(0 if open(f"{sys.argv[1]}/1", "w").write(repr(found)) else 1)
+began = time.monotonic()
+found.append(said(lambda _: wait(), None))
+assert time.monotonic() - began < 20
+open(f"{sys.argv[1]}/0", "w").write(repr(found))
+os._exit(0)
 """
 
 
-def test_a_refusal_of_the_main_process_is_that_of_all(tmp_path):
+def test_what_the_main_rank_finds_refuses_or_breaks_on_is_that_of_all_and_so_is_a_refusal_of_any(tmp_path):
     """Else the others would wait for an answer that never comes."""
-    command = [sys.executable, "-c", ASK_THE_MAIN_RANK, str(tmp_path)]
+    command = [sys.executable, "-c", ASK_ONE_ANOTHER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = repr([{"rank": 0}, "RunError", "rank 0 refuses", 0])
-    assert [(tmp_path / rank).read_text() for rank in "01"] == [expected, expected]
+    lost = "RankError: the main process ended with KeyError: 'key'"
+    gone = "RankError: another process of this run has ended; what it said last is why"
+    both = [{"rank": 0}, "RunError: rank 0 refuses"], [0], ["RunError: rank 1 refuses", [0, 1]]
+    for rank, broke, told, mine, more in (
+        (0, "KeyError: 'key'", "SystemExit", [0], [gone]),
+        (1, lost, "EndedAtOnce", [1], []),
+    ):
+        expected = [*both[0], broke, f"{told}: 143", *both[1], *mine, *both[2], *more]
+        assert (tmp_path / str(rank)).read_text() == repr(expected)
 
 
 def test_a_launch_on_a_port_in_use_ends_at_once_and_says_so(tmp_path):
@@ -216,3 +229,86 @@ def test_accelerate_with_cpu_and_two_processes_is_refused_because_it_starts_one(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("glmd: RunError: accelerate launch was asked for several processes and started one") == 1
+
+
+def agents(words: list[str], folders: Sequence[Path], *, processes: int = 1) -> list[subprocess.Popen[str]]:
+    """A torchrun for each folder that it is started in, as on so many machines that meet on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(folders))]
+    command += ["--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+    command += ["--rdzv_id", str(port), "-m", "glmd", "run", *words]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return [
+        subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **options) for folder in folders
+    ]
+
+
+def ended(started: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """What each said. Ranks that wait for one another for ever are a failure, not a long test."""
+    try:
+        return [each.communicate(timeout=60)[0] for each in started]
+    finally:
+        for each in started:
+            each.kill()
+
+
+def ranks_of(agent: subprocess.Popen[str]) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+
+
+def wait_for_training(run: Path, started: Sequence[subprocess.Popen[str]]) -> None:
+    until = time.monotonic() + 90
+    while not list((run / "pretraining" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < until and all(each.poll() is None for each in started)
+        time.sleep(0.1)
+
+
+def frames_of_ours(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "/glmd/" in line and line.lstrip().startswith("File ")]
+
+
+def test_a_rank_that_refuses_on_another_host_ends_all_with_its_line(tiny, tmp_path):
+    """The second machine has not the task's files where the config says."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    shutil.copytree(tiny.superglue, here / "data")
+    words = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", "data.superglue=data"]
+    began = time.monotonic()
+    started = agents(words, [here, there])
+    both = ended(started)
+    assert all(each.returncode not in (0, None) for each in started) and time.monotonic() - began < 60
+    for said in both:
+        assert "glmd: DataError: " in said and not frames_of_ours(said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_that_dies_on_another_host_ends_all_in_time(tiny, tmp_path):
+    words = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", "pretraining.max_steps=1000000"]
+    started = agents(words, [tmp_path, tmp_path])
+    wait_for_training(tmp_path / "run", started)
+    os.kill(ranks_of(started[1])[0], signal.SIGKILL)
+    began = time.monotonic()
+    said = ended(started)[0]
+    assert time.monotonic() - began < 30 and all(each.returncode not in (0, None) for each in started)
+    assert "RankError: another process of this run has ended" in said and not frames_of_ours(said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_launcher_and_its_ranks_saves_once_and_has_no_traceback_of_ours(tiny, tmp_path, number):
+    """As Slurm sends it: every process of the job has it, and the ranks once more from their launcher."""
+    words = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", "dataloader_num_workers=1"]
+    words += ["pretraining.max_steps=1000000", "pretraining.save_steps=20"]
+    started = agents(words, [tmp_path], processes=2)
+    wait_for_training(tmp_path / "run", started)
+    for process in (*ranks_of(started[0]), started[0].pid):
+        os.kill(process, number)
+    said = ended(started)[0]
+    assert said.count("the step is finished and saved") == 1 and not frames_of_ours(said), said[-3000:]
+    steps = sorted(int(path.name[5:]) for path in (tmp_path / "run/pretraining/checkpoints").glob("step-*"))
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert steps[-1] >= max(row["step"] for row in logged if row["stage"] == "pretraining")

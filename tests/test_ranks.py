@@ -88,6 +88,18 @@ def test_ranks_with_loader_workers_that_are_killed_in_an_evaluation_resume_to_th
     assert not torch.equal(*(next(iter(weights(root, name)[0].values())) for name in ("scored", "undisturbed")))
 
 
+def test_the_main_rank_alone_chooses_the_checkpoint_and_the_best_one(root: Path) -> None:
+    """Another rank may see no file of it yet, or round a score otherwise: it goes by what it is told."""
+    assert ends(root, "killed again")[0][1] == -9
+    codes, said = ends(root, "blind, resumed")
+    assert codes == [0, 0], said
+    codes, said = ends(root, "apart")
+    assert codes == [0, 0], said
+    for folder, twin in (("blind", "undisturbed"), ("apart", "scored")):
+        for ours in weights(root, folder):
+            assert_equal(ours, weights(root, twin)[0])
+
+
 def test_layers_run_again_in_the_backward_change_no_bit_on_two_ranks(root: Path) -> None:
     for name, folder, twin in (
         ("run again", "run again", "undisturbed"),

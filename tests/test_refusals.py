@@ -431,8 +431,7 @@ def test_code_of_a_model_folder_is_neither_run_nor_asked_about(refusal, bare_tea
     (bare_teacher / "theirs.py").write_text(CODE_OF_A_STRANGER.format(str(tmp_path / "was run")))
     change_config(bare_teacher, model_type="theirs", auto_map={"AutoConfig": "theirs.TheirConfig"})
     message = refusal(teacher=bare_teacher)
-    remedy = "brings Python code of its own; read it, and give teacher.trust_remote_code: true to run it"
-    assert message == f"ModelError: {bare_teacher}: {remedy}"
+    assert message.startswith(f"ModelError: {bare_teacher}: brings Python code of its own, which is not run; read it")
     assert not (tmp_path / "was run").exists()
 
 

@@ -18,7 +18,7 @@ from glmd.checkpoint import load_checkpoint
 from glmd.cli import main
 from glmd.config import dump_config, load_config
 from glmd.data.tasks import load_task, read_split
-from glmd.errors import ConfigError, GlmdError, RunError
+from glmd.errors import ConfigError, GlmdError, ModelError, RunError
 from glmd.pipeline import run
 from glmd.places import require_shareable, stage_places
 from glmd.plan import make_plan
@@ -320,11 +320,10 @@ def test_an_elastic_run_with_processes_that_cannot_share_its_batches_is_refused_
     folder = finished.copy(tmp_path / "run")
     begun_with(folder, 3)
     shutil.rmtree(folder / LABELS)
-    monkeypatch.setattr(RunFolder, "on_main", lambda self, function: function())
     accelerator = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type="MULTI_CPU")
     plan = make_plan(tiny.config(folder, "elastic=true"))
     with pytest.raises(ConfigError, match="elastic: the 3 micro-batches of a step cannot be shared by 2 processes"):
-        Workbench(plan, RunFolder(folder, accelerator), accelerator)
+        Workbench(plan, RunFolder(folder), accelerator)
 
 
 def test_the_planned_places_are_where_the_stages_lie(finished, tiny):
@@ -801,3 +800,37 @@ def test_the_teacher_and_the_control_learn_from_train_when_the_student_has_input
     steps = {row["stage"]: row["training"]["steps"] for row in results["rows"]}
     assert steps["task_words"] == steps["labels"] == 1 and steps["task_teacher"] == 3
     assert steps["hard_labels"] == 2, "as many updates as both passes"
+
+
+def test_a_corpus_is_read_once_to_know_it_by(tiny, tmp_path, monkeypatch):
+    """Of many processes one does it, for the plan and for the store alike."""
+    import glmd.data.corpus
+    from glmd.pipeline import _pipeline
+
+    real, read = glmd.data.corpus._sha256, []
+    monkeypatch.setattr("glmd.data.corpus._sha256", lambda path: read.append(path.name) or real(path))
+    with _pipeline(tiny.config(tmp_path / "run")) as pipeline:
+        pipeline._begin()
+    assert read.count("corpus.txt") == 1
+
+
+def test_results_are_on_disk_before_the_exports_are_proved_and_say_so(finished, tiny, tmp_path, monkeypatch, capsys):
+    from glmd.cli import main
+
+    folder = finished.copy(tmp_path / "run")
+    for name in ("exports_checked.json", "results.json"):
+        (folder / name).unlink()
+
+    def refuse(folders: list[Path]) -> None:
+        raise ModelError(f"{folders[0]}: its output differs")
+
+    monkeypatch.setattr("glmd.workbench.check_exports", refuse)
+    with pytest.raises(ModelError, match="its output differs"):
+        run(tiny.config(folder))
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "| student" in said.out and "the exports are not verified yet" in said.err
+    monkeypatch.setattr("glmd.workbench.check_exports", lambda folders: None)
+    results = run(tiny.config(folder))
+    assert results["exports_verified"] and json.loads((folder / "results.json").read_text()) == results
+    assert main(["report", str(folder)]) == 0 and "verified" not in capsys.readouterr().err

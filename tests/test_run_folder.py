@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from glmd.run_folder import RunFolder
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    accelerator: Any = types.SimpleNamespace(num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
-    return RunFolder(tmp_path / "run", accelerator)
+    return RunFolder(tmp_path / "run")
 
 
 class Killed(BaseException):
@@ -93,7 +91,7 @@ def test_a_kill_while_the_world_is_made_leaves_no_part_of_it_for_ever(
 
     (folder.path / ".world-x1y2z3" / "superglue").mkdir(parents=True)  # what a kill -9 leaves
     monkeypatch.setattr(world, "build_world", Path.mkdir)
-    assert _build_world(folder.path, folder.accelerator) == folder.path / "world"
+    assert _build_world(folder.path) == folder.path / "world"
     assert [path.name for path in folder.path.iterdir()] == ["world"]
 
 

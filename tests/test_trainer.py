@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -444,7 +445,7 @@ def test_a_run_continued_with_another_torch_says_so(
 
 # Settings, the disk, and what is compared by its results: tokens, examples and the vocabulary.
 NO_STEP = {
-    *("checkpoint", "config", "configs_root", "errors", "runlog", "strict_yaml"),
+    *("checkpoint", "config", "configs_root", "errors", "processes", "runlog", "signals", "strict_yaml"),
     *("data.corpus", "data.tasks", "vocabulary"),
 }
 
@@ -537,13 +538,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         raise Killed(code)
 
     def impatient() -> None:
-        for _ in range(2):
-            ask_to_stop()()
+        ask_to_stop()()
+        time.sleep(0.3)
+        ask_to_stop()()
 
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr("glmd.signals.TOGETHER", 0.2)
     with pytest.raises(Killed) as stop:
         train(tmp_path, teacher=teacher_that(impatient, 4), save_steps=100)
     assert stop.value.args == (143,) and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_signal_that_is_told_twice_is_one(tmp_path: Path) -> None:
+    """The group had it from `timeout` or Slurm, and the rank from its launcher once more."""
+    with pytest.raises(Interrupted):
+        train(tmp_path, teacher=teacher_that(lambda: [ask_to_stop()() for _ in range(3)], 4), save_steps=100)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_outside_the_main_thread_training_takes_no_signals(
@@ -557,6 +567,36 @@ def test_outside_the_main_thread_training_takes_no_signals(
 
 
 # What is not finite
+
+
+def test_a_checkpoint_before_the_first_update_is_gone_on_from(tmp_path: Path) -> None:
+    """All steps so far were left out, so that AdamW has no averages yet."""
+    changes = {"skip_nonfinite": 2, "save_steps": 1}
+    expected = train(tmp_path / "whole", teacher=spoiled_at(0, 2), **changes)
+    spoiling, calls = spoiled_at(0, 2), iter(range(1000))
+
+    def answer(batch: Batch) -> TeacherOutputs:
+        if next(calls) == 5:  # in step 3
+            die()
+        return spoiling(batch)
+
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", teacher=answer, **changes)
+    found = load_checkpoint(tmp_path / "killed" / "checkpoints")
+    assert found is not None and found.state["progress"]["step"] == 2 and not found.tensors["optimizer"]
+    assert_identical(train(tmp_path / "killed", **changes), expected)
+
+
+def test_the_speed_is_that_of_training_without_scoring_and_saving(tmp_path: Path) -> None:
+    def evaluate() -> float:
+        time.sleep(0.5)
+        return 0.0
+
+    trainer = trainer_of(tmp_path, settings_of(), evaluate=evaluate)
+    trainer.run(distiller_of(), teacher_of(), Rows(), Collate(0))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
+    assert min(speeds[1:]) > 6 * 8 / 0.5, "six texts of eight tokens at most, in a step that is scored"
 
 
 def assert_stopped_at_step_3(folder: Path, distiller: Distiller, error: NumericsError) -> None:

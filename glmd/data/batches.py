@@ -9,7 +9,7 @@ cached teacher all see the same batches.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ from glmd.data.blanks import (
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.errors import DataError
+from glmd.signals import begin_worker, held_back
 
 WINDOW = 50  # global batches that are sorted by length together, as in transformers
 CHUNK = 1000  # texts that are tokenized at once: their ids are Python numbers for a moment, ten times the size
@@ -377,7 +378,7 @@ def step_batches(
     start_step: int,
     stop_step: int,
     num_workers: int = 0,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """For each optimiser step the list of its micro-batches on this rank."""
     if num_workers:
         # Tokenizing is over; a fork after it would only draw a warning from the tokenizers library.
@@ -389,8 +390,10 @@ def step_batches(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, which seeds dropout
+        worker_init_fn=begin_worker if num_workers else None,
     )
-    batches = iter(loader)
+    with held_back():
+        batches = iter(loader)
     for _ in range(start_step, stop_step):
         yield [next(batches) for _ in range(plan.accumulation)]
 

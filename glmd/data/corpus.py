@@ -198,22 +198,24 @@ def build_token_store(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     text_field: str = "text",
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> TokenStore:
     """Tokenize the sources into `folder`, or reuse the store that is there if it has the same origin.
 
     tokenizer: the source tokenizer. Special words that stand in the text are cut like any other words.
     A store that was cut short or damaged is built again; one of another corpus, tokenizer or text field is
     refused with RunError. One process builds.
+    fingerprint: `corpus_fingerprint` of the sources, where that is known: it reads them whole.
     """
     folder = Path(folder)
-    fingerprint = {
-        "corpus": corpus_fingerprint(sources),
+    made_from = {
+        "corpus": corpus_fingerprint(sources) if fingerprint is None else fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "text_field": text_field,
     }
-    store = _reusable_store(folder, fingerprint)
+    store = _reusable_store(folder, made_from)
     documents = [read_documents([source], text_field=text_field) for source in sources]
-    return store or _write_store(folder, documents, tokenizer, fingerprint, sources)
+    return store or _write_store(folder, documents, tokenizer, made_from, sources)
 
 
 class _NoWholeStore(RunError):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from glmd.errors import ConfigError
 from glmd.losses.labels import IGNORED_LABEL
@@ -247,27 +248,43 @@ def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
     """The rows for such products. A function of device, dtypes and task alone, so that a resumed run has the same."""
     dtypes = {student.dtype, teacher.dtype} - {torch.int64}
     can_be_fused = task.loss in FUSED and task.merged_into is None and torch.float64 not in dtypes
-    if can_be_fused and student.device.type == "cuda" and _triton_works(student.device, student.dtype):
+    may_be = _triton_is_allowed[0] and student.device.type == "cuda"
+    if can_be_fused and may_be and _triton_works(student.device, student.dtype):
         from glmd.losses.triton_rows import TritonRows
 
         return TritonRows(task)
     return EagerRows(task, student, teacher)
 
 
+_triton_is_allowed = [True]
+
+
+def allow_triton(allowed: bool) -> None:
+    """Whether the kernel may be used where it works; it may not where it works on some ranks alone."""
+    _triton_is_allowed[:] = [allowed]
+
+
 @lru_cache
 def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel compiles and runs there: Triton needs a C compiler and a device that it knows."""
+    problem = triton_problem(device, dtype)
+    if problem is not None:
+        logger.warning("Triton does not work on %s in %s, the loss runs in plain torch: %s", device, dtype, problem)
+    return problem is None
+
+
+@lru_cache
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not compile or run there; None where it does. It needs a C compiler and a known device."""
     if importlib.util.find_spec("triton") is None:
-        return False
+        return "it is not installed"
     try:
         from glmd.losses.triton_rows import TritonRows
 
         zeros = torch.zeros(1, 16, device=device, dtype=dtype)
         TritonRows(RowTask("kl_divergence"))(zeros, zeros.clone(), None)
-    except Exception as error:
-        logger.warning("Triton does not work on %s in %s, the loss runs in plain torch: %s", device, dtype, error)
-        return False
-    return True
+    except Exception as error:  # of a compiler, a driver, or memory that is full
+        return str(error) or type(error).__name__
+    return None
 
 
 def _rows_of(head: _Head, rows: int) -> Tensor:
@@ -288,7 +305,21 @@ def _for_products(head: _Head) -> _Head:
     if factor != 1:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
         bias = None if bias is None else bias * factor
-    return head._replace(hidden=hidden.to(dtype), weight=head.weight.to(dtype), bias=bias)
+    return head._replace(hidden=hidden.to(dtype), weight=_converted(head.weight, dtype), bias=bias)
+
+
+# The weights of frozen heads as they are multiplied, with the version that was converted.
+_constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight.to(dtype)`; of a teacher, which is the same in every micro-batch, made once while it lives."""
+    if weight.dtype == dtype or weight.requires_grad or weight.grad_fn is not None or weight.is_inference():
+        return weight.to(dtype)
+    known = _constants.get(weight)
+    if known is None or known[0] != weight._version or known[1].dtype != dtype:
+        known = _constants[weight] = (weight._version, weight.to(dtype))
+    return known[1]
 
 
 def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., None]:

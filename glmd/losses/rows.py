@@ -9,6 +9,7 @@ is not done.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ def _kl_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     torch.sub(teacher, gradient, out=gradient)
     # sum(q - p) is 0 but for rounding. With it, what rounding did to the two normalisations cancels to first
     # order; without it a row errs by 1e-4 at temperature 15, where the KL is 1e-3 and the normalisers are 10.
-    values = student_normalizer - teacher_normalizer + gap + gradient.sum(-1)
+    values = student_normalizer.less(teacher_normalizer) + gap + gradient.sum(-1)
     gradient.mul_(temperature)
     return (temperature**2 * values).to(student.dtype)
 
@@ -124,7 +125,7 @@ def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, tempera
     teacher_normalizer = _write_softmax(teacher, out=gradient)
     torch.sub(student, teacher, out=teacher)
     student_normalizer = _write_softmax(student, out=gradient)
-    log_ratio = teacher.add_((teacher_normalizer - student_normalizer).to(teacher.dtype)[:, None])
+    log_ratio = teacher.add_(teacher_normalizer.less(student_normalizer).to(teacher.dtype)[:, None])
     values = torch.mul(log_ratio, gradient, out=student).sum(-1)
     gradient.mul_(log_ratio.sub_(values[:, None])).mul_(temperature)
     return temperature**2 * values
@@ -142,7 +143,7 @@ def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     gap = teacher.sub_(student)
     q = torch.empty_like(student)
     student_normalizer = _write_softmax(student, out=q)
-    gap.add_((student_normalizer - teacher_normalizer).to(gap.dtype)[:, None])
+    gap.add_(student_normalizer.less(teacher_normalizer).to(gap.dtype)[:, None])
     t = torch.div(gap, 2, out=student).tanh_()
     mixture = gradient.add_(q).div_(2)
     size, is_near = gap.abs(), gap.abs() < 1
@@ -161,7 +162,7 @@ def _cross_entropy_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     expected = torch.mul(student, gradient, out=teacher).sum(-1)
     student_normalizer = _write_softmax(student, out=teacher)
     torch.sub(teacher, gradient, out=gradient).mul_(temperature)
-    return (temperature**2 * (student_normalizer - expected)).to(student.dtype)
+    return (temperature**2 * (student_normalizer.value - expected)).to(student.dtype)
 
 
 def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
@@ -186,7 +187,7 @@ def _hard_cross_entropy_rows(student: Tensor, labels: Tensor, gradient: Tensor, 
     places = labels[:, None]
     normalizer = _write_softmax(student, out=gradient)
     gradient.scatter_(1, places, gradient.gather(1, places) - 1)
-    return (normalizer - student.gather(1, places)[:, 0]).to(student.dtype)
+    return (normalizer.value - student.gather(1, places)[:, 0]).to(student.dtype)
 
 
 # The row form of each function in LOGIT_LOSSES, and of the one on labels.
@@ -207,10 +208,43 @@ def _divide(temperature: float, *logits: Tensor) -> None:
             each.div_(temperature)
 
 
-def _write_softmax(logits: Tensor, *, out: Tensor) -> Tensor:
-    """Writes the softmax of (n, K) to `out`; returns the log-sum-exp (n,) in float64.
+class _Normalizer(NamedTuple):
+    """The log-sum-exp of rows as what it is read back from: the largest entry, and its share of the softmax.
 
-    That is read back from the largest entry, whose exponential is exactly 1, not by exponentiating again.
+    The exponential of the largest is exactly 1, so that nothing is exponentiated again. In float64 where there is one:
+    at temperature 15 two normalizers near 10 differ by 1e-3.
     """
+
+    largest: Tensor  # (n,)
+    share: Tensor  # (n,)
+
+    @property
+    def value(self) -> Tensor:
+        """(n,) in float64, or in float32 on a device that has none."""
+        if _has_float64(self.largest.device):
+            return self.largest.double() - self.share.double().log()
+        return self.largest - self.share.log()
+
+    def less(self, other: "_Normalizer") -> Tensor:
+        """(n,) the difference; without float64 that of each part, which are small numbers where the rows are alike."""
+        if _has_float64(self.largest.device):
+            return self.value - other.value
+        excess = (other.share - self.share) / self.share  # of a ratio near 1, of which log1p keeps the digits
+        far = (other.share / self.share).log()
+        return (self.largest - other.largest) + torch.where(excess.abs() < 0.5, excess.log1p(), far)
+
+
+@lru_cache
+def _has_float64(device: torch.device) -> bool:
+    """Apple's GPUs have none."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _write_softmax(logits: Tensor, *, out: Tensor) -> _Normalizer:
+    """Writes the softmax of (n, K) to `out`."""
     torch.softmax(logits, -1, out=out)
-    return logits.amax(-1).double() - out.amax(-1).double().log()
+    return _Normalizer(logits.amax(-1), out.amax(-1))
