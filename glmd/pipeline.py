@@ -179,6 +179,10 @@ class Pipeline:
         if not sources:
             return None
         place = self.folder / "corpus"
+        teacher = self.config.teacher
+        if teacher.model is not None and not (place / "manifest.json").is_file():
+            # A teacher that cannot serve is refused before hours of reading text.
+            on_main(lambda: load_language_model(teacher) and None)
         tokenizer, field, known = self.plan.tokenizer, self.config.data.text_field, self.plan.corpus
         on_main(lambda: build_token_store(place, sources, tokenizer, text_field=field, fingerprint=known).manifest)
         return together(lambda: open_token_store(place))

@@ -1,11 +1,13 @@
 """What is assumed of a model is proved when it is loaded: models for which it does not hold are refused in one line."""
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_heads import FIELDS, LANGUAGE_MODELS, MASKED, SPLIT, TRANSFORMER, model_of
 from torch import nn
 
@@ -14,6 +16,7 @@ from glmd.data.blanks import block_frame
 from glmd.errors import ConfigError, GlmdError, ModelError
 from glmd.heads import backbone, is_causal, logit_scaling
 from glmd.loading import load_language_model, model_positions
+from glmd.pipeline import run
 from glmd.plan import make_plan
 from glmd.probes import prove_config, prove_language_model, prove_task_model, silence_padding
 from glmd.slicing import renumber_config, vocabulary_axes
@@ -536,3 +539,19 @@ def test_the_frame_of_a_text_is_found_without_the_letter_a() -> None:
     without = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(entries[:5])})
     with pytest.raises(ModelError, match="what it puts before and after a text cannot be told"):
         block_frame(without)
+
+
+def test_a_teacher_that_cannot_serve_is_refused_before_the_corpus_is_read(
+    tiny: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its weights alone show, `check` does not see."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny.teacher, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr("glmd.pipeline.build_token_store", lambda *_, **__: pytest.fail("the corpus was read"))
+    config = tiny.config(tmp_path / "run", f"teacher={folder}")
+    make_plan(config)
+    with pytest.raises(ModelError, match="holds values that are not finite"):
+        run(config)
