@@ -24,6 +24,7 @@ from glmd.errors import DataError, ModelError
 from glmd.finite import not_finite
 from glmd.heads import is_causal
 from glmd.loading import load_model_as_saved, load_model_config, model_positions, require_model
+from glmd.probes import prove_causal
 from glmd.tokenizer import GlmdTokenizer, load_tokenizer, ordinary_tokenizer, require_fast, vocabulary_of
 
 MAX_LENGTH = 1024  # tokens that a model reads at once, if it can and nothing else is asked
@@ -50,7 +51,9 @@ def evaluate_text(model: str, sources: Sequence[str], *, max_length: int | None)
     require_fast(tokenizer)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     # Folders that hold the same weights in other precisions shall give the same figure.
-    language_model = load_model_as_saved(model).float().to(accelerator.device)
+    language_model = load_model_as_saved(model).float()
+    prove_causal(language_model)
+    language_model.to(accelerator.device)
     sizes = {"documents": len(texts), "bytes": _bytes(texts), "max_length": length}
     return sizes | score_text(language_model, tokenizer, texts, max_length=length, accelerator=accelerator)
 

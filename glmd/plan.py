@@ -291,13 +291,18 @@ def _check_lengths(
     positions = model_positions(model_config)
     if positions is None:
         return
+    for key, length in _lengths(config, method, tasks).items():
+        if length > positions:
+            raise ConfigError(f"{key} is {length}, {name} has {positions} positions; give at most {positions}")
+
+
+def _lengths(config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan]) -> dict[str, int]:
+    """The key of each stage's length, and how many tokens it reads at once."""
     lengths = {"pretraining.max_length": config.pretraining.max_length or 0} if "pretraining" in method else {}
     for task, plan in tasks.items():
         stages = task_stages(config, method, task).items()
         lengths |= {f"{key}.max_length of {task}": stage.max_length or plan.task.max_length for key, stage in stages}
-    for key, length in lengths.items():
-        if length > positions:
-            raise ConfigError(f"{key} is {length}, {name} has {positions} positions; give at most {positions}")
+    return lengths
 
 
 def _check_blanks(
@@ -346,6 +351,7 @@ def _with_parameters(plan: Plan) -> Plan:
     """Student config and parameter counts, on the meta device: shapes without weights."""
     from glmd.slicing import vocabulary_axes
     from glmd.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
+    from glmd.trial import try_student
 
     student = plan.config.student
     total = plan.teacher_config.num_hidden_layers
@@ -364,7 +370,15 @@ def _with_parameters(plan: Plan) -> Plan:
     _check_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
     small = _on_meta("student", saved_and_reopened(student_config))
     _check_checkpointing(plan, teacher, small)
-    _check_architecture(plan, count, chosen)
+    heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
+    try_student(
+        student,
+        plan.teacher_config,
+        chosen,
+        num_layers=count,
+        length=max(_lengths(plan.config, plan.method, plan.tasks).values()),
+        task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
+    )
     if chosen is not None:
         weight_origins(small, _on_meta("teacher", cut_config), chosen)
     parameters = {
@@ -372,33 +386,6 @@ def _with_parameters(plan: Plan) -> Plan:
         for name, model in (("teacher", teacher), ("student", small))
     }
     return replace(plan, student_config=student_config, parameters=parameters)
-
-
-def _check_architecture(plan: Plan, count: int, chosen: list[int] | None) -> None:
-    """Refuse what a student of this config cannot be trained as, found out on one with drawn weights and few tokens."""
-    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
-
-    from glmd.loading import language_model_class
-    from glmd.probes import prove_config, prove_language_model, prove_task_model
-    from glmd.slicing import renumber_config, token_id_fields
-    from glmd.student import student_model_config
-
-    rows = plan.teacher_config.vocab_size
-    kept = np.unique([*range(min(64, rows)), *(i for _, i in token_id_fields(plan.teacher_config) if 0 <= i < rows)])
-    token_map = np.zeros(rows, dtype=np.int64)
-    token_map[kept] = np.arange(len(kept))
-    config = student_model_config(
-        renumber_config(plan.teacher_config, Vocabulary(kept, token_map)), plan.config.student, count, chosen
-    )
-    try:
-        prove_config(config, language_model_class(config), prove_language_model)
-    except ModelError as error:
-        start = plan.config.student.initialisation
-        raise ConfigError(f"a student of {count} layers with student.initialisation {start}: {error}") from None
-    tasks = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
-    heads = {AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification for task in tasks}
-    for head in sorted(heads, key=str):
-        prove_config(config, head, prove_task_model)
 
 
 def _check_checkpointing(plan: Plan, teacher: Any, student: Any) -> None:

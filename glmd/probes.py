@@ -49,10 +49,20 @@ def prove_language_model(model: Any) -> None:
                 "supported"
             )
         _require_padding_unseen(model, inputs, own)
-        if is_causal(model.config) and _differ(own[1, :-1], own[0, :-1]):
+    if is_causal(model.config):
+        prove_causal(model)
+
+
+@torch.no_grad()
+def prove_causal(model: Any) -> None:
+    """Prove of a model that predicts next tokens, with whatever head, that a later id moves no earlier logit."""
+    with _as_it_was(model):
+        own = _logits(model, _probe(model))
+        if _differ(own[1, :-1], own[0, :-1]):
             raise ModelError(
-                f"{name}: its config names a causal LM, but the last token changes the logits of earlier ones; it "
-                "reads text in both directions (is_decoder or is_causal in its config), which is not supported"
+                f"{type(model).__name__}: its config names a causal LM, but the last token changes the logits of "
+                "earlier ones; it reads text in both directions (is_decoder or is_causal in its config), which is not "
+                "supported"
             )
 
 
@@ -124,9 +134,12 @@ def silence_padding(model: Any) -> bool:
     return True
 
 
-def prove_config(config: Any, auto_class: Any, prove: Callable[[Any], None], *, most: int = 100_000_000) -> None:
+def prove_config(
+    config: Any, auto_class: Any, prove: Callable[[Any], None], *, length: int | None = None, most: int = 100_000_000
+) -> None:
     """Prove what can be known of a model by its config: on one with drawn weights, unless it has too many.
 
+    length: how many tokens it must read at once.
     Drawn so that each part shows in the output: matrices by the width of what they read, other vectors near 1.
     """
     with torch.random.fork_rng(devices=[]):
@@ -142,6 +155,8 @@ def prove_config(config: Any, auto_class: Any, prove: Callable[[Any], None], *, 
         silence_padding(model)
         _require_trainable(model)
     prove(model)
+    if length is not None:
+        _require_length(model, length)
 
 
 def _require_reloadable(model: Any) -> None:
@@ -157,6 +172,19 @@ def _require_reloadable(model: Any) -> None:
     changed = [key for key, value in model.state_dict().items() if not _same(value, again.get(key))]
     if changed:
         raise ModelError(f"{name}: saved and opened again, it has another {changed[0]}; it is not supported")
+
+
+@torch.no_grad()
+def _require_length(model: Any, length: int) -> None:
+    """Prove that a model reads so many tokens, whatever its table of positions is called."""
+    ids = _probe(model)["input_ids"][:1, :1].expand(1, length)
+    try:
+        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # whatever a model's own code raises
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{type(model).__name__}: it does not read {length} tokens at once ({reason}); give a smaller max_length"
+        ) from None
 
 
 def _require_trainable(model: Any) -> None:

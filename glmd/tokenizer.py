@@ -63,6 +63,15 @@ _CLASS_LOGIC = (
 )
 
 
+# Arguments of a source tokenizer that say where it came from, what the last call did, or what tokenizer.json says.
+_OF_THE_SOURCE = (
+    *LOADING_ONLY,
+    *("name_or_path", "backend", "tokenizer_class", "processor_class", "vocab_file", "merges_file", "tokenizer_file"),
+    *("special_tokens_map_file", "from_slow", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of"),
+    *("add_bos_token", "add_eos_token", "unk_id"),
+)
+
+
 class _RegistrationConfig(PreTrainedConfig):
     """AutoTokenizer.register wants a config class; the class's name is all that is used here."""
 
@@ -242,8 +251,9 @@ def _plain_backend(tokenizer: TokenizersBackend) -> Tokenizer:
 
 
 def _settings(tokenizer: TokenizersBackend) -> dict[str, Any]:
-    """What the class of the source tokenizer set around its backend."""
-    settings: dict[str, Any] = {
+    """What the class of the source tokenizer set around its backend, and the plain settings of its own."""
+    own = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, (bool, int, float, str))}
+    settings: dict[str, Any] = {name: value for name, value in own.items() if name not in _OF_THE_SOURCE} | {
         name: getattr(tokenizer, name)
         for name in (
             "model_max_length",

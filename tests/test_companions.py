@@ -190,3 +190,16 @@ def test_code_of_a_tokenizer_is_refused_without_a_question(tmp_path: Path, tiny:
     (tmp_path / "folder/own.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(ModelError, match="its tokenizer brings Python code of its own, which is not run"):
         load_tokenizer(tmp_path / "folder")
+
+
+def test_plain_settings_of_a_tokenizer_are_kept() -> None:
+    source = FAMILIES["gpt2"]()
+    source.init_kwargs |= {
+        "use_default_system_prompt": False,
+        "errors": "replace",
+        "vocab_file": "/elsewhere",
+        "n": None,
+    }
+    settings = compressed(source).init_kwargs
+    assert settings["use_default_system_prompt"] is False and settings["errors"] == "replace"
+    assert "vocab_file" not in settings and "n" not in settings

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_heads import FIELDS, LANGUAGE_MODELS, MASKED, SPLIT, TRANSFORMER, model_of
 from torch import nn
 
+from glmd.bits_per_byte import evaluate_text
 from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.blanks import block_frame
 from glmd.errors import ConfigError, GlmdError, ModelError
@@ -21,6 +23,7 @@ from glmd.plan import make_plan
 from glmd.probes import prove_config, prove_language_model, prove_task_model, silence_padding
 from glmd.slicing import renumber_config, vocabulary_axes
 from glmd.student import build_student, saved_and_reopened, student_model_config
+from glmd.trial import try_student
 from glmd.vocabulary import Vocabulary
 
 V = TRANSFORMER["vocab_size"]
@@ -555,3 +558,44 @@ def test_a_teacher_that_cannot_serve_is_refused_before_the_corpus_is_read(
     make_plan(config)
     with pytest.raises(ModelError, match="holds values that are not finite"):
         run(config)
+
+
+def test_check_refuses_more_tokens_than_a_table_of_another_name_has_rows(tiny: Any, tmp_path: Any) -> None:
+    """MPT's limit is max_seq_len, which no common field repeats."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.teacher)
+    fields = {"d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": len(tokenizer), "max_seq_len": 12}
+    config = transformers.MptConfig(**fields, architectures=["MptForCausalLM"])
+    with pytest.raises(ModelError, match=r"MptForCausalLM: it does not read 16 tokens at once .*smaller max_length"):
+        prove_config(config, transformers.AutoModelForCausalLM, prove_language_model, length=16)
+    prove_config(config, transformers.AutoModelForCausalLM, prove_language_model, length=12)
+
+
+def test_text_is_not_scored_by_a_model_that_sees_the_future(models: Path, tmp_path: Path) -> None:
+    source = models / "LlamaForCausalLM"
+    config = transformers.AutoConfig.from_pretrained(source)
+    config.is_causal = False
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="last token changes the logits of earlier ones"):
+        evaluate_text(str(tmp_path), [str(models / "corpus.txt")], max_length=None)
+
+
+def test_a_task_head_on_another_backbone_than_the_words_is_refused_in_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(transformers.BertModel):
+        pass
+
+    def with_other_backbone(self: Any, config: Any) -> None:
+        stock(self, config)
+        self.bert.__class__ = Other
+
+    stock = transformers.BertForSequenceClassification.__init__
+    config = transformers.BertConfig(**TRANSFORMER, architectures=["BertForMaskedLM"])
+    arguments = {"num_layers": 1, "length": 16, "task_heads": {"SequenceClassification"}}
+    try_student(StudentConfig(1), config, [1], **arguments)
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "__init__", with_other_backbone)
+    with pytest.raises(ConfigError, match="have different backbones"):
+        try_student(StudentConfig(1), config, [1], **arguments)
+    fields = {**TRANSFORMER, "max_position_embeddings": 64, "attention_window": [4, 4], "sep_token_id": 2}
+    longformer = transformers.LongformerConfig(**fields)
+    with pytest.raises(ConfigError, match=r"Longformer.* task head on its backbone's outputs differs"):
+        try_student(StudentConfig(2), longformer, [0, 1], **arguments | {"num_layers": 2})
