@@ -380,7 +380,7 @@ def _with_parameters(plan: Plan) -> Plan:
         task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
     )
     if chosen is not None:
-        weight_origins(small, _on_meta("teacher", cut_config), chosen)
+        weight_origins(small, _on_meta("teacher", cut_config), chosen, student.config)
     parameters = {
         name: split_parameters(model, set(vocabulary_axes(model.config, type(model))))
         for name, model in (("teacher", teacher), ("student", small))

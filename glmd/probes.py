@@ -73,8 +73,7 @@ def prove_task_model(model: Any) -> None:
     For classifiers (B, C) and multiple-choice models; a model that acts before its backbone, as Longformer's marks of
     global attention, would train by one forward and be scored by another.
     """
-    is_choice = "MultipleChoice" in type(model).__name__
-    shaped: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = one_choice_each if is_choice else dict
+    shaped = _shape_of(model)
     with _as_it_was(model):
         inputs = _probe(model)
         own = _logits(model, shaped(inputs))
@@ -86,6 +85,11 @@ def prove_task_model(model: Any) -> None:
                 f"(relative difference {_difference(split, own):.1e}); it does more, which is not supported"
             )
         _require_padding_unseen(model, inputs, own, shaped)
+
+
+def _shape_of(model: Any) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """How rows of ids are given to a model: of one with a multiple-choice head each is an example of one choice."""
+    return one_choice_each if "MultipleChoice" in type(model).__name__ else dict
 
 
 @torch.no_grad()
@@ -179,7 +183,7 @@ def _require_length(model: Any, length: int) -> None:
     """Prove that a model reads so many tokens, whatever its table of positions is called."""
     ids = _probe(model)["input_ids"][:1, :1].expand(1, length)
     try:
-        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model.eval()(**_shape_of(model)({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
     except Exception as error:  # whatever a model's own code raises
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -192,7 +196,7 @@ def _require_trainable(model: Any) -> None:
     model.train()
     try:
         with torch.enable_grad():
-            model(**_probe(model)).logits.sum().backward()
+            model(**_shape_of(model)(_probe(model))).logits.sum().backward()
     except Exception as error:  # whatever a model's own code raises
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{type(model).__name__}: it cannot be trained ({reason}); it is not supported") from None

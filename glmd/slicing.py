@@ -208,7 +208,8 @@ def _refuse_second_tables(config: Any, model_class: Any) -> None:
 
     A table whose ids are an input of their own (token_type_ids, entity_ids, input_shape_ids) is none of tokens.
     """
-    inputs = inspect.signature(model_class.forward).parameters
+    forwards = [vars(each)["forward"] for each in model_class.__mro__ if "forward" in vars(each)]
+    inputs = {name for forward in forwards for name in inspect.signature(forward).parameters}
     for part in _config_parts(config):
         shared = getattr(part, "share_encoder_decoder_embeddings", False) and part.decoder_vocab_size == part.vocab_size
         known = ("vocab_size", *(("decoder_vocab_size",) if shared else ()))

@@ -9,6 +9,8 @@ import copy
 import json
 import re
 import tempfile
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,12 +53,12 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     if getattr(sliced, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(sliced.generation_config)
     if chosen is not None:
-        _copy_weights(student, sliced, chosen)
+        _copy_weights(student, sliced, chosen, config.config)
         if config.architecture is not None:
             copy_around_layers(student, sliced)
     student.tie_weights()
     if chosen is not None:
-        _prove_copy(student, sliced, chosen)
+        _prove_copy(student, sliced, chosen, config.config)
     prove_language_model(student)
     return student
 
@@ -154,10 +156,10 @@ def chosen_layers(config: StudentConfig, count: int, total: int) -> list[int] | 
 
 
 @torch.no_grad()
-def _copy_weights(student: Any, teacher: Any, chosen: list[int]) -> None:
+def _copy_weights(student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any]) -> None:
     source = teacher.state_dict()
     tensors = student.state_dict()
-    for name, origin in weight_origins(student, teacher, chosen).items():
+    for name, origin in weight_origins(student, teacher, chosen, changes).items():
         tensors[name].copy_(source[origin])
 
 
@@ -169,11 +171,14 @@ def _own_fields(value: Any) -> Any:
     return {key: _own_fields(each) for key, each in value.items() if key not in others}
 
 
-def weight_origins(student: Any, teacher: Any, chosen: list[int]) -> dict[str, str]:
+def weight_origins(
+    student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, str]:
     """Which of the teacher's tensors each of the student's is a copy of, by name. Shapes alone are looked at.
 
-    Of a student of another architecture those of its layers are. Raises ConfigError where a changed width makes a copy
-    impossible, or a copied layer would have other settings than the teacher's.
+    changes: fields of the student's config that are other than the teacher's by wish.
+    Of a student of another architecture the tensors of its layers are copies. Raises ConfigError where a changed width
+    makes a copy impossible, or a copied layer would have other settings than the teacher's.
     """
     lists, is_narrow = layer_lists(student, teacher), type(student) is not type(teacher)
     places = "|".join(re.escape(name) for name in lists)
@@ -193,8 +198,22 @@ def weight_origins(student: Any, teacher: Any, chosen: list[int]) -> dict[str, s
                 "with other widths use scratch"
             )
     if not is_narrow:
-        _require_same_settings(student, teacher, lists, chosen)
+        _require_same_settings(student, _with_changes(teacher, changes), lists, chosen)
     return origins
+
+
+def _with_changes(teacher: Any, changes: Mapping[str, Any]) -> Any:
+    """The teacher as a model whose config has the student's changes, but for those of single layers."""
+    plain = {key: value for key, value in changes.items() if not isinstance(value, (list, dict))}
+    if not plain:
+        return teacher
+    config = copy.deepcopy(teacher.config)
+    for key, value in plain.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]), torch.device(teacher.device):
+        changed = type(teacher)(config)
+    changed.load_state_dict(teacher.state_dict(), assign=True)
+    return changed.train(teacher.training)
 
 
 def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
@@ -250,12 +269,12 @@ def _settings_of(layer: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _prove_copy(student: Any, teacher: Any, chosen: list[int]) -> None:
+def _prove_copy(student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any]) -> None:
     """Prove that a student holds and does what it copied, once its tied weights are one. Raises ModelError."""
     ours, source = student.state_dict(), teacher.state_dict()
     is_narrow = type(student) is not type(teacher)
-    for name, origin in weight_origins(student, teacher, chosen).items():
+    for name, origin in weight_origins(student, teacher, chosen, changes).items():
         if not torch.equal(ours[name], source[origin].to(ours[name].dtype)):
             raise ModelError(f"{type(teacher).__name__}: {name} is tied by the configuration but not in the model")
     if not is_narrow:
-        prove_copied_layers(student, teacher, layer_lists(student, teacher), chosen)
+        prove_copied_layers(student, _with_changes(teacher, changes), layer_lists(student, teacher), chosen)

@@ -176,7 +176,8 @@ def test_a_folder_whose_answers_are_not_finite_has_no_score_and_no_answers(
 
     def forward(self: Any, *given: Any, **named: Any) -> Any:
         outputs = real(self, *given, **named)
-        outputs.logits[0] *= INF
+        if len(outputs.logits) > 3:  # not for the few ids by which a model is proved
+            outputs.logits[0] *= INF
         return outputs
 
     monkeypatch.setattr(BertForSequenceClassification, "forward", forward)

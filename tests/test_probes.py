@@ -599,3 +599,13 @@ def test_a_task_head_on_another_backbone_than_the_words_is_refused_in_check(monk
     longformer = transformers.LongformerConfig(**fields)
     with pytest.raises(ConfigError, match=r"Longformer.* task head on its backbone's outputs differs"):
         try_student(StudentConfig(2), longformer, [0, 1], **arguments | {"num_layers": 2})
+
+
+def test_what_a_config_changes_by_wish_is_no_reason_to_refuse_a_copied_layer() -> None:
+    teacher = small("Bert", "ForMaskedLM", num_hidden_layers=4)
+    student = student_of(teacher, hidden_dropout_prob=0.0, layer_norm_eps=1e-3, hidden_act="relu")
+    assert student.bert.encoder.layer[0].output.LayerNorm.eps == 1e-3
+    for i, j in enumerate((1, 3)):
+        theirs = teacher.bert.encoder.layer[j].state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in student.bert.encoder.layer[i].state_dict().items())
+    assert teacher.config.hidden_act == "gelu"
