@@ -36,7 +36,7 @@ from glmd.loading import compared_embeddings, load_language_model
 from glmd.losses.linear import allow_triton, triton_problem
 from glmd.objective import Objective, Term
 from glmd.plan import Plan, corpus_sources, make_plan
-from glmd.processes import TRAINING_PATIENCE, gathered, number_of_ranks, on_main, together, wait
+from glmd.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
@@ -81,7 +81,7 @@ def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
         run_folder = RunFolder(folder)
         with run_folder.lock():
             world = _build_world(folder) if config.data.world else None
-            plan = together(lambda: make_plan(config, world=world, hash_corpus=False))
+            plan = together(lambda: make_plan(config, world=world, hash_corpus=False, try_out=is_main()))
             sources = corpus_sources(config, world)
             if sources:  # of which one process reads all
                 plan = replace(plan, corpus=on_main(lambda: corpus_fingerprint(sources)))

@@ -73,11 +73,11 @@ class Plan:
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool = True) -> Plan:
+def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool = True, try_out: bool = True) -> Plan:
     """Check everything and read the small things. Raises GlmdError, one line.
 
-    world: where the embedded world lies, for `data.world`. hash_corpus: read the corpus for `Plan.corpus`; of many
-        processes one need do it.
+    world: where the embedded world lies, for `data.world`. hash_corpus: read the corpus for `Plan.corpus`.
+    try_out: make a small student and try it. Of many processes one need do each of the two.
     """
     method, config, asked = resolve(config)
     tokenizer, teacher_config = _load_teacher_side(config, world)
@@ -114,7 +114,26 @@ def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool
     if kept_words(cached_stages(config, method), method):
         word_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
+    if try_out:
+        _try_student(plan)
     return replace(plan, corpus=corpus_fingerprint(corpus)) if corpus and hash_corpus else plan
+
+
+def _try_student(plan: Plan) -> None:
+    from glmd.student import chosen_layers
+    from glmd.trial import try_student
+
+    student, total = plan.config.student, plan.teacher_config.num_hidden_layers
+    count = student.num_hidden_layers or total
+    heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
+    try_student(
+        student,
+        plan.teacher_config,
+        chosen_layers(student, count, total),
+        num_layers=count,
+        length=max(_lengths(plan.config, plan.method, plan.tasks).values()),
+        task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
+    )
 
 
 def corpus_sources(config: RunConfig, world: Path | None) -> list[str]:
@@ -351,7 +370,6 @@ def _with_parameters(plan: Plan) -> Plan:
     """Student config and parameter counts, on the meta device: shapes without weights."""
     from glmd.slicing import vocabulary_axes
     from glmd.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
-    from glmd.trial import try_student
 
     student = plan.config.student
     total = plan.teacher_config.num_hidden_layers
@@ -370,15 +388,6 @@ def _with_parameters(plan: Plan) -> Plan:
     _check_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
     small = _on_meta("student", saved_and_reopened(student_config))
     _check_checkpointing(plan, teacher, small)
-    heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
-    try_student(
-        student,
-        plan.teacher_config,
-        chosen,
-        num_layers=count,
-        length=max(_lengths(plan.config, plan.method, plan.tasks).values()),
-        task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
-    )
     if chosen is not None:
         weight_origins(small, _on_meta("teacher", cut_config), chosen, student.config)
     parameters = {
