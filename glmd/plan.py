@@ -268,12 +268,17 @@ def _source(files: dict[str, Any], source: str | None, split: str) -> str:
 
 
 def _check_weight_files(config: RunConfig) -> None:
-    """Refuse weights that are absent or cut short, by the heads of their files."""
-    from glmd.loading import require_weight_files
+    """Refuse weights that are absent, cut short or another model's, by the heads of their files."""
+    from glmd.weight_headers import require_language_model, require_task_model
 
-    for model in (config.teacher.model, *config.teacher.tasks.values(), *config.teacher.ensemble):
-        if model is not None:
-            require_weight_files(model)
+    teacher = config.teacher
+    if teacher.model is not None:
+        options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+        require_language_model(teacher.model, field="teacher.model", tasks=list(config.tasks), **options)
+    for name, model in teacher.tasks.items():
+        require_task_model(model, task_of(config, name))
+    for model in teacher.ensemble:
+        require_language_model(model, field="teacher.ensemble")
 
 
 def _check_lengths(

@@ -26,7 +26,7 @@ data.jsonl data.noun_phrases data.oddities data.sources data.superglue data.task
 data.corpus data.blanks data.batches data.world
 heads probes objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
-checkpoint cache runlog run_folder resolution plan outline rehearsal cache_plan places sharding
+checkpoint cache runlog run_folder resolution weight_headers plan outline rehearsal cache_plan places sharding
 training_state trainer bits_per_byte evaluation companions export
 report workbench
 task_stages
