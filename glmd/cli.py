@@ -204,6 +204,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.limits import require_sizes_and_room
     from glmd.outline import describe
     from glmd.places import processes_of
     from glmd.plan import make_plan
@@ -215,12 +216,13 @@ def _check(options: argparse.Namespace) -> None:
     cache = []
     with _world(config) as world:
         plan = make_plan(config, world=world)
+        launched = os.environ.get("WORLD_SIZE")
+        processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
+        require_sizes_and_room(plan, world, int(launched or 1))
         if config.teacher.cache is not None:
             from glmd.cache_plan import describe_cache
 
             cache = [describe_cache(plan, [str(world / "corpus.txt")] if world else config.data.corpus)]
-    launched = os.environ.get("WORLD_SIZE")
-    processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
     print("\n".join([describe(plan, processes), *cache, *of_the_run]))
 
 
@@ -241,6 +243,7 @@ def _world(config: RunConfig) -> Iterator[Path | None]:
 def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
     from glmd import costs
+    from glmd.limits import require_sizes
     from glmd.plan import is_config_alone, make_plan, make_sketch
 
     layout = costs.Layout(options.devices, options.device_memory, options.sharding)
@@ -249,6 +252,8 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         with _world(config) as world:
             plan = make_plan(config, world=world)
+            sources = [str(world / "corpus.txt")] if world else config.data.corpus
+            require_sizes(plan, sources, processes=options.devices)
     cost = costs.run_cost(plan, layout, measure=options.measure)
     print(costs.to_json(cost) if options.json else costs.table(cost))
 

@@ -34,6 +34,18 @@ NOT_SWEPT = (
     "mlm_probability",
     "num_maskings",
 )
+# What is beyond reason whatever the data and the machine; batches are compared with these (glmd.limits).
+AT_MOST = {
+    "max_steps": 10**9,
+    "num_train_epochs": 10**6,
+    "logging_steps": 10**9,
+    "save_steps": 10**9,
+    "save_total_limit": 10**6,
+    "skip_nonfinite": 10**9,
+    "max_length": 10**6,
+    "num_maskings": 10**4,
+}
+MOST_LAYERS = 1000
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 
@@ -90,6 +102,9 @@ class StageConfig:
         for name in ("max_steps", "num_train_epochs"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), f"{name} must be above 0 and finite, got {value}")
+        for name, most in AT_MOST.items():
+            value = getattr(self, name)
+            _require(value is None or value <= most, f"{name} must be at most {most:,}, got {value}")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             _require(0 < getattr(self, name) < float("inf"), f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_ratio", "min_lr_ratio"):
@@ -162,6 +177,11 @@ class TeacherConfig:
             (self.scratch is None) == (self.pretraining is None),
             "scratch and pretraining belong together: give both or neither",
         )
+        layers = (self.scratch or {}).get("num_hidden_layers", 1)
+        _require(
+            isinstance(layers, int) and 1 <= layers <= MOST_LAYERS,
+            f"scratch.num_hidden_layers must be in [1, {MOST_LAYERS}], got {layers!r}",
+        )
         _require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
         _require(not self.ensemble or self.scratch is None, "ensemble needs trained teachers; give model, not scratch")
         named = [self.model, *self.ensemble]
@@ -189,7 +209,7 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         n = self.num_hidden_layers
-        _require(n is None or n >= 1, f"num_hidden_layers must be at least 1, got {n}")
+        _require(n is None or 1 <= n <= MOST_LAYERS, f"num_hidden_layers must be in [1, {MOST_LAYERS}], got {n}")
         for name in ("vocab_size", "num_hidden_layers", "architectures", "model_type"):
             _require(name not in self.config, f"config.{name} is set by glmd; remove it")
 

@@ -31,20 +31,19 @@ from glmd.data.corpus import TokenStore, build_token_store, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.errors import ConfigError, RunError
 from glmd.heads import is_causal
+from glmd.limits import require_sizes_and_room
 from glmd.loading import compared_embeddings, load_language_model
-from glmd.objective import Objective, Term
 from glmd.plan import Plan, make_plan
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
 from glmd.student import build_student
-from glmd.task_stages import TaskStages
+from glmd.task_stages import MASKED_WORDS, TaskStages
 from glmd.tokenizer import compress_tokenizer
 from glmd.trainer import Teacher
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
 
-MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
 # How long ranks wait for one another: the main one tokenizes a corpus alone, for hours; torch would wait 10 minutes.
 PATIENCE = timedelta(days=2)
 
@@ -75,6 +74,7 @@ def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
         with run_folder.lock():
             world = _build_world(folder, accelerator) if config.data.world else None
             plan = make_plan(config, world=world)
+            run_folder.on_main(lambda: require_sizes_and_room(plan, world, accelerator.num_processes))
             run_folder.record_config(config)
             if config.report_to:  # not before: a tracker's files would make the folder of a refused run a foreign one
                 accelerator.init_trackers("glmd")

@@ -36,6 +36,7 @@ from glmd.workbench import Arm, Workbench, control_budget
 logger = logging.getLogger(__name__)
 
 HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
+MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
 
 
 class TaskStages:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from glmd import __version__
 from glmd.bits_per_byte import score_text
 from glmd.cache import LESS, STORED, TeacherCache, free_bytes, gigabytes
-from glmd.cache_plan import cache_folder, cached_stages_of, corpus_cache, task_cache, task_dataset
+from glmd.cache_plan import cache_folder, cached_stages_of, corpus_cache, held_out_blocks, task_cache, task_dataset
 from glmd.cached_teacher import CachedOutputs, CachedTeacher
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig
@@ -33,7 +33,7 @@ from glmd.data.blanks import block_frame, candidate_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
-from glmd.errors import DataError, GlmdError, RunError
+from glmd.errors import GlmdError, RunError
 from glmd.evaluation import answers_of, predict, score_words
 from glmd.export import PROBE, ModelCard, check_exports, export_model
 from glmd.loading import load_language_model
@@ -94,10 +94,7 @@ class Workbench:
         frame = sum(map(len, block_frame(self.tokenizer)))
         total = self.store.num_blocks(length - frame)
         wanted = self.config.data.eval_blocks
-        reserved = min(wanted, total // 5)
-        if reserved < 1:
-            found = f"{self.store.num_tokens} tokens are {total} blocks of {length}"
-            raise DataError(f"data.corpus: {found}; at least 5 are needed: give more text, or a smaller max_length")
+        reserved = held_out_blocks(self.store.num_tokens, total, length, wanted)
         if held_out and reserved < wanted:
             logger.info("data.eval_blocks: %d of %d blocks are held out, a fifth of the corpus", reserved, total)
         blocks = range(total - reserved, total) if held_out else range(total - reserved)

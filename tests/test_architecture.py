@@ -20,7 +20,7 @@ PACKAGE = Path(glmd.__file__).parent
 
 # Lowest first. A module may import those of lower rows, and those to its left.
 LAYERS = """
-errors schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
+errors wording schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
 strict_yaml configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.oddities data.sources data.superglue data.tasks data.predictions
 data.corpus data.blanks data.batches data.world
@@ -30,7 +30,8 @@ checkpoint cache runlog run_folder resolution weight_headers plan outline rehear
 training_state trainer bits_per_byte evaluation companions export
 report workbench
 task_stages
-pipeline compress verify budget costs
+compress verify budget costs limits
+pipeline
 cli __main__
 """
 ORDER = LAYERS.split()
