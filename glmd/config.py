@@ -464,18 +464,34 @@ def cell_name(cell: Cell) -> str:
     return ",".join(f"{key}={value}" for key, value in cell.items())
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+def load_config(
+    path: "str | Path | Mapping[str, Any] | RunConfig | None" = None,
+    overrides: str | Iterable[str] | Mapping[str, Any] = (),
+    **changes: Any,
+) -> RunConfig:
     """Read a run's YAML (the embedded default without one) and apply overrides.
 
-    path: a file, or the name of one in configs/runs.
+        load_config("minilm-superglue", ["pretraining.max_steps=100"], teacher="MODEL")
+        load_config({"output_dir": "runs/mine", "teacher": "MODEL", ...})
+
+    path: a file, the name of one in configs/runs, or what would stand in it as a mapping.
     overrides: `key.sub=value` texts (values are YAML), or a mapping of dotted keys to values.
+    changes: values of whole top-level keys, `pretraining={"max_steps": 100}`; these win. A Path is taken as its text.
     Raises ConfigError naming file or override, key, value and remedy.
     """
-    file = named_file("runs", str(path) if path is not None else "quickstart")
-    values = load_yaml(file)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
-    for key, value in pairs:
-        _set_dotted(values, key, value)
+    if isinstance(path, RunConfig):
+        file, values = "config", to_dict(path)
+    elif isinstance(path, Mapping):
+        file, values = "config", {}
+        for key, value in path.items():
+            _set_dotted(values, str(key), _plain(value))
+    else:
+        found = named_file("runs", str(path) if path is not None else "quickstart")
+        file, values = str(found), load_yaml(found)
+    texts = [overrides] if isinstance(overrides, str) else overrides
+    pairs = texts.items() if isinstance(texts, Mapping) else [_split_override(text) for text in texts]
+    for key, value in [*pairs, *changes.items()]:
+        _set_dotted(values, key, _plain(value))
     _fill_stage_defaults(values)
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [values["tasks"]]
@@ -555,7 +571,18 @@ def _fill_stage_defaults(values: dict[str, Any]) -> None:
             values[name] = {**base, **given}
 
 
+def _plain(value: Any) -> Any:
+    """A value as YAML has it: paths as texts, tuples as lists; a copy."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _split_override(text: str) -> tuple[str, Any]:
+    if not isinstance(text, str):
+        raise ConfigError(f"override {text!r}: write key=value, for example pretraining.max_steps=100")
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
         raise ConfigError(f"override {text!r}: write key=value, for example pretraining.max_steps=100")

@@ -1,6 +1,6 @@
 """The stages of a run, in order: each is skipped when it is complete, and continued when it was interrupted.
 
-    results = run(load_config("configs/runs/minilm-superglue.yaml", ["teacher=PATH"]))
+    results = run("configs/runs/minilm-superglue.yaml", teacher="MODEL")
 
 run folder: config.yaml, log.jsonl, corpus/, vocabulary/, teacher/, pretraining/, tasks/TASK/..., results.json
 """
@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from glmd import __version__
 from glmd.cache_plan import require_own_cache
 from glmd.checkpoint import full_disk_refused, write_atomically
-from glmd.config import GROWING, RunConfig, TeacherConfig, to_dict
+from glmd.config import GROWING, RunConfig, TeacherConfig, load_config, to_dict
 from glmd.data.batches import BlockDataset
 from glmd.data.corpus import TokenStore, build_token_store, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
@@ -48,11 +48,19 @@ from glmd.workbench import Arm, Workbench
 PATIENCE = timedelta(days=2)
 
 
-def run(config: RunConfig) -> dict[str, Any]:
-    """Run every stage of `config` that is not complete, and return the results (also in results.json).
+def run(
+    config: RunConfig | str | Path | Mapping[str, Any] | None = None, *overrides: str, **changes: Any
+) -> dict[str, Any]:
+    """Run every stage that is not complete, and return the results (also in results.json).
 
+        run("minilm-superglue", "pretraining.max_steps=100", teacher="MODEL", output_dir="runs/mine")
+
+    config: what `load_config` returns, or takes: a file, the name of one in configs/runs, a mapping. overrides and
+        changes: as `load_config` takes them.
     Raises GlmdError with one line for whatever cannot be done; SystemExit 143 or 130 after a signal.
     """
+    if not isinstance(config, RunConfig) or overrides or changes:
+        config = load_config(config, overrides, **changes)
     with _pipeline(config) as pipeline:
         return pipeline.run()
 

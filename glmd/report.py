@@ -1,6 +1,6 @@
 """The results of a run as one table, for a terminal and as Markdown.
 
-    print(results_table(load_results(Path("runs/quickstart"))))
+    print(results_table(load_results("runs/quickstart")))
 
 Reads results.json alone. Several seeds become mean and standard deviation; nothing that was not measured is filled in.
 """
@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from glmd.errors import RunError
+from glmd.public import public
 
 NEAREST = "nearest to the teacher on val inputs"  # how a checkpoint was chosen, where labels were not looked at
 SYSTEMS = ("teacher", "student", "hard labels", "full vocabulary")
 
 
-def load_results(folder: Path) -> dict[str, Any]:
+@public
+def load_results(folder: str | Path) -> dict[str, Any]:
     """results.json of a run folder. Raises RunError when the run has none, or it holds something else."""
-    path = folder / "results.json"
+    path = Path(folder) / "results.json"
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

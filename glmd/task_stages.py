@@ -20,9 +20,9 @@ import torch
 
 from glmd.cache import TeacherCache
 from glmd.cache_plan import task_cache_folder
+from glmd.card import BY_PLAIN
 from glmd.config import Cell, StageConfig, TeacherConfig
 from glmd.errors import DataError
-from glmd.export import BY_PLAIN
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import WORD_SIGNALS, Objective, Term
@@ -82,7 +82,7 @@ class TaskStages:
                 place / "model",
                 title=f"Teacher fine-tuned on {self.name}",
                 summary=f"the labels of {self.name}",
-                facts={"seed": str(seed)},
+                facts={"seed": str(seed), "max_length": str(stage.max_length or self.task.task.max_length)},
                 metrics=result.get("metrics"),
             )
             return result

@@ -26,6 +26,7 @@ from glmd.bits_per_byte import score_text
 from glmd.cache import LESS, STORED, TeacherCache, free_bytes, gigabytes
 from glmd.cache_plan import cache_folder, cached_stages_of, corpus_cache, held_out_blocks, task_cache, task_dataset
 from glmd.cached_teacher import CachedOutputs, CachedTeacher
+from glmd.card import PROBE, ModelCard
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig
 from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_texts, corruption_for
@@ -35,7 +36,7 @@ from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
 from glmd.errors import GlmdError, RunError
 from glmd.evaluation import answers_of, predict, score_words
-from glmd.export import PROBE, ModelCard, check_exports, export_model
+from glmd.export import check_exports, export_model
 from glmd.loading import load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective

@@ -53,3 +53,26 @@ def test_logits_are_in_the_rows_order_and_those_of_each_row_alone(
             expected = model(**rows).logits[0]
             np.testing.assert_allclose(got[i][: len(expected)], expected, rtol=1e-4, atol=1e-5)
             assert np.isneginf(got[i][len(expected) :]).all()
+
+
+def test_an_example_is_read_by_the_folders_own_length(finished, tmp_path, caplog):
+    """As its card says, else as the task does, in either case as far as its positions go."""
+    import shutil
+
+    from glmd.data.tasks import load_task
+    from glmd.errors import ModelError
+    from glmd.evaluation import _length
+
+    rte = load_task("RTE")
+    student = shutil.copytree(finished.folder / "tasks/RTE/seed-0/labels/student", tmp_path / "student")
+    with caplog.at_level("INFO", "glmd"):
+        assert _length(str(student), rte, None) == 32
+    assert "reads 32 tokens of an example, as its card says 32; --max-length gives another" in caplog.text
+    card = student / "README.md"
+    card.write_text(card.read_text().replace("- max_length: 32", "- max_length: 320"))
+    assert _length(str(student), rte, None) == 64, "as many as it has positions"
+    card.unlink()
+    assert _length(str(student), rte, None) == 64 < rte.max_length
+    assert _length(str(student), rte, 40) == 40
+    with pytest.raises(ModelError, match="65 tokens are more than its 64 positions; give --max-length 64"):
+        _length(str(student), rte, 65)
