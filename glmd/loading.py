@@ -23,6 +23,7 @@ from glmd.data.tasks import Task
 from glmd.errors import GlmdError, ModelError
 from glmd.heads import is_causal
 from glmd.probes import prove_language_model, prove_task_model, silence_padding
+from glmd.wording import counted
 
 logger = logging.getLogger(__name__)
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
@@ -350,7 +351,7 @@ def require_keys(model: nn.Module, info: dict[str, Any], name: str, *, allowed_m
     if missing:
         shown = ", ".join(sorted(missing)[:3])
         raise ModelError(
-            f"{name}: {type(model).__name__} needs {len(missing)} weights that it does not hold ({shown}); "
+            f"{name}: {type(model).__name__} needs {counted(len(missing), 'weight')} that it does not hold ({shown}); "
             "they would be random"
         )
     if info["mismatched_keys"]:
@@ -360,6 +361,6 @@ def require_keys(model: nn.Module, info: dict[str, Any], name: str, *, allowed_m
     unread = [key for key in info["unexpected_keys"] if key.startswith(prefix) and not _UNREAD.search(key)]
     if unread:
         raise ModelError(
-            f"{name}: holds {len(unread)} weights that its config has no place for ({min(unread)}); "
+            f"{name}: holds {counted(len(unread), 'weight')} that its config has no place for ({min(unread)}); "
             "is num_hidden_layers that of these weights?"
         )

@@ -432,7 +432,7 @@ def test_a_fine_tuned_teacher_whose_head_is_not_in_its_file_is_refused(refusal, 
     tensors.pop("classifier.bias")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = refusal(f"teacher.tasks.RTE={folder}", command=command)
-    assert "BertForSequenceClassification needs 1 weights that it does not hold (classifier.bias)" in message
+    assert "BertForSequenceClassification needs 1 weight that it does not hold (classifier.bias)" in message
 
 
 @pytest.mark.parametrize("place", ["../../secret.safetensors", "/etc/passwd", "sub/model.safetensors"])
