@@ -190,15 +190,17 @@ def _run(options: argparse.Namespace) -> None:
     config = _config(options)
     from glmd.pipeline import run
     from glmd.report import results_table
+    from glmd.usage import describe_students
 
     results = run(config)
     if int(os.environ.get("RANK", "0")) == 0:
         say(results_table(results), end="")
-        say(f"\nThe student is in {config.output_dir}; `glmd report {config.output_dir}` prints this again.")
+        say(f"\n{describe_students(config, results)}\n`glmd report {config.output_dir}` prints the table again.")
 
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.data.corpus import require_same_store
     from glmd.limits import require_sizes_and_room
     from glmd.outline import describe
     from glmd.places import processes_of
@@ -213,6 +215,9 @@ def _check(options: argparse.Namespace) -> None:
         plan = make_plan(config, world=world)
         launched = os.environ.get("WORLD_SIZE")
         processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
+        if plan.corpus is not None and world is None:
+            store = Path(config.output_dir) / "corpus"
+            require_same_store(store, plan.corpus, plan.tokenizer, text_field=config.data.text_field)
         require_sizes_and_room(plan, world, int(launched or 1))
         if config.teacher.cache is not None:
             from glmd.cache_plan import describe_cache

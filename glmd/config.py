@@ -291,7 +291,7 @@ class DataConfig:
 class ControlsConfig:
     """What the student is compared with in the results table."""
 
-    hard_labels: bool = True  # same student and start, labels alone, as many epochs as both task passes
+    hard_labels: bool = True  # same student and start, labels alone, as many updates as its task passes
     full_vocabulary: bool = False  # the whole method again with the teacher's full vocabulary
 
 

@@ -33,7 +33,14 @@ from glmd.heads import (
     run_backbone,
     run_task_head,
 )
-from glmd.loading import load_classifier, load_model_config, model_positions, require_model, require_task_head
+from glmd.loading import (
+    load_classifier,
+    load_model_config,
+    model_positions,
+    require_model,
+    require_task_head,
+    warn_of_unnamed_classes,
+)
 from glmd.losses.logits import kl_divergence, merge_words
 from glmd.metrics import score
 from glmd.public import public
@@ -252,6 +259,7 @@ def _task_for(model: str, task_name: str) -> Task:
     if is_causal(config) or any("MaskedLM" in architecture for architecture in config.architectures or ()):
         task = load_task(task_name, "cloze")
     require_task_head(config, task, model)
+    warn_of_unnamed_classes(config, task, model)
     return task
 
 

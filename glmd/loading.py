@@ -268,16 +268,25 @@ def require_task_head(config: Any, task: Task, name: str) -> None:
         return
     expected = [label_name(label) for label in task.labels]
     got = [str(config.id2label[i]) for i in sorted(config.id2label)]
-    if got == [f"LABEL_{i}" for i in range(len(expected))]:
-        logger.warning(
-            "%s: names no classes (%s, ...); they are taken for those of %s in this order: %s",
-            name,
-            got[0],
-            task.name,
-            ", ".join(expected),
-        )
-    elif [each.lower() for each in got] != [each.lower() for each in expected]:
+    if not _is_unnamed(got) and [each.lower() for each in got] != [each.lower() for each in expected]:
         raise ModelError(f"{name}: its classes {got} are not those of {task.name} in this order: {expected}")
+
+
+def warn_of_unnamed_classes(config: Any, task: Task, name: str) -> None:
+    """Say where a classifier's classes have no names, and are therefore taken to be in the task's order."""
+    got = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    if task.labels and task.casting == "head" and _is_unnamed(got):
+        logger.warning(
+            "%s: its config names no classes (LABEL_0, ...); they are taken to be those of %s in this order: %s. If "
+            "they stand in another, name them in its id2label",
+            name,
+            task.name,
+            ", ".join(map(label_name, task.labels)),
+        )
+
+
+def _is_unnamed(classes: list[str]) -> bool:
+    return classes == [f"LABEL_{i}" for i in range(len(classes))]
 
 
 def label_name(label: str | bool | int) -> str:

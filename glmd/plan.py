@@ -195,7 +195,13 @@ def _check_named_teachers(
     config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any
 ) -> None:
     """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
-    from glmd.loading import load_model_config, load_source_tokenizer, require_model, require_task_head
+    from glmd.loading import (
+        load_model_config,
+        load_source_tokenizer,
+        require_model,
+        require_task_head,
+        warn_of_unnamed_classes,
+    )
 
     on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
     for name, model in config.teacher.tasks.items():
@@ -203,6 +209,7 @@ def _check_named_teachers(
         require_model(model, field=field)
         model_config = load_model_config(model)
         require_task_head(model_config, task_of(config, name), model)
+        warn_of_unnamed_classes(model_config, task_of(config, name), f"{field}: {model}")
         theirs = load_source_tokenizer(model, words=not is_causal(model_config))
         _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         _check_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)

@@ -28,7 +28,7 @@ from glmd.metrics import score
 from glmd.objective import WORD_SIGNALS, Objective, Term
 from glmd.places import cell_place, control_cell, words_cell
 from glmd.plan import TaskPlan
-from glmd.report import NEAREST
+from glmd.report import NEAREST, concerns
 from glmd.teacher import OnlineTeacher
 from glmd.trainer import Teacher
 from glmd.workbench import Arm, Workbench, control_budget
@@ -94,6 +94,8 @@ class TaskStages:
         else:
             inputs = self.bench.inputs(stage, seed, HARD_LABELS, start=self.bench.teacher_hash, task=self.task)
         self._add_row("teacher", "task_teacher", seed, {}, self.run_folder.stage(place, inputs, work))
+        for each in concerns([self.rows[-1]]):
+            logger.warning("%s", each)
 
     def distil(self, arm: Arm, seed: int, cell: Cell) -> None:
         """The two passes from the pretrained student, and the hard-label control from the same start."""

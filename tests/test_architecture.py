@@ -28,7 +28,7 @@ heads probes objective loading teacher cached_teacher narrow_embeddings student
 metrics superglue_metric distiller
 checkpoint cache runlog run_folder resolution weight_headers plan outline rehearsal cache_plan places sharding
 training_state trainer card bits_per_byte evaluation companions export
-report workbench
+report usage workbench
 task_stages
 compress verify budget costs limits
 pipeline

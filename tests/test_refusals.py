@@ -423,6 +423,17 @@ def test_a_classifier_given_as_the_teacher_is_refused_with_its_place(refusal, fi
     assert message.endswith(f"teacher=BASE teacher.tasks.RTE={classifier}")
 
 
+def test_classes_without_names_are_said_to_be_taken_in_the_tasks_order(finished, tiny, tmp_path, caplog):
+    folder = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "classifier")
+    names = {0: "LABEL_0", 1: "LABEL_1"}
+    change_config(folder, id2label=names, label2id={name: i for i, name in names.items()})
+    words = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"teacher.tasks.RTE={folder}"]
+    for name, times in ((folder, 1), (finished.folder / "tasks/RTE/teacher/model", 0)):
+        caplog.clear()
+        assert main([*words[:-1], f"teacher.tasks.RTE={name}"]) == 0
+        assert caplog.text.count("they are taken to be those of RTE in this order: entailment, not_entail") == times
+
+
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_fine_tuned_teacher_whose_head_is_not_in_its_file_is_refused(refusal, finished, tmp_path, command):
     from safetensors.torch import load_file, save_file
