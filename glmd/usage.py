@@ -24,7 +24,8 @@ def describe_students(config: RunConfig, results: dict[str, Any]) -> str:
     for task, places in folders.items():
         lines += [f"  {place}" for place in places]
         has_pair = task is not None and task_of(config, task).text_pair is not None
-        lines += ["which is used, without glmd, by", f"  {usage(places[0], has_pair=has_pair)}"]
+        which = "which is" if len(places) == 1 else "of which the first is"
+        lines += [f"{which} used, without glmd, by", f"  {usage(places[0], has_pair=has_pair)}"]
     return "\n".join(lines)
 
 

@@ -335,6 +335,16 @@ def test_run_prints_the_table_once_it_is_complete(glmd, finished, tiny, tmp_path
     assert str(folder / "tasks/RTE/seed-0/labels/student") in text
 
 
+def test_truncation_is_said_once_for_a_task_whatever_its_passes_seeds_and_controls(tiny, tmp_path, trusting, caplog):
+    from glmd.pipeline import run
+
+    lengths = [f"{name}.max_length=8" for name in ("task_teacher", "task_words", "task_labels")]
+    with caplog.at_level("INFO", "glmd"):
+        run(tiny.config(tmp_path / "run", "seeds=[0,1,2]", "pretraining.max_steps=1", *lengths))
+    assert caplog.text.count("RTE: 24 of 24 inputs truncated to 8 tokens") == 1
+    assert "of 24 inputs" not in caplog.text.replace("RTE: 24 of 24 inputs truncated to 8 tokens", "")
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
 def test_a_count_that_is_none_is_refused_as_wrong_usage(value, capsys):
     for option in ("--batch-size", "--max-length"):
