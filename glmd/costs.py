@@ -7,10 +7,7 @@ Bytes at the peaks and FLOPs are counted on a rehearsal of each stage's step; th
 """
 
 import json
-import os
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from glmd.cache import TeacherCache
 from glmd.config import Cell, RunConfig
 from glmd.data.corpus import TokenStore, open_token_store
 from glmd.errors import ConfigError, ModelError, RunError
+from glmd.memory import USABLE, memory_of_this_machine
 from glmd.objective import Objective
 from glmd.outline import PlannedStage, planned_stages
 from glmd.places import control_cell, words_cell
@@ -31,7 +29,6 @@ from glmd.task_stages import HARD_LABELS, MASKED_WORDS
 from glmd.workbench import control_budget
 
 Sharding = Literal["none", "fsdp"]
-USABLE = 0.9  # of a device's memory; the rest is the allocator's gaps, the libraries' own buffers and the context
 LEARNS_FROM_LABELS = {"teacher": MASKED_WORDS, "task_teacher": HARD_LABELS, "hard_labels": HARD_LABELS}
 
 
@@ -296,20 +293,6 @@ def _largest_batch(once: Count, twice: Count, batch: int, room: float, chunk: Ca
 def _at(texts: int, batch: int, once: float, twice: float) -> float:
     """What grows in proportion, at so many texts, from its size at `batch` and at twice that."""
     return once + (texts - batch) * (twice - once) / batch
-
-
-def memory_of_this_machine() -> float:
-    """Bytes of its GPU, or of what this process may have of its main memory."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    found += [float(limit)] if limit != resource.RLIM_INFINITY else []
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        path = Path("/sys/fs/cgroup") / name
-        with suppress(OSError, ValueError):  # not there, or "max"
-            found.append(float(int(path.read_text(encoding="ascii"))))
-    return min(found)
 
 
 def _store(plan: Plan) -> TokenStore | None:

@@ -42,6 +42,7 @@ from glmd.loading import (
     warn_of_unnamed_classes,
 )
 from glmd.losses.logits import kl_divergence, merge_words
+from glmd.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.metrics import score
 from glmd.public import public
 from glmd.teacher import TeacherOutputs, model_inputs
@@ -251,6 +252,16 @@ def _length(model: str, task: Task, asked: int | None) -> int:
     return chosen
 
 
+def _require_batch(model: str, batch_size: int, examples: list[TaskExample], length: int) -> None:
+    """Refuse a batch that the memory of this machine cannot take, by what a layer needs at least."""
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: give at least 1")
+    choices = max((len(each.texts) for each in examples), default=1)
+    fits = int(USABLE * memory_of_this_machine() // (choices * forward_bytes(load_model_config(model), length)))
+    if min(batch_size, len(examples)) > max(1, fits):
+        raise ConfigError(f"--batch-size {batch_size:,}: of {length} tokens about {fits:,} fit; give at most {fits:,}")
+
+
 def _task_for(model: str, task_name: str) -> Task:
     """The task, where the model has its head: found out before any data is read."""
     task = load_task(task_name)
@@ -267,6 +278,7 @@ def _answers(
     model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, ordinary: bool = False
 ) -> tuple[np.ndarray, int]:
     """(examples,) class ids or positions of choices, and how many inputs were cut."""
+    _require_batch(model, batch_size, examples, max_length)
     tokenizer = load_tokenizer(model)
     if ordinary:
         if not getattr(tokenizer, "is_exact", False):

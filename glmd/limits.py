@@ -12,9 +12,10 @@ from pathlib import Path
 
 from glmd.cache_plan import estimated_tokens, held_out_blocks, store_of
 from glmd.config import StageConfig
-from glmd.costs import USABLE, Layout, each_once, fitting_batch, stages_with_controls
+from glmd.costs import Layout, each_once, fitting_batch, stages_with_controls
 from glmd.data.blanks import block_frame
 from glmd.errors import ConfigError, ModelError
+from glmd.memory import USABLE, forward_bytes
 from glmd.outline import PlannedStage, planned_stages
 from glmd.plan import Plan
 from glmd.rehearsal import counted as rehearsed
@@ -120,7 +121,7 @@ def require_room(plan: Plan, layout: Layout) -> None:
         settings, choices = stage.settings, _choices(stage)
         shown = f"of {stage.name} is"
         remedy = f"this machine has {layout.usable / USABLE / 1e9:.3g} GB; `glmd plan` counts for another"
-        evaluated = int(layout.usable // (_forward_bytes(plan, stage) * choices))
+        evaluated = int(layout.usable // (forward_bytes(plan.teacher_config, stage.length) * choices))
         if _largest_scored(stage, settings) > max(1, evaluated):
             found = f"per_device_eval_batch_size {shown} {settings.per_device_eval_batch_size:,}"
             raise ConfigError(
@@ -152,11 +153,5 @@ def _kept_bytes(plan: Plan, stage: PlannedStage) -> int:
     """What the backward of a text needs at least: what each layer was given, in half precision."""
     trains_teacher = stage.kind in ("teacher", "task_teacher")
     config = (plan.teacher_config if trains_teacher else plan.student_config).get_text_config()
-    return int(2 * stage.length * config.hidden_size * (config.num_hidden_layers + 1))
-
-
-def _forward_bytes(plan: Plan, stage: PlannedStage) -> int:
-    """What a text takes at least while it goes through a layer: hidden states beside those within."""
-    config = plan.teacher_config.get_text_config()
-    within = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return int(4 * stage.length * (2 * config.hidden_size + within))
+    width = getattr(config, "hidden_size", 1)
+    return 2 * stage.length * (width if isinstance(width, int) else 1) * (int(config.num_hidden_layers) + 1)

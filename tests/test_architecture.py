@@ -20,7 +20,7 @@ PACKAGE = Path(glmd.__file__).parent
 
 # Lowest first. A module may import those of lower rows, and those to its left.
 LAYERS = """
-errors wording terminal schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
+errors wording terminal memory schedules layers losses.logits losses.labels losses.rows losses.triton_rows losses.linear
 strict_yaml public configs_root config selection vocabulary slicing tokenization_glmd tokenizer
 data.jsonl data.noun_phrases data.oddities data.sources data.superglue data.tasks data.predictions
 data.corpus data.blanks data.batches data.world

@@ -76,3 +76,16 @@ def test_an_example_is_read_by_the_folders_own_length(finished, tmp_path, caplog
     assert _length(str(student), rte, 40) == 40
     with pytest.raises(ModelError, match="65 tokens are more than its 64 positions; give --max-length 64"):
         _length(str(student), rte, 65)
+
+
+def test_a_batch_to_evaluate_beyond_the_memory_is_refused_with_one_that_fits(finished, tiny, monkeypatch):
+    from glmd.errors import ConfigError
+    from glmd.evaluation import evaluate_folder
+
+    student = finished.folder / "tasks/RTE/seed-0/labels/student"
+    with pytest.raises(ConfigError, match="--batch-size 0: give at least 1"):
+        evaluate_folder(student, "RTE", tiny.superglue, batch_size=0)
+    monkeypatch.setattr("glmd.evaluation.memory_of_this_machine", lambda: 1e5)
+    with pytest.raises(ConfigError, match=r"--batch-size 1,000,000,000: of 32 tokens about 10 fit; give at most 10"):
+        evaluate_folder(student, "RTE", tiny.superglue, batch_size=10**9)
+    assert evaluate_folder(student, "RTE", tiny.superglue, batch_size=10)["examples"] == 12
