@@ -10,6 +10,7 @@ with the exact one, what it takes to name the token of each class is added.
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,22 @@ from glmd.finite import not_finite
 from glmd.heads import is_causal
 from glmd.loading import load_model_as_saved, load_model_config, model_positions, require_model
 from glmd.probes import prove_causal
+from glmd.public import public
 from glmd.tokenizer import GlmdTokenizer, load_tokenizer, ordinary_tokenizer, require_fast, vocabulary_of
 
 MAX_LENGTH = 1024  # tokens that a model reads at once, if it can and nothing else is asked
 
 
-def evaluate_text(model: str, sources: Sequence[str], *, max_length: int | None) -> dict[str, float]:
+@public
+def evaluate_text(
+    model: str | Path, sources: str | Path | Sequence[str | Path], *, max_length: int | None = None
+) -> dict[str, float]:
     """Sizes and bits per byte of a causal LM, a folder or hub id, on text files; weights are read as float32.
 
     Raises GlmdError where the model is no causal LM, cannot read max_length tokens, or the files hold no text.
     """
+    model = str(model)
+    files = [str(each) for each in ([sources] if isinstance(sources, (str, Path)) else sources)]
     require_model(model, field="model")
     config = load_model_config(model)
     if not is_causal(config):
@@ -44,9 +51,9 @@ def evaluate_text(model: str, sources: Sequence[str], *, max_length: int | None)
     length = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
     if positions is not None and length > positions:
         raise ModelError(f"{model}: {length} tokens, but it has {positions} positions; give --max-length {positions}")
-    texts = [text for text in read_documents(sources) if text.strip()]
+    texts = [text for text in read_documents(files) if text.strip()]
     if not texts:
-        raise DataError(f"{', '.join(sources)}: no text")
+        raise DataError(f"{', '.join(files)}: no text")
     tokenizer = load_tokenizer(model)
     require_fast(tokenizer)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())

@@ -20,13 +20,14 @@ from glmd.data.batches import BlockDataset, TaskDataset, corruption_for
 from glmd.data.blanks import block_frame, verbaliser_ids
 from glmd.data.corpus import TokenStore, encode_texts, open_token_store, read_documents
 from glmd.data.tasks import TaskExample
-from glmd.errors import RunError
+from glmd.errors import DataError, RunError
 from glmd.heads import is_causal
 from glmd.loading import model_fingerprint
 from glmd.objective import WORD_SIGNALS
 from glmd.plan import Plan, word_width
 from glmd.resolution import cached_stages, kept_words
 from glmd.tokenizer import tokenizer_fingerprint
+from glmd.wording import counted
 
 SAMPLE = 4 << 20  # characters of a corpus that are cut into tokens to estimate the rest by
 # What is known of a corpus only when it was cut into tokens.
@@ -105,6 +106,14 @@ def task_dataset(
         mean_over_tokens=planned.task.mean_over_tokens,
         is_causal=is_causal(plan.teacher_config),
     )
+
+
+def held_out_blocks(tokens: int, blocks: int, length: int, wanted: int) -> int:
+    """How many of a corpus' blocks are held out: as many as wanted, at most a fifth. Raises DataError for too few."""
+    if blocks < 5:
+        found = f"{counted(tokens, 'token')} are {counted(blocks, 'block')} of {length}"
+        raise DataError(f"data.corpus: {found}; at least 5 are needed: give more text, or a smaller max_length")
+    return min(wanted, blocks // 5)
 
 
 def inputs_stage(plan: Plan, name: str, task: str) -> StageConfig:
@@ -219,8 +228,8 @@ def _corpus_size(plan: Plan, sources: Sequence[str]) -> tuple[str, float]:
     """In words, and in bytes: by the run's own tokens where they are there, else by a sample of the text."""
     length, maskings = plan.config.pretraining.max_length, _maskings(plan)
     assert length is not None, "checked by config"
-    store = _store_of(plan)
-    tokens = store.num_tokens if store is not None else _estimated_tokens(plan, sources)
+    store = store_of(plan)
+    tokens = store.num_tokens if store is not None else estimated_tokens(plan, sources)
     if tokens is None:
         return "of unknown length until it is read", 0.0
     frame = sum(map(len, block_frame(plan.tokenizer)))
@@ -231,11 +240,11 @@ def _corpus_size(plan: Plan, sources: Sequence[str]) -> tuple[str, float]:
     kept = round((tokens + blocks * frame) * texts / blocks)
     size = kept * token_bytes + texts * 24
     about = "" if store is not None else "about "
-    found = f"{about}{kept:,} tokens of {token_bytes} bytes in {maskings} masking{'s' if maskings > 1 else ''}"
+    found = f"{about}{counted(kept, 'token')} of {token_bytes} bytes in {counted(maskings, 'masking')}"
     return f"{found}, {gigabytes(size)}", size
 
 
-def _store_of(plan: Plan) -> TokenStore | None:
+def store_of(plan: Plan) -> TokenStore | None:
     """The corpus as tokens, where an earlier start of this run has left it."""
     try:
         store = open_token_store(Path(plan.config.output_dir) / "corpus")
@@ -244,7 +253,7 @@ def _store_of(plan: Plan) -> TokenStore | None:
     return store if store.manifest["fingerprint"]["corpus"] == plan.corpus else None
 
 
-def _estimated_tokens(plan: Plan, sources: Sequence[str]) -> int | None:
+def estimated_tokens(plan: Plan, sources: Sequence[str]) -> int | None:
     """By the tokens a byte of its first megabytes; of jsonl too many, by what is not text. None for one of the hub."""
     sizes = [each.get("size") for each in (plan.corpus or {}).get("sources", [])]
     if not sizes or None in sizes:

@@ -2,7 +2,7 @@
 `export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
-stderr and exit code 2.
+stderr and exit code 2; `glmd.terminal` has how commands end otherwise.
 """
 
 import argparse
@@ -16,40 +16,20 @@ from pathlib import Path
 
 from glmd import __version__
 from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
-from glmd.errors import ConfigError, GlmdError, RankError
-from glmd.signals import EndedAtOnce, code_of_signal, ends_at_once
+from glmd.errors import ConfigError
+from glmd.terminal import ended, prepare_streams, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parse(arguments)
+    prepare_streams()
     _set_up_logging()
-    with ends_at_once():
-        return _obey(options)
 
+    def command() -> None:
+        options = _parse(arguments)
+        options.command(options)
 
-def _obey(options: argparse.Namespace) -> int:
-    """Run the command; a refusal or a signal is one line and an exit code."""
-    command: Callable[[argparse.Namespace], None] = options.command
-    try:
-        command(options)
-    except GlmdError as error:
-        if isinstance(error, RankError) and code_of_signal() is not None:
-            return code_of_signal() or 0  # the other rank has ended by the same signal
-        print(f"glmd: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except EndedAtOnce as ended:  # in training a signal is an Interrupted, after the step was saved
-        if os.environ.get("RANK", "0") == "0":
-            print(f"glmd: {'interrupted' if ended.code == 130 else 'terminated'}", file=sys.stderr)
-        return int(ended.code or 0)
-    except BrokenPipeError:  # `glmd report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
-        code = code_of_signal()
-        if code is None:
-            raise
-        return code  # what fails after a signal is what it broke: another rank has gone, or a process that was asked
-    return code_of_signal() or 0  # a library may have swallowed it
+    return ended(command)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -210,15 +190,18 @@ def _run(options: argparse.Namespace) -> None:
     config = _config(options)
     from glmd.pipeline import run
     from glmd.report import results_table
+    from glmd.usage import describe_students
 
     results = run(config)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(results_table(results), end="")
-        print(f"\nThe student is in {config.output_dir}; `glmd report {config.output_dir}` prints this again.")
+        say(results_table(results), end="")
+        say(f"\n{describe_students(config, results)}\n`glmd report {config.output_dir}` prints the table again.")
 
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.data.corpus import require_same_store
+    from glmd.limits import require_sizes_and_room
     from glmd.outline import describe
     from glmd.places import processes_of
     from glmd.plan import make_plan
@@ -230,13 +213,17 @@ def _check(options: argparse.Namespace) -> None:
     cache = []
     with _world(config) as world:
         plan = make_plan(config, world=world)
+        launched = os.environ.get("WORLD_SIZE")
+        processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
+        if plan.corpus is not None and world is None:
+            store = Path(config.output_dir) / "corpus"
+            require_same_store(store, plan.corpus, plan.tokenizer, text_field=config.data.text_field)
+        require_sizes_and_room(plan, world, int(launched or 1))
         if config.teacher.cache is not None:
             from glmd.cache_plan import describe_cache
 
             cache = [describe_cache(plan, [str(world / "corpus.txt")] if world else config.data.corpus)]
-    launched = os.environ.get("WORLD_SIZE")
-    processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
-    print("\n".join([describe(plan, processes), *cache, *of_the_run]))
+    say("\n".join([describe(plan, processes), *cache, *of_the_run]))
 
 
 @contextmanager
@@ -256,6 +243,7 @@ def _world(config: RunConfig) -> Iterator[Path | None]:
 def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
     from glmd import costs
+    from glmd.limits import require_sizes
     from glmd.plan import is_config_alone, make_plan, make_sketch
 
     layout = costs.Layout(options.devices, options.device_memory, options.sharding)
@@ -264,8 +252,10 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         with _world(config) as world:
             plan = make_plan(config, world=world)
+            sources = [str(world / "corpus.txt")] if world else config.data.corpus
+            require_sizes(plan, sources, processes=options.devices)
     cost = costs.run_cost(plan, layout, measure=options.measure)
-    print(costs.to_json(cost) if options.json else costs.table(cost))
+    say(costs.to_json(cost) if options.json else costs.table(cost))
 
 
 def _cache(options: argparse.Namespace) -> None:
@@ -274,7 +264,7 @@ def _cache(options: argparse.Namespace) -> None:
 
     make_cache(config)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{config.teacher.cache}: complete; runs with this teacher.cache read it.")
+        say(f"{config.teacher.cache}: complete; runs with this teacher.cache read it.")
 
 
 def _compress(options: argparse.Namespace) -> None:
@@ -296,7 +286,7 @@ def _compress(options: argparse.Namespace) -> None:
         corpus_weights=options.corpus_weights,
         text_field=options.text_field,
     )
-    print(text)
+    say(text)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -326,7 +316,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             ordinary=options.tokenizer == "ordinary",
         )
     for name, value in scores.items():
-        print(f"{name:<22}{value:>10.4f}" if isinstance(value, float) else f"{name:<22}{value:>10}")
+        say(f"{name:<22}{value:>10.4f}" if isinstance(value, float) else f"{name:<22}{value:>10}")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -340,13 +330,13 @@ def _predict(options: argparse.Namespace) -> None:
         max_length=options.max_length,
         batch_size=options.batch_size,
     )
-    print(f"{options.output}: answers to {count} examples")
+    say(f"{options.output}: answers to {count} examples")
 
 
 def _export(options: argparse.Namespace) -> None:
     from glmd.export import export_folder
 
-    print(export_folder(options.source, options.output, kind=options.kind))
+    say(export_folder(options.source, options.output, kind=options.kind))
 
 
 def _vocab(options: argparse.Namespace) -> None:
@@ -363,7 +353,7 @@ def _vocab(options: argparse.Namespace) -> None:
         selection=options.selection,
         text_field=options.text_field,
     )
-    print(budget.curve_table(curve))
+    say(budget.curve_table(curve))
     if options.json is not None:
         options.json.write_text(budget.curve_json(curve), encoding="utf-8")
     if options.picture is not None:
@@ -378,8 +368,8 @@ def _vocab(options: argparse.Namespace) -> None:
             selection=options.selection,
             top=options.examples,
         )
-        print(f"\nAt {ratio:g}, mapped by {options.mapping}, the most frequent of the dropped tokens:\n")
-        print(budget.examples_table(rows))
+        say(f"\nAt {ratio:g}, mapped by {options.mapping}, the most frequent of the dropped tokens:\n")
+        say(budget.examples_table(rows))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -387,7 +377,7 @@ def _verify(options: argparse.Namespace) -> None:
 
     checks = verify_folder(options.folder)
     for check in checks:
-        print(check.line())
+        say(check.line())
     if any(check.problem for check in checks):
         raise SystemExit(1)
 
@@ -396,7 +386,7 @@ def _report(options: argparse.Namespace) -> None:
     from glmd.report import load_results, results_table
 
     results = load_results(options.run)
-    print(results_table(results), end="")
+    say(results_table(results), end="")
     if results.get("exports_verified") is False:
         print("glmd: the exports are not verified yet; `glmd run` with the run's config does it", file=sys.stderr)
     recorded = options.run / "config.yaml"
@@ -414,5 +404,11 @@ def _set_up_logging() -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main else logging.ERROR, stream=sys.stderr)
     logging.getLogger("glmd").setLevel(logging.INFO if is_main else logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    if "transformers" in sys.modules:  # which has looked at them already
+        transformers_logging = sys.modules["transformers"].utils.logging
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

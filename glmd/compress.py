@@ -1,6 +1,6 @@
 """Vocabulary compression alone: a model with any head, fewer words, no training.
 
-print(compress_model("bert-base-uncased", Path("bert-half"), corpus=["text/"], keep_ratio=0.5))
+print(compress_model("bert-base-uncased", "bert-half", corpus=["text/"], keep_ratio=0.5))
 """
 
 import tempfile
@@ -10,43 +10,56 @@ from typing import Any
 
 import torch
 
+from glmd.card import ModelCard, opens_plainly
 from glmd.companions import find_companions
 from glmd.config import VocabularyConfig
 from glmd.data.corpus import build_token_store, require_corpus
 from glmd.errors import ConfigError
-from glmd.export import ModelCard, check_exports, export_model, opens_plainly, prove_slice, require_free_output
+from glmd.export import check_exports, export_model, prove_slice, require_free_output
 from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
 from glmd.plan import kept_size
+from glmd.public import public
 from glmd.slicing import slice_model
+from glmd.strict_yaml import build
 from glmd.tokenizer import compress_tokenizer
 from glmd.vocabulary import build_vocabulary
 
 
+@public
 def compress_model(
-    model: str, output: Path, *, corpus: Sequence[str], text_field: str = "text", **vocabulary_settings: Any
+    model: str | Path,
+    output: str | Path,
+    *,
+    corpus: str | Path | Sequence[str | Path],
+    text_field: str = "text",
+    **vocabulary_settings: Any,
 ) -> str:
     """Keep the most frequent tokens of `corpus`, map the others, and write the cut model to `output`.
 
+    corpus: text or jsonl files, folders, or a data set's id; one or several.
     vocabulary_settings: the fields of VocabularyConfig; keep_ratio or size is needed.
     Returns a summary. Raises GlmdError with one line.
     """
-    settings = VocabularyConfig(**{key: value for key, value in vocabulary_settings.items() if value is not None})
+    model, output = str(model), Path(output)
+    sources = [str(each) for each in ([corpus] if isinstance(corpus, (str, Path)) else corpus)]
+    given = {key: value for key, value in vocabulary_settings.items() if value is not None}
+    settings = build(VocabularyConfig, given, where="")
     if settings.keep_ratio is None and settings.size is None:
         raise ConfigError("--keep-ratio is missing; 0.5 keeps half of the tokens (or give --size)")
-    if settings.corpus_weights and not len(settings.corpus_weights) == len(corpus) > 1:
-        found = f"{len(settings.corpus_weights)} numbers for {len(corpus)} sources"
+    if settings.corpus_weights and not len(settings.corpus_weights) == len(sources) > 1:
+        found = f"{len(settings.corpus_weights)} numbers for {len(sources)} sources"
         raise ConfigError(f"--corpus-weights: {found}; give one for each of two or more")
     if settings.teacher_mass != "renormalise":
         raise ConfigError("teacher_mass has no effect without training; remove it")
     require_free_output(output)
     require_model(model, field="model")
-    require_corpus(corpus, text_field)
+    require_corpus(sources, text_field)
     tokenizer = load_source_tokenizer(model, words=False)
     companions = find_companions(model)
     # Refuses what cannot be, before text is counted and the model loaded.
     kept_size(settings, tokenizer, texts=companions.texts)
     with tempfile.TemporaryDirectory() as temporary:
-        store = build_token_store(temporary, corpus, tokenizer, text_field=text_field)
+        store = build_token_store(temporary, sources, tokenizer, text_field=text_field)
         counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
     source = load_model_as_saved(model)
     embeddings = compared_embeddings(source, settings.similarity)

@@ -36,6 +36,18 @@ NOT_SWEPT = (
 )
 # What `check` and a run say of mixed_precision fp16.
 FLOAT16_HEADS = "products with LM heads run in float32, as fp16 cannot hold their gradients; bf16 is faster"
+# What is beyond reason whatever the data and the machine; batches are compared with these (glmd.limits).
+AT_MOST = {
+    "max_steps": 10**9,
+    "num_train_epochs": 10**6,
+    "logging_steps": 10**9,
+    "save_steps": 10**9,
+    "save_total_limit": 10**6,
+    "skip_nonfinite": 10**9,
+    "max_length": 10**6,
+    "num_maskings": 10**4,
+}
+MOST_LAYERS = 1000
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 
@@ -92,6 +104,9 @@ class StageConfig:
         for name in ("max_steps", "num_train_epochs"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), f"{name} must be above 0 and finite, got {value}")
+        for name, most in AT_MOST.items():
+            value = getattr(self, name)
+            _require(value is None or value <= most, f"{name} must be at most {most:,}, got {value}")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             _require(0 < getattr(self, name) < float("inf"), f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_ratio", "min_lr_ratio"):
@@ -164,6 +179,11 @@ class TeacherConfig:
             (self.scratch is None) == (self.pretraining is None),
             "scratch and pretraining belong together: give both or neither",
         )
+        layers = (self.scratch or {}).get("num_hidden_layers", 1)
+        _require(
+            isinstance(layers, int) and 1 <= layers <= MOST_LAYERS,
+            f"scratch.num_hidden_layers must be in [1, {MOST_LAYERS}], got {layers!r}",
+        )
         _require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
         _require(not self.ensemble or self.scratch is None, "ensemble needs trained teachers; give model, not scratch")
         named = [self.model, *self.ensemble]
@@ -191,7 +211,7 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         n = self.num_hidden_layers
-        _require(n is None or n >= 1, f"num_hidden_layers must be at least 1, got {n}")
+        _require(n is None or 1 <= n <= MOST_LAYERS, f"num_hidden_layers must be in [1, {MOST_LAYERS}], got {n}")
         for name in ("vocab_size", "num_hidden_layers", "architectures", "model_type"):
             _require(name not in self.config, f"config.{name} is set by glmd; remove it")
 
@@ -273,7 +293,7 @@ class DataConfig:
 class ControlsConfig:
     """What the student is compared with in the results table."""
 
-    hard_labels: bool = True  # same student and start, labels alone, as many epochs as both task passes
+    hard_labels: bool = True  # same student and start, labels alone, as many updates as its task passes
     full_vocabulary: bool = False  # the whole method again with the teacher's full vocabulary
 
 
@@ -449,18 +469,34 @@ def cell_name(cell: Cell) -> str:
     return ",".join(f"{key}={value}" for key, value in cell.items())
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+def load_config(
+    path: "str | Path | Mapping[str, Any] | RunConfig | None" = None,
+    overrides: str | Iterable[str] | Mapping[str, Any] = (),
+    **changes: Any,
+) -> RunConfig:
     """Read a run's YAML (the embedded default without one) and apply overrides.
 
-    path: a file, or the name of one in configs/runs.
+        load_config("minilm-superglue", ["pretraining.max_steps=100"], teacher="MODEL")
+        load_config({"output_dir": "runs/mine", "teacher": "MODEL", ...})
+
+    path: a file, the name of one in configs/runs, or what would stand in it as a mapping.
     overrides: `key.sub=value` texts (values are YAML), or a mapping of dotted keys to values.
+    changes: values of whole top-level keys, `pretraining={"max_steps": 100}`; these win. A Path is taken as its text.
     Raises ConfigError naming file or override, key, value and remedy.
     """
-    file = named_file("runs", str(path) if path is not None else "quickstart")
-    values = load_yaml(file)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
-    for key, value in pairs:
-        _set_dotted(values, key, value)
+    if isinstance(path, RunConfig):
+        file, values = "config", to_dict(path)
+    elif isinstance(path, Mapping):
+        file, values = "config", {}
+        for key, value in path.items():
+            _set_dotted(values, str(key), _plain(value))
+    else:
+        found = named_file("runs", str(path) if path is not None else "quickstart")
+        file, values = str(found), load_yaml(found)
+    texts = [overrides] if isinstance(overrides, str) else overrides
+    pairs = texts.items() if isinstance(texts, Mapping) else [_split_override(text) for text in texts]
+    for key, value in [*pairs, *changes.items()]:
+        _set_dotted(values, key, _plain(value))
     _fill_stage_defaults(values)
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [values["tasks"]]
@@ -540,7 +576,18 @@ def _fill_stage_defaults(values: dict[str, Any]) -> None:
             values[name] = {**base, **given}
 
 
+def _plain(value: Any) -> Any:
+    """A value as YAML has it: paths as texts, tuples as lists; a copy."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _split_override(text: str) -> tuple[str, Any]:
+    if not isinstance(text, str):
+        raise ConfigError(f"override {text!r}: write key=value, for example pretraining.max_steps=100")
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
         raise ConfigError(f"override {text!r}: write key=value, for example pretraining.max_steps=100")

@@ -7,7 +7,6 @@ Bytes at the peaks and FLOPs are counted on a rehearsal of each stage's step; th
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,18 +18,17 @@ from glmd.cache import TeacherCache
 from glmd.config import Cell, RunConfig
 from glmd.data.corpus import TokenStore, open_token_store
 from glmd.errors import ConfigError, ModelError, RunError
+from glmd.memory import USABLE, memory_of_this_machine
 from glmd.objective import Objective
 from glmd.outline import PlannedStage, planned_stages
-from glmd.pipeline import MASKED_WORDS
 from glmd.places import control_cell, words_cell
 from glmd.plan import Plan, word_width
 from glmd.rehearsal import Cast, Count, chunk_bytes, counted, timed
 from glmd.resolution import cached_stages
-from glmd.task_stages import HARD_LABELS
+from glmd.task_stages import HARD_LABELS, MASKED_WORDS
 from glmd.workbench import control_budget
 
 Sharding = Literal["none", "fsdp"]
-USABLE = 0.9  # of a device's memory; the rest is the allocator's gaps, the libraries' own buffers and the context
 LEARNS_FROM_LABELS = {"teacher": MASKED_WORDS, "task_teacher": HARD_LABELS, "hard_labels": HARD_LABELS}
 
 
@@ -51,7 +49,7 @@ class Layout:
         """Bytes that the parts of a step may fill."""
         # Processes on CPUs share what one GPU has for itself.
         shared_by = 1 if torch.cuda.is_available() else self.devices
-        return USABLE * (self.device_memory or _memory_of_this_machine() / shared_by)
+        return USABLE * (self.device_memory or memory_of_this_machine() / shared_by)
 
     @property
     def is_gpu(self) -> bool:
@@ -101,8 +99,8 @@ def run_cost(plan: Plan, layout: Layout, *, measure: bool = False) -> RunCost:
 
     Raises ConfigError for one that does not, ModelError for an architecture that cannot be counted without weights.
     """
-    count, clock = _each_once(counted), _each_once(timed) if measure else None
-    stages = [_stage_cost(plan, layout, *each, count, clock) for each in _stages_with_controls(plan, layout.devices)]
+    count, clock = each_once(counted), each_once(timed) if measure else None
+    stages = [_stage_cost(plan, layout, *each, count, clock) for each in stages_with_controls(plan, layout.devices)]
     store = _store(plan)
     disk = _disk(plan, store)
     disk["checkpoints, at most"] = max(stage.checkpoints for stage in stages)
@@ -132,15 +130,8 @@ def _stage_cost(
     shape = {"length": stage.length, "choices": max(choices)}
     once, twice = (count(cast, examples=n, **shape, fused_attention=layout.is_gpu) for n in (batch, 2 * batch))
     memory = _memory(once, layout)
-
-    def chunk(texts: int) -> int:
-        """Does not grow with the texts forever, as all else does."""
-        words = cast.student.vocab_size
-        return chunk_bytes(cast, texts * max(choices) * stage.length, words, layout.is_gpu) if once.chunk else 0
-
-    room = layout.usable - memory["in all"] + max(memory["teacher forward"], memory["student step"])
     if clock is not None:
-        needed, there = _memory(once, Layout())["in all"], _memory_of_this_machine()
+        needed, there = _memory(once, Layout())["in all"], memory_of_this_machine()
         if needed > USABLE * there:
             found = f"{stage.name} needs {needed / 1e9:.2f} GB, this machine has {there / 1e9:.2f}"
             raise ConfigError(f"--measure: {found}; give a smaller per_device_train_batch_size, or leave --measure out")
@@ -156,7 +147,7 @@ def _stage_cost(
         texts=texts,
         tokens=round(runs * steps * texts * max(choices) * share * stage.length),
         memory=memory,
-        largest_batch=_largest_batch(once, twice, batch, room, chunk),
+        largest_batch=_fitting(cast, once, twice, batch, max(choices) * stage.length, layout),
         fits=memory["in all"] <= layout.usable,
         step_flops=(once.teacher_flops + once.student_flops) * accumulated * layout.devices * share,
         step_seconds=seconds,
@@ -165,7 +156,29 @@ def _stage_cost(
     )
 
 
-def _each_once(function: Callable[..., Any]) -> Callable[..., Any]:
+def fitting_batch(
+    plan: Plan, stage: PlannedStage, objective: Objective, layout: Layout, count: Callable[..., Count]
+) -> int:
+    """The largest per_device_train_batch_size of a stage that fits, counted on batches of one and two texts."""
+    cast, choices = _cast(plan, stage, objective), max((len(each.texts) for each in _examples(stage)), default=1)
+    shape = {"length": stage.length, "choices": choices, "fused_attention": layout.is_gpu}
+    once, twice = (count(cast, examples=n, **shape) for n in (1, 2))
+    return _fitting(cast, once, twice, 1, choices * stage.length, layout)
+
+
+def _fitting(cast: Cast, once: Count, twice: Count, batch: int, tokens: int, layout: Layout) -> int:
+    """The largest batch by the counts of `batch` texts, of so many tokens each, and of twice as many."""
+
+    def chunk(texts: int) -> int:
+        """Does not grow with the texts forever, as all else does."""
+        return chunk_bytes(cast, texts * tokens, cast.student.vocab_size, layout.is_gpu) if once.chunk else 0
+
+    memory = _memory(once, layout)
+    room = layout.usable - memory["in all"] + max(memory["teacher forward"], memory["student step"])
+    return _largest_batch(once, twice, batch, room, chunk)
+
+
+def each_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Stages of equal shape are not rehearsed again. Configs are no keys, but their texts are."""
     known: dict[str, Any] = {}
 
@@ -183,7 +196,7 @@ def _each_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _stages_with_controls(plan: Plan, devices: int) -> Iterator[tuple[PlannedStage, Objective]]:
+def stages_with_controls(plan: Plan, devices: int) -> Iterator[tuple[PlannedStage, Objective]]:
     """Every stage and what it learns, that of the control on hard labels behind the passes that it is compared with."""
     words = None
     for stage in planned_stages(plan):
@@ -280,12 +293,6 @@ def _largest_batch(once: Count, twice: Count, batch: int, room: float, chunk: Ca
 def _at(texts: int, batch: int, once: float, twice: float) -> float:
     """What grows in proportion, at so many texts, from its size at `batch` and at twice that."""
     return once + (texts - batch) * (twice - once) / batch
-
-
-def _memory_of_this_machine() -> float:
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _store(plan: Plan) -> TokenStore | None:

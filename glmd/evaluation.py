@@ -4,9 +4,10 @@ logits = predict(classifier, dataset, collate, token_map=map, accelerator=accele
 words = score_words(student, teacher, dataset, collate, token_map=map, accelerator=accelerator)
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,13 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from glmd.card import told_by_card
 from glmd.checkpoint import write_problem
 from glmd.data.batches import Batch, BlockDataset, Collate, TaskDataset, evaluation_batches
 from glmd.data.blanks import verbaliser_ids
 from glmd.data.predictions import require_idx, with_idx, write_predictions
 from glmd.data.sources import ROW_SUFFIXES, Split
 from glmd.data.tasks import Task, TaskExample, load_task, read_split
-from glmd.errors import DataError, ModelError
+from glmd.errors import ConfigError, DataError, ModelError
 from glmd.finite import examples_of_tokens, not_finite, require_finite
 from glmd.heads import (
     LinearMap,
@@ -32,12 +34,22 @@ from glmd.heads import (
     run_backbone,
     run_task_head,
 )
-from glmd.loading import load_classifier, load_model_config, model_positions, require_model, require_task_head
+from glmd.loading import (
+    load_classifier,
+    load_model_config,
+    model_positions,
+    require_model,
+    require_task_head,
+    warn_of_unnamed_classes,
+)
 from glmd.losses.logits import kl_divergence, merge_words
+from glmd.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.metrics import score
+from glmd.public import public
 from glmd.teacher import TeacherOutputs, model_inputs
 from glmd.tokenizer import load_tokenizer, ordinary_tokenizer
 
+logger = logging.getLogger(__name__)
 ROWS = 1024  # tokens whose logits over the vocabulary are held at once
 
 
@@ -162,27 +174,32 @@ def _student_inputs(batch: Batch, token_map: np.ndarray | None) -> dict[str, Ten
     return inputs
 
 
+@public
 def evaluate_folder(
-    model: str,
-    task_name: str,
-    data: str,
-    split: Split,
+    model: str | Path,
+    task_name: str | Path,
+    data: str | Path,
+    split: Split = "val",
     *,
-    max_length: int | None,
-    batch_size: int,
+    max_length: int | None = None,
+    batch_size: int = 64,
     ordinary: bool = False,
 ) -> dict[str, float | str]:
     """Casting, counts and metrics of a task model on a task's split, with the folder's own tokenizer.
 
+    task_name: of a task that comes with glmd, or the YAML of one. max_length: None for the folder's own, by its card,
+        else the task's, as far as the model's positions go.
     ordinary: read a compressed model's text as plain AutoTokenizer does without glmd.
     Raises GlmdError where task, data and model do not fit, or where a compressed model would be scored with a
     tokenizer that is not exact.
     """
-    task = _task_for(model, task_name)
-    examples = read_split(task, data, split, require_labels=True)
+    if split not in get_args(Split):
+        raise ConfigError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
+    task = _task_for(str(model), str(task_name))
+    length = _length(str(model), task, max_length)
+    examples = read_split(task, str(data), split, require_labels=True)
     score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
-    length = max_length or task.max_length
-    answers, truncated = _answers(model, task, examples, length, batch_size, ordinary=ordinary)
+    answers, truncated = _answers(str(model), task, examples, length, batch_size, ordinary=ordinary)
     return {
         "casting": task.casting,
         "examples": len(examples),
@@ -192,14 +209,23 @@ def evaluate_folder(
     }
 
 
+@public
 def predict_file(
-    model: str, task_name: str, file: str, output: Path, *, max_length: int | None, batch_size: int
+    model: str | Path,
+    task_name: str | Path,
+    file: str | Path,
+    output: str | Path,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
 ) -> int:
     """Write the answers of a task model to the rows of a file, in the leaderboard's form. Returns their number.
 
     Raises GlmdError as `evaluate_folder` does; rows need no labels.
     """
-    task = _task_for(model, task_name)
+    model, file, output = str(model), str(file), Path(output)
+    task = _task_for(model, str(task_name))
+    length = _length(model, task, max_length)
     if not file.lower().endswith(ROW_SUFFIXES):
         raise DataError(f"--file {file}: rows are read from .jsonl and .parquet files; convert it to one of them")
     problem = "exists already" if output.exists() else write_problem(output.parent)
@@ -207,9 +233,42 @@ def predict_file(
         raise DataError(f"--output {output}: {problem}; choose another")
     examples = with_idx(task, read_split(task, file, "test", require_labels=False))
     require_idx(task, examples)
-    answers, _ = _answers(model, task, examples, max_length or task.max_length, batch_size)
+    answers, _ = _answers(model, task, examples, length, batch_size)
     write_predictions(task, answers, examples, output)
     return len(examples)
+
+
+def _length(model: str, task: Task, asked: int | None) -> int:
+    """Tokens that a model reads of an example at most: as asked for, else as its card says, else the task's.
+
+    Raises GlmdError for more than the model has positions for; what was not asked for follows them.
+    """
+    if asked is not None and asked < 8:
+        raise ConfigError(f"--max-length {asked}: so few tokens leave no room for text; give at least 8")
+    positions = model_positions(load_model_config(model))
+    if asked is not None and positions is not None and asked > positions:
+        raise ModelError(
+            f"{model}: {asked} tokens are more than its {positions} positions; give --max-length {positions}"
+        )
+    if asked is not None:
+        return asked
+    told = told_by_card(Path(model))[1].get("max_length", "")
+    length = int(told) if told.isascii() and told.isdigit() and int(told) >= 8 else task.max_length
+    chosen = min(length, positions or length)
+    if chosen != task.max_length:
+        why = f"its card says {told}" if chosen == length else f"it has {positions} positions"
+        logger.info("%s: reads %d tokens of an example, as %s; --max-length gives another", model, chosen, why)
+    return chosen
+
+
+def _require_batch(model: str, batch_size: int, examples: list[TaskExample], length: int) -> None:
+    """Refuse a batch that the memory of this machine cannot take, by what a layer needs at least."""
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: give at least 1")
+    choices = max((len(each.texts) for each in examples), default=1)
+    fits = int(USABLE * memory_of_this_machine() // (choices * forward_bytes(load_model_config(model), length)))
+    if min(batch_size, len(examples)) > max(1, fits):
+        raise ConfigError(f"--batch-size {batch_size:,}: of {length} tokens about {fits:,} fit; give at most {fits:,}")
 
 
 def _task_for(model: str, task_name: str) -> Task:
@@ -220,6 +279,7 @@ def _task_for(model: str, task_name: str) -> Task:
     if is_causal(config) or any("MaskedLM" in architecture for architecture in config.architectures or ()):
         task = load_task(task_name, "cloze")
     require_task_head(config, task, model)
+    warn_of_unnamed_classes(config, task, model)
     return task
 
 
@@ -227,11 +287,7 @@ def _answers(
     model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, ordinary: bool = False
 ) -> tuple[np.ndarray, int]:
     """(examples,) class ids or positions of choices, and how many inputs were cut."""
-    positions = model_positions(load_model_config(model))
-    if positions is not None and max_length > positions:
-        raise ModelError(
-            f"{model}: {max_length} tokens are more than its {positions} positions; give --max-length {positions}"
-        )
+    _require_batch(model, batch_size, examples, max_length)
     tokenizer = load_tokenizer(model)
     if ordinary:
         if not getattr(tokenizer, "is_exact", False):

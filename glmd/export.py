@@ -10,24 +10,25 @@ without glmd must reproduce.
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from glmd.card import BY_PLAIN, PROBE, ModelCard, card_text, opens_plainly, told_by_card
 from glmd.checkpoint import file_sha256, load_checkpoint, sync_to_disk, write_problem
 from glmd.companions import Companions
 from glmd.config import load_config
 from glmd.errors import ModelError, RunError
 from glmd.loading import load_model_as_saved, load_source_tokenizer
+from glmd.public import public
 from glmd.slicing import expand_model
+from glmd.strict_yaml import suggestion
 from glmd.tokenizer import (
     compress_tokenizer,
     load_tokenizer,
@@ -38,24 +39,8 @@ from glmd.tokenizer import (
 )
 from glmd.vocabulary import Vocabulary
 
-PROBE = "export_probe.json"
-BY_PLAIN = ", by plain AutoTokenizer"  # ends the name of what was scored so
 TOLERANCE = 1e-4  # of the largest output; what sums in another order do to float32 is a hundredth of it
 NOISE = 1e-5  # of outputs that are all small
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What README.md of an exported folder says."""
-
-    title: str
-    base_model: str
-    summary: str
-    facts: dict[str, str]
-    metrics: dict[str, float] = field(default_factory=dict)
-    exact_tokenizer: bool = False  # the tokenizer maps dropped tokens and needs trust_remote_code (or glmd) to do so
-    auto_class: str = "AutoModelForMaskedLM"
-    opens_plainly: bool = True  # AutoTokenizer opens an exact folder without trust_remote_code, as the ordinary one
 
 
 def export_model(
@@ -198,26 +183,6 @@ def _output(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def opens_plainly(config: Any) -> bool:
-    """Whether AutoTokenizer opens a compressed folder of this config without its code, as the ordinary tokenizer.
-
-    Of a few model types (llama) transformers has no tokenizer class, and asks for the folder's own.
-    """
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-
-    return type(config) in TOKENIZER_MAPPING
-
-
-_WITHOUT = {
-    True: "Without both the folder opens too, with a tokenizer that splits rare words differently from what the model "
-    "was trained on.",
-    False: "Without both AutoTokenizer and pipelines refuse the folder, since transformers has no tokenizer class for "
-    "this model type: give `trust_remote_code=True`, or take `PreTrainedTokenizerFast.from_pretrained`, or a "
-    "folder made "
-    "by `glmd export --kind stock`; these split rare words differently from what the model was trained on.",
-}
-
-
 def prove_slice(source: Any, student: Any, kept_ids: torch.Tensor) -> None:
     """Compare a cut model, not trained yet, with its source on kept tokens. Raises ModelError naming the difference."""
     ids = torch.tensor(_probe(student)["input_ids"])
@@ -240,7 +205,8 @@ def _prove_equal(
         )
 
 
-def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
+@public
+def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact") -> str:
     """Write a student as a model folder, and say in one line what it is.
 
     source: a stage of a run, whose newest checkpoint is taken, or a student's folder.
@@ -249,6 +215,9 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     Raises RunError where the stage has no checkpoint or the output folder is taken, ModelError where the kind does not
     fit the model.
     """
+    source, output = Path(source), Path(output)
+    if kind not in _KINDS:
+        raise RunError(f"--kind {kind!r} is unknown{suggestion(kind, _KINDS)}")
     require_free_output(output)
     if (source / "config.json").is_file():
         model, tokenizer = load_model_as_saved(str(source)), load_tokenizer(source)
@@ -258,7 +227,7 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     else:
         model, tokenizer, step = _of_checkpoint(source)
         origin = f"the student after step {step}"
-    base_model, facts, metrics = _told_by_card(source)
+    base_model, facts, metrics = told_by_card(source)
     # What it scored holds for the reading that it was scored by.
     by_plain = kind == "stock"
     metrics = {name.removesuffix(BY_PLAIN): v for name, v in metrics.items() if name.endswith(BY_PLAIN) == by_plain}
@@ -290,17 +259,6 @@ def export_folder(source: Path, output: Path, *, kind: str = "exact") -> str:
     export_model(model, tokenizer, output, card=card)
     check_exports([output])
     return f"{output}: {origin}" + (f", {kind}" if kind != "exact" else "")
-
-
-def _told_by_card(folder: Path) -> tuple[str, dict[str, str], dict[str, float]]:
-    """Base model, facts and metrics of a card that `card_text` wrote; nothing of any other."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() and (folder / PROBE).exists() else ""
-    base_model = re.search(r"^base_model: (.+)$", text, re.MULTILINE)
-    lines = text.splitlines()
-    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
-    rows = (re.fullmatch(r"\| (.+) \| (-?\d+\.\d+) \|", line) for line in lines)
-    return base_model[1] if base_model else "", facts, {row[1]: float(row[2]) for row in rows if row is not None}
 
 
 _KINDS = {
@@ -340,29 +298,3 @@ def _run_tokenizer(stage: Path, vocab_size: int) -> Any:
     source = load_source_tokenizer(place, words=False, **options)
     vocabulary = Vocabulary.load(root / "vocabulary")
     return compress_tokenizer(source, vocabulary) if vocabulary.size == vocab_size else source
-
-
-def card_text(card: ModelCard) -> str:
-    """README.md with the metadata block that the hub reads."""
-    # A local path is nobody else's base model.
-    base = {"base_model": card.base_model} if card.base_model and not Path(card.base_model).exists() else {}
-    metadata = yaml.safe_dump({"library_name": "transformers", "tags": ["glmd", "distillation"], **base})
-    lines = ["---", metadata.strip(), "---", "", f"# {card.title}", "", card.summary, ""]
-    lines += [f"- {name}: {value}" for name, value in card.facts.items()]
-    if card.metrics:
-        lines += ["", "| measure | value |", "| --- | --- |"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in card.metrics.items()]
-    remote = ", trust_remote_code=True)  # runs tokenization_glmd.py of the folder" if card.exact_tokenizer else ")"
-    lines += ["", "```python", f"from transformers import {card.auto_class}, AutoTokenizer", ""]
-    lines += [
-        f'model = {card.auto_class}.from_pretrained("THIS_FOLDER")',
-        f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{remote}',
-        "```",
-    ]
-    if card.exact_tokenizer:
-        lines += [
-            "",
-            "With glmd installed, `import glmd.tokenizer` stands for `trust_remote_code`. "
-            + _WITHOUT[card.opens_plainly],
-        ]
-    return "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ from glmd.data.tasks import Task
 from glmd.errors import GlmdError, ModelError
 from glmd.heads import is_causal
 from glmd.probes import prove_language_model, prove_task_model, silence_padding
+from glmd.wording import counted
 
 logger = logging.getLogger(__name__)
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
@@ -148,10 +149,15 @@ def _require_tied(model: Any, name: str) -> None:
     ours, theirs = (each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()))
     is_one = anew.get_input_embeddings().weight is anew.get_output_embeddings().weight
     if is_one and not torch.equal(ours, theirs):
-        raise ModelError(
-            f"{name}: its config says tie_word_embeddings, but its weights hold two different matrices; set it to "
-            "false in config.json"
-        )
+        raise not_tied(name)
+
+
+def not_tied(name: str) -> ModelError:
+    """What is said of two such matrices."""
+    return ModelError(
+        f"{name}: its config says tie_word_embeddings, but its weights hold two different matrices; set it to "
+        "false in config.json"
+    )
 
 
 def _prove(model: Any, prove: Callable[[Any], None]) -> None:
@@ -213,23 +219,28 @@ def load_classifier(
         checkpoint must hold one with the task's labels in the task's order.
     dtype: of the weights, whatever the file holds: float32 for what is trained, and for what is scored by itself.
     """
-    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
-
     remote = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     if not new_head:
         require_task_head(load_model_config(name, **remote), task, name)
     elif task.casting == "head" and not task.is_choice:
         labels = [label_name(label) for label in task.labels]
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    auto_class: Any = AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification
-    if task.casting == "cloze":
-        auto_class = language_model_class(load_model_config(name, **remote))
+    auto_class = task_model_class(load_model_config(name, **remote), task)
     model, info = _from_pretrained(auto_class, name, dtype=dtype, **WEIGHTS, **options)
     # Words in a blank need no head but the one that every masked LM has.
     may_begin = new_head and task.casting == "head"
     _require_complete(model, info, name, allowed_missing=_HEADS if may_begin else ())
     _prove(model.eval(), prove_task_model if task.casting == "head" else prove_language_model)
     return model
+
+
+def task_model_class(config: Any, task: Task) -> Any:
+    """The auto class of a model for this task."""
+    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
+
+    if task.casting == "cloze":
+        return language_model_class(config)
+    return AutoModelForMultipleChoice if task.is_choice else AutoModelForSequenceClassification
 
 
 # Parts of a task's head that a language model has not.
@@ -273,9 +284,25 @@ def require_task_head(config: Any, task: Task, name: str) -> None:
         return
     expected = [label_name(label) for label in task.labels]
     got = [str(config.id2label[i]) for i in sorted(config.id2label)]
-    unnamed = got == [f"LABEL_{i}" for i in range(len(expected))]
-    if not unnamed and [each.lower() for each in got] != [each.lower() for each in expected]:
+    if not _is_unnamed(got) and [each.lower() for each in got] != [each.lower() for each in expected]:
         raise ModelError(f"{name}: its classes {got} are not those of {task.name} in this order: {expected}")
+
+
+def warn_of_unnamed_classes(config: Any, task: Task, name: str) -> None:
+    """Say where a classifier's classes have no names, and are therefore taken to be in the task's order."""
+    got = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    if task.labels and task.casting == "head" and _is_unnamed(got):
+        logger.warning(
+            "%s: its config names no classes (LABEL_0, ...); they are taken to be those of %s in this order: %s. If "
+            "they stand in another, name them in its id2label",
+            name,
+            task.name,
+            ", ".join(map(label_name, task.labels)),
+        )
+
+
+def _is_unnamed(classes: list[str]) -> bool:
+    return classes == [f"LABEL_{i}" for i in range(len(classes))]
 
 
 def label_name(label: str | bool | int) -> str:
@@ -336,11 +363,19 @@ _UNREAD = re.compile(r"\.pooler\.|position_ids$|token_type_ids$")
 
 
 def _require_complete(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
+    require_keys(model, info, name, allowed_missing=allowed_missing)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name}: {key} holds values that are not finite")
+
+
+def require_keys(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
+    """Refuse a folder whose weights are not those of the model, by name and shape, as from_pretrained found them."""
     missing = [key for key in info["missing_keys"] if not any(part in key for part in allowed_missing)]
     if missing:
         shown = ", ".join(sorted(missing)[:3])
         raise ModelError(
-            f"{name}: {type(model).__name__} needs {len(missing)} weights that it does not hold ({shown}); "
+            f"{name}: {type(model).__name__} needs {counted(len(missing), 'weight')} that it does not hold ({shown}); "
             "they would be random"
         )
     if info["mismatched_keys"]:
@@ -350,9 +385,6 @@ def _require_complete(model: nn.Module, info: dict[str, Any], name: str, *, allo
     unread = [key for key in info["unexpected_keys"] if key.startswith(prefix) and not _UNREAD.search(key)]
     if unread:
         raise ModelError(
-            f"{name}: holds {len(unread)} weights that its config has no place for ({min(unread)}); "
+            f"{name}: holds {counted(len(unread), 'weight')} that its config has no place for ({min(unread)}); "
             "is num_hidden_layers that of these weights?"
         )
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"{name}: {key} holds values that are not finite")

@@ -1,6 +1,6 @@
 """The stages of a run, in order: each is skipped when it is complete, and continued when it was interrupted.
 
-    results = run(load_config("configs/runs/minilm-superglue.yaml", ["teacher=PATH"]))
+    results = run("configs/runs/minilm-superglue.yaml", teacher="MODEL")
 
 run folder: config.yaml, log.jsonl, corpus/, vocabulary/, teacher/, pretraining/, tasks/TASK/..., results.json
 """
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,37 +25,44 @@ from accelerate.utils import InitProcessGroupKwargs
 from glmd import __version__
 from glmd.cache_plan import require_own_cache
 from glmd.checkpoint import full_disk_refused, write_atomically
-from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig, differences, to_dict
+from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig, differences, load_config, to_dict
 from glmd.data.batches import BlockDataset
 from glmd.data.corpus import TokenStore, build_token_store, corpus_fingerprint, open_token_store
 from glmd.data.tasks import BLANK, TaskExample
 from glmd.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
 from glmd.errors import ConfigError, RunError
 from glmd.heads import is_causal
+from glmd.limits import require_sizes_and_room
 from glmd.loading import compared_embeddings, load_language_model
 from glmd.losses.linear import allow_triton, triton_problem
-from glmd.objective import Objective, Term
 from glmd.plan import Plan, corpus_sources, make_plan
 from glmd.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
 from glmd.student import build_student
-from glmd.task_stages import TaskStages
+from glmd.task_stages import MASKED_WORDS, TaskStages
 from glmd.tokenizer import compress_tokenizer
 from glmd.trainer import Teacher
 from glmd.vocabulary import Vocabulary, build_vocabulary
 from glmd.workbench import Arm, Workbench
 
 logger = logging.getLogger(__name__)
-MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
 
 
-def run(config: RunConfig) -> dict[str, Any]:
-    """Run every stage of `config` that is not complete, and return the results (also in results.json).
+def run(
+    config: RunConfig | str | Path | Mapping[str, Any] | None = None, *overrides: str, **changes: Any
+) -> dict[str, Any]:
+    """Run every stage that is not complete, and return the results (also in results.json).
 
+        run("minilm-superglue", "pretraining.max_steps=100", teacher="MODEL", output_dir="runs/mine")
+
+    config: what `load_config` returns, or takes: a file, the name of one in configs/runs, a mapping. overrides and
+        changes: as `load_config` takes them.
     Raises GlmdError with one line for whatever cannot be done; SystemExit 143 or 130 after a signal.
     """
+    if not isinstance(config, RunConfig) or overrides or changes:
+        config = load_config(config, overrides, **changes)
     with _pipeline(config) as pipeline:
         return pipeline.run()
 
@@ -82,6 +89,7 @@ def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
         with run_folder.lock():
             world = _build_world(folder) if config.data.world else None
             plan = together(lambda: make_plan(config, world=world, hash_corpus=False, try_out=is_main()))
+            on_main(lambda: require_sizes_and_room(plan, world, number_of_ranks()))
             sources = corpus_sources(config, world)
             if sources:  # of which one process reads all
                 plan = replace(plan, corpus=on_main(lambda: corpus_fingerprint(sources)))

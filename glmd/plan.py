@@ -220,7 +220,13 @@ def _check_named_teachers(
     config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any
 ) -> None:
     """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
-    from glmd.loading import load_model_config, load_source_tokenizer, require_model, require_task_head
+    from glmd.loading import (
+        load_model_config,
+        load_source_tokenizer,
+        require_model,
+        require_task_head,
+        warn_of_unnamed_classes,
+    )
 
     on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
     for name, model in config.teacher.tasks.items():
@@ -228,6 +234,7 @@ def _check_named_teachers(
         require_model(model, field=field)
         model_config = load_model_config(model)
         require_task_head(model_config, task_of(config, name), model)
+        warn_of_unnamed_classes(model_config, task_of(config, name), f"{field}: {model}")
         theirs = load_source_tokenizer(model, words=not is_causal(model_config))
         _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         _check_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
@@ -293,12 +300,17 @@ def _source(files: dict[str, Any], source: str | None, split: str) -> str:
 
 
 def _check_weight_files(config: RunConfig) -> None:
-    """Refuse weights that are absent or cut short, by the heads of their files."""
-    from glmd.loading import require_weight_files
+    """Refuse weights that are absent, cut short or another model's, by the heads of their files."""
+    from glmd.weight_headers import require_language_model, require_task_model
 
-    for model in (config.teacher.model, *config.teacher.tasks.values(), *config.teacher.ensemble):
-        if model is not None:
-            require_weight_files(model)
+    teacher = config.teacher
+    if teacher.model is not None:
+        options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+        require_language_model(teacher.model, field="teacher.model", tasks=list(config.tasks), **options)
+    for name, model in teacher.tasks.items():
+        require_task_model(model, task_of(config, name))
+    for model in teacher.ensemble:
+        require_language_model(model, field="teacher.ensemble")
 
 
 def _check_lengths(
@@ -443,7 +455,7 @@ def _on_meta(name: str, model_config: Any) -> Any:
     try:
         with torch.device("meta"):
             return language_model_class(model_config).from_config(model_config)
-    except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever the code of an architecture makes of a config that it does not fit
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: no language model can be made of its config ({reason})") from None
 

@@ -1,6 +1,6 @@
 """The results of a run as one table, for a terminal and as Markdown.
 
-    print(results_table(load_results(Path("runs/quickstart"))))
+    print(results_table(load_results("runs/quickstart")))
 
 Reads results.json alone. Several seeds become mean and standard deviation; nothing that was not measured is filled in.
 """
@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from glmd.errors import RunError
+from glmd.public import public
 
 NEAREST = "nearest to the teacher on val inputs"  # how a checkpoint was chosen, where labels were not looked at
 SYSTEMS = ("teacher", "student", "hard labels", "full vocabulary")
 
 
-def load_results(folder: Path) -> dict[str, Any]:
+@public
+def load_results(folder: str | Path) -> dict[str, Any]:
     """results.json of a run folder. Raises RunError when the run has none, or it holds something else."""
-    path = folder / "results.json"
+    path = Path(folder) / "results.json"
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,13 +38,14 @@ def load_results(folder: Path) -> dict[str, Any]:
     return results
 
 
+@public
 def results_table(results: dict[str, Any]) -> str:
     """Markdown: task scores by system, word prediction after each pass, parameters and seconds."""
     rows = results["rows"]
-    best = _best_cells(rows)
-    chosen = [row for row in rows if _is_of(row, best)]
+    chosen = best_rows(rows)
     sections = [
         _task_table(chosen, _sweep_note(rows)),
+        *(f"Warning: {each}" for each in concerns(chosen)),
         _word_table(chosen),
         _sweep_table(rows),
         _size_table(results),
@@ -55,6 +58,12 @@ def best_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a sweep: system, task and the cell of each that the table shows."""
     best = _best_cells(results["rows"])
     return [{"system": system, "task": task, "cell": cell} for (system, task), cell in best.items()]
+
+
+def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sweep the rows of the best cells; else all."""
+    best = _best_cells(rows)
+    return [row for row in rows if _is_of(row, best)]
 
 
 def _best_cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -155,7 +164,7 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
         + (" (mean ± standard deviation)" if len(seeds) > 1 else "")
         + "."
         + sweep_note
-        + (_CONTROL_NOTE if any(row["system"] == "hard labels" for row in scored) else "")
+        + (_control_note(rows) if any(row["system"] == "hard labels" for row in scored) else "")
         + "".join(dict.fromkeys(_inputs_note(row) for row in scored if "inputs" in row))
     )
     return f"{markdown_table(header, body)}\n\n{note}"
@@ -177,7 +186,45 @@ def _inputs_note(row: dict[str, Any]) -> str:
     return f" {row['task']}: the student learned from {examples} examples {kind if labelled else 'without labels'}."
 
 
-_CONTROL_NOTE = " The hard-label control has the student's start and as many updates as both its passes."
+def concerns(rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with a task's scores, in sentences: a teacher that knows nothing, a student far below its control.
+
+    Far is more than 0.05 and more than two standard errors of the examples' number.
+    """
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows if "metrics" in row):
+        of_task = [row for row in rows if row["task"] == task and "metrics" in row]
+        metric = next(iter(of_task[0]["metrics"]))
+        score = {
+            system: statistics.mean(row["metrics"][metric] for row in of_task if row["system"] == system)
+            for system in dict.fromkeys(row["system"] for row in of_task)
+        }
+        constant = of_task[0].get("constant", {}).get(metric, float("-inf"))
+        if score.get("teacher", float("inf")) <= constant:
+            found.append(
+                f"{task}: the teacher's {metric} of {score['teacher']:.3f} is no better than that of the best constant "
+                f"answer, {constant:.3f}. A teacher that was named may have its classes in another order than the "
+                "task: compare id2label of its config.json. One that was fine-tuned here needs another "
+                "task_teacher.learning_rate, or more epochs."
+            )
+            continue
+        below = score.get("hard labels", float("-inf")) - score.get("student", float("inf"))
+        if below > max(0.05, of_task[0].get("examples", 1) ** -0.5):
+            found.append(
+                f"{task}: the student's {metric} is {below:.3f} below that of its control, which learned the labels "
+                "alone. Try another task_labels.learning_rate or more of its epochs, a longer pretraining, or a larger "
+                "vocabulary.keep_ratio."
+            )
+    return found
+
+
+def _control_note(rows: list[dict[str, Any]]) -> str:
+    """The control's number of updates, by the passes that the student has."""
+    has_both = any(row["system"] == "student" and row["stage"] == "task_words" for row in rows)
+    passes = "both its passes together" if has_both else "its pass over the task"
+    return f" The hard-label control has the student's start and as many updates as {passes}."
+
+
 _LABELS = {
     "teacher": "teacher",
     "student": "student (distilled)",

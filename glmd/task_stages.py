@@ -20,15 +20,15 @@ import torch
 
 from glmd.cache import TeacherCache
 from glmd.cache_plan import task_cache_folder
+from glmd.card import BY_PLAIN
 from glmd.config import Cell, StageConfig, TeacherConfig
 from glmd.errors import DataError
-from glmd.export import BY_PLAIN
 from glmd.loading import load_classifier, load_language_model
 from glmd.metrics import score
 from glmd.objective import WORD_SIGNALS, Objective, Term
 from glmd.places import cell_place, control_cell, words_cell
 from glmd.plan import TaskPlan
-from glmd.report import NEAREST
+from glmd.report import NEAREST, concerns
 from glmd.teacher import OnlineTeacher
 from glmd.trainer import Teacher
 from glmd.workbench import Arm, Workbench, control_budget
@@ -36,6 +36,7 @@ from glmd.workbench import Arm, Workbench, control_budget
 logger = logging.getLogger(__name__)
 
 HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
+MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
 
 
 class TaskStages:
@@ -84,7 +85,7 @@ class TaskStages:
                 place / "model",
                 title=f"Teacher fine-tuned on {self.name}",
                 summary=f"the labels of {self.name}",
-                facts={"seed": str(seed)},
+                facts={"seed": str(seed), "max_length": str(stage.max_length or self.task.task.max_length)},
                 metrics=scores.get("metrics"),
             )
             if self.teacher.dtype != "float32":  # the folder's own scores are on its card, those of the table teach
@@ -98,6 +99,8 @@ class TaskStages:
         else:
             inputs = self.bench.inputs(stage, seed, HARD_LABELS, start=self.bench.teacher_hash, task=self.task)
         self._add_row("teacher", "task_teacher", seed, {}, self.run_folder.stage(place, inputs, work))
+        for each in concerns([self.rows[-1]]):
+            logger.warning("%s", each)
 
     def distil(self, arm: Arm, seed: int, cell: Cell) -> None:
         """The two passes from the pretrained student, and the hard-label control from the same start."""

@@ -1,6 +1,6 @@
 """Is an exported folder what it says it is? One line for each property, found out by loading it.
 
-    checks = verify_folder(Path("student"))
+    checks = verify_folder("student")
     print("\n".join(check.line() for check in checks))
 
 For every folder of a model and its tokenizer; of a compressed one also the map and the source tokenizer are held
@@ -16,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glmd.card import PROBE
 from glmd.checkpoint import file_sha256
 from glmd.errors import GlmdError, ModelError
-from glmd.export import PROBE, check_exports
+from glmd.export import check_exports
 from glmd.loading import load_model_as_saved, load_model_config, require_model, require_weight_files
+from glmd.public import public
 from glmd.slicing import token_id_fields, vocabulary_axes
 from glmd.tokenization_glmd import SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE
 from glmd.tokenizer import load_tokenizer, save_tokenizer
@@ -44,8 +46,10 @@ class Check:
         return f"FAIL  {self.name}: {self.problem}" if self.problem else f"ok    {self.name}: {self.found}"
 
 
-def verify_folder(folder: Path) -> list[Check]:
+@public
+def verify_folder(folder: str | Path) -> list[Check]:
     """Every check on a local folder, in order. Raises ModelError where it holds no model at all."""
+    folder = Path(folder)
     require_model(str(folder), field="folder")
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; verify reads local folders")

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from glmd import __version__
 from glmd.bits_per_byte import score_text
 from glmd.cache import LESS, STORED, TeacherCache, free_bytes, gigabytes
-from glmd.cache_plan import cache_folder, cached_stages_of, corpus_cache, task_cache, task_dataset
+from glmd.cache_plan import cache_folder, cached_stages_of, corpus_cache, held_out_blocks, task_cache, task_dataset
 from glmd.cached_teacher import CachedOutputs, CachedTeacher
+from glmd.card import PROBE, ModelCard
 from glmd.checkpoint import write_atomically
 from glmd.config import StageConfig
 from glmd.data.batches import BlockDataset, Collate, Corruption, TaskDataset, block_texts, corruption_for
@@ -32,9 +33,9 @@ from glmd.data.blanks import block_frame, candidate_ids
 from glmd.data.corpus import TokenStore
 from glmd.data.tasks import TaskExample
 from glmd.distiller import Distiller
-from glmd.errors import DataError, RunError
+from glmd.errors import RunError
 from glmd.evaluation import answers_of, predict, score_words
-from glmd.export import PROBE, ModelCard, check_exports, export_model
+from glmd.export import check_exports, export_model
 from glmd.loading import auto_class_name, load_language_model
 from glmd.metrics import score
 from glmd.objective import Objective
@@ -50,6 +51,7 @@ from glmd.teacher import Ensemble, OnlineTeacher, TeacherOutputs
 from glmd.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
 from glmd.trainer import Teacher, Trainer, TrainingResult
 from glmd.vocabulary import Vocabulary
+from glmd.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Workbench:
         self.store: TokenStore | None = None
         self.teacher_hash = ""  # of the pretrained teacher's weights
         self.opened: dict[Path, CachedOutputs] = {}
+        self.said: set[str] = set()  # what is said once
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
         self.is_sharded = is_sharded(accelerator)
         self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
@@ -94,12 +97,12 @@ class Workbench:
         frame = sum(map(len, block_frame(self.tokenizer)))
         total = self.store.num_blocks(length - frame)
         wanted = self.config.data.eval_blocks
-        reserved = min(wanted, total // 5)
-        if reserved < 1:
-            found = f"{self.store.num_tokens} tokens are {total} blocks of {length}"
-            raise DataError(f"data.corpus: {found}; at least 5 are needed: give more text, or a smaller max_length")
+        reserved = held_out_blocks(self.store.num_tokens, total, length, wanted)
         if held_out and reserved < wanted:
-            logger.info("data.eval_blocks: %d of %d blocks are held out, a fifth of the corpus", reserved, total)
+            held = "is" if reserved == 1 else "are"
+            logger.info(
+                "data.eval_blocks: %d of %s %s held out, a fifth of them", reserved, counted(total, "block"), held
+            )
         blocks = range(total - reserved, total) if held_out else range(total - reserved)
         corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
         return BlockDataset(self.store, self.tokenizer, max_length=length, blocks=blocks, corruption=corruption)
@@ -109,9 +112,15 @@ class Workbench:
         length = stage.max_length or task.task.max_length
         corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
         data = self._task_data(task, examples, length, corruption)
-        if data.truncated:
-            logger.info("%s: %d of %d inputs are cut to %d tokens", task.task.name, data.truncated, len(data), length)
+        self._say_truncated(task.task.name, data, length)
         return data
+
+    def _say_truncated(self, task: str, data: TaskDataset, length: int) -> None:
+        """Once for the same inputs of a task: passes, seeds and controls read them again."""
+        found = f"{task}: {data.truncated:,} of {counted(len(data), 'input')} truncated to {length} tokens"
+        if data.truncated and found not in self.said:
+            self.said.add(found)
+            logger.info("%s", found)
 
     def val_data(self, task: TaskPlan, stage: StageConfig, tokenizer: Any = None) -> TaskDataset:
         """A task's validation inputs, as they are; in a student's own ids with a tokenizer that gives them."""

@@ -86,6 +86,16 @@ def test_check_and_run_refuse_a_strategy_without_effect_before_anything_is_done(
         assert not list((tmp_path / command).rglob("stage.json"))
 
 
+def test_check_refuses_a_corpus_that_has_changed_since_the_run_began(refused, finished, tiny, tmp_path):
+    folder, corpus = finished.copy(tmp_path / "run"), tmp_path / "corpus.txt"
+    for path in (folder / "config.yaml", folder / "corpus" / "manifest.json"):
+        path.write_text(path.read_text().replace(str(tiny.corpus), str(corpus)))
+    corpus.write_text(tiny.corpus.read_text() + "\n\na b c\n")
+    for command in ("check", "run"):
+        message = refused(command, tiny.root / "run.yaml", f"output_dir={folder}", f"data.corpus=[{corpus}]")
+        assert "the token store was made from another corpus (corpus.txt changed)" in message
+
+
 def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
     text = glmd("check", tiny.root / "run.yaml", f"output_dir={finished.folder}")
     planned = {name: int(cells[0]) for name, cells in plan_lines(text).items() if name.startswith(("RTE", "pretr"))}
@@ -321,7 +331,18 @@ def test_run_prints_the_table_once_it_is_complete(glmd, finished, tiny, tmp_path
 
     folder = finished.copy(tmp_path / "run")
     text = glmd("run", tiny.root / "run.yaml", f"output_dir={folder}")
-    assert text.startswith(results_table(finished.results)) and f"The student is in {folder}" in text
+    assert text.startswith(results_table(finished.results)) and "The student is in\n" in text
+    assert str(folder / "tasks/RTE/seed-0/labels/student") in text
+
+
+def test_truncation_is_said_once_for_a_task_whatever_its_passes_seeds_and_controls(tiny, tmp_path, trusting, caplog):
+    from glmd.pipeline import run
+
+    lengths = [f"{name}.max_length=8" for name in ("task_teacher", "task_words", "task_labels")]
+    with caplog.at_level("INFO", "glmd"):
+        run(tiny.config(tmp_path / "run", "seeds=[0,1,2]", "pretraining.max_steps=1", *lengths))
+    assert caplog.text.count("RTE: 24 of 24 inputs truncated to 8 tokens") == 1
+    assert "of 24 inputs" not in caplog.text.replace("RTE: 24 of 24 inputs truncated to 8 tokens", "")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])

@@ -283,6 +283,6 @@ def test_plan_refuses_numbers_that_are_none(option, capsys):
 
 
 def test_a_step_too_large_for_this_machine_is_not_measured(cost_of, monkeypatch):
-    monkeypatch.setattr("glmd.costs._memory_of_this_machine", lambda: 1e5)
+    monkeypatch.setattr("glmd.costs.memory_of_this_machine", lambda: 1e5)
     with pytest.raises(ConfigError, match="--measure: RTE task_teacher needs"):
         cost_of(measure=True)

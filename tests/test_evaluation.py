@@ -53,3 +53,39 @@ def test_logits_are_in_the_rows_order_and_those_of_each_row_alone(
             expected = model(**rows).logits[0]
             np.testing.assert_allclose(got[i][: len(expected)], expected, rtol=1e-4, atol=1e-5)
             assert np.isneginf(got[i][len(expected) :]).all()
+
+
+def test_an_example_is_read_by_the_folders_own_length(finished, tmp_path, caplog):
+    """As its card says, else as the task does, in either case as far as its positions go."""
+    import shutil
+
+    from glmd.data.tasks import load_task
+    from glmd.errors import ModelError
+    from glmd.evaluation import _length
+
+    rte = load_task("RTE")
+    student = shutil.copytree(finished.folder / "tasks/RTE/seed-0/labels/student", tmp_path / "student")
+    with caplog.at_level("INFO", "glmd"):
+        assert _length(str(student), rte, None) == 32
+    assert "reads 32 tokens of an example, as its card says 32; --max-length gives another" in caplog.text
+    card = student / "README.md"
+    card.write_text(card.read_text().replace("- max_length: 32", "- max_length: 320"))
+    assert _length(str(student), rte, None) == 64, "as many as it has positions"
+    card.unlink()
+    assert _length(str(student), rte, None) == 64 < rte.max_length
+    assert _length(str(student), rte, 40) == 40
+    with pytest.raises(ModelError, match="65 tokens are more than its 64 positions; give --max-length 64"):
+        _length(str(student), rte, 65)
+
+
+def test_a_batch_to_evaluate_beyond_the_memory_is_refused_with_one_that_fits(finished, tiny, monkeypatch):
+    from glmd.errors import ConfigError
+    from glmd.evaluation import evaluate_folder
+
+    student = finished.folder / "tasks/RTE/seed-0/labels/student"
+    with pytest.raises(ConfigError, match="--batch-size 0: give at least 1"):
+        evaluate_folder(student, "RTE", tiny.superglue, batch_size=0)
+    monkeypatch.setattr("glmd.evaluation.memory_of_this_machine", lambda: 1e5)
+    with pytest.raises(ConfigError, match=r"--batch-size 1,000,000,000: of 32 tokens about 10 fit; give at most 10"):
+        evaluate_folder(student, "RTE", tiny.superglue, batch_size=10**9)
+    assert evaluate_folder(student, "RTE", tiny.superglue, batch_size=10)["examples"] == 12

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from glmd.card import PROBE, ModelCard, card_text
 from glmd.cli import main
 from glmd.errors import ModelError, RunError
 from glmd.evaluation import evaluate_folder
-from glmd.export import PROBE, ModelCard, _probe, card_text, check_exports, export_folder, export_model
+from glmd.export import _probe, check_exports, export_folder, export_model
 from glmd.tokenizer import load_tokenizer, ordinary_tokenizer
 from glmd.verify import verify_folder
 from glmd.vocabulary import Vocabulary

@@ -304,11 +304,12 @@ def copy_with_weights(tiny, folder: Path, change) -> Path:
     return folder
 
 
-def test_weights_of_more_layers_than_the_config_names_are_refused(refusal, tiny, tmp_path):
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_weights_of_more_layers_than_the_config_names_are_refused(refusal, tiny, tmp_path, command):
     folder = shutil.copytree(tiny.teacher, tmp_path / "teacher")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    message = refusal(teacher=folder)
+    message = refusal(teacher=folder, command=command)
     assert "16 weights that its config has no place for (bert.encoder.layer.1." in message
 
 
@@ -373,14 +374,15 @@ def test_weights_that_are_a_pickle_are_refused(refusal, tiny, bare_teacher):
     assert refusal(teacher=bare_teacher) == f"ModelError: {bare_teacher}: holds no model.safetensors; {SAVE_AGAIN}"
 
 
-def test_a_checkpoint_without_language_model_head_is_refused(refusal, tiny, tmp_path):
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_checkpoint_without_language_model_head_is_refused(refusal, tiny, tmp_path, command):
     """from_pretrained would draw the head at random and go on."""
 
     def behead(tensors):
         for key in [key for key in tensors if key.startswith("cls.")]:
             del tensors[key]
 
-    message = refusal(teacher=copy_with_weights(tiny, tmp_path / "teacher", behead))
+    message = refusal(teacher=copy_with_weights(tiny, tmp_path / "teacher", behead), command=command)
     assert "BertForMaskedLM needs" in message and "they would be random" in message
 
 
@@ -393,14 +395,55 @@ def test_weights_that_are_not_finite_are_refused(refusal, tiny, tmp_path, value)
     assert "bert.embeddings.word_embeddings.weight holds values that are not finite" in message
 
 
-def test_a_weight_of_another_shape_is_refused(refusal, tiny, tmp_path):
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_weight_of_another_shape_is_refused(refusal, tiny, tmp_path, command):
     def narrow(tensors):
         tensors["bert.encoder.layer.0.output.dense.bias"] = tensors["bert.encoder.layer.0.output.dense.bias"][
             :-1
         ].clone()
 
-    message = refusal(teacher=copy_with_weights(tiny, tmp_path / "teacher", narrow))
+    message = refusal(teacher=copy_with_weights(tiny, tmp_path / "teacher", narrow), command=command)
     assert "weights of another shape than its config says" in message and "layer.0.output.dense.bias" in message
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_two_matrices_that_the_config_calls_one_are_refused(refusal, tiny, tmp_path, command):
+    def untie(tensors):
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"] + 1
+
+    message = refusal(teacher=copy_with_weights(tiny, tmp_path / "teacher", untie), command=command)
+    assert "config says tie_word_embeddings, but its weights hold two different matrices" in message
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_classifier_given_as_the_teacher_is_refused_with_its_place(refusal, finished, command):
+    classifier = finished.folder / "tasks/RTE/teacher/model"
+    message = refusal(teacher=classifier, command=command)
+    assert f"{classifier} holds a BertForSequenceClassification, which predicts no words" in message
+    assert message.endswith(f"teacher=BASE teacher.tasks.RTE={classifier}")
+
+
+def test_classes_without_names_are_said_to_be_taken_in_the_tasks_order(finished, tiny, tmp_path, caplog):
+    folder = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "classifier")
+    names = {0: "LABEL_0", 1: "LABEL_1"}
+    change_config(folder, id2label=names, label2id={name: i for i, name in names.items()})
+    words = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"teacher.tasks.RTE={folder}"]
+    for name, times in ((folder, 1), (finished.folder / "tasks/RTE/teacher/model", 0)):
+        caplog.clear()
+        assert main([*words[:-1], f"teacher.tasks.RTE={name}"]) == 0
+        assert caplog.text.count("they are taken to be those of RTE in this order: entailment, not_entail") == times
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_fine_tuned_teacher_whose_head_is_not_in_its_file_is_refused(refusal, finished, tmp_path, command):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "classifier")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("classifier.bias")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(f"teacher.tasks.RTE={folder}", command=command)
+    assert "BertForSequenceClassification needs 1 weight that it does not hold (classifier.bias)" in message
 
 
 @pytest.mark.parametrize("place", ["../../secret.safetensors", "/etc/passwd", "sub/model.safetensors"])

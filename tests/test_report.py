@@ -46,6 +46,32 @@ def test_seeds_become_mean_and_standard_deviation():
     assert "Scores on val; casting: head; checkpoint: last; seeds: 0, 1, 2 (mean ± standard deviation)" in text
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_controls_updates_are_told_by_the_passes_that_there_are(passes):
+    rows = [scored("student", 0, 0.6), scored("hard labels", 0, 0.6)]
+    words = {"system": "student", "task": "RTE", "stage": "task_words", "seed": 0, "seconds": 1.0}
+    text = results_table({"rows": [*rows, *([words] if passes == 2 else [])], "parameters": PARAMETERS})
+    assert ("as many updates as both its passes together" in text) == (passes == 2)
+    assert ("as many updates as its pass over the task" in text) == (passes == 1)
+
+
+def test_a_teacher_no_better_than_a_constant_answer_is_warned_of():
+    for accuracy in (0.53, 0.2):
+        text = results_table({"rows": [scored("teacher", 0, accuracy)], "parameters": PARAMETERS})
+        assert f"Warning: RTE: the teacher's accuracy of {accuracy:.3f} is no better than" in text
+        assert "classes in another order" in text and "id2label" in text
+    assert "Warning" not in results_table({"rows": [scored("teacher", 0, 0.54)], "parameters": PARAMETERS})
+
+
+def test_a_student_far_below_its_control_is_warned_of_unless_examples_are_few():
+    rows = [scored("teacher", 0, 0.9), *(scored("student", seed, 0.6 + seed / 50) for seed in (0, 1))]
+    for control, examples, warned in ((0.75, 1000, True), (0.75, 12, False), (0.65, 1000, False), (0.5, 1000, False)):
+        of_control = scored("hard labels", 0, control)
+        given = [row | {"examples": examples} for row in [*rows, of_control]]
+        text = results_table({"rows": given, "parameters": PARAMETERS})
+        assert ("Warning: RTE: the student's accuracy is 0.140 below that of its control" in text) == warned
+
+
 def test_one_seed_has_no_deviation_and_what_was_not_measured_is_a_dash():
     rows = [
         scored("student", 0, 0.6),

@@ -227,18 +227,37 @@ def _reusable_store(folder: Path, fingerprint: dict[str, Any]) -> TokenStore | N
         store = open_token_store(folder)
         if _sha256(folder / "tokens.bin") != store.manifest["sha256"]:
             raise _NoWholeStore(f"{folder}: the token store is damaged (sha256 of tokens.bin)")
-        if store.manifest["fingerprint"] != fingerprint:
-            other = _difference(store.manifest["fingerprint"], fingerprint)
-            raise RunError(
-                f"{folder}: the token store was made from another {other}; "
-                "choose another folder, or delete this one to build it again"
-            )
+        _require_origin(store, fingerprint)
     except _NoWholeStore as error:
         if (folder / "manifest.json").exists():
             logger.warning("%s; building it again", error)
         return None
     logger.info("%s: reusing %d tokens", folder, store.num_tokens)
     return store
+
+
+def require_same_store(
+    folder: Path, corpus: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", *, text_field: str
+) -> None:
+    """Refuse a folder with the store of another corpus, tokenizer or text field, as building there would.
+
+    corpus: by `corpus_fingerprint`. Raises RunError.
+    """
+    try:
+        store = open_token_store(folder)
+    except _NoWholeStore:  # which is built again
+        return
+    fingerprint = {"corpus": corpus, "tokenizer": tokenizer_fingerprint(tokenizer), "text_field": text_field}
+    _require_origin(store, fingerprint)
+
+
+def _require_origin(store: TokenStore, fingerprint: dict[str, Any]) -> None:
+    if store.manifest["fingerprint"] != fingerprint:
+        other = _difference(store.manifest["fingerprint"], fingerprint)
+        raise RunError(
+            f"{store.folder}: the token store was made from another {other}; "
+            "choose another folder, or delete this one to build it again"
+        )
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
