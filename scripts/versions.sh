@@ -25,7 +25,7 @@ uv build --quiet --wheel --out-dir "$work/wheel" .
 uv venv --quiet --python "$python" "$work/env"
 export VIRTUAL_ENV=$work/env
 uv pip install --quiet --resolution "$resolution" -r pyproject.toml && uv pip install --quiet --no-deps "$work"/wheel/*.whl
-uv pip install --quiet pytest hypothesis scikit-learn
+uv pip install --quiet pytest pytest-xdist hypothesis scikit-learn skeletoken
 uv pip list 2>/dev/null | grep -iE '^(torch|transformers|tokenizers|accelerate|datasets|evaluate|numpy|safetensors|sentencepiece|protobuf) '
 
 mkdir "$work/tests" && cp tests/*.py "$work/tests"

@@ -129,6 +129,16 @@ def test_named_chat_templates_pass_verify_and_a_changed_one_does_not(
     compress_model(str(source), output, corpus=[str(models / "corpus.txt")], keep_ratio=0.85)
     assert [check.problem for check in verify_folder(output) if check.problem] == []
     assert load_tokenizer(output).chat_template == tokenizer.chat_template
+    real = load_tokenizer
+
+    def forgetful(folder: Path | str) -> Any:
+        loaded = real(folder)
+        loaded.chat_template = loaded.chat_template if Path(folder) == output else "another"
+        return loaded
+
+    monkeypatch.setattr("glmd.verify.load_tokenizer", forgetful)
+    problems = [check.problem for check in verify_folder(output) if check.problem]
+    assert problems == ["saving it again changes its chat template"]
 
 
 @pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True)])

@@ -609,3 +609,31 @@ def test_what_a_config_changes_by_wish_is_no_reason_to_refuse_a_copied_layer() -
         theirs = teacher.bert.encoder.layer[j].state_dict()
         assert all(torch.equal(v, theirs[k]) for k, v in student.bert.encoder.layer[i].state_dict().items())
     assert teacher.config.hidden_act == "gelu"
+
+
+def test_a_config_that_comes_back_changed_is_refused_by_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = transformers.BertConfig.from_pretrained.__func__
+
+    def changing(cls: Any, *args: Any, **rest: Any) -> Any:
+        config = stock(cls, *args, **rest)
+        config.layer_norm_eps = 1.0
+        return config
+
+    assert saved_and_reopened(transformers.BertConfig()).layer_norm_eps == 1e-12
+    monkeypatch.setattr(transformers.BertConfig, "from_pretrained", classmethod(changing))
+    with pytest.raises(ConfigError, match=r"BertConfig.layer_norm_eps is 1e-12 and comes back from its file as 1.0"):
+        saved_and_reopened(transformers.BertConfig())
+
+
+@pytest.mark.parametrize(
+    "name", ["glmd.student.saved_and_reopened", "glmd.tokenizer.require_reloadable", "glmd.trial.prove_config"]
+)
+def test_check_opens_again_what_an_export_would_write(
+    name: str, tiny: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ModelError("on purpose")
+
+    monkeypatch.setattr(name, refuse)
+    with pytest.raises(GlmdError, match="on purpose"):
+        make_plan(tiny.config(tmp_path / "run"))
