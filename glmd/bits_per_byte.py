@@ -25,7 +25,7 @@ from glmd.errors import DataError, ModelError
 from glmd.finite import not_finite
 from glmd.heads import is_causal
 from glmd.loading import load_model_as_saved, load_model_config, model_positions, require_model
-from glmd.probes import prove_causal
+from glmd.probes import prove_causal, require_length
 from glmd.public import public
 from glmd.tokenizer import GlmdTokenizer, load_tokenizer, ordinary_tokenizer, require_fast, vocabulary_of
 
@@ -60,6 +60,7 @@ def evaluate_text(
     # Folders that hold the same weights in other precisions shall give the same figure.
     language_model = load_model_as_saved(model).float()
     prove_causal(language_model)
+    require_length(language_model, length)
     language_model.to(accelerator.device)
     sizes = {"documents": len(texts), "bytes": _bytes(texts), "max_length": length}
     return sizes | score_text(language_model, tokenizer, texts, max_length=length, accelerator=accelerator)

@@ -7,7 +7,6 @@ A checkpoint is written under a temporary name, every file is flushed to disk an
 size and sha256, and the folder is renamed: a kill at any moment leaves the previous checkpoint as it was.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -26,14 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glmd.errors import DiskError, GlmdError, RunError
+from glmd.errors import DiskError, GlmdError, RunError, disk_error
 from glmd.processes import is_main, on_main, together
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 MAKE_ROOM = "make room, and the same command continues the run"
 VISIBLE = 60.0  # seconds until what one machine wrote must be seen by another
-DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -213,9 +211,8 @@ def full_disk_refused(folder: Path) -> Iterator[None]:
     except GlmdError:
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own, which end in (os error 28)
-        inner = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(inner[1]) if inner else None
-        if number not in DISK_ERRORS:
+        number = disk_error(error)
+        if number is None:
             raise
         raise DiskError(f"{folder}: the disk takes no more ({os.strerror(number)}); {MAKE_ROOM}") from error
 

@@ -3,6 +3,7 @@
 print(compress_model("bert-base-uncased", "bert-half", corpus=["text/"], keep_ratio=0.5))
 """
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from glmd.card import ModelCard, opens_plainly
 from glmd.companions import find_companions
 from glmd.config import VocabularyConfig
 from glmd.data.corpus import build_token_store, require_corpus
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, ModelError
 from glmd.export import check_exports, export_model, prove_slice, require_free_output
 from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
 from glmd.plan import kept_size
@@ -22,7 +23,10 @@ from glmd.public import public
 from glmd.slicing import slice_model
 from glmd.strict_yaml import build
 from glmd.tokenizer import compress_tokenizer
+from glmd.verify import special_ids
 from glmd.vocabulary import build_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @public
@@ -75,8 +79,13 @@ def compress_model(
         exact_tokenizer=not vocabulary.is_identity,
         auto_class=type(student).__name__,
     )
-    export_model(student, compress_tokenizer(tokenizer, vocabulary), output, card=card, companions=companions)
+    compressed = compress_tokenizer(tokenizer, vocabulary)
+    export_model(student, compressed, output, card=card, companions=companions)
     check_exports([output])
+    try:
+        special_ids(compressed, student.config, getattr(student, "generation_config", None))
+    except ModelError as error:  # as in the source, whose ids these are
+        logger.warning("%s: %s; so it is in the source: set the id there, else `glmd verify` fails", output, error)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (source, student))
     covered = f"{vocabulary.coverage:.2%} of the corpus"
     unknown = f", {vocabulary.unknown_share:.2%} of it unknown to the tokenizer" if vocabulary.unknown_share else ""

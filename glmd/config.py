@@ -99,7 +99,7 @@ class StageConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(
             self.max_steps is None or self.num_train_epochs is None,
-            "max_steps and num_train_epochs are both given; keep one",
+            "max_steps and num_train_epochs are both given; keep one (num_train_epochs= removes the other)",
         )
         for name in ("max_steps", "num_train_epochs"):
             value = getattr(self, name)
@@ -109,6 +109,7 @@ class StageConfig:
             _require(value is None or value <= most, f"{name} must be at most {most:,}, got {value}")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             _require(0 < getattr(self, name) < float("inf"), f"{name} must be above 0, got {getattr(self, name)}")
+        _require(self.learning_rate <= 10, f"learning_rate must be at most 10, got {self.learning_rate}")
         for name in ("warmup_ratio", "min_lr_ratio"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):

@@ -1,5 +1,8 @@
 """The errors a user is meant to read: one line that names the place, what was given and what would work."""
 
+import errno
+import re
+
 
 class GlmdError(Exception):
     """Base of every refusal. `exit_code` is what the command line exits with."""
@@ -39,3 +42,13 @@ class NumericsError(GlmdError):
     """A loss, gradient, score or answer that is not finite. The last good checkpoint is kept."""
 
     exit_code = 3
+
+
+_OF_A_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def disk_error(error: Exception) -> int | None:
+    """The number of the error where a disk took no more; safetensors and tokenizers only write it into their text."""
+    inner = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(inner[1]) if inner else None
+    return number if number in _OF_A_DISK else None

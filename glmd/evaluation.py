@@ -277,7 +277,10 @@ def _task_for(model: str, task_name: str) -> Task:
     require_model(model, field="model")
     config = load_model_config(model)
     if is_causal(config) or any("MaskedLM" in architecture for architecture in config.architectures or ()):
-        task = load_task(task_name, "cloze")
+        try:
+            task = load_task(task_name, "cloze")
+        except ConfigError as error:
+            raise ModelError(f"{model}: is a language model without a task head ({error})") from None
     require_task_head(config, task, model)
     warn_of_unnamed_classes(config, task, model)
     return task

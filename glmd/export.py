@@ -274,8 +274,10 @@ def _of_checkpoint(stage: Path) -> tuple[Any, Any, int]:
 
     checkpoint = load_checkpoint(stage / "checkpoints")
     if checkpoint is None:
-        hint = f"; the finished student is in {stage / 'student'}" if (stage / "student").is_dir() else ""
-        raise RunError(f"{stage}: no checkpoint{hint}")
+        begun = [path.parent for path in sorted(stage.rglob("checkpoints"))]
+        finished = [path for path in sorted(stage.rglob("student")) if (path / "config.json").is_file()]
+        found = "; give one of its stages: " if begun else "; its finished students are " if finished else ""
+        raise RunError(f"{stage}: no checkpoint{found}{', '.join(map(str, (begun or finished)[:4]))}")
     # A stage has one model, or two that share a backbone: the task head is then what it is trained for.
     name, described = max(checkpoint.state["models"].items(), key=lambda item: item[0] == "classifier")
     config_class = transformers.CONFIG_MAPPING[described["config"]["model_type"]]

@@ -207,7 +207,9 @@ def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]
 
 
 def _require_text_model(config: Any, name: str) -> None:
-    """Refuse a model of several parts, whose layers and vocabulary are those of a part."""
+    """Refuse an encoder-decoder, and a model of several parts, whose layers and vocabulary are those of a part."""
+    if getattr(config, "is_encoder_decoder", False) and not is_causal(config):
+        raise ConfigError(f"teacher.model {name}: holds an encoder-decoder; these are not distilled yet")
     for name_of in ("vocab_size", "num_hidden_layers"):
         if not isinstance(getattr(config, name_of, None), int):
             raise ConfigError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glmd.errors import GlmdError, ModelError
+from glmd.errors import GlmdError, ModelError, disk_error
 from glmd.heads import final_linear, hidden_before_final_linear, is_causal, one_choice_each, run_backbone, run_head
 
 OTHER_LAYERS = "choose layers that it treats alike (even and first begin with the teacher's first one), or scratch"
@@ -157,10 +157,10 @@ def prove_config(
             parameter.data = drawn * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1 + 0.1 * drawn
         _require_reloadable(model)
         silence_padding(model)
+        prove(model)
+        if length is not None:
+            require_length(model, length)
         _require_trainable(model)
-    prove(model)
-    if length is not None:
-        _require_length(model, length)
 
 
 def _require_reloadable(model: Any) -> None:
@@ -171,6 +171,8 @@ def _require_reloadable(model: Any) -> None:
             model.save_pretrained(folder)
             again = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
     except Exception as error:  # whatever a model's own code raises
+        if disk_error(error):
+            raise
         reason = " ".join(str(error).split())[-200:]
         raise ModelError(f"{name}: it cannot be saved and opened again ({reason}); it is not supported") from None
     changed = [key for key, value in model.state_dict().items() if not _same(value, again.get(key))]
@@ -179,7 +181,7 @@ def _require_reloadable(model: Any) -> None:
 
 
 @torch.no_grad()
-def _require_length(model: Any, length: int) -> None:
+def require_length(model: Any, length: int) -> None:
     """Prove that a model reads so many tokens, whatever its table of positions is called."""
     ids = _probe(model)["input_ids"][:1, :1].expand(1, length)
     try:
@@ -196,12 +198,16 @@ def _require_trainable(model: Any) -> None:
     model.train()
     try:
         with torch.enable_grad():
-            model(**_shape_of(model)(_probe(model))).logits.sum().backward()
+            model(**_shape_of(model)(_probe(model))).logits.square().mean().backward()
     except Exception as error:  # whatever a model's own code raises
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{type(model).__name__}: it cannot be trained ({reason}); it is not supported") from None
     if model.get_input_embeddings().weight.grad is None:
         raise ModelError(f"{type(model).__name__}: no gradient reaches its embeddings; it is not supported")
+    if not all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__}: its gradients are not finite in training; is a dropout 1 in its config?"
+        )
     model.zero_grad()
 
 
@@ -310,7 +316,8 @@ def _as_it_was(model: Any) -> Iterator[None]:
     if changed:
         raise ModelError(
             f"{type(model).__name__}: a forward changes {min(changed)} in the model ({before.get(min(changed))!r} "
-            "before), so that what it gives depends on what it was given before; set it in its config for good"
+            "before), so that what it gives depends on what it was given before; where its config can fix that, do "
+            "so there"
         )
 
 

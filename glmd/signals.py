@@ -68,7 +68,7 @@ def finishes_step() -> Iterator[list[int]]:
 
     def note(number: int) -> None:
         received.append(number)
-        logger.warning("signal %d: the step is finished and saved; a second signal ends at once", number)
+        logger.warning("signal %d: the step is being finished and saved; a second signal ends at once", number)
 
     with _handler(note):
         yield received

@@ -7,6 +7,7 @@ The result is a stock model with `vocab_size` of the kept vocabulary.
 
 import copy
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from glmd.config import StudentConfig
-from glmd.errors import ConfigError, ModelError
+from glmd.errors import ConfigError, ModelError, disk_error
 from glmd.heads import backbone, backbone_name
 from glmd.layers import layer_indices
 from glmd.loading import language_model_class
@@ -27,6 +28,8 @@ from glmd.probes import OTHER_LAYERS, prove_copied_layers, prove_language_model
 from glmd.slicing import slice_model
 from glmd.strict_yaml import suggestion
 from glmd.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *, seed: int) -> Any:
@@ -129,6 +132,8 @@ def saved_and_reopened(config: Any) -> Any:
             config.save_pretrained(folder)
             again = type(config).from_pretrained(folder)
     except Exception as error:  # the checks of configs raise classes of their own
+        if disk_error(error):
+            raise
         reason = " ".join(str(error).split())[-300:]
         raise ConfigError(
             f"student: a {name} with these changes and {config.num_hidden_layers} layers cannot be saved and opened "
@@ -277,4 +282,18 @@ def _prove_copy(student: Any, teacher: Any, chosen: list[int], changes: Mapping[
         if not torch.equal(ours[name], source[origin].to(ours[name].dtype)):
             raise ModelError(f"{type(teacher).__name__}: {name} is tied by the configuration but not in the model")
     if not is_narrow:
-        prove_copied_layers(student, _with_changes(teacher, changes), layer_lists(student, teacher), chosen)
+        lists, changed = layer_lists(student, teacher), _with_changes(teacher, changes)
+        prove_copied_layers(student, changed, lists, chosen)
+        if changed is not teacher and not _gives_the_same(student, teacher, lists, chosen):
+            logger.warning(
+                "student.config %s: the copied layers give other outputs than the teacher's; the student begins worse",
+                ", ".join(changes),
+            )
+
+
+def _gives_the_same(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> bool:
+    try:
+        prove_copied_layers(student, teacher, lists, chosen)
+    except ModelError:
+        return False
+    return True

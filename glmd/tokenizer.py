@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from glmd.errors import ModelError
+from glmd.errors import ModelError, disk_error
 from glmd.selection import merge_parts
 from glmd.tokenization_glmd import LOADING_ONLY, SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE, GlmdTokenizer
 from glmd.vocabulary import Vocabulary
@@ -179,6 +179,8 @@ def require_reloadable(tokenizer: Any) -> None:
             save_tokenizer(copy.deepcopy(tokenizer), folder)
             again = load_tokenizer(folder)
     except Exception as error:  # whatever a class raises in its own saving
+        if disk_error(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{type(tokenizer).__name__} cannot be saved and opened again: {reason}") from None
     for text in texts:

@@ -158,6 +158,8 @@ class Trainer:
                     with meter.paused():
                         self._save(trained, optimizer)
                 if stop:
+                    if self.accelerator.is_main_process:
+                        logger.warning("step %d is saved; the same command goes on from there", step)
                     raise Interrupted(128 + stop)
         if self.evaluate is None:
             fill(distiller, trained)

@@ -144,20 +144,24 @@ def _no_leftovers(subject: _Subject) -> str:
 
 
 def _special_ids(subject: _Subject) -> str:
-    tokenizer, generation = subject.tokenizer, subject.generation_config
+    return special_ids(subject.tokenizer, subject.config, subject.generation_config)
+
+
+def special_ids(tokenizer: Any, config: Any, generation: Any | None) -> str:
+    """The names of the ids in both configs. Raises ModelError for one that is no special token, or another."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    fields = token_id_fields(subject.config) + (token_id_fields(generation) if generation is not None else [])
+    fields = token_id_fields(config) + (token_id_fields(generation) if generation is not None else [])
     for field, token_id in fields:
         if not 0 <= token_id < len(tokenizer):
             raise ModelError(f"{field} is {token_id}, the tokenizer has {len(tokenizer)} tokens")
         if token_id not in special:
             raise ModelError(f"{field} is {token_id}, the ordinary token {tokenizer.convert_ids_to_tokens(token_id)!r}")
     for role in ("pad", "cls", "sep", "mask"):
-        ours, theirs = (getattr(each, f"{role}_token_id", None) for each in (subject.config, tokenizer))
+        ours, theirs = (getattr(each, f"{role}_token_id", None) for each in (config, tokenizer))
         if isinstance(ours, int) and theirs is not None and ours != theirs:
             raise ModelError(f"the config's {role}_token_id is {ours}, the tokenizer's is {theirs}")
     names = ", ".join(sorted({field.rpartition(".")[2] for field, _ in fields}))
-    return f"{names or 'none in config and generation config'}" + (" are special tokens" if names else "")
+    return f"each id of the configs is that of a special token ({names})" if names else "the configs hold none"
 
 
 def _exact(subject: _Subject) -> str | None:

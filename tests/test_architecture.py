@@ -31,7 +31,7 @@ checkpoint cache runlog run_folder resolution weight_headers trial plan outline 
 training_state trainer card bits_per_byte evaluation companions export
 report usage workbench
 task_stages
-compress verify budget costs limits
+verify compress budget costs limits
 pipeline
 cli __main__
 """

@@ -314,7 +314,8 @@ def test_what_the_function_returns_is_returned_and_it_sees_the_map_within_its_ca
     seen = []
     model.get_output_embeddings().register_forward_pre_hook(lambda linear, args: seen.append(args[0].shape))
     answer = run_head(model, backbone(model)(**inputs), final_linear=lambda hidden, linear: (linear, hidden.shape))
-    assert answer == (final_linear(model), (3, 7, 16))
+    (linear, shape), expected = answer, final_linear(model)
+    assert linear.weight is expected.weight and linear.bias is expected.bias and shape == (3, 7, 16)
     assert seen == [(3, 7, 16)], "the hooks of the map ran, so sharded weights would have been gathered"
 
 

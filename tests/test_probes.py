@@ -1,6 +1,7 @@
 """What is assumed of a model is proved when it is loaded: models for which it does not hold are refused in one line."""
 
 import copy
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -637,3 +638,52 @@ def test_check_opens_again_what_an_export_would_write(
     monkeypatch.setattr(name, refuse)
     with pytest.raises(GlmdError, match="on purpose"):
         make_plan(tiny.config(tmp_path / "run"))
+
+
+def test_a_change_that_alters_what_copied_layers_compute_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    teacher = small("Bert", "ForMaskedLM", num_hidden_layers=4)
+    student_of(teacher, hidden_dropout_prob=0.0)
+    assert "give other outputs" not in caplog.text
+    student_of(teacher, num_attention_heads=4)
+    assert "student.config num_attention_heads: the copied layers give other outputs than the teacher's" in caplog.text
+
+
+def test_gradients_that_are_not_finite_are_refused_in_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = transformers.BertForMaskedLM.forward
+
+    def forward(self: Any, *args: Any, **rest: Any) -> Any:
+        outputs = stock(self, *args, **rest)
+        if self.training:
+            outputs.logits = outputs.logits * float("inf")
+        return outputs
+
+    monkeypatch.setattr(transformers.BertForMaskedLM, "forward", forward)
+    config = transformers.BertConfig(**TRANSFORMER)
+    with pytest.raises(ModelError, match="its gradients are not finite in training"):
+        prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "student"])
+def test_a_full_disk_is_not_taken_for_a_model_that_does_not_come_back(
+    where: str, tiny: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner = transformers.BertConfig if where == "student" else transformers.PreTrainedTokenizerFast
+    monkeypatch.setattr(owner, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_plan(tiny.config(tmp_path / "run"))
+
+
+def test_an_encoder_decoder_is_refused_as_such_in_check(tiny: Any, tmp_path: Any) -> None:
+    transformers.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(tiny.teacher).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match="holds an encoder-decoder; these are not distilled yet"):
+        make_plan(tiny.config(tmp_path / "run", f"teacher={tmp_path / 't5'}"))
+
+
+def test_check_refuses_a_model_whose_forward_changes_it() -> None:
+    config = transformers.BigBirdConfig(**{**TRANSFORMER, "attention_type": "block_sparse", "block_size": 4})
+    with pytest.raises(ModelError, match=r"a forward changes .*attention_type"):
+        prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)

@@ -308,7 +308,7 @@ def test_a_signal_to_a_launcher_and_its_ranks_saves_once_and_has_no_traceback_of
     for process in (*ranks_of(started[0]), started[0].pid):
         os.kill(process, number)
     said = ended(started)[0]
-    assert said.count("the step is finished and saved") == 1 and not frames_of_ours(said), said[-3000:]
+    assert said.count("the step is being finished and saved") == 1 and not frames_of_ours(said), said[-3000:]
     steps = sorted(int(path.name[5:]) for path in (tmp_path / "run/pretraining/checkpoints").glob("step-*"))
     logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert steps[-1] >= max(row["step"] for row in logged if row["stage"] == "pretraining")

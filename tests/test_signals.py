@@ -97,7 +97,7 @@ def test_a_signal_to_the_group_saves_the_step_with_loader_workers(
     session.wait_for(lambda: log.exists() and '"stage": "pretraining"' in log.read_text())
     assert session.end(how) == code
     said = (tmp_path / "said").read_text()
-    assert "Traceback" not in said and said.count("the step is finished and saved") == 1
+    assert "Traceback" not in said and said.count("the step is being finished and saved") == 1
     assert len(checkpoints(run)) == 1 and not list(run.rglob("*.tmp"))
 
 

@@ -94,7 +94,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.casting == "cloze" and self.cloze is None:
-            raise ConfigError(f"task {self.name} has no cloze form; write one, or set casting=head")
+            raise ConfigError(
+                f"task {self.name} has no cloze form; write one, or give a model with a task head (casting=head)"
+            )
         for name in RESERVED:
             if name in self.fields:
                 raise ConfigError(f"fields: {name!r} has a meaning of its own in templates; rename the field")
