@@ -315,7 +315,7 @@ def test_export_writes_the_student_of_an_interrupted_stage(glmd, tiny, tmp_path,
 
 def test_export_refuses_what_holds_no_checkpoint(refused, finished, tmp_path):
     message = refused("export", finished.folder / "pretraining", tmp_path / "out")
-    assert f"no checkpoint; the finished student is in {finished.folder / 'pretraining/student'}" in message
+    assert f"no checkpoint; its finished students are {finished.folder / 'pretraining/student'}" in message
     assert "is not empty; choose another folder" in refused("export", finished.folder / "pretraining", finished.folder)
 
 

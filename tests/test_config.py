@@ -332,3 +332,9 @@ def test_one_micro_batch_cannot_be_rebalanced_and_several_can():
     assert alone.spread(2, 2).gradient_accumulation_steps == 1
     assert alone.spread(2, 1).gradient_accumulation_steps == 2
     assert replace(alone, train_sampling_strategy="group_by_length").spread(1, 1)
+
+
+def test_a_learning_rate_beyond_reason_is_refused():
+    StageConfig(max_steps=1, learning_rate=10.0)
+    with pytest.raises(ConfigError, match="learning_rate must be at most 10, got 11"):
+        StageConfig(max_steps=1, learning_rate=11.0)

@@ -454,7 +454,7 @@ def test_a_weight_index_that_points_outside_is_refused(refusal, bare_teacher, pl
 
 
 def test_a_loss_that_is_not_finite_ends_with_code_3_and_its_examples(refusal):
-    message = refusal("pretraining.learning_rate=1e30", "tasks={}", code=3)
+    message = refusal("pretraining.weight_decay=1e38", "tasks={}", code=3)
     assert message.startswith("NumericsError: pretraining: step ")
     assert "is not finite; examples [" in message and "Lower learning_rate" in message
 
