@@ -17,10 +17,16 @@ from glmd.config import VocabularyConfig
 from glmd.data.corpus import build_token_store, require_corpus
 from glmd.errors import ConfigError, ModelError
 from glmd.export import check_exports, export_model, prove_slice, require_free_output
-from glmd.loading import compared_embeddings, load_model_as_saved, load_source_tokenizer, require_model
+from glmd.loading import (
+    compared_embeddings,
+    load_model_as_saved,
+    load_model_config,
+    load_source_tokenizer,
+    require_model,
+)
 from glmd.plan import kept_size
 from glmd.public import public
-from glmd.slicing import slice_model
+from glmd.slicing import named_ids, slice_model
 from glmd.strict_yaml import build
 from glmd.tokenizer import compress_tokenizer
 from glmd.verify import special_ids
@@ -61,13 +67,16 @@ def compress_model(
     tokenizer = load_source_tokenizer(model, words=False)
     companions = find_companions(model)
     # Refuses what cannot be, before text is counted and the model loaded.
-    kept_size(settings, tokenizer, texts=companions.texts)
+    kept_size(settings, tokenizer, texts=companions.texts, ids=named_ids(load_model_config(model)))
     with tempfile.TemporaryDirectory() as temporary:
         store = build_token_store(temporary, sources, tokenizer, text_field=text_field)
         counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
     source = load_model_as_saved(model)
     embeddings = compared_embeddings(source, settings.similarity)
-    vocabulary = build_vocabulary(tokenizer, embeddings.float(), counts, keep_texts=companions.texts, **settings.choice)
+    ids = named_ids(source.config, getattr(source, "generation_config", None))
+    vocabulary = build_vocabulary(
+        tokenizer, embeddings.float(), counts, keep_texts=companions.texts, keep_ids=ids, **settings.choice
+    )
     student = slice_model(source, vocabulary)
     prove_slice(source, student, torch.from_numpy(vocabulary.kept_ids))
     facts = {"kept tokens": f"{vocabulary.size:,} of {vocabulary.source_size:,}", "mapping": settings.mapping}

@@ -135,8 +135,8 @@ def load_language_model(teacher: TeacherConfig) -> Any:
         **options,
     )
     _require_complete(model, info, teacher.model, allowed_missing=())
+    _prove(model.eval(), prove_language_model)  # first, as it refuses a model without output embeddings
     _require_tied(model, teacher.model)
-    _prove(model.eval(), prove_language_model)
     return model
 
 

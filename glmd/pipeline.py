@@ -40,6 +40,7 @@ from glmd.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks
 from glmd.report import best_cells
 from glmd.run_folder import RunFolder, require_free_folder
 from glmd.sharding import end_sharding, require_sound_launch, take_up_sharding
+from glmd.slicing import named_ids
 from glmd.student import build_student
 from glmd.task_stages import MASKED_WORDS, TaskStages
 from glmd.tokenizer import compress_tokenizer
@@ -235,7 +236,8 @@ class Pipeline:
         def build() -> None:
             model = load_language_model(replace(teacher, dtype="float32"))
             embeddings = compared_embeddings(model, settings.similarity)
-            build_vocabulary(source, embeddings, self._counts(), **settings.choice).save(place)
+            ids = named_ids(model.config, getattr(model, "generation_config", None))
+            build_vocabulary(source, embeddings, self._counts(), keep_ids=ids, **settings.choice).save(place)
 
         def work() -> dict[str, Any]:
             on_main(build)

@@ -8,7 +8,7 @@ Reads configs, tokenizer, tasks and file headers; loads no weights and trains no
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from glmd.metrics import require_metrics, score
 from glmd.objective import Objective
 from glmd.resolution import cached_stages, for_teacher, kept_words, learns_from_train, resolve, task_of, task_stages
 from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
+from glmd.slicing import named_ids
 from glmd.vocabulary import Vocabulary
 
 
@@ -106,7 +107,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool
         teacher_config,
         student_config=None,
         source_size=len(tokenizer),
-        kept_size=kept_size(config.vocabulary, tokenizer),
+        kept_size=kept_size(config.vocabulary, tokenizer, ids=named_ids(teacher_config)),
         tasks=tasks,
         corpus=None,
     )
@@ -133,6 +134,7 @@ def _try_student(plan: Plan) -> None:
         num_layers=count,
         length=max(_lengths(plan.config, plan.method, plan.tasks).values()),
         task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
+        is_whole=plan.kept_size == plan.teacher_config.vocab_size,
     )
 
 
@@ -352,17 +354,17 @@ def _check_blanks(
                 TaskDataset(examples, tokenizer, max_length=shortest, is_causal=causal)
 
 
-def kept_size(settings: VocabularyConfig, tokenizer: Any, *, texts: Sequence[str] = ()) -> int:
+def kept_size(settings: VocabularyConfig, tokenizer: Any, *, texts: Sequence[str] = (), ids: Iterable[int] = ()) -> int:
     """How many tokens a student keeps. Refuses what `build_vocabulary` and `compress_tokenizer` would refuse, and a
     tokenizer that does not come back from its own folder.
 
-    texts: of which every piece is kept.
+    texts, ids: of which every piece is kept, and which are kept.
     """
     from glmd.tokenizer import compress_tokenizer, require_reloadable
 
     try:
         uncounted = np.zeros(source_size_of(tokenizer), dtype=np.int64)
-        must_keep = must_keep_ids(tokenizer, words=settings.keep_words, texts=texts)
+        must_keep = must_keep_ids(tokenizer, words=settings.keep_words, texts=texts, ids=ids)
         parts = parts_to_keep(tokenizer, settings.selection)
         kept_ids = choose_kept_ids(uncounted, must_keep, parts=parts, **_budget(settings))
     except ModelError as error:

@@ -37,7 +37,8 @@ def prove_language_model(model: Any) -> None:
     with _as_it_was(model):
         inputs = _probe(model)
         own = _logits(model, inputs)
-        split = _split(model, lambda: linear.logits(hidden_before_final_linear(model, run_backbone(model, inputs))))
+        with _refused(model, "its head does not run on its backbone's outputs alone"):
+            split = linear.logits(hidden_before_final_linear(model, run_backbone(model, inputs)))
         valid = inputs["attention_mask"].bool()
         if own.shape != split.shape:
             raise ModelError(f"{name}: its logits are {tuple(own.shape)}, those of its split {tuple(split.shape)}")
@@ -49,21 +50,15 @@ def prove_language_model(model: Any) -> None:
                 "supported"
             )
         _require_padding_unseen(model, inputs, own)
-    if is_causal(model.config):
-        prove_causal(model)
+        if is_causal(model.config):
+            _require_causal(model, own)
 
 
 @torch.no_grad()
 def prove_causal(model: Any) -> None:
     """Prove of a model that predicts next tokens, with whatever head, that a later id moves no earlier logit."""
     with _as_it_was(model):
-        own = _logits(model, _probe(model))
-        if _differ(own[1, :-1], own[0, :-1]):
-            raise ModelError(
-                f"{type(model).__name__}: its config names a causal LM, but the last token changes the logits of "
-                "earlier ones; it reads text in both directions (is_decoder or is_causal in its config), which is not "
-                "supported"
-            )
+        _require_causal(model, _logits(model, _probe(model)))
 
 
 @torch.no_grad()
@@ -77,7 +72,8 @@ def prove_task_model(model: Any) -> None:
     with _as_it_was(model):
         inputs = _probe(model)
         own = _logits(model, shaped(inputs))
-        split = _split(model, lambda: run_head(model, run_backbone(model, inputs), inputs=shaped(inputs)))
+        with _refused(model, "its head does not run on its backbone's outputs alone"):
+            split = run_head(model, run_backbone(model, inputs), inputs=shaped(inputs))
         if own.shape != split.shape or _differ(split, own):
             _require_repeatable(model, shaped(inputs), own)
             raise ModelError(
@@ -165,18 +161,12 @@ def prove_config(
 
 def _require_reloadable(model: Any) -> None:
     """Prove that a model's folder gives back what was saved: Youtu's loses the vector of its pad token."""
-    name = type(model).__name__
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            again = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-    except Exception as error:  # whatever a model's own code raises
-        if disk_error(error):
-            raise
-        reason = " ".join(str(error).split())[-200:]
-        raise ModelError(f"{name}: it cannot be saved and opened again ({reason}); it is not supported") from None
+    with _refused(model, "it cannot be saved and opened again"), tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
     changed = [key for key, value in model.state_dict().items() if not _same(value, again.get(key))]
     if changed:
+        name = type(model).__name__
         raise ModelError(f"{name}: saved and opened again, it has another {changed[0]}; it is not supported")
 
 
@@ -184,24 +174,15 @@ def _require_reloadable(model: Any) -> None:
 def require_length(model: Any, length: int) -> None:
     """Prove that a model reads so many tokens, whatever its table of positions is called."""
     ids = _probe(model)["input_ids"][:1, :1].expand(1, length)
-    try:
+    with _refused(model, f"it does not read {length} tokens at once", "give a smaller max_length"):
         model.eval()(**_shape_of(model)({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-    except Exception as error:  # whatever a model's own code raises
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{type(model).__name__}: it does not read {length} tokens at once ({reason}); give a smaller max_length"
-        ) from None
 
 
 def _require_trainable(model: Any) -> None:
     """Prove that a step can be made: Reformer, trained, reads texts of one length alone."""
     model.train()
-    try:
-        with torch.enable_grad():
-            model(**_shape_of(model)(_probe(model))).logits.square().mean().backward()
-    except Exception as error:  # whatever a model's own code raises
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{type(model).__name__}: it cannot be trained ({reason}); it is not supported") from None
+    with _refused(model, "it cannot be trained"), torch.enable_grad():
+        model(**_shape_of(model)(_probe(model))).logits.square().mean().backward()
     if model.get_input_embeddings().weight.grad is None:
         raise ModelError(f"{type(model).__name__}: no gradient reaches its embeddings; it is not supported")
     if not all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
@@ -209,6 +190,20 @@ def _require_trainable(model: Any) -> None:
             f"{type(model).__name__}: its gradients are not finite in training; is a dropout 1 in its config?"
         )
     model.zero_grad()
+
+
+@contextmanager
+def _refused(model: Any, what: str, remedy: str = "it is not supported") -> Iterator[None]:
+    """Whatever a model's own code raises, as one line; a full disk and our own refusals as they are."""
+    try:
+        yield
+    except GlmdError:
+        raise
+    except Exception as error:
+        if disk_error(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(f"{type(model).__name__}: {what} ({reason}); {remedy}") from None
 
 
 def _probe(model: Any) -> dict[str, Tensor]:
@@ -230,36 +225,24 @@ def _probe(model: Any) -> dict[str, Tensor]:
 
 
 def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    name = type(model).__name__
-    try:
+    with _refused(model, "it does not read plain ids"):
         logits: Tensor = model(**inputs).logits
-    except GlmdError:
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name}: it does not read plain ids ({type(error).__name__}: {reason}); it is not supported"
-        ) from None
     read = logits[inputs["attention_mask"].bool()] if logits.ndim == 3 else logits
     if not read.isfinite().all():
         is_half = model.dtype in (torch.float16, torch.bfloat16)
         why = f"it overflows in {model.dtype}; give teacher.dtype=float32" if is_half else "its weights are damaged"
-        raise ModelError(f"{name}: gives logits that are not finite (nan or inf) for plain ids: {why}")
+        found = "gives logits that are not finite (nan or inf) for plain ids"
+        raise ModelError(f"{type(model).__name__}: {found}: {why}")
     return logits
 
 
-def _split(model: Any, run: Callable[[], Tensor]) -> Tensor:
-    """The logits by parts. Falcon-H1's head asks its backbone for a number, ESM's adds a bias of its own."""
-    try:
-        return run()
-    except GlmdError:
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        reason = " ".join(str(error).split())[:200]
+def _require_causal(model: Any, own: Tensor) -> None:
+    """The first two rows differ in their last id alone."""
+    if _differ(own[1, :-1], own[0, :-1]):
         raise ModelError(
-            f"{type(model).__name__}: its head does not run on its backbone's outputs alone ({reason}); it is not "
-            "supported"
-        ) from None
+            f"{type(model).__name__}: its config names a causal LM, but the last token changes the logits of earlier "
+            "ones; it reads text in both directions (is_decoder or is_causal in its config), which is not supported"
+        )
 
 
 def _require_padding_unseen(
@@ -272,8 +255,7 @@ def _require_padding_unseen(
     if _differ(padded, alone):
         raise ModelError(
             f"{type(model).__name__}: padding changes its output (relative difference "
-            f"{_difference(padded, alone):.1e}); "
-            "it does not keep to its attention mask and is not supported"
+            f"{_difference(padded, alone):.1e}); it does not keep to its attention mask and is not supported"
         )
 
 
@@ -314,10 +296,11 @@ def _as_it_was(model: Any) -> Iterator[None]:
             module.training = mode
     changed = [key for key, value in _state(model).items() if not _same(value, before.get(key))]
     if changed:
+        was = before.get(min(changed))
+        shown = "" if isinstance(was, Tensor) else f" ({was!r} before)"
         raise ModelError(
-            f"{type(model).__name__}: a forward changes {min(changed)} in the model ({before.get(min(changed))!r} "
-            "before), so that what it gives depends on what it was given before; where its config can fix that, do "
-            "so there"
+            f"{type(model).__name__}: a forward changes {min(changed)} in the model{shown}, so that what it gives "
+            "depends on what it was given before; where its config can fix that, do so there"
         )
 
 

@@ -21,7 +21,12 @@ SELECTIONS = ("closed", "free")
 
 
 def must_keep_ids(
-    tokenizer: Any, *, words: Iterable[str] = (), texts: Iterable[str] = (), single_characters: bool | None = None
+    tokenizer: Any,
+    *,
+    words: Iterable[str] = (),
+    texts: Iterable[str] = (),
+    ids: Iterable[int] = (),
+    single_characters: bool | None = None,
 ) -> set[int]:
     """Source ids that no budget may drop.
 
@@ -30,6 +35,8 @@ def must_keep_ids(
     `single_characters`, every one-character piece: with them in place the ordinary tokenizer of the exported folder
     spells a rare word out where it would else give up.
 
+    ids: that the model's configs name, which would be stale if they were dropped; those out of range are left to
+        `renumber_config`, which refuses them by their field.
     single_characters: None keeps them where there are no bytes to spell with.
     """
     vocabulary = tokenizer.get_vocab()
@@ -51,6 +58,7 @@ def must_keep_ids(
             keep.add(i)
     for word in words:
         keep |= _word_ids(tokenizer, word)
+    keep |= {i for i in ids if 0 <= i < len(tokenizer)}
     for text in (*texts, *template_texts(tokenizer)):
         for spaced in (text, f" {text}", text.strip()):
             keep |= set(tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"])

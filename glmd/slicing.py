@@ -295,6 +295,11 @@ def token_id_fields(holder: Any) -> list[tuple[str, int]]:
     return found
 
 
+def named_ids(*holders: Any) -> set[int]:
+    """The token ids that a model's configuration, and its generation configuration if there is one, name."""
+    return {i for holder in holders if holder is not None for _, i in token_id_fields(holder)}
+
+
 def _renumber_fields(holder: Any, vocabulary: Rows, place: str) -> None:
     for name, value in list(vars(holder).items()):
         new = _renumber_field(name, value, vocabulary, place)

@@ -32,15 +32,23 @@ def try_student(
     num_layers: int,
     length: int,
     task_heads: Iterable[str] = (),
+    is_whole: bool = False,
 ) -> None:
     """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
 
     chosen: the teacher's layers to copy, None from scratch. length: the most tokens that it reads at once.
     task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
+    is_whole: the student keeps every row, so that its ids stay and need not be known.
     """
     import transformers
 
-    config = student_model_config(_with_few_tokens(teacher_config), student, num_layers, chosen)
+    try:
+        few = _with_few_tokens(teacher_config)
+    except ModelError:
+        if not is_whole:
+            raise
+        few = teacher_config
+    config = student_model_config(few, student, num_layers, chosen)
     of_words: Any = language_model_class(config)
     try:
         prove_config(config, of_words, prove_language_model, length=length)

@@ -296,6 +296,7 @@ def build_vocabulary(
     within_class: bool = False,
     keep_words: Iterable[str] = (),
     keep_texts: Iterable[str] = (),
+    keep_ids: Iterable[int] = (),
 ) -> Vocabulary:
     """Choose the kept tokens by count and map the others by embedding.
 
@@ -303,7 +304,7 @@ def build_vocabulary(
     counts: (V,) how often each token of `tokenizer` was seen.
     selection: "closed" keeps a token of byte-pair encoding together with what it is merged from; "free" by count alone.
     within_class: map beginnings of words onto such, what goes on within a word likewise.
-    keep_texts: texts of which every piece is kept.
+    keep_texts, keep_ids: texts of which every piece is kept, and source ids that are (`named_ids`).
     """
     source_size = source_size_of(tokenizer)
     if len(counts) != source_size:
@@ -316,7 +317,7 @@ def build_vocabulary(
         logger.info("%d embedding rows beyond the tokenizer are dropped", len(embeddings) - source_size)
     unknown = unknown_id(tokenizer)
     counts = _counts_of_text(tokenizer, counts, unknown)
-    required = must_keep_ids(tokenizer, words=keep_words, texts=keep_texts)
+    required = must_keep_ids(tokenizer, words=keep_words, texts=keep_texts, ids=keep_ids)
     kept_ids = choose_kept_ids(
         counts,
         required,

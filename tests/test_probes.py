@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,10 +23,11 @@ from glmd.loading import load_language_model, model_positions
 from glmd.pipeline import run
 from glmd.plan import make_plan
 from glmd.probes import prove_config, prove_language_model, prove_task_model, silence_padding
-from glmd.slicing import renumber_config, vocabulary_axes
+from glmd.selection import must_keep_ids
+from glmd.slicing import named_ids, renumber_config, vocabulary_axes
 from glmd.student import build_student, saved_and_reopened, student_model_config
 from glmd.trial import try_student
-from glmd.vocabulary import Vocabulary
+from glmd.vocabulary import Vocabulary, build_vocabulary
 
 V = TRANSFORMER["vocab_size"]
 
@@ -478,7 +480,7 @@ def test_a_model_that_cannot_be_trained_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(transformers.BertForMaskedLM, "forward", forward)
     config = transformers.BertConfig(**TRANSFORMER)
-    with pytest.raises(ModelError, match=r"it cannot be trained \(one length alone\)"):
+    with pytest.raises(ModelError, match=r"it cannot be trained \(ValueError: one length alone\)"):
         prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
 
 
@@ -687,3 +689,27 @@ def test_check_refuses_a_model_whose_forward_changes_it() -> None:
     config = transformers.BigBirdConfig(**{**TRANSFORMER, "attention_type": "block_sparse", "block_size": 4})
     with pytest.raises(ModelError, match=r"a forward changes .*attention_type"):
         prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
+
+
+def test_ids_that_a_config_names_are_kept_whatever_the_text_says(tiny: Any, tmp_path: Any) -> None:
+    """An ordinary token as pad would be stale if it were dropped; whether it is must not hang on the corpus."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny.teacher, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    last = len(tokenizer) - 1  # the rarest word
+    config = transformers.AutoConfig.from_pretrained(folder)
+    counts, vectors = np.arange(last + 1)[::-1].copy(), np.random.default_rng(0).normal(size=(last + 1, 4))
+    for ids, kept in (((), False), (named_ids(config, None), False), ([last, 10**6], True)):
+        vocabulary = build_vocabulary(tokenizer, vectors, counts, keep_ratio=0.6, mapping="cosine", keep_ids=ids)
+        assert vocabulary.is_kept(last) is kept and vocabulary.size == int(0.6 * (last + 1))
+    config.bos_token_id = last
+    assert last in named_ids(config) and must_keep_ids(tokenizer, ids=named_ids(config)) >= {last}
+
+
+def test_a_field_that_looks_like_an_id_is_no_hindrance_where_no_id_moves(tiny: Any) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny.teacher)
+    config.start_index = 1
+    arguments = {"num_layers": 1, "length": 16}
+    with pytest.raises(ModelError, match="start_index = 1 looks like a token id"):
+        try_student(StudentConfig(1), config, [1], **arguments)
+    try_student(StudentConfig(1), config, [1], **arguments, is_whole=True)
