@@ -27,4 +27,7 @@ def named_file(kind: str, name: str) -> Path:
     for stem, path in known.items():
         if stem.lower() == name.lower():
             return path
+    if Path(name).exists():
+        what = "a folder" if Path(name).is_dir() else "a file of another name"
+        raise ConfigError(f"{name} is {what}; give a .yaml file, or the name of one in configs/{kind}")
     raise ConfigError(f"{kind[:-1]} {name!r} is unknown{suggestion(name, known)}")

@@ -338,3 +338,12 @@ def test_a_learning_rate_beyond_reason_is_refused():
     StageConfig(max_steps=1, learning_rate=10.0)
     with pytest.raises(ConfigError, match="learning_rate must be at most 10, got 11"):
         StageConfig(max_steps=1, learning_rate=11.0)
+
+
+def test_a_folder_or_another_file_given_as_config_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for path, what in ((tmp_path, "a folder"), (tmp_path / "notes.txt", "a file of another name")):
+        with pytest.raises(
+            ConfigError, match=f"{path} is {what}; give a .yaml file, or the name of one in configs/runs"
+        ):
+            load_config(str(path))
