@@ -15,6 +15,7 @@ from test_heads import FIELDS, LANGUAGE_MODELS, MASKED, SPLIT, TRANSFORMER, mode
 from torch import nn
 
 from glmd.bits_per_byte import evaluate_text
+from glmd.compress import compress_model
 from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.blanks import block_frame
 from glmd.errors import ConfigError, GlmdError, ModelError
@@ -26,6 +27,7 @@ from glmd.probes import prove_config, prove_language_model, prove_task_model, si
 from glmd.selection import must_keep_ids
 from glmd.slicing import named_ids, renumber_config, vocabulary_axes
 from glmd.student import build_student, saved_and_reopened, student_model_config
+from glmd.tokenizer import load_tokenizer
 from glmd.trial import try_student
 from glmd.vocabulary import Vocabulary, build_vocabulary
 
@@ -665,14 +667,15 @@ def test_gradients_that_are_not_finite_are_refused_in_check(monkeypatch: pytest.
         prove_config(config, transformers.AutoModelForMaskedLM, prove_language_model)
 
 
-@pytest.mark.parametrize("where", ["tokenizer", "student"])
+@pytest.mark.parametrize("where", ["tokenizer", "student", "trial"])
 def test_a_full_disk_is_not_taken_for_a_model_that_does_not_come_back(
     where: str, tiny: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = transformers.BertConfig if where == "student" else transformers.PreTrainedTokenizerFast
+    owners = {"tokenizer": transformers.PreTrainedTokenizerFast, "student": transformers.BertConfig}
+    owner = owners.get(where, transformers.BertForMaskedLM)
     monkeypatch.setattr(owner, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         make_plan(tiny.config(tmp_path / "run"))
@@ -713,3 +716,38 @@ def test_a_field_that_looks_like_an_id_is_no_hindrance_where_no_id_moves(tiny: A
     with pytest.raises(ModelError, match="start_index = 1 looks like a token id"):
         try_student(StudentConfig(1), config, [1], **arguments)
     try_student(StudentConfig(1), config, [1], **arguments, is_whole=True)
+
+
+@pytest.fixture
+def odd_pad(tiny: Any, tmp_path: Path) -> Path:
+    """`tiny`'s teacher, whose config takes its rarest word for the sign of padding."""
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny.teacher, folder)
+    text, tokenizer = tiny.corpus.read_text(), transformers.AutoTokenizer.from_pretrained(folder)
+    words = [token for token in tokenizer.get_vocab() if token.isalpha() and len(token) == 4]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.pad_token_id = tokenizer.convert_tokens_to_ids(min(words, key=lambda word: (text.count(word), word)))
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_and_compress_keep_an_ordinary_token_that_the_config_names(
+    odd_pad: Path, tiny: Any, tmp_path: Path, trusting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmd.compress.check_exports", lambda folders: None)
+    wanted = transformers.AutoConfig.from_pretrained(odd_pad).pad_token_id
+    run(tiny.config(tmp_path / "run", f"teacher={odd_pad}", "tasks={}", "pretraining.max_steps=1"))
+    assert Vocabulary.load(tmp_path / "run" / "vocabulary").is_kept(wanted)
+    compress_model(odd_pad, tmp_path / "small", corpus=[tiny.corpus], keep_ratio=0.6)
+    student = transformers.AutoConfig.from_pretrained(tmp_path / "small").pad_token_id
+    assert load_tokenizer(tmp_path / "small").token_map[wanted] == student
+
+
+def test_check_counts_the_ids_of_the_config_among_those_that_must_be_kept(
+    odd_pad: Path, tiny: Any, tmp_path: Path
+) -> None:
+    required = len(must_keep_ids(transformers.AutoTokenizer.from_pretrained(tiny.teacher)))
+    settings = ("tasks={}", f"vocabulary={{size: {required}}}")
+    make_plan(tiny.config(tmp_path / "run", *settings))
+    with pytest.raises(ConfigError, match=f"{required} of .* tokens would be kept, but {required + 1} must be"):
+        make_plan(tiny.config(tmp_path / "run", f"teacher={odd_pad}", *settings))
