@@ -16,16 +16,18 @@ import numpy as np
 import torch
 
 from glmd.config import StageConfig, StudentConfig, TeacherConfig
-from glmd.data.batches import Batch, Collate, StepPlan, TaskDataset, evaluation_batches
-from glmd.data.tasks import load_task, read_split
-from glmd.distiller import Distiller
-from glmd.heads import run_backbone
-from glmd.loading import load_language_model, load_source_tokenizer
-from glmd.objective import load_method
-from glmd.student import build_student
-from glmd.teacher import OnlineTeacher, model_inputs
-from glmd.trainer import make_optimizer
-from glmd.vocabulary import Vocabulary
+from glmd.data.batches import Batch, Collate
+from glmd.data.sampling import StepPlan, evaluation_batches
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import load_method
+from glmd.distillation.teacher import OnlineTeacher, model_inputs
+from glmd.models.heads import run_backbone
+from glmd.models.loading import load_language_model, load_source_tokenizer
+from glmd.models.student import build_student
+from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.tasks import load_task, read_split
+from glmd.training.trainer import make_optimizer
+from glmd.vocabulary.vocabulary import Vocabulary
 
 STRATEGIES = ("random", "batch_rebalance", "group_by_length")
 

@@ -23,28 +23,25 @@ from typing import Any
 
 import torch
 
-from glmd.cache import TeacherCache
-from glmd.cached_teacher import CachedTeacher
 from glmd.config import StageConfig, StudentConfig, TeacherConfig
-from glmd.data.batches import (
-    BlockDataset,
-    Collate,
-    StepPlan,
-    TaskDataset,
-    block_texts,
-    corruption_for,
-    step_batches,
-)
-from glmd.data.corpus import build_token_store
-from glmd.data.tasks import TaskExample, load_task
-from glmd.distiller import Distiller
-from glmd.heads import final_linear
-from glmd.loading import load_classifier, load_language_model, load_source_tokenizer
-from glmd.objective import load_method
-from glmd.student import build_student
-from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.trainer import Teacher, make_optimizer
-from glmd.vocabulary import build_vocabulary
+from glmd.data.batches import Collate
+from glmd.data.blocks import BlockDataset, block_texts
+from glmd.data.masking import corruption_for
+from glmd.data.sampling import StepPlan, step_batches
+from glmd.data.token_store import build_token_store
+from glmd.distillation.cached_teacher import CachedTeacher
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import load_method
+from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.distillation.teacher_cache import TeacherCache
+from glmd.models.heads import final_linear
+from glmd.models.loading import load_language_model, load_source_tokenizer
+from glmd.models.student import build_student
+from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.loading import load_classifier
+from glmd.tasks.tasks import TaskExample, load_task
+from glmd.training.trainer import Teacher, make_optimizer
+from glmd.vocabulary.build import build_vocabulary
 
 
 def gradient(distiller: Distiller, teacher: Teacher, batch: dict[str, Any]) -> torch.Tensor:

@@ -22,11 +22,11 @@ from step import OBJECTIVE, Shape, Texts
 
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
-from glmd.determinism import cublas_workspace, same_bits
-from glmd.distiller import Distiller
-from glmd.runlog import RunLog
-from glmd.teacher import OnlineTeacher
-from glmd.trainer import Trainer
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.teacher import OnlineTeacher
+from glmd.runtime.determinism import cublas_workspace, same_bits
+from glmd.training.log import RunLog
+from glmd.training.trainer import Trainer
 
 BLOCK = 5  # steps that are timed together: a step alone ends before its work on the device
 

@@ -10,11 +10,12 @@ import tempfile
 
 import numpy as np
 
-from glmd.data.corpus import build_token_store
-from glmd.loading import load_model_as_saved, load_source_tokenizer
-from glmd.report import markdown_table
-from glmd.selection import choose_kept_ids, must_keep_ids, parts_to_keep
-from glmd.vocabulary import Vocabulary, forbidden_targets, in_degrees, map_tokens, token_classes
+from glmd.data.token_store import build_token_store
+from glmd.models.loading import load_model_as_saved, load_source_tokenizer
+from glmd.reporting.report import markdown_table
+from glmd.vocabulary.mapping import forbidden_targets, map_tokens, token_classes
+from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep
+from glmd.vocabulary.vocabulary import Vocabulary, in_degrees
 
 
 def main() -> None:

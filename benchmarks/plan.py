@@ -18,14 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmd.config import load_config
-from glmd.costs import Layout, run_cost
-from glmd.distiller import Distiller
-from glmd.loading import language_model_class
-from glmd.plan import make_plan
-from glmd.rehearsal import MORE_FLOPS
-from glmd.teacher import OnlineTeacher
-from glmd.trainer import make_optimizer
-from glmd.vocabulary import Vocabulary
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.teacher import OnlineTeacher
+from glmd.models.loading import language_model_class
+from glmd.planning.plan import make_plan
+from glmd.planning.run_cost import Layout, run_cost
+from glmd.planning.step_cost import MORE_FLOPS
+from glmd.training.trainer import make_optimizer
+from glmd.vocabulary.vocabulary import Vocabulary
 
 
 def main() -> None:

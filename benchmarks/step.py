@@ -32,17 +32,17 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
 from transformers import BertConfig, BertForMaskedLM
 
-import glmd.distiller
-from glmd.cache import TeacherCache
-from glmd.cached_teacher import CachedTeacher
+import glmd.distillation.distiller
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
-from glmd.distiller import Distiller
-from glmd.objective import Objective, Term
-from glmd.runlog import RunLog
-from glmd.teacher import OnlineTeacher
-from glmd.trainer import Teacher, Trainer, make_optimizer
-from glmd.vocabulary import Vocabulary
+from glmd.distillation.cached_teacher import CachedTeacher
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import Objective, Term
+from glmd.distillation.teacher import OnlineTeacher
+from glmd.distillation.teacher_cache import TeacherCache
+from glmd.training.log import RunLog
+from glmd.training.trainer import Teacher, Trainer, make_optimizer
+from glmd.vocabulary.vocabulary import Vocabulary
 
 OBJECTIVE = Objective((Term("word_logits", "kl_divergence", options={"temperature": TEMPERATURE}),))
 PIECES = ("teacher", "student forward", "loss", "backward", "clip", "optimizer", "rest")
@@ -247,10 +247,10 @@ def ours(
     asked, done = watch.around("teacher", teacher), iter(range(1, settings.max_steps))
     accelerator.backward = watch.around("backward", accelerator.backward)
     accelerator.clip_grad_norm_ = watch.around("clip", accelerator.clip_grad_norm_)
-    loss = watch.around("loss", glmd.distiller.linear_distillation_loss)
+    loss = watch.around("loss", glmd.distillation.distiller.linear_distillation_loss)
 
     def step() -> None:
-        with patch.object(glmd.distiller, "linear_distillation_loss", loss):
+        with patch.object(glmd.distillation.distiller, "linear_distillation_loss", loss):
             micro_batches = [next(batches) for _ in range(accumulation)]
             trainer._step(model, optimizer, asked, micro_batches, next(done), settings.max_steps)
         times = watch.steps[-1]

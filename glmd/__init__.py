@@ -10,35 +10,35 @@ and Path alike, and what cannot be done is a GlmdError of one line.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from glmd.version import __version__
+
 if TYPE_CHECKING:
-    from glmd.bits_per_byte import evaluate_text as evaluate_text
-    from glmd.compress import compress_model as compress_model
+    from glmd.commands.compress import compress_model as compress_model
+    from glmd.commands.evaluate import evaluate_folder as evaluate_folder
+    from glmd.commands.evaluate import evaluate_text as evaluate_text
+    from glmd.commands.evaluate import predict_file as predict_file
+    from glmd.commands.export import export_folder as export_folder
+    from glmd.commands.verify import verify_folder as verify_folder
     from glmd.config import load_config as load_config
     from glmd.errors import GlmdError as GlmdError
-    from glmd.evaluation import evaluate_folder as evaluate_folder
-    from glmd.evaluation import predict_file as predict_file
-    from glmd.export import export_folder as export_folder
-    from glmd.pipeline import run as run
-    from glmd.report import load_results as load_results
-    from glmd.report import results_table as results_table
-    from glmd.tokenizer import load_tokenizer as load_tokenizer
-    from glmd.verify import verify_folder as verify_folder
-
-__version__ = "0.1.0"
+    from glmd.pipeline.run import run as run
+    from glmd.reporting.report import load_results as load_results
+    from glmd.reporting.report import results_table as results_table
+    from glmd.vocabulary.tokenizer import load_tokenizer as load_tokenizer
 
 _NAMES = {
     "GlmdError": "glmd.errors",
-    "compress_model": "glmd.compress",
-    "evaluate_folder": "glmd.evaluation",
-    "evaluate_text": "glmd.bits_per_byte",
-    "export_folder": "glmd.export",
+    "compress_model": "glmd.commands.compress",
+    "evaluate_folder": "glmd.commands.evaluate",
+    "evaluate_text": "glmd.commands.evaluate",
+    "export_folder": "glmd.commands.export",
     "load_config": "glmd.config",
-    "load_results": "glmd.report",
-    "load_tokenizer": "glmd.tokenizer",
-    "predict_file": "glmd.evaluation",
-    "results_table": "glmd.report",
-    "run": "glmd.pipeline",
-    "verify_folder": "glmd.verify",
+    "load_results": "glmd.reporting.report",
+    "load_tokenizer": "glmd.vocabulary.tokenizer",
+    "predict_file": "glmd.commands.evaluate",
+    "results_table": "glmd.reporting.report",
+    "run": "glmd.pipeline.run",
+    "verify_folder": "glmd.commands.verify",
 }
 __all__ = ["__version__", *_NAMES]
 

@@ -2,7 +2,7 @@
 `export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
-stderr and exit code 2; `glmd.terminal` has how commands end otherwise.
+stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from glmd import __version__
+from glmd.commands.terminal import ended, prepare_streams, say
 from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
 from glmd.errors import ConfigError
-from glmd.terminal import ended, prepare_streams, say
+from glmd.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,9 +188,9 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _run(options: argparse.Namespace) -> None:
     config = _config(options)
-    from glmd.pipeline import run
-    from glmd.report import results_table
-    from glmd.usage import describe_students
+    from glmd.commands.usage import describe_students
+    from glmd.pipeline.run import run
+    from glmd.reporting.report import results_table
 
     results = run(config)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -200,13 +200,13 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     config = _config(options)
-    from glmd.data.corpus import require_same_store
-    from glmd.limits import require_sizes_and_room
-    from glmd.outline import describe
-    from glmd.places import processes_of
-    from glmd.plan import make_plan
-    from glmd.run_folder import require_free_folder
-    from glmd.sharding import require_sound_launch
+    from glmd.commands.check import describe
+    from glmd.data.token_store import require_same_store
+    from glmd.pipeline.elastic import processes_of
+    from glmd.pipeline.run_folder import require_free_folder
+    from glmd.planning.limits import require_sizes_and_room
+    from glmd.planning.plan import make_plan
+    from glmd.training.fsdp import require_sound_launch
 
     require_sound_launch(os.environ, config.mixed_precision)
     require_free_folder(config)
@@ -220,7 +220,7 @@ def _check(options: argparse.Namespace) -> None:
             require_same_store(store, plan.corpus, plan.tokenizer, text_field=config.data.text_field)
         require_sizes_and_room(plan, world, int(launched or 1))
         if config.teacher.cache is not None:
-            from glmd.cache_plan import describe_cache
+            from glmd.planning.caches import describe_cache
 
             cache = [describe_cache(plan, [str(world / "corpus.txt")] if world else config.data.corpus)]
     say("\n".join([describe(plan, processes), *cache, *of_the_run]))
@@ -232,7 +232,7 @@ def _world(config: RunConfig) -> Iterator[Path | None]:
     if not config.data.world:
         yield None
         return
-    from glmd.data.world import build_world
+    from glmd.data.synthetic import build_world
 
     with tempfile.TemporaryDirectory() as temporary:
         world = Path(temporary) / "world"
@@ -242,9 +242,9 @@ def _world(config: RunConfig) -> Iterator[Path | None]:
 
 def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
-    from glmd import costs
-    from glmd.limits import require_sizes
-    from glmd.plan import is_config_alone, make_plan, make_sketch
+    from glmd.planning import run_cost as costs
+    from glmd.planning.limits import require_sizes
+    from glmd.planning.plan import is_config_alone, make_plan, make_sketch
 
     layout = costs.Layout(options.devices, options.device_memory, options.sharding)
     if is_config_alone(config.teacher.model):
@@ -260,7 +260,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _cache(options: argparse.Namespace) -> None:
     config = _config(options)
-    from glmd.pipeline import make_cache
+    from glmd.pipeline.run import make_cache
 
     make_cache(config)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -268,7 +268,7 @@ def _cache(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from glmd.compress import compress_model
+    from glmd.commands.compress import compress_model
 
     listed = words_of_file(options.keep_words_file, "--keep-words-file") if options.keep_words_file else []
     text = compress_model(
@@ -297,14 +297,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.text is not None:
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} has no effect beside --text; remove one of them")
-        from glmd.bits_per_byte import evaluate_text
+        from glmd.commands.evaluate import evaluate_text
 
         scores = evaluate_text(options.model, options.text, max_length=options.max_length)
     else:
         for name in ("task", "data"):
             if name not in given:
                 raise ConfigError(f"--{name} is missing; give --task and --data, or --text for a causal LM")
-        from glmd.evaluation import evaluate_folder
+        from glmd.commands.evaluate import evaluate_folder
 
         scores = evaluate_folder(
             options.model,
@@ -320,7 +320,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from glmd.evaluation import predict_file
+    from glmd.commands.evaluate import predict_file
 
     count = predict_file(
         options.model,
@@ -334,13 +334,13 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from glmd.export import export_folder
+    from glmd.commands.export import export_folder
 
     say(export_folder(options.source, options.output, kind=options.kind))
 
 
 def _vocab(options: argparse.Namespace) -> None:
-    from glmd import budget
+    from glmd.commands import vocab as budget
 
     if options.picture is not None:
         budget.require_plots()
@@ -373,7 +373,7 @@ def _vocab(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from glmd.verify import verify_folder
+    from glmd.commands.verify import verify_folder
 
     checks = verify_folder(options.folder)
     for check in checks:
@@ -383,7 +383,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from glmd.report import load_results, results_table
+    from glmd.reporting.report import load_results, results_table
 
     results = load_results(options.run)
     say(results_table(results), end="")

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from glmd.configs_root import named_file
 from glmd.errors import ConfigError
-from glmd.strict_yaml import build, coerce, dump_yaml, load_yaml, parse_yaml, suggestion
+from glmd.strict_yaml import build, coerce, dump_yaml, load_yaml, named_file, parse_yaml, suggestion
 
 STAGES = ("pretraining", "task_words", "task_labels")
 Cell = dict[str, Any]  # a point of a sweep: "task_labels.learning_rate" -> value
@@ -36,7 +35,7 @@ NOT_SWEPT = (
 )
 # What `check` and a run say of mixed_precision fp16.
 FLOAT16_HEADS = "products with LM heads run in float32, as fp16 cannot hold their gradients; bf16 is faster"
-# What is beyond reason whatever the data and the machine; batches are compared with these (glmd.limits).
+# What is beyond reason whatever the data and the machine; batches are compared with these (glmd.planning.limits).
 AT_MOST = {
     "max_steps": 10**9,
     "num_train_epochs": 10**6,

@@ -52,3 +52,8 @@ def disk_error(error: Exception) -> int | None:
     inner = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(inner[1]) if inner else None
     return number if number in _OF_A_DISK else None
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 block`, `2 blocks`, `1,000 examples`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -33,10 +33,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.models.auto import modeling_auto as auto
 
-from glmd import export, pipeline
 from glmd.config import load_config
 from glmd.errors import GlmdError
-from glmd.plan import make_plan
+from glmd.models import export
+from glmd.pipeline import run as pipeline
+from glmd.planning.plan import make_plan
 
 VOCABULARY, LAYERS, SECONDS, GIGABYTES = 300, 4, 120, 12
 KINDS = {"masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}

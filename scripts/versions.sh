@@ -28,7 +28,7 @@ uv pip install --quiet --resolution "$resolution" -r pyproject.toml && uv pip in
 uv pip install --quiet pytest pytest-xdist hypothesis scikit-learn skeletoken
 uv pip list 2>/dev/null | grep -iE '^(torch|transformers|tokenizers|accelerate|datasets|evaluate|numpy|safetensors|sentencepiece|protobuf) '
 
-mkdir "$work/tests" && cp tests/*.py "$work/tests"
+mkdir "$work/tests" && cp -r tests/. "$work/tests"
 (cd "$work" && "$work/env/bin/glmd" run quickstart output_dir="$work/run" | tail -12)
 tests=()
 for name in losses linear_loss heads probes student compress companions export tokenizer; do

@@ -156,7 +156,7 @@ class FinishedRun:
 @pytest.fixture(scope="session")
 def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """One run shared by all tests, the proof of its exported folders in a fresh process included."""
-    from glmd.pipeline import run
+    from glmd.pipeline.run import run
 
     config = tiny.config(tmp_path_factory.mktemp("finished") / "run")
     return FinishedRun(config, Path(config.output_dir), run(config))
@@ -165,7 +165,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> FinishedRu
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the proof of its exports: a process of six seconds, which `finished` and test_export have."""
-    monkeypatch.setattr("glmd.workbench.check_exports", lambda folders: None)
+    monkeypatch.setattr("glmd.pipeline.workbench.check_exports", lambda folders: None)
 
 
 @pytest.fixture
@@ -184,8 +184,8 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with every batch that a live teacher is asked for, or a cache is made of."""
-    from glmd.cache import TeacherCache
-    from glmd.teacher import OnlineTeacher
+    from glmd.distillation.teacher import OnlineTeacher
+    from glmd.distillation.teacher_cache import TeacherCache
 
     calls: list[str] = []
     live, write = OnlineTeacher.__call__, TeacherCache.write_shard

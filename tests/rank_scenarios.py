@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 import numpy as np
 import torch
@@ -41,16 +41,19 @@ from test_trainer import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import glmd.checkpoint
-from glmd.data.batches import Batch, Collate, Corruption, StepPlan, step_batches
-from glmd.distiller import Distiller
+import glmd.storage
+import glmd.training.checkpoint
+from glmd.data.batches import Batch, Collate
+from glmd.data.masking import Corruption
+from glmd.data.sampling import StepPlan, step_batches
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import Objective
+from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import DataError, GlmdError
-from glmd.objective import Objective
-from glmd.sharding import end_sharding, is_sharded
-from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.training_state import trainable
+from glmd.training.fsdp import end_sharding, is_sharded
+from glmd.training.state import trainable
 
-glmd.checkpoint.sync_to_disk = lambda path: None
+glmd.storage.sync_to_disk = lambda path: None
 
 
 def train(
@@ -85,7 +88,7 @@ def train(
         return -abs(trainer.progress.step - (5.0 if apart and rank == 1 else 3.0))
 
     if blind and rank == 1:
-        glmd.checkpoint.manifest_problem = lambda folder: "not visible yet"
+        glmd.storage.manifest_problem = lambda folder: "not visible yet"
     evaluate = score if workers else None
     trainer = trainer_of(folder, settings_of(**changes), workers=workers, evaluate=evaluate)
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
@@ -111,7 +114,7 @@ def kill_rank_1(rank: int, call: int) -> None:
 
 def kill_rank_0_in_its_save(rank: int, call: int) -> None:
     if (rank, call) == (0, 7):  # in step 4, which is saved next; the checkpoint of step 2 is whole
-        glmd.checkpoint.write_manifest = lambda folder: os.kill(os.getpid(), 9)
+        glmd.storage.write_manifest = lambda folder: os.kill(os.getpid(), 9)
 
 
 def raise_on_rank_1(rank: int, call: int) -> None:

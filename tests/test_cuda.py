@@ -18,14 +18,15 @@ from test_trainer import Killed, assert_identical, weights_of
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from glmd.config import StageConfig
-from glmd.data.batches import Batch, Collate, Corruption
-from glmd.determinism import cublas_workspace, same_bits
-from glmd.distiller import Distiller
-from glmd.objective import Objective, Term
-from glmd.runlog import RunLog
-from glmd.teacher import OnlineTeacher, TeacherOutputs
-from glmd.trainer import Trainer
-from glmd.vocabulary import Vocabulary
+from glmd.data.batches import Batch, Collate
+from glmd.data.masking import Corruption
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import Objective, Term
+from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.runtime.determinism import cublas_workspace, same_bits
+from glmd.training.log import RunLog
+from glmd.training.trainer import Trainer
+from glmd.vocabulary.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.cuda
 
@@ -38,7 +39,7 @@ TASK = Term("task_labels", "hard_cross_entropy")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate keeps one state for the process. Flushing to disk is another file's matter, and slow."""
-    monkeypatch.setattr("glmd.checkpoint.sync_to_disk", lambda path: None)
+    monkeypatch.setattr("glmd.storage.sync_to_disk", lambda path: None)
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -171,7 +172,7 @@ def test_a_run_through_all_stages_on_a_gpu_is_proved_and_ends_in_the_same_bits_a
     tiny: Any, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run dies in a later stage, whose loss scale of fp16 is that of a run that was not disturbed."""
-    from glmd.pipeline import run
+    from glmd.pipeline.run import run
 
     given = [f"mixed_precision={precision}", "pretraining.max_steps=40", "controls.hard_labels=false"]
     results = run(tiny.config(tmp_path / "first", *given))
@@ -194,7 +195,7 @@ def test_a_run_through_all_stages_on_a_gpu_is_proved_and_ends_in_the_same_bits_a
 
 
 def test_an_export_is_proved_where_products_are_rounded_to_tf32(tiny: Any, tmp_path: Path) -> None:
-    from glmd.pipeline import run
+    from glmd.pipeline.run import run
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -76,7 +76,7 @@ RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 def test_every_test_that_a_page_names_exists():
     for page in PAGES:
         for file, name in re.findall(r"\b(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8")):
-            functions = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
+            functions = ast.parse(next((ROOT / "tests").rglob(file)).read_text(encoding="utf-8")).body
             assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, f"{file}::{name}"
 
 

@@ -1,0 +1,47 @@
+"""A plan for a person to read, as `glmd check` prints it: models, stages, steps."""
+
+from glmd.config import FLOAT16_HEADS
+from glmd.planning.plan import Plan
+from glmd.planning.stages import PlannedStage, planned_stages
+
+
+def describe(plan: Plan, world_size: int) -> str:
+    """The plan for a person: models and how they split, stages with steps, examples and tokens at most."""
+    config = plan.config
+    lines = [
+        f"teacher   {config.teacher.model or 'trained here from scratch'}",
+        f"method    {config.method}",
+        f"weights   {_precision(plan)}",
+        "",
+        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}{'embedding':>11}",
+    ]
+    sides = (("teacher", plan.teacher_config, plan.source_size), ("student", plan.student_config, plan.kept_size))
+    for name, model, words in sides:
+        p = plan.parameters[name]
+        counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
+        lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
+    swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
+    lines += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
+    lines += [_stage_line(stage, world_size) for stage in planned_stages(plan)]
+    controls = [name for name, on in vars(config.controls).items() if on]
+    lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
+    lines += [f"sweep     {len(config.cells)} cells: {', '.join(swept)}"] if swept else []
+    return "\n".join([*lines, f"output    {config.output_dir}"])
+
+
+def _precision(plan: Plan) -> str:
+    """In which precision weights are trained, the teacher runs, and what is otherwise than one may expect."""
+    config, held = plan.config, getattr(plan.teacher_config, "dtype", None)
+    kept = str(held).removeprefix("torch.") if held is not None else "float32"
+    whose = f", though the teacher's file holds {kept}" if kept != "float32" and config.teacher.scratch is None else ""
+    said = f"trained in float32{whose}; the teacher runs in {config.teacher.dtype}"
+    return f"{said}; {FLOAT16_HEADS}" if config.mixed_precision == "fp16" else said
+
+
+def _stage_line(planned: PlannedStage, world_size: int) -> str:
+    stage, length, examples = planned.settings, planned.length, planned.examples
+    steps, batch = stage.steps(examples or 0, world_size), stage.global_batch_size(world_size)
+    shown = f"{examples:,}" if examples is not None else "corpus"
+    return f"{planned.name:<20}{steps:>9,}{batch:>7}{length:>8}{shown:>10}{steps * batch * length:>17,}" + (
+        f"  {planned.swept}" if planned.swept else ""
+    )

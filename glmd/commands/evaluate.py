@@ -1,0 +1,211 @@
+"""Score a folder on a task or on text, and write its answers."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from glmd.data.batches import Collate
+from glmd.data.corpus import read_documents
+from glmd.data.tables import ROW_SUFFIXES, Split
+from glmd.errors import ConfigError, DataError, ModelError
+from glmd.evaluation.bits_per_byte import _bytes, score_text
+from glmd.evaluation.leaderboard import require_idx, with_idx, write_predictions
+from glmd.evaluation.metrics import score
+from glmd.evaluation.scoring import answers_of, predict
+from glmd.models.card import told_by_card
+from glmd.models.heads import is_causal
+from glmd.models.loading import load_model_as_saved, load_model_config, model_positions, require_model
+from glmd.models.probes import prove_causal, require_length
+from glmd.public import public
+from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
+from glmd.storage import write_problem
+from glmd.tasks.cloze import verbaliser_ids
+from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.loading import load_classifier, require_task_head, warn_of_unnamed_classes
+from glmd.tasks.tasks import Task, TaskExample, load_task, read_split
+from glmd.vocabulary.tokenizer import load_tokenizer, ordinary_tokenizer, require_fast
+
+logger = logging.getLogger(__name__)
+
+
+@public
+def evaluate_folder(
+    model: str | Path,
+    task_name: str | Path,
+    data: str | Path,
+    split: Split = "val",
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    ordinary: bool = False,
+) -> dict[str, float | str]:
+    """Casting, counts and metrics of a task model on a task's split, with the folder's own tokenizer.
+
+    task_name: of a task that comes with glmd, or the YAML of one. max_length: None for the folder's own, by its card,
+        else the task's, as far as the model's positions go.
+    ordinary: read a compressed model's text as plain AutoTokenizer does without glmd.
+    Raises GlmdError where task, data and model do not fit, or where a compressed model would be scored with a
+    tokenizer that is not exact.
+    """
+    if split not in get_args(Split):
+        raise ConfigError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
+    task = _task_for(str(model), str(task_name))
+    length = _length(str(model), task, max_length)
+    examples = read_split(task, str(data), split, require_labels=True)
+    score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
+    answers, truncated = _answers(str(model), task, examples, length, batch_size, ordinary=ordinary)
+    return {
+        "casting": task.casting,
+        "examples": len(examples),
+        "max_length": length,
+        "truncated": truncated,
+        **score(task, answers, examples),
+    }
+
+
+@public
+def predict_file(
+    model: str | Path,
+    task_name: str | Path,
+    file: str | Path,
+    output: str | Path,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+) -> int:
+    """Write the answers of a task model to the rows of a file, in the leaderboard's form. Returns their number.
+
+    Raises GlmdError as `evaluate_folder` does; rows need no labels.
+    """
+    model, file, output = str(model), str(file), Path(output)
+    task = _task_for(model, str(task_name))
+    length = _length(model, task, max_length)
+    if not file.lower().endswith(ROW_SUFFIXES):
+        raise DataError(f"--file {file}: rows are read from .jsonl and .parquet files; convert it to one of them")
+    problem = "exists already" if output.exists() else write_problem(output.parent)
+    if problem is not None:
+        raise DataError(f"--output {output}: {problem}; choose another")
+    examples = with_idx(task, read_split(task, file, "test", require_labels=False))
+    require_idx(task, examples)
+    answers, _ = _answers(model, task, examples, length, batch_size)
+    write_predictions(task, answers, examples, output)
+    return len(examples)
+
+
+def _length(model: str, task: Task, asked: int | None) -> int:
+    """Tokens that a model reads of an example at most: as asked for, else as its card says, else the task's.
+
+    Raises GlmdError for more than the model has positions for; what was not asked for follows them.
+    """
+    if asked is not None and asked < 8:
+        raise ConfigError(f"--max-length {asked}: so few tokens leave no room for text; give at least 8")
+    positions = model_positions(load_model_config(model))
+    if asked is not None and positions is not None and asked > positions:
+        raise ModelError(
+            f"{model}: {asked} tokens are more than its {positions} positions; give --max-length {positions}"
+        )
+    if asked is not None:
+        return asked
+    told = told_by_card(Path(model))[1].get("max_length", "")
+    length = int(told) if told.isascii() and told.isdigit() and int(told) >= 8 else task.max_length
+    chosen = min(length, positions or length)
+    if chosen != task.max_length:
+        why = f"its card says {told}" if chosen == length else f"it has {positions} positions"
+        logger.info("%s: reads %d tokens of an example, as %s; --max-length gives another", model, chosen, why)
+    return chosen
+
+
+def _require_batch(model: str, batch_size: int, examples: list[TaskExample], length: int) -> None:
+    """Refuse a batch that the memory of this machine cannot take, by what a layer needs at least."""
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: give at least 1")
+    choices = max((len(each.texts) for each in examples), default=1)
+    fits = int(USABLE * memory_of_this_machine() // (choices * forward_bytes(load_model_config(model), length)))
+    if min(batch_size, len(examples)) > max(1, fits):
+        raise ConfigError(f"--batch-size {batch_size:,}: of {length} tokens about {fits:,} fit; give at most {fits:,}")
+
+
+def _task_for(model: str, task_name: str) -> Task:
+    """The task, where the model has its head: found out before any data is read."""
+    task = load_task(task_name)
+    require_model(model, field="model")
+    config = load_model_config(model)
+    if is_causal(config) or any("MaskedLM" in architecture for architecture in config.architectures or ()):
+        try:
+            task = load_task(task_name, "cloze")
+        except ConfigError as error:
+            raise ModelError(f"{model}: is a language model without a task head ({error})") from None
+    require_task_head(config, task, model)
+    warn_of_unnamed_classes(config, task, model)
+    return task
+
+
+def _answers(
+    model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, ordinary: bool = False
+) -> tuple[np.ndarray, int]:
+    """(examples,) class ids or positions of choices, and how many inputs were cut."""
+    _require_batch(model, batch_size, examples, max_length)
+    tokenizer = load_tokenizer(model)
+    if ordinary:
+        if not getattr(tokenizer, "is_exact", False):
+            raise ModelError(f"--tokenizer ordinary has no effect: {model} has no other tokenizer; remove it")
+        tokenizer = ordinary_tokenizer(tokenizer)
+    classifier = load_classifier(model, task)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    verbalisers = verbaliser_ids(task, tokenizer)
+    dataset = TaskDataset(
+        examples,
+        tokenizer,
+        max_length=max_length,
+        verbalisers=verbalisers,
+        mean_over_tokens=task.mean_over_tokens,
+        is_causal=is_causal(classifier.config),
+    )
+    collate = Collate(tokenizer.pad_token_id or 0)  # a decoder may have none; what stands there is masked
+    classifier.to(accelerator.device)
+    # The folder's tokenizer gives the model's own ids, so there is nothing to map.
+    options: dict[str, Any] = {"accelerator": accelerator, "batch_size": batch_size, "name": model}
+    logits = predict(classifier, dataset, collate, token_map=None, **options)
+    return answers_of(task, logits), dataset.truncated
+
+
+MAX_LENGTH = 1024  # tokens that a model reads at once, if it can and nothing else is asked
+
+
+@public
+def evaluate_text(
+    model: str | Path, sources: str | Path | Sequence[str | Path], *, max_length: int | None = None
+) -> dict[str, float]:
+    """Sizes and bits per byte of a causal LM, a folder or hub id, on text files; weights are read as float32.
+
+    Raises GlmdError where the model is no causal LM, cannot read max_length tokens, or the files hold no text.
+    """
+    model = str(model)
+    files = [str(each) for each in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    require_model(model, field="model")
+    config = load_model_config(model)
+    if not is_causal(config):
+        held = ", ".join(config.architectures or ()) or "model of no named class"
+        raise ModelError(f"{model}: holds a {held}; bits per byte need a causal LM (a task model: --task)")
+    positions = model_positions(config)
+    length = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
+    if positions is not None and length > positions:
+        raise ModelError(f"{model}: {length} tokens, but it has {positions} positions; give --max-length {positions}")
+    texts = [text for text in read_documents(files) if text.strip()]
+    if not texts:
+        raise DataError(f"{', '.join(files)}: no text")
+    tokenizer = load_tokenizer(model)
+    require_fast(tokenizer)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # Folders that hold the same weights in other precisions shall give the same figure.
+    language_model = load_model_as_saved(model).float()
+    prove_causal(language_model)
+    require_length(language_model, length)
+    language_model.to(accelerator.device)
+    sizes = {"documents": len(texts), "bytes": _bytes(texts), "max_length": length}
+    return sizes | score_text(language_model, tokenizer, texts, max_length=length, accelerator=accelerator)

@@ -1,0 +1,121 @@
+"""Export a checkpoint of a run, or a student in another kind of folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glmd.config import load_config
+from glmd.errors import ModelError, RunError
+from glmd.models.card import BY_PLAIN, ModelCard, told_by_card
+from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
+from glmd.models.loading import load_model_as_saved, load_source_tokenizer
+from glmd.public import public
+from glmd.strict_yaml import suggestion
+from glmd.training.checkpoint import load_checkpoint
+from glmd.vocabulary.slicing import expand_model
+from glmd.vocabulary.tokenizer import (
+    compress_tokenizer,
+    load_tokenizer,
+    ordinary_tokenizer,
+    source_tokenizer,
+    vocabulary_of,
+)
+from glmd.vocabulary.vocabulary import Vocabulary
+
+
+@public
+def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact") -> str:
+    """Write a student as a model folder, and say in one line what it is.
+
+    source: a stage of a run, whose newest checkpoint is taken, or a student's folder.
+    kind: "exact"; "stock": with the ordinary tokenizer alone; "expanded": with a row for each of the source's tokens
+        again and the source's tokenizer, so that text is read exactly by nothing but stock parts.
+    Raises RunError where the stage has no checkpoint or the output folder is taken, ModelError where the kind does not
+    fit the model.
+    """
+    source, output = Path(source), Path(output)
+    if kind not in _KINDS:
+        raise RunError(f"--kind {kind!r} is unknown{suggestion(kind, _KINDS)}")
+    require_free_output(output)
+    if (source / "config.json").is_file():
+        model, tokenizer = load_model_as_saved(str(source)), load_tokenizer(source)
+        origin = f"the student of {source.resolve().name}"
+        if kind == "exact":
+            raise RunError(f"{source} is a model folder already; give --kind stock or expanded, or copy it")
+    else:
+        model, tokenizer, step = _of_checkpoint(source)
+        origin = f"the student after step {step}"
+    base_model, facts, metrics = told_by_card(source)
+    # What it scored holds for the reading that it was scored by.
+    by_plain = kind == "stock"
+    metrics = {name.removesuffix(BY_PLAIN): v for name, v in metrics.items() if name.endswith(BY_PLAIN) == by_plain}
+    facts |= {"origin": origin, "kind": kind}
+    if kind == "expanded":
+        facts.pop("kept tokens", None)
+    if kind != "exact":
+        if not getattr(tokenizer, "is_exact", False):
+            raise ModelError(
+                f"--kind {kind} has no effect: {source} keeps every token of its source, or has the ordinary tokenizer "
+                "alone already; export from the student that it was made of"
+            )
+        if kind == "expanded":
+            expanded = expand_model(model, vocabulary_of(tokenizer))
+            ids = torch.tensor(_probe(expanded)["input_ids"])
+            _prove_equal(expanded, ids, model, torch.tensor(tokenizer.token_map)[ids])
+            model, tokenizer = expanded, source_tokenizer(tokenizer)
+        else:
+            tokenizer = ordinary_tokenizer(tokenizer)
+    card = ModelCard(
+        origin.capitalize(),
+        base_model,
+        _KINDS[kind],
+        facts,
+        metrics,
+        exact_tokenizer=getattr(tokenizer, "is_exact", False),
+        auto_class=type(model).__name__,
+    )
+    export_model(model, tokenizer, output, card=card)
+    check_exports([output])
+    return f"{output}: {origin}" + (f", {kind}" if kind != "exact" else "")
+
+
+_KINDS = {
+    "exact": "A student in its own vocabulary, with its exact tokenizer.",
+    "stock": "A student in its own vocabulary; rare words are cut into smaller tokens than those it was trained on.",
+    "expanded": "A student with a row for each token of its teacher's tokenizer, which reads text exactly.",
+}
+
+
+def _of_checkpoint(stage: Path) -> tuple[Any, Any, int]:
+    """Student, tokenizer and step of a stage's newest checkpoint."""
+    import transformers
+
+    checkpoint = load_checkpoint(stage / "checkpoints")
+    if checkpoint is None:
+        begun = [path.parent for path in sorted(stage.rglob("checkpoints"))]
+        finished = [path for path in sorted(stage.rglob("student")) if (path / "config.json").is_file()]
+        found = "; give one of its stages: " if begun else "; its finished students are " if finished else ""
+        raise RunError(f"{stage}: no checkpoint{found}{', '.join(map(str, (begun or finished)[:4]))}")
+    # A stage has one model, or two that share a backbone: the task head is then what it is trained for.
+    name, described = max(checkpoint.state["models"].items(), key=lambda item: item[0] == "classifier")
+    config_class = transformers.CONFIG_MAPPING[described["config"]["model_type"]]
+    model = getattr(transformers, described["class"])(config_class.from_dict(described["config"]))
+    tensors = checkpoint.tensors["model"]
+    for key, parameter in model.named_parameters():
+        # Of two models that share a backbone the first one's name is the one it was saved under.
+        parameter.data.copy_(tensors[f"{name}.{key}" if f"{name}.{key}" in tensors else f"language_model.{key}"])
+    return model.eval(), _run_tokenizer(stage, model.config.vocab_size), int(checkpoint.state["progress"]["step"])
+
+
+def _run_tokenizer(stage: Path, vocab_size: int) -> Any:
+    """The tokenizer of a run's students with `vocab_size` words."""
+    root = next((each for each in stage.resolve().parents if (each / "config.yaml").is_file()), None)
+    if root is None:
+        raise RunError(f"{stage} is not inside a run folder (none above it has config.yaml)")
+    teacher = load_config(root / "config.yaml").teacher
+    place = teacher.model or str(root / "world" / "tokenizer")
+    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    source = load_source_tokenizer(place, words=False, **options)
+    vocabulary = Vocabulary.load(root / "vocabulary")
+    return compress_tokenizer(source, vocabulary) if vocabulary.size == vocab_size else source

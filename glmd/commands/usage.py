@@ -1,0 +1,70 @@
+"""Where the students of a run lie, and a line of Python that uses each: what `glmd run` says at its end.
+
+print(describe_students(config, results))
+"""
+
+from pathlib import Path
+from typing import Any
+
+from glmd.config import RunConfig
+from glmd.models.card import opens_plainly
+from glmd.models.loading import load_model_config
+from glmd.planning.places import cell_place
+from glmd.planning.rules import task_of
+from glmd.reporting.report import best_rows
+from glmd.vocabulary.tokenization_glmd import TOKEN_MAP_FILE
+from glmd.vocabulary.tokenizer import load_tokenizer
+
+
+def describe_students(config: RunConfig, results: dict[str, Any]) -> str:
+    """The folder of each student, of a sweep those of the best cells, and a line that uses the first of each task."""
+    folders = _folders(config, results)
+    number = sum(map(len, folders.values()))
+    lines = ["The student is in" if number == 1 else f"The {number} students are in"]
+    for task, places in folders.items():
+        lines += [f"  {place}" for place in places]
+        has_pair = task is not None and task_of(config, task).text_pair is not None
+        which = "which is" if len(places) == 1 else "of which the first is"
+        lines += [f"{which} used, without glmd, by", f"  {usage(places[0], has_pair=has_pair)}"]
+    return "\n".join(lines)
+
+
+def _folders(config: RunConfig, results: dict[str, Any]) -> dict[str | None, list[Path]]:
+    root = Path(config.output_dir)
+    if not config.tasks:
+        return {None: [root / "pretraining" / "student"]}
+    found: dict[str | None, list[Path]] = {}
+    for row in best_rows(results["rows"]):
+        if (row["system"], row["stage"]) == ("student", "labels"):
+            place = cell_place(root / "tasks" / row["task"], row.get("cell", {}), row["seed"])
+            found.setdefault(row["task"], []).append(place / "labels" / "student")
+    return found
+
+
+def usage(folder: Path, *, has_pair: bool = False) -> str:
+    """One line of Python that uses an exported folder, by the head that it has.
+
+    has_pair: a classifier was trained on two texts. The exact tokenizer needs trust_remote_code; to go on with a text
+    the ordinary one is the safer, where transformers opens it by itself.
+    """
+    config = load_model_config(str(folder))
+    name, is_exact = (config.architectures or [""])[0], (folder / TOKEN_MAP_FILE).is_file()
+    trusted = ", trust_remote_code=True" if is_exact else ""
+    if "MultipleChoice" in name:
+        classes = "AutoModelForMultipleChoice, AutoTokenizer"
+        model, tokenizer = (
+            f'{each}.from_pretrained("{folder}"{more})'
+            for each, more in zip(classes.split(", "), ("", trusted), strict=True)
+        )
+        return f"from transformers import {classes}; model, tokenizer = {model}, {tokenizer}"
+    if "SequenceClassification" in name:
+        task, text = (
+            "text-classification",
+            '{"text": "One text.", "text_pair": "Another."}' if has_pair else '"A text."',
+        )
+    elif "MaskedLM" in name:
+        task, text = "fill-mask", f'"A {load_tokenizer(folder).mask_token} text."'
+    else:
+        task, text = "text-generation", '"A text"'
+        trusted = "" if opens_plainly(config) else trusted
+    return f'from transformers import pipeline; print(pipeline("{task}", "{folder}"{trusted})({text}))'

@@ -1,0 +1,81 @@
+"""Texts of a corpus as blocks of one length."""
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from glmd.data.batches import Key
+from glmd.data.masking import Corruption, corrupted
+from glmd.data.token_store import TokenStore
+from glmd.errors import ModelError
+
+
+def block_frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that the tokenizer puts before and after a text. Raises ModelError where that cannot be told."""
+    special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+    # Found around a token of the vocabulary: of a text that it does not know, a tokenizer makes nothing or anything.
+    for token_id in range(len(tokenizer)):
+        text = "" if token_id in special else tokenizer.decode([token_id])
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids or special & set(ids):
+            continue
+        framed = tokenizer(text, verbose=False)["input_ids"]
+        for first in range(len(framed) - len(ids) + 1):
+            if framed[first : first + len(ids)] == ids:
+                end = framed[first + len(ids) :]
+                return np.array(framed[:first], dtype=np.int64), np.array(end, dtype=np.int64)
+    raise ModelError(
+        f"{type(tokenizer).__name__}: no token of its vocabulary stands in a text as itself, so what it puts before "
+        "and after a text cannot be told; it is not supported"
+    )
+
+
+class BlockDataset(Dataset[dict[str, Any]]):
+    """Corpus blocks of at most `max_length` ids, from the memory-mapped store, framed as the tokenizer frames a text.
+
+    That is `[CLS] tokens [SEP]` for BERT, a token at the beginning or nothing for a decoder.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        blocks: range,
+        corruption: Corruption | None,
+    ) -> None:
+        self.store, self.blocks, self.corruption = store, blocks, corruption
+        self.start, self.end = block_frame(tokenizer)
+        self.max_length = max_length
+        self.block_length = max_length - len(self.start) - len(self.end)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids of all blocks, with those of their frames."""
+        ends = (self.blocks.start * self.block_length, self.blocks.stop * self.block_length)
+        first, last = (min(each, self.store.num_tokens) for each in ends)
+        return last - first + len(self) * (self.max_length - self.block_length)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an example at most."""
+        return self.max_length
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        tokens = self.store.block(self.blocks[key[1]], self.block_length).astype(np.int64)
+        example = {"input_ids": np.concatenate([self.start, tokens, self.end]), "example_id": key[1]}
+        return corrupted(example, key, self.corruption)
+
+
+def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:
+    """The documents in the blocks of a data set, as the tokenizer decodes them; the first and last may be cut."""
+    length, separator = data.block_length, data.store.manifest["separator_id"]
+    ids = data.store.tokens[data.blocks.start * length : data.blocks.stop * length].astype(np.int64)
+    documents = np.split(ids, np.flatnonzero(ids == separator))
+    decoded = [tokenizer.decode(each[each != separator], clean_up_tokenization_spaces=False) for each in documents]
+    return [text for text in decoded if text.strip()]

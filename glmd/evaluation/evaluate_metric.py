@@ -1,0 +1,71 @@
+"""The metrics of a task for users of `evaluate`, without the hub: the code is here and nothing is fetched.
+
+metric = SuperGlueMetric("MultiRC")
+metric.add_batch(predictions=logits.argmax(-1), references=metric.references(examples))
+metric.compute()    # {"f1_binary": 0.71, "group_exact_match": 0.24}
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+
+from glmd.evaluation.metrics import METRICS, require_metrics, score
+from glmd.tasks.tasks import Task, TaskExample, load_task
+
+TYPES = {
+    "label": datasets.Value("int64"),
+    "group": datasets.Value("string"),
+    "choices": datasets.List(datasets.Value("string")),
+    "answers": datasets.List(datasets.Value("string")),
+}
+
+
+class SuperGlueMetric(evaluate.Metric):
+    """glmd.evaluation.metrics.score as an `evaluate.Metric`.
+
+    task: a name of `task_names()`, the YAML at a path, or a Task. settings: those of `evaluate.Metric`, such as
+    `keep_in_memory`, `num_process` and `process_id`.
+    A prediction is a class id, or the position of the chosen candidate. A reference is the label alone where the
+    task's metrics read no more; otherwise a dict of what they read: label, group (any text that members of a group
+    share), choices and answers. `references` makes them from examples.
+    """
+
+    def __init__(self, task: str | Path | Task, **settings: Any) -> None:
+        self.task = task if isinstance(task, Task) else load_task(task)
+        require_metrics(self.task)
+        self.fields = tuple(dict.fromkeys(field for name in self.task.metrics for field in METRICS[name].fields))
+        if self.task.choices_from and not self.task.labels and "choices" not in self.fields:
+            self.fields += ("choices",)  # their number differs, and a prediction is checked against it
+        super().__init__(config_name=self.task.name, **settings)
+
+    def references(self, examples: Sequence[TaskExample]) -> list[Any]:
+        """One reference for each example, of the form that this task's metrics read."""
+        rows = [{field: getattr(example, field) for field in self.fields} for example in examples]
+        if self.fields == ("label",):
+            return [row["label"] for row in rows]
+        return [row | {"group": str(row["group"])} if row.get("group") is not None else row for row in rows]
+
+    def _info(self) -> evaluate.MetricInfo:
+        types: Any = {field: TYPES[field] for field in self.fields}
+        references = TYPES["label"] if self.fields == ("label",) else types
+        return evaluate.MetricInfo(
+            description=f"The metrics of {self.task.name}: {', '.join(self.task.metrics)}.",
+            citation="arXiv:1905.00537",
+            inputs_description=self.__doc__,
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": references}),
+        )
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[Any]) -> dict[str, float]:
+        return score(self.task, predictions, [self._example(i, each) for i, each in enumerate(references)])
+
+    def _example(self, example_id: int, reference: Any) -> TaskExample:
+        given = {"label": reference} if self.fields == ("label",) else reference
+        choices = tuple(given.get("choices", ()))
+        # The texts are gone; their number says how many candidates there are.
+        texts = (("", None),) * (len(choices) or len(self.task.choices) or 1)
+        group = (given["group"],) if given.get("group") is not None else None
+        answers = tuple(given.get("answers", ()))
+        return TaskExample(example_id, texts, given.get("label"), group=group, choices=choices, answers=answers)

@@ -1,0 +1,286 @@
+"""Scores of tasks, computed as the SuperGLUE benchmark computes them: fractions in [0, 1], Matthews' in [-1, 1].
+
+score(load_task("CB"), predictions, examples)    # {"accuracy": 0.82, "macro_f1": 0.71}
+
+A metric is a function of predictions and of what it reads of the examples; METRICS says what that is. Predictions
+are class ids, or positions of the chosen candidates.
+"""
+
+import math
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from glmd.errors import ConfigError, DataError
+from glmd.strict_yaml import suggestion
+from glmd.tasks.tasks import Task, TaskExample
+
+# The tasks of the benchmark, and how many metrics each has there (arXiv:1905.00537, table 1). Its two diagnostic
+# sets, AX-b and AX-g, do not enter the average.
+SUPERGLUE = {"BoolQ": 1, "CB": 2, "COPA": 1, "MultiRC": 2, "ReCoRD": 2, "RTE": 1, "WiC": 1, "WSC": 1}
+
+
+def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Share of right predictions. predictions, labels: (B,) class ids or positions of candidates."""
+    given, gold = _pairs(predictions, labels)
+    return float((given == gold).mean())
+
+
+def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of the classes' F1. predictions, labels: (B,) class ids.
+
+    A class that neither predictions nor labels hold has no F1 and is left out, as in the official score;
+    counted as 0 it would make a perfect model imperfect.
+    """
+    both, given, gold = _counts(predictions, labels)
+    present = given + gold > 0
+    return float((2 * both[present] / (given + gold)[present]).mean())
+
+
+def f1_binary(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """F1 of class 1 over all examples, MultiRC's F1a. predictions, labels: (B,) class ids 0 and 1.
+
+    0 where neither predictions nor labels hold class 1, as in the official score.
+    """
+    both, given, gold = _counts(predictions, labels)
+    if len(gold) > 2:
+        raise DataError(f"f1_binary knows classes 0 and 1, got class {len(gold) - 1}")
+    return float(2 * both[1] / (given[1] + gold[1])) if len(gold) == 2 else 0.0
+
+
+def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Matthews' correlation of predictions with labels, in [-1, 1]. predictions, labels: (B,) class ids.
+
+    For more than two classes it is R_K of Gorodkin (2004). 0 where either holds one class only, also where all
+    is right: there is nothing to correlate.
+    """
+    both, given, gold = ([int(count) for count in counts] for counts in _counts(predictions, labels))
+    total = sum(gold)
+    # In whole numbers of any size up to the one root and division: a perfect score is 1 and not 1.0000000000000002.
+    covariance = total * sum(both) - sum(p * y for p, y in zip(given, gold, strict=True))
+    variances = (total**2 - sum(p * p for p in given)) * (total**2 - sum(y * y for y in gold))
+    return covariance / math.sqrt(variances) if variances else 0.0
+
+
+def group_exact_match(predictions: ArrayLike, labels: ArrayLike, groups: Sequence[Hashable]) -> float:
+    """Share of groups whose every prediction is right: MultiRC's exact match, with the questions as groups.
+
+    predictions, labels: (B,) class ids. groups: (B,) the group of each example; its members may stand anywhere.
+    """
+    given, gold = _pairs(predictions, labels)
+    rights = _by_group((given == gold).tolist(), groups)
+    return sum(map(all, rights.values())) / len(rights)
+
+
+def gender_parity(predictions: ArrayLike, groups: Sequence[Hashable]) -> float:
+    """Share of pairs whose two predictions agree, AX-g's parity score; it needs no labels.
+
+    predictions: (B,) class ids. groups: (B,) the pair of each example, two texts that differ in a pronoun's gender.
+    A model that answers always the same has parity 1: read it beside the accuracy.
+    """
+    pairs = _by_group(_class_ids(predictions, "predictions").tolist(), groups)
+    for pair, members in pairs.items():
+        if len(members) != 2:
+            raise DataError(f"gender_parity: a pair has two examples; {pair!r} has {len(members)}")
+    return sum(first == second for first, second in pairs.values()) / len(pairs)
+
+
+def record_f1(predictions: ArrayLike, choices: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> float:
+    """ReCoRD's F1 of the words of the chosen candidate against its best gold answer, the mean over queries.
+
+    predictions: (B,) positions of the chosen candidates. choices: the candidates of each query. answers: the gold
+    answers of each query; a query without any scores 0.
+    """
+    return _mean_over_queries(_word_f1, predictions, choices, answers)
+
+
+def record_exact_match(
+    predictions: ArrayLike, choices: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
+) -> float:
+    """Share of ReCoRD's queries whose chosen candidate is a gold answer in its normal form; see record_f1."""
+    return _mean_over_queries(_same_text, predictions, choices, answers)
+
+
+def normalize_answer(text: str) -> str:
+    """The form in which ReCoRD and SQuAD compare texts: no capitals, punctuation, articles, or further spaces.
+
+    Punctuation is ASCII's and leaves no space: "the U.S.-led" is "usled".
+    """
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function of predictions and these fields of the examples, each a list with an entry for an example."""
+
+    function: Callable[..., float]
+    fields: tuple[str, ...]  # of TaskExample
+
+    def __call__(self, predictions: np.ndarray, examples: Sequence[TaskExample]) -> float:
+        return self.function(predictions, *([getattr(each, field) for each in examples] for field in self.fields))
+
+
+METRICS = {
+    "accuracy": Metric(accuracy, ("label",)),
+    "macro_f1": Metric(macro_f1, ("label",)),
+    "f1_binary": Metric(f1_binary, ("label",)),
+    "matthews_correlation": Metric(matthews_correlation, ("label",)),
+    "group_exact_match": Metric(group_exact_match, ("label", "group")),
+    "gender_parity": Metric(gender_parity, ("group",)),
+    "record_f1": Metric(record_f1, ("choices", "answers")),
+    "record_exact_match": Metric(record_exact_match, ("choices", "answers")),
+}
+OVER_CLASSES = ("macro_f1", "f1_binary", "matthews_correlation")  # the positions of candidates are no classes
+
+
+def require_metrics(task: Task) -> None:
+    """Refuse a metric that there is not, or that cannot score the task: before it is trained, not after."""
+    for name in task.metrics:
+        where = f"task {task.name}: metric {name!r}"
+        if name not in METRICS:
+            raise ConfigError(f"{where} is unknown{suggestion(name, METRICS)}")
+        if name in OVER_CLASSES and not task.labels:
+            raise ConfigError(f"{where} needs classes, and the task has candidates; accuracy would work")
+        if name == "f1_binary" and len(task.labels) != 2:
+            raise ConfigError(f"{where} needs two labels, got {len(task.labels)}; macro_f1 would work")
+        if "group" in METRICS[name].fields and not task.group_by:
+            raise ConfigError(f"{where} needs group_by, the fields of a row that make its group")
+        if "answers" in METRICS[name].fields and not task.choices_from:
+            raise ConfigError(f"{where} needs choices_from, the field of a row that lists its candidates")
+    if task.group_by and not any("group" in METRICS[name].fields for name in task.metrics):
+        raise ConfigError(f"task {task.name}: group_by has no effect: no metric is over groups; remove it")
+
+
+def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -> dict[str, float]:
+    """Every metric of the task, in its order.
+
+    predictions: (B,) class ids, or positions of the chosen candidates. examples: (B,) of one split.
+    Raises DataError naming the example for a prediction that is no class or candidate of it, and for an example
+    without what a metric needs: a hidden label is not scored as a wrong one.
+    """
+    require_metrics(task)
+    given = _one_row(predictions, "predictions")
+    if len(given) != len(examples):
+        raise ValueError(f"{len(given)} predictions for {len(examples)} examples")
+    for example, prediction in zip(examples, given.tolist(), strict=True):
+        count = len(task.labels) or len(example.texts)
+        for value, what in ((prediction, "prediction"), (example.label, "label")):
+            if value is not None and not 0 <= value < count:
+                kind = "classes" if task.labels else "candidates"
+                raise DataError(
+                    f"{_place(task, example)}: {what} {value} is none of its {count} {kind}, counted from 0"
+                )
+        for name in task.metrics:
+            for field in METRICS[name].fields:
+                _require_field(task, example, field, name)
+    return {name: METRICS[name](given, examples) for name in task.metrics}
+
+
+def superglue_average(scores: Mapping[str, Mapping[str, float]]) -> tuple[float, list[str]]:
+    """(mean over the tasks that are given, names of the benchmark's tasks that are not).
+
+    scores: task -> metric -> fraction. A task's two metrics are averaged first. The mean is the benchmark's
+    own only where no task is missing: show the missing ones beside it.
+    """
+    if not scores:
+        raise DataError("SuperGLUE average: no scores are given")
+    for task, metrics in scores.items():
+        if task not in SUPERGLUE:
+            raise DataError(f"SuperGLUE average: {task!r} is no task of it{suggestion(task, SUPERGLUE)}")
+        if len(metrics) != SUPERGLUE[task]:
+            names = ", ".join(metrics) or "none"
+            raise DataError(f"SuperGLUE average: {task} has {SUPERGLUE[task]} metrics there; got {names}")
+        for name, value in metrics.items():
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise DataError(f"SuperGLUE average: {task} {name} must be a fraction in [0, 1], got {value}")
+    means = [sum(metrics.values()) / len(metrics) for metrics in scores.values()]
+    return sum(means) / len(means), [task for task in SUPERGLUE if task not in scores]
+
+
+def _place(task: Task, example: TaskExample) -> str:
+    return f"{task.name} example {example.example_id}" + (f" (idx {example.idx})" if example.idx is not None else "")
+
+
+def _require_field(task: Task, example: TaskExample, field: str, metric: str) -> None:
+    if getattr(example, field) in (None, ()):
+        remedy = "; score a split whose labels are public" if field in ("label", "answers") else ""
+        raise DataError(f"{_place(task, example)} has no {field}, which {metric} needs{remedy}")
+
+
+def _pairs(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    given, gold = _class_ids(predictions, "predictions"), _class_ids(labels, "labels")
+    if len(given) != len(gold):
+        raise ValueError(f"{len(given)} predictions for {len(gold)} labels")
+    return given, gold
+
+
+def _counts(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(C,) each: how often a class is predicted rightly, predicted, and a label."""
+    given, gold = _pairs(predictions, labels)
+    num_classes = 1 + max(given.max(), gold.max())
+    right, given, gold = (np.bincount(ids, minlength=num_classes) for ids in (gold[given == gold], given, gold))
+    return right, given, gold
+
+
+def _class_ids(values: ArrayLike, name: str) -> np.ndarray:
+    row = _one_row(values, name)
+    if row.min() < 0:
+        raise DataError(f"{name}: class {row.min()} (classes count from 0; -100 and -1 mark no label)")
+    return row
+
+
+def _one_row(values: ArrayLike, name: str) -> np.ndarray:
+    row: np.ndarray[Any, Any] = np.asarray(values)
+    if row.size == 0:
+        raise DataError(f"{name}: there are no examples to score")
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise DataError(
+            f"{name} must be one row of class ids (has every example a label?), got {row.dtype} {row.shape}"
+        )
+    return row.astype(np.int64)  # an older numpy counts no uint64
+
+
+def _by_group(values: Sequence[Any], groups: Sequence[Hashable]) -> dict[Hashable, list[Any]]:
+    if len(values) != len(groups):
+        raise ValueError(f"{len(values)} predictions for the groups of {len(groups)}")
+    members = defaultdict(list)
+    for group, value in zip(groups, values, strict=True):
+        members[group].append(value)
+    return members
+
+
+def _mean_over_queries(
+    compare: Callable[[str, str], float],
+    predictions: ArrayLike,
+    choices: Sequence[Sequence[str]],
+    answers: Sequence[Sequence[str]],
+) -> float:
+    """Mean of the best comparison of the chosen candidate with a gold answer, both in normal form."""
+    given = _one_row(predictions, "predictions").tolist()
+    if not len(given) == len(choices) == len(answers):
+        raise ValueError(f"{len(given)} predictions for the choices of {len(choices)} and answers of {len(answers)}")
+    best = []
+    for query, (position, candidates, gold) in enumerate(zip(given, choices, answers, strict=True)):
+        if not 0 <= position < len(candidates):
+            raise DataError(f"query {query}: prediction {position} is none of its {len(candidates)} candidates")
+        chosen = normalize_answer(candidates[position])
+        best.append(max((compare(chosen, normalize_answer(answer)) for answer in gold), default=0.0))
+    return sum(best) / len(best)
+
+
+def _same_text(chosen: str, answer: str) -> float:
+    return float(chosen == answer)
+
+
+def _word_f1(chosen: str, answer: str) -> float:
+    """F1 of two texts as bags of words; 0 where they share none, also where both are empty."""
+    ours, theirs = Counter(chosen.split()), Counter(answer.split())
+    shared = (ours & theirs).total()
+    return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0

@@ -1,0 +1,150 @@
+"""Run models over held-out examples, in one process or many, each example counted once.
+
+logits = predict(classifier, dataset, collate, token_map=map, accelerator=accelerator)    # (examples, C)
+words = score_words(student, teacher, dataset, collate, token_map=map, accelerator=accelerator)
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from glmd.data.batches import Batch, Collate
+from glmd.data.blocks import BlockDataset
+from glmd.data.sampling import evaluation_batches
+from glmd.distillation.teacher import TeacherOutputs, model_inputs
+from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
+from glmd.losses.logits import kl_divergence, merge_words
+from glmd.models.heads import LinearMap, final_linear, hidden_before_final_linear, run_backbone
+from glmd.models.probes import one_choice_each
+from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.heads import choice_logits, run_task_head
+from glmd.tasks.tasks import Task
+
+logger = logging.getLogger(__name__)
+ROWS = 1024  # tokens whose logits over the vocabulary are held at once
+
+
+@torch.no_grad()
+def predict(
+    classifier: nn.Module,
+    dataset: TaskDataset,
+    collate: Collate,
+    *,
+    token_map: np.ndarray | None,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    name: str = "the model",
+) -> np.ndarray:
+    """(examples, C) float32 logits in the dataset's order, the same on every rank; -inf for a choice that is not there.
+
+    token_map: (V,) source id -> student id when the classifier is a compressed student; None for a teacher.
+    name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
+    """
+    classifier.eval()
+    ids: list[int] = []
+    rows: list[list[float]] = []
+    for batch in _share(dataset, collate, accelerator, batch_size):
+        ids += batch["example_id"].tolist()
+        inputs = _student_inputs(batch, token_map)
+        if "blank_ids" in batch:
+            own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
+            logits = run_task_head(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
+        elif "num_choices" in batch:
+            logits = choice_logits(classifier(**one_choice_each(inputs)).logits, batch["num_choices"])
+        else:
+            logits = classifier(**inputs).logits
+        table = logits.float().tolist()
+        counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
+        rows += [row[:count] for row, count in zip(table, counts, strict=True)]
+    gathered = gather_object([(ids, rows)])
+    result: dict[int, list[float]] = {}
+    for part_ids, part_rows in gathered:
+        result.update(zip(part_ids, part_rows, strict=True))
+    require_finite(name, result)
+    most = max(map(len, result.values()))
+    return np.array([result[i] + [-np.inf] * (most - len(result[i])) for i in range(len(dataset))], dtype=np.float32)
+
+
+@torch.no_grad()
+def score_words(
+    student: nn.Module,
+    teacher: Callable[[Batch], TeacherOutputs],
+    dataset: BlockDataset | TaskDataset,
+    collate: Collate,
+    *,
+    token_map: np.ndarray,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """How well a student predicts words, over its own (kept) vocabulary.
+
+    kl_divergence: nats a token from the teacher at temperature 1. agreement: share of tokens whose likeliest word
+    is the teacher's. On corrupted inputs also masked_accuracy and teacher_masked_accuracy: share of corrupted
+    tokens whose word (or the word it is mapped to) is the likeliest.
+    Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
+    """
+    student.eval()
+    linear = final_linear(student)
+    to_student = torch.from_numpy(token_map).to(accelerator.device)
+    totals = np.zeros(6)
+    bad: set[int] = set()
+    for batch in _share(dataset, collate, accelerator, batch_size):
+        outputs = teacher(batch)
+        hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
+        valid = batch["attention_mask"].bool()
+        labels = batch["word_labels"][valid] if "word_labels" in batch else None
+        student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
+        assert teacher_hidden is not None and outputs.head_weight is not None, "the teacher has an LM head"
+        teacher_head = LinearMap(outputs.head_weight, outputs.head_bias, outputs.head_scaling)
+        for rows in torch.arange(len(student_hidden), device=student_hidden.device).split(ROWS):
+            ours, theirs = (
+                linear.logits(student_hidden[rows]).float(),
+                teacher_head.logits(teacher_hidden[rows]).float(),
+            )
+            if outputs.merged_into is not None:
+                theirs = merge_words(theirs, outputs.merged_into)
+            best, teacher_best, kl = ours.argmax(-1), theirs.argmax(-1), kl_divergence(ours, theirs)
+            totals[:3] += [len(rows), kl.sum().item(), (best == teacher_best).sum().item()]
+            if not np.isfinite(totals[1]):
+                bad |= set(examples_of_tokens(batch)[rows][~torch.isfinite(kl)].tolist())
+            if labels is not None:
+                chosen = labels[rows] >= 0
+                words = to_student[labels[rows][chosen]]
+                right = [(each[chosen] == words).sum().item() for each in (best, teacher_best)]
+                totals[3:] += [len(words), *right]
+    found = sorted(set().union(*gather_object([bad])))
+    if found:
+        raise not_finite("student and teacher", found, "the predictions")
+    tokens, total, agreed, masked, right, teacher_right = np.sum(gather_object([totals]), axis=0)
+    scores = {"kl_divergence": total / tokens, "agreement": agreed / tokens}
+    if masked:
+        scores |= {"masked_accuracy": right / masked, "teacher_masked_accuracy": teacher_right / masked}
+    return {name: float(value) for name, value in scores.items()}
+
+
+def answers_of(task: Task, logits: np.ndarray) -> np.ndarray:
+    """(examples,) class ids, or positions of choices, from (examples, C) logits."""
+    best: np.ndarray = logits.argmax(-1)
+    return (best == 0).astype(best.dtype) if task.asks_first else best
+
+
+def _share(
+    dataset: BlockDataset | TaskDataset, collate: Collate, accelerator: Accelerator, batch_size: int
+) -> Iterator[Batch]:
+    """This rank's batches, on its device, one at a time."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    batches = evaluation_batches(dataset, collate, batch_size=batch_size, rank=rank, world_size=world_size)
+    return ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in batches)
+
+
+def _student_inputs(batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:
+    inputs = model_inputs(batch)
+    if token_map is not None:
+        ids = inputs["input_ids"]
+        inputs["input_ids"] = torch.from_numpy(token_map).to(ids.device)[ids]
+    return inputs

@@ -1,0 +1,246 @@
+"""Split any Hugging Face model into backbone, head transform and final linear map, with hardly any code per model.
+
+A model runs by its own forward. Two things are exchanged for the time of one call: the backbone, by outputs
+already computed, so that one backbone forward feeds a task head and an LM head; and the forward of the final
+linear map, by a function that sees the hidden states before it, so that N x V logits need never exist.
+MobileBERT's map is two weights that its head joins and multiplies by itself: there the head's forward is exchanged.
+Some models scale or cap their logits after the map; that is a part of it here.
+
+    outputs = backbone(model)(**inputs)
+    logits = run_head(classifier, outputs, inputs=inputs)
+    loss = run_head(model, outputs, final_linear=lambda hidden, linear: linear.logits(hidden).sum())
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from glmd.errors import ModelError
+from glmd.losses.logits import NOT_SCALED, LogitScaling
+
+# Fields of a config that say what is done to the logits after the map (Cohere's, Granite's, Falcon H1's), as a factor.
+FACTORS: dict[str, Callable[[float], float]] = {
+    "logit_scale": lambda value: value,
+    "logits_scaling": lambda value: 1 / value,
+    "lm_head_multiplier": lambda value: value,
+}
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """From hidden states to the logits of K words."""
+
+    weight: Tensor  # (K, H)
+    bias: Tensor | None  # (K,)
+    scaling: LogitScaling = NOT_SCALED
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., K)."""
+        return self.scaling(nn.functional.linear(hidden, self.weight, self.bias))
+
+
+FinalLinear = Callable[[Tensor, LinearMap], Any]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The encoder under the head. Raises ModelError where the class has none."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; these are not supported yet")
+    return model.get_submodule(backbone_name(model))
+
+
+def backbone_name(model: nn.Module) -> str:
+    """The attribute that holds the encoder: base_model_prefix, or else the only transformers model inside."""
+    name = getattr(model, "base_model_prefix", "")
+    if name and isinstance(getattr(model, name, None), nn.Module):
+        return str(name)
+    inside = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise ModelError(f"{type(model).__name__} has no backbone under base_model_prefix; it is not supported yet")
+    return inside[0]
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a model of this config predicts the next word: by the architecture that the config names.
+
+    Whether it keeps to that is proved when it is loaded (`probes`). A class that transformers has in both of its lists,
+    as XLM's, is a masked LM.
+    """
+    return any(_is_causal_class(name) for name in getattr(config, "architectures", None) or ())
+
+
+@cache
+def _is_causal_class(name: str) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return False
+    # A class that came with its checkpoint is in no list.
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """The backbone's outputs. A decoder keeps no keys and values: nothing is generated."""
+    body = backbone(model)
+    # BERT can be a decoder too, and would say so when its layers are run again in the backward.
+    may_keep = is_causal(model.config) or "use_cache" in inspect.signature(body.forward).parameters
+    return body(**inputs, **({"use_cache": False} if may_keep else {}))
+
+
+def final_linear(model: nn.Module) -> LinearMap:
+    """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
+    return _linear_map(model, _output_embeddings(model), _joining_head(model))
+
+
+def logit_scaling(config: Any) -> LogitScaling:
+    """What a model of this config does to its logits after the final linear map."""
+    given = {name: getattr(config, name, None) for name in FACTORS}
+    factors = [FACTORS[name](value) for name, value in given.items() if isinstance(value, (int, float))]
+    return LogitScaling(float(math.prod(factors)), getattr(config, "final_logit_softcapping", None))
+
+
+def _linear_map(model: Any, linear: nn.Linear, head: Any) -> LinearMap:
+    if head is not None:
+        return _joined(head, model.config)
+    return LinearMap(linear.weight, linear.bias, logit_scaling(model.config))
+
+
+def _output_embeddings(model: nn.Module) -> nn.Linear:
+    linear = model.get_output_embeddings()  # type: ignore[operator]
+    if linear is None:
+        raise ModelError(f"{type(model).__name__} has no output embeddings; a masked or causal LM is needed")
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(f"{type(model).__name__}: the final map is a {type(linear).__name__}, not one linear map")
+    return linear
+
+
+def _joining_head(model: Any) -> Any:
+    """MobileBERT's head, which multiplies by the final map in its own forward and never calls it; None for others."""
+    return model.cls.predictions if model.config.model_type == "mobilebert" else None
+
+
+def _joined(head: Any, config: Any) -> LinearMap:
+    """MobileBERT's final map: the word embeddings and a second weight, side by side."""
+    weight, pad = head.decoder.weight, config.pad_token_id
+    if pad is not None and weight.requires_grad:
+        # The last word of a text has padding for its neighbour, or nothing, by the length of the batch's longest. A
+        # student's vector of [PAD] begins as zeros, which is what stands for nothing, and has to stay so.
+        weight = weight.index_copy(0, torch.tensor([pad], device=weight.device), weight[pad : pad + 1].detach())
+    return LinearMap(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
+
+
+def run_head(
+    model: nn.Module,
+    outputs: Any,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    final_linear: FinalLinear | None = None,
+) -> Any:
+    """Run `model` above its backbone on the backbone's `outputs` and return its `logits`.
+
+    inputs: what the backbone was given; a task head that averages over tokens (ModernBERT), or looks for the last
+        one (GPT-2), must know the pads.
+    final_linear: called inside the own `__call__` of the final linear map, or of the head that joins it (so that
+        FSDP hooks have gathered the weight), in place of its forward; what it returns is returned.
+    """
+    with _replaced_forward(model, final_linear) as returned, _stub_backbone(model, outputs):
+        # The stub ignores its input, but a model's forward asks for ids.
+        logits = model(**(inputs or {"input_ids": _placeholder(outputs)})).logits
+    return returned[0] if returned else logits
+
+
+def hidden_before_final_linear(model: nn.Module, outputs: Any) -> Tensor:
+    """(B, S, H) hidden states that the final linear map would see."""
+    hidden: Tensor = run_head(model, outputs, final_linear=lambda hidden, _: hidden)
+    return hidden
+
+
+def share_backbone(model: nn.Module, other: nn.Module) -> None:
+    """Let `other` use the backbone of `model`, tied output embeddings included. Both must have the same class of it."""
+    ours, theirs = backbone(model), backbone(other)
+    if type(ours) is not type(theirs):
+        raise ModelError(f"{type(model).__name__} and {type(other).__name__} have different backbones")
+    setattr(other, backbone_name(other), ours)
+    other.tie_weights()  # type: ignore[operator]
+
+
+def _placeholder(outputs: Any) -> Tensor:
+    hidden = outputs[0]
+    return torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+
+
+class _Stub(nn.Module):
+    """Stands where a backbone stood and returns what it returned, called itself or by a part (OPT's decoder)."""
+
+    def __init__(self, outputs: Any, real: nn.Module) -> None:
+        super().__init__()
+        self.outputs, self.__dict__["real"] = outputs, real  # not a module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.__dict__["real"], name)
+        return _Stub(self.outputs, found) if isinstance(found, PreTrainedModel) else found
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.outputs
+
+
+@contextmanager
+def _stub_backbone(model: nn.Module, outputs: Any) -> Iterator[None]:
+    name = backbone_name(model)
+    real = model._modules[name]
+    model._modules[name] = _Stub(outputs, real)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        model._modules[name] = real
+
+
+@contextmanager
+def _replaced_forward(model: nn.Module, function: FinalLinear | None) -> Iterator[list[Any]]:
+    returned: list[Any] = []
+    if function is None:
+        yield returned
+        return
+    linear, head = _output_embeddings(model), _joining_head(model)
+    caller: Any = linear if head is None else head
+    # Placement over several devices puts a forward of its own on the instance; it must be there again afterwards.
+    own = caller.__dict__.get("forward")
+
+    def forward(hidden: Tensor) -> Any:
+        if head is not None:
+            hidden = head.transform(hidden)
+        returned.append(function(hidden, _linear_map(model, linear, head)))
+        # The model may go on to index or reshape its logits: hand it something of that form.
+        return hidden
+
+    caller.forward = forward
+    try:
+        yield returned
+    finally:
+        del caller.forward  # the class's own forward shows again
+        if own is not None:
+            caller.forward = own
+    if not returned:
+        raise ModelError(f"{type(model).__name__} never calls its output embeddings; it is not supported")
+
+
+def split_parameters(model: Any, vocabulary_names: set[str]) -> dict[str, int]:
+    """Parameters in all, in tensors with a vocabulary axis, and in the body; the width of a word's vector.
+
+    Tied ones count once.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    vocabulary = sum(p.numel() for name, p in model.named_parameters() if name in vocabulary_names)
+    width = model.get_input_embeddings().weight.shape[1]
+    return {"total": total, "vocabulary": vocabulary, "body": total - vocabulary, "embedding_size": width}

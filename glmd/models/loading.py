@@ -1,0 +1,311 @@
+"""Load teachers, students and tokenizers, and refuse what would be silently wrong.
+
+    model = load_language_model(TeacherConfig("bert-base-uncased"))
+    tokenizer = load_source_tokenizer("bert-base-uncased")
+
+A local folder is checked before the hub is asked; only safetensors are read; weights that the checkpoint does not
+hold, or that are not finite, are an error, since `from_pretrained` would go on with random ones.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glmd.config import TeacherConfig
+from glmd.errors import GlmdError, ModelError, counted
+from glmd.models.heads import is_causal
+from glmd.models.probes import prove_language_model, silence_padding
+
+logger = logging.getLogger(__name__)
+# No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
+WEIGHTS: dict[str, Any] = {
+    "use_safetensors": True,
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model name is meant as a path: it exists, is absolute or dotted, or has more than one slash."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def require_model(name: str, *, field: str = "teacher.model") -> None:
+    """Refuse a local folder that is not there or holds no model. A hub id passes."""
+    if not looks_local(name):
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ModelError(f"{field}: {name} is no folder; give a folder with config.json, or a hub id")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{field}: {name} has no config.json; give a folder saved by save_pretrained")
+
+
+def require_weight_files(name: str) -> None:
+    """Refuse a local folder whose weights are absent or cut short; reads the heads of the files. A hub id passes."""
+    from safetensors import SafetensorError, safe_open
+
+    if not looks_local(name):
+        return
+    folder = Path(name)
+    names = _require_safe_index(folder) or ["model.safetensors"]
+    for each in names:
+        if not (folder / each).is_file():
+            raise ModelError(f"{name}: holds no {each}; save the model with save_pretrained (pickles are not read)")
+        try:
+            with safe_open(folder / each, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder / each}: is damaged ({error}); copy it again") from None
+
+
+def load_model_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's config, without weights."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_source_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, words: bool = True
+) -> Any:
+    """The teacher's tokenizer, checked to have what distillation needs.
+
+    words: it must serve masked-word prediction (pad, mask, cls and sep token); else one that cuts text will do.
+    """
+    from transformers import AutoTokenizer
+
+    from glmd.vocabulary.tokenizer import require_fast, require_tokenizer
+
+    if looks_local(name) and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        # AutoTokenizer would make an empty one of the model's class and say nothing.
+        raise ModelError(
+            f"{name}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); save the teacher's there"
+        )
+    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    if not words:
+        require_fast(tokenizer)
+        return tokenizer
+    require_tokenizer(tokenizer, mask=True)
+    for role in ("cls_token", "sep_token"):
+        if getattr(tokenizer, role) is None:
+            raise ModelError(f"{name}: the tokenizer has no {role}; only BERT-like tokenizers are supported yet")
+    return tokenizer
+
+
+def language_model_class(config: Any) -> Any:
+    """The auto class of a teacher's language model: causal where its config names such an architecture, else masked."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForCausalLM if is_causal(config) else AutoModelForMaskedLM
+
+
+def auto_class_name(model: Any) -> str:
+    """The auto class that opens a model's folder, or its own class where none does."""
+    from transformers.models.auto import modeling_auto
+
+    name = type(model).__name__
+    for head in ("MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice"):
+        mapping = f"MODEL_FOR_{re.sub('(?<=[a-z])(?=[A-Z])', '_', head).upper()}_MAPPING_NAMES"
+        if name in getattr(modeling_auto, mapping).values():
+            return f"AutoModelFor{head}"
+    return name
+
+
+def load_language_model(teacher: TeacherConfig) -> Any:
+    """A masked or causal LM with a trained head, in the teacher's dtype, in evaluation mode."""
+    assert teacher.model is not None, "checked before"
+    dtype = getattr(torch, teacher.dtype)
+    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    model, info = _from_pretrained(
+        language_model_class(load_model_config(teacher.model, **options)),
+        teacher.model,
+        dtype=dtype,
+        **WEIGHTS,
+        **options,
+    )
+    _require_complete(model, info, teacher.model, allowed_missing=())
+    _prove(model.eval(), prove_language_model)  # first, as it refuses a model without output embeddings
+    _require_tied(model, teacher.model)
+    return model
+
+
+def _require_tied(model: Any, name: str) -> None:
+    """Refuse two matrices of embeddings that the config calls one: saved again, one of them would be gone."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        anew = type(model)(model.config)
+    ours, theirs = (each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()))
+    is_one = anew.get_input_embeddings().weight is anew.get_output_embeddings().weight
+    if is_one and not torch.equal(ours, theirs):
+        raise not_tied(name)
+
+
+def not_tied(name: str) -> ModelError:
+    """What is said of two such matrices."""
+    return ModelError(
+        f"{name}: its config says tie_word_embeddings, but its weights hold two different matrices; set it to "
+        "false in config.json"
+    )
+
+
+def _prove(model: Any, prove: Callable[[Any], None]) -> None:
+    """`prove(model)`, with a vector of zeros for the pad token where nothing else stands in the way."""
+    try:
+        prove(model)
+    except ModelError as error:
+        if not silence_padding(model):
+            raise
+        try:
+            prove(model)
+        except ModelError:
+            raise error from None
+        logger.warning(
+            "%s: the vector of its pad token, which the last token of a text can see, is set to zero",
+            type(model).__name__,
+        )
+
+
+def compared_embeddings(model: Any, similarity: str) -> Tensor:
+    """(rows, H) the embeddings by which dropped tokens are mapped, of the model's `input` or `output`.
+
+    Raises ModelError where it has none, or where the output's are the input's.
+    """
+    name, given = type(model).__name__, model.get_input_embeddings()
+    if given is None:
+        raise ModelError(f"{name} has no input embeddings")
+    if similarity == "output":
+        output = model.get_output_embeddings()
+        if output is None:
+            raise ModelError(f"vocabulary.similarity output: {name} predicts no words; give input")
+        if output.weight is given.weight:
+            raise ModelError(f"vocabulary.similarity output has no effect: {name} has one matrix for both; remove it")
+        given = output
+    weight: Tensor = given.weight.detach()
+    return weight
+
+
+def load_model_as_saved(name: str) -> Any:
+    """A model of the class that its config names, with whatever head it has."""
+    import transformers
+
+    config = load_model_config(name)
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise ModelError(f"{name}: its config names the architecture {architecture!r}, which transformers has not")
+    model, info = _from_pretrained(model_class, name, **WEIGHTS, trust_remote_code=False)
+    _require_complete(model, info, name, allowed_missing=())
+    return model.eval()
+
+
+def model_positions(config: Any) -> int | None:
+    """How many tokens a model can read at once; None where its positions have no end.
+
+    In a table whose first rows are those of padding, as RoBERTa's, positions count from its padding_idx + 1.
+    """
+    from transformers import AutoModel
+
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or positions < 1:  # XLNet says -1
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            modules = list(AutoModel.from_config(config).named_modules())
+    except Exception:  # whatever a config's own code raises: such a model does not load either, and is refused there
+        return positions
+    for name, module in modules:
+        padding = getattr(module, "padding_idx", None)
+        is_table = isinstance(module, nn.Embedding) and "osition" in name + type(module).__name__
+        if is_table and padding is not None and module.num_embeddings == positions:
+            return positions - padding - 1
+    return positions
+
+
+def model_fingerprint(name: str, revision: str | None = None) -> str:
+    """sha256 over a local folder's config and weights; for a hub id its commit."""
+    folder = Path(name)
+    if not folder.is_dir():
+        commit = getattr(load_model_config(name, revision=revision), "_commit_hash", None)
+        return f"{name}@{commit or revision}"
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained` with its many errors as one line."""
+    options.setdefault("trust_remote_code", False)  # unset, it would ask on the terminal, and wait for an answer
+    try:
+        _require_safe_index(Path(name))
+        return auto_class.from_pretrained(name, **options)
+    except GlmdError:
+        raise
+    except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, HTTP errors, ...
+        if "trust_remote_code=True" in str(error):
+            raise ModelError(
+                f"{name}: brings Python code of its own, which is not run; read it, and give "
+                "teacher.trust_remote_code: true if it is a run's teacher"
+            ) from None
+        reason = " ".join(str(error).split())[:300]
+        hint = "" if looks_local(name) else "; without internet give a local folder"
+        raise ModelError(f"{name}: cannot be loaded as {auto_class.__name__} ({reason}){hint}") from error
+
+
+def _require_safe_index(folder: Path) -> list[str]:
+    """The weight files that an index names, if there is one. Refuses those outside: from_pretrained would follow."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        raise ModelError(f"{index}: not a weight index") from None
+    for each in names:
+        if Path(each).name != each:
+            raise ModelError(f"{index}: names {each!r}, which is outside the folder")
+    return sorted(names)
+
+
+# Parts of a backbone that some classes have and others of the same model have not.
+_UNREAD = re.compile(r"\.pooler\.|position_ids$|token_type_ids$")
+
+
+def _require_complete(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
+    require_keys(model, info, name, allowed_missing=allowed_missing)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name}: {key} holds values that are not finite")
+
+
+def require_keys(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
+    """Refuse a folder whose weights are not those of the model, by name and shape, as from_pretrained found them."""
+    missing = [key for key in info["missing_keys"] if not any(part in key for part in allowed_missing)]
+    if missing:
+        shown = ", ".join(sorted(missing)[:3])
+        raise ModelError(
+            f"{name}: {type(model).__name__} needs {counted(len(missing), 'weight')} that it does not hold ({shown}); "
+            "they would be random"
+        )
+    if info["mismatched_keys"]:
+        raise ModelError(f"{name}: weights of another shape than its config says: {min(info['mismatched_keys'])}")
+    # Other heads may be left behind; a layer that is, is a config that belongs to another model.
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    unread = [key for key in info["unexpected_keys"] if key.startswith(prefix) and not _UNREAD.search(key)]
+    if unread:
+        raise ModelError(
+            f"{name}: holds {counted(len(unread), 'weight')} that its config has no place for ({min(unread)}); "
+            "is num_hidden_layers that of these weights?"
+        )

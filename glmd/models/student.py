@@ -1,0 +1,299 @@
+"""Make a student: the teacher's architecture, or one of narrow word vectors, with fewer layers and fewer words.
+
+    student = build_student(teacher, vocabulary, StudentConfig(num_hidden_layers=6), seed=0)
+
+The result is a stock model with `vocab_size` of the kept vocabulary.
+"""
+
+import copy
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from glmd.config import StudentConfig
+from glmd.errors import ConfigError, ModelError, disk_error
+from glmd.models.factorized_embeddings import check_narrow, copy_around_layers, narrow_config
+from glmd.models.heads import backbone, backbone_name
+from glmd.models.layers import layer_indices
+from glmd.models.loading import language_model_class
+from glmd.models.probes import OTHER_LAYERS, prove_copied_layers, prove_language_model
+from glmd.strict_yaml import suggestion
+from glmd.vocabulary.slicing import slice_model
+from glmd.vocabulary.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *, seed: int) -> Any:
+    """A student for `teacher`, a Hugging Face model; the teacher is not changed.
+
+    With `initialisation: scratch` every weight is drawn from `seed`. Otherwise the chosen layers, the kept rows of
+    the embeddings and all else outside the layers are copied, so that a student with every layer and every word is
+    the teacher; of a narrow `architecture` the layers, and what stands around them as nearly as it can. Raises
+    ConfigError where a changed width makes that impossible.
+    """
+    # Every token kept is not every row: a teacher may have rows beyond its tokenizer.
+    is_whole = vocabulary.is_identity and vocabulary.size == teacher.config.vocab_size
+    sliced = teacher if is_whole else slice_model(teacher, vocabulary)
+    total = teacher.config.num_hidden_layers
+    count = config.num_hidden_layers or total
+    chosen = chosen_layers(config, count, total)
+    torch.manual_seed(seed)
+    model_config = student_model_config(sliced.config, config, count, chosen)
+    if config.architecture is None:
+        student = type(teacher)(model_config)
+    else:
+        student = language_model_class(model_config).from_config(model_config)
+    student.to(torch.float32)
+    if getattr(sliced, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(sliced.generation_config)
+    if chosen is not None:
+        _copy_weights(student, sliced, chosen, config.config)
+        if config.architecture is not None:
+            copy_around_layers(student, sliced)
+    student.tie_weights()
+    if chosen is not None:
+        _prove_copy(student, sliced, chosen, config.config)
+    prove_language_model(student)
+    return student
+
+
+def student_model_config(teacher_config: Any, config: StudentConfig, num_layers: int, chosen: list[int] | None) -> Any:
+    """The teacher's config with the student's changes. Raises ConfigError for a field the architecture has not."""
+    architecture = config.architecture
+    result = copy.deepcopy(teacher_config) if architecture is None else narrow_config(teacher_config, architecture)
+    known = set(result.to_dict()) | set(getattr(result, "attribute_map", {}))
+    for key, value in config.config.items():
+        if key not in known:
+            hint = "; electra and mobilebert have it: student.architecture" if key == "embedding_size" else ""
+            raise ConfigError(f"student.config.{key} is unknown to {result.model_type}{hint or suggestion(key, known)}")
+        if key.endswith("_token_id"):
+            raise ConfigError(f"student.config.{key} is set by glmd; remove it")
+        try:
+            setattr(result, key, value)
+        except Exception as error:  # the config's own checks raise classes of their own
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"student.config.{key}: {value!r} does not fit ({reason})") from None
+    if hasattr(result, "true_hidden_size"):  # MobileBERT's; follows from the others, but not when they are changed
+        result.true_hidden_size = result.intra_bottleneck_size if result.use_bottleneck else result.hidden_size
+    if architecture is not None:
+        check_narrow(result, teacher_config, copies=chosen is not None)
+    _choose_settings(result, num_layers, chosen, given=set(config.config))
+    result.dtype = torch.float32
+    return result
+
+
+def _choose_settings(config: Any, num_layers: int, chosen: list[int] | None, *, given: set[str]) -> None:
+    """Give `config` its number of layers, and of each list with a setting for every layer those of the chosen ones."""
+    total, own = config.num_hidden_layers, vars(PreTrainedConfig()).keys() | given
+    places = chosen or list(range(min(num_layers, total)))
+    # A list with an entry for each layer, and a mapping from some layers' numbers to what is different in them.
+    values = {name: value for name, value in {**config.to_dict(), **vars(config)}.items() if value and name not in own}
+    lists = {name: value for name, value in values.items() if isinstance(value, (list, tuple)) and len(value) == total}
+    mappings = {name: value for name, value in values.items() if _is_by_layer(value, total)}
+    if (lists or mappings) and num_layers > total:
+        raise ConfigError(f"student.num_hidden_layers: {num_layers} is more than the teacher's {total} layers")
+    try:
+        for name, value in lists.items():
+            setattr(config, name, type(value)(value[i] for i in places))
+        for name in mappings:
+            setattr(config, name, None)
+        if num_layers != total:
+            # A decoder with the config of an encoder-decoder has its number in a field of its own.
+            for name, value in list(vars(config).items()):
+                if re.fullmatch("(.*_)?layers", name) and type(value) is int and value == total and name not in given:
+                    setattr(config, name, num_layers)
+            config.num_hidden_layers = num_layers
+        for name, value in mappings.items():
+            of_layer = {int(key): each for key, each in value.items()}
+            setattr(config, name, {i: of_layer[j] for i, j in enumerate(places) if j in of_layer})
+    except Exception as error:  # Funnel's number of layers follows from its blocks
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"student.num_hidden_layers: {type(config).__name__} does not take it ({reason})") from None
+
+
+def _is_by_layer(value: Any, total: int) -> bool:
+    return isinstance(value, dict) and all(str(key).isdigit() and int(key) < total for key in value)
+
+
+def saved_and_reopened(config: Any) -> Any:
+    """A student's config as its folder will give it. Raises ConfigError where it is another, or cannot be."""
+    name = type(config).__name__
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            again = type(config).from_pretrained(folder)
+    except Exception as error:  # the checks of configs raise classes of their own
+        if disk_error(error):
+            raise
+        reason = " ".join(str(error).split())[-300:]
+        raise ConfigError(
+            f"student: a {name} with these changes and {config.num_hidden_layers} layers cannot be saved and opened "
+            f"again ({reason}); set the field that it names in student.config, or keep all layers"
+        ) from None
+    before, after = (_own_fields(json.loads(each.to_json_string(use_diff=False))) for each in (config, again))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    if changed:
+        raise ConfigError(
+            f"student: {name}.{changed[0]} is {before.get(changed[0])!r:.80} and comes back from its file as "
+            f"{after.get(changed[0])!r:.80}; set it in student.config"
+        )
+    return again
+
+
+def chosen_layers(config: StudentConfig, count: int, total: int) -> list[int] | None:
+    """Zero-based teacher layers to copy, or None from scratch. Raises ConfigError."""
+    if config.initialisation == "scratch":
+        return None
+    if isinstance(config.initialisation, list) and len(config.initialisation) != count:
+        raise ConfigError(
+            f"student.initialisation names {len(config.initialisation)} layers, num_hidden_layers is {count}"
+        )
+    return layer_indices(config.initialisation, count, total)
+
+
+@torch.no_grad()
+def _copy_weights(student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any]) -> None:
+    source = teacher.state_dict()
+    tensors = student.state_dict()
+    for name, origin in weight_origins(student, teacher, chosen, changes).items():
+        tensors[name].copy_(source[origin])
+
+
+def _own_fields(value: Any) -> Any:
+    """What a config says of its model; not who wrote it, nor in which numbers."""
+    if not isinstance(value, dict):
+        return value
+    others = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures"}
+    return {key: _own_fields(each) for key, each in value.items() if key not in others}
+
+
+def weight_origins(
+    student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, str]:
+    """Which of the teacher's tensors each of the student's is a copy of, by name. Shapes alone are looked at.
+
+    changes: fields of the student's config that are other than the teacher's by wish.
+    Of a student of another architecture the tensors of its layers are copies. Raises ConfigError where a changed width
+    makes a copy impossible, or a copied layer would have other settings than the teacher's.
+    """
+    lists, is_narrow = layer_lists(student, teacher), type(student) is not type(teacher)
+    places = "|".join(re.escape(name) for name in lists)
+    pattern = re.compile(rf"^({places})\.(\d+)(\..*)$")
+    source = teacher.state_dict()
+    origins = {}
+    for name, tensor in student.state_dict().items():
+        match = pattern.match(name)
+        if is_narrow and not match:
+            continue
+        origins[name] = f"{lists[match[1]]}.{chosen[int(match[2])]}{match[3]}" if match else name
+        found = source.get(origins[name])
+        if found is None or found.shape != tensor.shape:
+            was = tuple(found.shape) if found is not None else "absent"
+            raise ConfigError(
+                f"student.initialisation: {name} has shape {tuple(tensor.shape)}, the teacher's is {was}; "
+                "with other widths use scratch"
+            )
+    if not is_narrow:
+        _require_same_settings(student, _with_changes(teacher, changes), lists, chosen)
+    return origins
+
+
+def _with_changes(teacher: Any, changes: Mapping[str, Any]) -> Any:
+    """The teacher as a model whose config has the student's changes, but for those of single layers."""
+    plain = {key: value for key, value in changes.items() if not isinstance(value, (list, dict))}
+    if not plain:
+        return teacher
+    config = copy.deepcopy(teacher.config)
+    for key, value in plain.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]), torch.device(teacher.device):
+        changed = type(teacher)(config)
+    changed.load_state_dict(teacher.state_dict(), assign=True)
+    return changed.train(teacher.training)
+
+
+def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
+    """Names of the student's module lists with a module for each layer -> the teacher's.
+
+    Most models have one; XLM has one for each part of a layer. Raises ConfigError where there is none.
+    """
+    ours, theirs = _lists_of(student), _lists_of(teacher)
+    if not (ours and theirs):
+        raise ConfigError(
+            f"student.initialisation: {type(teacher).__name__} has no list of {teacher.config.num_hidden_layers} "
+            "layers to copy from; use scratch"
+        )
+    if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's
+        return {min(ours, key=len): min(theirs, key=len)}
+    return {name: name for name in ours if name in theirs}
+
+
+def _lists_of(model: Any) -> list[str]:
+    """The outermost module lists of a backbone that are as long as it has layers."""
+    found: list[str] = []
+    for name, module in backbone(model).named_modules(prefix=backbone_name(model)):
+        is_list = isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+        if is_list and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def _require_same_settings(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> None:
+    """Refuse a copied layer with other modules than the teacher's, or with other settings but for its own number."""
+    for ours, theirs in lists.items():
+        for i, j in enumerate(chosen):
+            now, was = (
+                _settings_of(model.get_submodule(name))
+                for model, name in ((student, f"{ours}.{i}"), (teacher, f"{theirs}.{j}"))
+            )
+            pairs = {key: (now.get(key, "nothing"), was.get(key, "nothing")) for key in sorted(now.keys() | was.keys())}
+            for key, (value, original) in pairs.items():
+                if value != original and (value, original) != (i, j):
+                    raise ConfigError(
+                        f"student.initialisation: layer {i} of the student, a copy of the teacher's layer {j}, would "
+                        f"have {key} {value} in place of {original}; {OTHER_LAYERS}"
+                    )
+
+
+def _settings_of(layer: nn.Module) -> dict[str, Any]:
+    """Class and plain attributes of each module of a layer, by name."""
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        found[f"{name} (class)".strip()] = type(module).__name__
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        found |= {f"{name}.{key}".lstrip("."): value for key, value in plain.items() if key != "training"}
+    return found
+
+
+def _prove_copy(student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any]) -> None:
+    """Prove that a student holds and does what it copied, once its tied weights are one. Raises ModelError."""
+    ours, source = student.state_dict(), teacher.state_dict()
+    is_narrow = type(student) is not type(teacher)
+    for name, origin in weight_origins(student, teacher, chosen, changes).items():
+        if not torch.equal(ours[name], source[origin].to(ours[name].dtype)):
+            raise ModelError(f"{type(teacher).__name__}: {name} is tied by the configuration but not in the model")
+    if not is_narrow:
+        lists, changed = layer_lists(student, teacher), _with_changes(teacher, changes)
+        prove_copied_layers(student, changed, lists, chosen)
+        if changed is not teacher and not _gives_the_same(student, teacher, lists, chosen):
+            logger.warning(
+                "student.config %s: the copied layers give other outputs than the teacher's; the student begins worse",
+                ", ".join(changes),
+            )
+
+
+def _gives_the_same(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> bool:
+    try:
+        prove_copied_layers(student, teacher, lists, chosen)
+    except ModelError:
+        return False
+    return True

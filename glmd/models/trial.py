@@ -1,0 +1,75 @@
+"""A small student with drawn weights, tried in `check` in all that a run would do with it.
+
+    try_student(config.student, teacher_config, chosen=[1, 3, 5], length=128, task_heads={"MultipleChoice"})
+
+The architecture is the student's own; it has few tokens, so that even one of a large model takes a second. What this
+refuses would be refused by a run too, days later.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmd.config import StudentConfig
+from glmd.errors import ConfigError, ModelError
+from glmd.models.heads import share_backbone
+from glmd.models.loading import language_model_class
+from glmd.models.probes import prove_config, prove_language_model, prove_task_model
+from glmd.models.student import student_model_config
+from glmd.vocabulary.renumbering import renumber_config, token_id_fields
+from glmd.vocabulary.vocabulary import Vocabulary
+
+TOKENS = 64  # besides special ones
+
+
+def try_student(
+    student: StudentConfig,
+    teacher_config: Any,
+    chosen: list[int] | None,
+    *,
+    num_layers: int,
+    length: int,
+    task_heads: Iterable[str] = (),
+    is_whole: bool = False,
+) -> None:
+    """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
+
+    chosen: the teacher's layers to copy, None from scratch. length: the most tokens that it reads at once.
+    task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
+    is_whole: the student keeps every row, so that its ids stay and need not be known.
+    """
+    import transformers
+
+    try:
+        few = _with_few_tokens(teacher_config)
+    except ModelError:
+        if not is_whole:
+            raise
+        few = teacher_config
+    config = student_model_config(few, student, num_layers, chosen)
+    of_words: Any = language_model_class(config)
+    try:
+        prove_config(config, of_words, prove_language_model, length=length)
+        for head in sorted(task_heads):
+            of_task: Any = getattr(transformers, f"AutoModelFor{head}")
+            prove_config(config, of_task, prove_task_model, length=length)
+            with torch.device("meta"):
+                share_backbone(of_task.from_config(config), of_words.from_config(config))
+    except ModelError as error:
+        start = student.initialisation
+        raise ConfigError(f"a student of {num_layers} layers with student.initialisation {start}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:  # no such head for this architecture
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None
+
+
+def _with_few_tokens(config: Any) -> Any:
+    """The config with its special tokens and the first few others, renumbered."""
+    rows = config.vocab_size
+    special = [i for _, i in token_id_fields(config) if 0 <= i < rows]
+    kept = np.unique([*range(min(TOKENS, rows)), *special])
+    token_map = np.zeros(rows, dtype=np.int64)
+    token_map[kept] = np.arange(len(kept))
+    return renumber_config(config, Vocabulary(kept, token_map))

@@ -1,0 +1,73 @@
+"""Whether a folder's weights are those of its model, found out by the heads of its files: no weight is read.
+
+    require_language_model("models/mine", field="teacher.model")
+
+Transformers itself matches names and shapes, on a model that has no memory for them, so that what is refused here is
+what loading would refuse. Values are looked at only where a file holds two embeddings that its config calls one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glmd.errors import ModelError
+from glmd.models.loading import (
+    WEIGHTS,
+    _from_pretrained,
+    language_model_class,
+    load_model_config,
+    looks_local,
+    not_tied,
+    require_keys,
+    require_weight_files,
+)
+
+ROWS = 4096  # of two embeddings that are compared at once
+HEADS_WITHOUT_WORDS = ("SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
+
+
+def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), **options: Any) -> None:
+    """Refuse a local folder that holds no whole language model. A hub id passes. Raises ModelError with the cure.
+
+    tasks: of the run, for which a classifier might have been meant. options: revision and trust_remote_code.
+    """
+    require_weight_files(name)
+    if not looks_local(name):
+        return
+    config = load_model_config(name, **options)
+    model, info = _without_memory(language_model_class(config), name, **options)
+    for head in config.architectures or ():
+        if info["missing_keys"] and head.endswith(HEADS_WITHOUT_WORDS):
+            raise ModelError(
+                f"{field}: {name} holds a {head}, which predicts no words; give the language model that it was made "
+                f"from, and it for its task: teacher=BASE teacher.tasks.{next(iter(tasks), 'TASK')}={name}"
+            )
+    require_keys(model, info, name, allowed_missing=())
+    _require_one_matrix(model, name)
+
+
+def _without_memory(auto_class: Any, name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    model, info = _from_pretrained(auto_class, name, device_map="meta", **WEIGHTS, **options)
+    return model, info
+
+
+def _require_one_matrix(model: Any, name: str) -> None:
+    """Refuse two matrices of embeddings in the files where the config says that they are one."""
+    import torch
+    from safetensors import safe_open
+
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [next((key for key, each in model.named_modules() if each is end), None) for end in ends]
+    found: list[Any] = []
+    with torch.no_grad():
+        for wanted in (f"{each}.weight" for each in names if each):
+            for path in sorted(Path(name).glob("*.safetensors")):
+                file = safe_open(path, framework="pt")  # a context manager, but the slices outlive it
+                found += [file.get_slice(key) for key in file.keys() if key == wanted]  # noqa: SIM118
+        if len(found) != 2 or found[0].get_shape() != found[1].get_shape():
+            return
+        for first in range(0, found[0].get_shape()[0], ROWS):
+            if not torch.equal(*(each[first : first + ROWS] for each in found)):
+                raise not_tied(name)

@@ -1,0 +1,272 @@
+"""Which caches of a teacher's answers a plan has, what they are made from, and what they take on disk.
+
+    print(describe_cache(plan, sources))       # for `glmd check`: refuses another's cache and a disk too small
+    cache = task_cache(plan, "task_words", "RTE", seed=0, teacher_hash=..., classifier_hash=...)
+
+The corpus has one cache in the folder `teacher.cache`, each stage of a task one below it.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from glmd.config import RunConfig, StageConfig, differences
+from glmd.data.blocks import BlockDataset, block_frame
+from glmd.data.corpus import read_documents
+from glmd.data.masking import corruption_for
+from glmd.data.token_store import TokenStore, encode_texts, open_token_store
+from glmd.distillation.objective import WORD_SIGNALS
+from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
+from glmd.errors import DataError, RunError, counted
+from glmd.models.heads import is_causal
+from glmd.models.loading import model_fingerprint
+from glmd.planning.plan import Plan, word_width
+from glmd.planning.rules import cached_stages, kept_words
+from glmd.tasks.cloze import verbaliser_ids
+from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.tasks import TaskExample
+from glmd.vocabulary.tokenizer import tokenizer_fingerprint
+
+SAMPLE = 4 << 20  # characters of a corpus that are cut into tokens to estimate the rest by
+# What is known of a corpus only when it was cut into tokens.
+LATER = ("corpus.tokens", "blocks.training", "blocks.held_out")
+
+
+def corpus_cache(
+    plan: Plan, training: BlockDataset, held_out: BlockDataset, *, teacher_hash: str, tokens: str | None
+) -> TeacherCache:
+    """The corpus in every masking that training sees, and the held-out blocks."""
+    made_from = _corpus_made_from(plan) | {"teacher": teacher_hash}
+    made_from["corpus"]["tokens"] = tokens
+    made_from["blocks"] |= {"training": len(training), "held_out": len(held_out)}
+    return _cache(plan, cache_folder(plan.config), ((training, _maskings(plan)), (held_out, 1)), made_from, words=True)
+
+
+def require_own_cache(plan: Plan, teacher_hash: str | None) -> None:
+    """Refuse a cache of the corpus that is of something else, by what is known before the corpus is read.
+
+    teacher_hash: None where the teacher is yet to be trained. Raises RunError naming what differs.
+    """
+    manifest = read_manifest(cache_folder(plan.config)) if "pretraining" in cached_stages_of(plan) else None
+    if manifest is None:
+        return
+    expected = _cache(
+        plan, cache_folder(plan.config), (), _corpus_made_from(plan) | {"teacher": teacher_hash}, words=True
+    )
+    unknown = LATER if teacher_hash else (*LATER, "teacher")
+    changed = differences(manifest["made_from"], expected.made_from, ignore=unknown)
+    if changed:
+        raise RunError(stale(expected.folder, changed))
+
+
+def task_cache(
+    plan: Plan, name: str, task: str, seed: int, *, teacher_hash: str | None, classifier_hash: str | None
+) -> TeacherCache:
+    """A task's inputs in every masking, and val where the stage compares words there.
+
+    name: of the stage. Hashes are those of the pretrained and the fine-tuned teacher, None where they are yet to be
+    trained: sizes do not depend on them.
+    """
+    stage, planned = inputs_stage(plan, name, task), plan.tasks[task]
+    words, classes = name in kept_words([name], plan.method), len(planned.task.labels)
+    length = stage.max_length or planned.task.max_length
+    corruption = corruption_for(plan.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
+    data = task_dataset(plan, task, planned.inputs, length)
+    data.corruption = corruption
+    parts = [(data, stage.num_maskings or 1)]
+    if name == "task_words":
+        parts.append((task_dataset(plan, task, planned.val, length), 1))
+    made_from = {
+        # In a blank the fine-tuned model predicts words by a head of its own.
+        "teacher": teacher_hash if words and planned.task.casting == "head" else None,
+        "classifier": classifier_hash,
+        "tokenizer": tokenizer_fingerprint(plan.tokenizer),
+        "inputs": [each.fingerprint() for each, _ in parts],
+        "max_length": length,
+        "masking": _masking(stage, seed),
+    }
+    num_classes = classes if plan.method[name].uses("task_logits") else None
+    return _cache(
+        plan, task_cache_folder(plan, name, task, seed), parts, made_from, words=words, num_classes=num_classes
+    )
+
+
+def task_dataset(
+    plan: Plan, task: str, examples: Sequence[TaskExample], length: int, tokenizer: Any = None
+) -> TaskDataset:
+    """A task's examples as they are; in a student's own ids with a tokenizer that gives them."""
+    planned = plan.tasks[task]
+    return TaskDataset(
+        examples,
+        tokenizer or plan.tokenizer,
+        max_length=length,
+        verbalisers=planned.verbalisers if tokenizer is None else verbaliser_ids(planned.task, tokenizer),
+        mean_over_tokens=planned.task.mean_over_tokens,
+        is_causal=is_causal(plan.teacher_config),
+    )
+
+
+def held_out_blocks(tokens: int, blocks: int, length: int, wanted: int) -> int:
+    """How many of a corpus' blocks are held out: as many as wanted, at most a fifth. Raises DataError for too few."""
+    if blocks < 5:
+        found = f"{counted(tokens, 'token')} are {counted(blocks, 'block')} of {length}"
+        raise DataError(f"data.corpus: {found}; at least 5 are needed: give more text, or a smaller max_length")
+    return min(wanted, blocks // 5)
+
+
+def inputs_stage(plan: Plan, name: str, task: str) -> StageConfig:
+    """A stage's settings as they make its inputs, which no cell of a sweep changes: those of task_labels are corrupted
+    for terms that compare words, and for no others."""
+    stage = plan.config.stage(name, task)
+    is_clean = name == "task_labels" and not plan.method[name].uses(*WORD_SIGNALS)
+    return replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
+
+
+def cache_folder(config: RunConfig) -> Path:
+    assert config.teacher.cache is not None, "asked for by the config"
+    return Path(config.teacher.cache)
+
+
+def task_cache_folder(plan: Plan, name: str, task: str, seed: int) -> Path:
+    """One for all seeds, unless each has maskings of its own."""
+    masked = inputs_stage(plan, name, task).mlm_probability
+    return cache_folder(plan.config) / TASKS / task / name / (f"seed-{seed}" if masked else "")
+
+
+def cached_stages_of(plan: Plan) -> list[str]:
+    return cached_stages(plan.config, plan.method)
+
+
+def describe_cache(plan: Plan, sources: Sequence[str]) -> str:
+    """What `teacher.cache` will take, for a person.
+
+    Raises RunError for a cache of something else, naming what differs, and for a disk too small for all of it.
+    """
+    teacher, folder = plan.config.teacher, cache_folder(plan.config)
+    # Of many gigabytes, and for nothing where there is no cache to compare it with.
+    is_known = teacher.model is not None and folder.is_dir()
+    teacher_hash = model_fingerprint(str(teacher.model), teacher.revision) if is_known else None
+    require_own_cache(plan, teacher_hash)
+    lines, to_come = [], 0.0
+    if "pretraining" in cached_stages_of(plan):
+        text, size = _corpus_size(plan, sources)
+        lines.append(f"corpus, {text}")
+        there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+        to_come += max(0.0, size - there)
+    found = {}
+    for name, task, seed in itertools.product(cached_stages_of(plan), plan.tasks, plan.config.seeds):
+        if name != "pretraining" and task_cache_folder(plan, name, task, seed) not in found:
+            named = teacher.tasks.get(task)
+            hashes = {"classifier_hash": model_fingerprint(named) if named else None, "teacher_hash": teacher_hash}
+            cache = found[task_cache_folder(plan, name, task, seed)] = task_cache(plan, name, task, seed, **hashes)
+            _require_own(cache, unknown=[key.removesuffix("_hash") for key, value in hashes.items() if value is None])
+            tokens = f"{cache.num_tokens:,} tokens of {cache.token_bytes} bytes, " if cache.width else ""
+            lines.append(f"{cache.folder.relative_to(folder)}, {tokens}{gigabytes(cache.num_bytes)}")
+            to_come += cache.bytes_to_come
+    free = free_bytes(folder)
+    lines.append(f"{gigabytes(to_come)} to come, {gigabytes(free)} free")
+    if to_come > free:
+        raise RunError(f"teacher.cache {folder}: {'; '.join(lines)}; {LESS}")
+    return "\n".join(f"{'cache' if not i else '':<10}{line}" for i, line in enumerate([str(folder), *lines]))
+
+
+def _corpus_made_from(plan: Plan) -> dict[str, Any]:
+    """What a cache of the corpus depends on, as far as a plan knows it."""
+    stage, files = plan.config.pretraining, (plan.corpus or {}).get("sources", [])
+    contents = json.dumps([each.get("sha256") or each for each in files])
+    return {
+        "tokenizer": tokenizer_fingerprint(plan.tokenizer),
+        # A corpus may move; of a data set of the hub the tokens tell whether it is the same.
+        "corpus": {"files": hashlib.sha256(contents.encode()).hexdigest()},
+        "blocks": {"max_length": stage.max_length},
+        "masking": _masking(stage, plan.config.seeds[0]),
+    }
+
+
+def _masking(stage: StageConfig, seed: int) -> dict[str, Any]:
+    return {
+        "mlm_probability": stage.mlm_probability or 0.0,
+        "num_maskings": stage.num_maskings or 1,
+        "seed": seed if stage.mlm_probability else None,
+    }
+
+
+def _maskings(plan: Plan) -> int:
+    return plan.config.pretraining.num_maskings or 1
+
+
+def _cache(
+    plan: Plan,
+    folder: Path,
+    parts: Sequence[tuple[BlockDataset | TaskDataset, int]],
+    made_from: dict[str, Any],
+    *,
+    words: bool,
+    num_classes: int | None = None,
+) -> TeacherCache:
+    return TeacherCache(
+        folder,
+        parts,
+        width=word_width(plan) if words else None,
+        num_classes=num_classes,
+        dtype=plan.config.teacher.dtype,
+        bits=plan.config.teacher.cache_bits,
+        made_from=made_from,
+    )
+
+
+def _require_own(cache: TeacherCache, *, unknown: Sequence[str]) -> None:
+    manifest = read_manifest(cache.folder)
+    changed = differences(manifest["made_from"], cache.made_from, ignore=unknown) if manifest is not None else []
+    if changed:
+        raise RunError(stale(cache.folder, changed))
+
+
+def _corpus_size(plan: Plan, sources: Sequence[str]) -> tuple[str, float]:
+    """In words, and in bytes: by the run's own tokens where they are there, else by a sample of the text."""
+    length, maskings = plan.config.pretraining.max_length, _maskings(plan)
+    assert length is not None, "checked by config"
+    store = store_of(plan)
+    tokens = store.num_tokens if store is not None else estimated_tokens(plan, sources)
+    if tokens is None:
+        return "of unknown length until it is read", 0.0
+    frame = sum(map(len, block_frame(plan.tokenizer)))
+    blocks = -(-tokens // (length - frame))
+    token_bytes = _cache(plan, cache_folder(plan.config), (), {}, words=True).token_bytes
+    held_out = min(plan.config.data.eval_blocks, blocks // 5)
+    texts = (blocks - held_out) * maskings + held_out
+    kept = round((tokens + blocks * frame) * texts / blocks)
+    size = kept * token_bytes + texts * 24
+    about = "" if store is not None else "about "
+    found = f"{about}{counted(kept, 'token')} of {token_bytes} bytes in {counted(maskings, 'masking')}"
+    return f"{found}, {gigabytes(size)}", size
+
+
+def store_of(plan: Plan) -> TokenStore | None:
+    """The corpus as tokens, where an earlier start of this run has left it."""
+    try:
+        store = open_token_store(Path(plan.config.output_dir) / "corpus")
+    except RunError:
+        return None
+    return store if store.manifest["fingerprint"]["corpus"] == plan.corpus else None
+
+
+def estimated_tokens(plan: Plan, sources: Sequence[str]) -> int | None:
+    """By the tokens a byte of its first megabytes; of jsonl too many, by what is not text. None for one of the hub."""
+    sizes = [each.get("size") for each in (plan.corpus or {}).get("sources", [])]
+    if not sizes or None in sizes:
+        return None
+    texts, characters = [], 0
+    for text in read_documents(sources, text_field=plan.config.data.text_field):
+        texts.append(text)
+        characters += len(text)
+        if characters > SAMPLE:
+            break
+    tokens = sum(map(len, encode_texts(plan.tokenizer, texts))) + len(texts)  # with a separator after each
+    if characters <= SAMPLE:
+        return tokens
+    return round(tokens / sum(len(text.encode()) for text in texts) * sum(sizes))

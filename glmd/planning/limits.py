@@ -1,0 +1,156 @@
+"""What of a config is beyond the data, the memory or reason, refused with the largest that fits.
+
+    require_sizes(plan, sources)        # data: the same on every machine
+    require_room(plan, Layout())        # memory: of this one
+
+A step is rehearsed, as for `glmd plan`, only where its batch might be large for the machine.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from glmd.config import StageConfig
+from glmd.data.blocks import block_frame
+from glmd.errors import ConfigError, ModelError, counted
+from glmd.planning.caches import estimated_tokens, held_out_blocks, store_of
+from glmd.planning.plan import Plan
+from glmd.planning.run_cost import Layout, each_once, fitting_batch, stages_with_controls
+from glmd.planning.stages import PlannedStage, planned_stages
+from glmd.planning.step_cost import counted as rehearsed
+from glmd.runtime.memory import USABLE, forward_bytes
+
+READ_WHOLE = (
+    1_000_000  # bytes of a corpus that are cut into tokens to count its blocks; of a larger one they bound them
+)
+# So many are refused for no data: they are what a stage has by default, and harmless.
+SMALL_BATCH, SMALL_STEP, SMALL_EVAL, SMALL_HELD_OUT = 16, 64, 64, 64
+SUSPICIOUS = 0.01  # of the memory, by hidden states alone: beyond it the step is rehearsed
+
+
+def require_sizes_and_room(plan: Plan, world: Path | None, processes: int) -> None:
+    """Both, for a run on this machine. world: where the embedded world lies, for `data.world`."""
+    require_sizes(plan, [str(world / "corpus.txt")] if world else plan.config.data.corpus, processes=processes)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and processes > 1
+    require_room(plan, Layout(processes, sharding="fsdp" if sharded else "none"))
+
+
+def require_sizes(plan: Plan, sources: Sequence[str], *, processes: int = 1) -> None:
+    """Refuse batches, steps and held-out blocks beyond the data, and workers beyond reason. Raises GlmdError.
+
+    sources: the corpus. processes: that share a step.
+    """
+    _require_workers(plan.config.dataloader_num_workers)
+    for stage in planned_stages(plan):
+        if stage.task is None:
+            _require_corpus_sizes(plan, stage, sources, processes)
+            continue
+        name = f"{stage.task.task.name} has {counted(stage.examples or 0, 'training example')}"
+        _require_batches(stage, stage.examples or 0, name, processes)
+        scored = max(len(stage.task.val), len(stage.task.inputs))
+        _require_eval_batch(stage, scored, f"{stage.task.task.name} has {counted(scored, 'example')} to score")
+
+
+def _require_workers(number: int) -> None:
+    """A login node has few CPUs: what a larger machine may have is not refused there."""
+    most = max(32, 4 * (os.cpu_count() or 1))
+    if number > most:
+        found = f"{number:,} processes for each rank are more than 4 for each of the {os.cpu_count()} CPUs here"
+        raise ConfigError(f"dataloader_num_workers: {found}; give at most {most}")
+
+
+def _require_corpus_sizes(plan: Plan, stage: PlannedStage, sources: Sequence[str], processes: int) -> None:
+    known = _corpus_blocks(plan, sources, stage.length)
+    if known is None:
+        return
+    tokens, blocks, about = known
+    wanted = plan.config.data.eval_blocks
+    held_out = held_out_blocks(tokens, blocks, stage.length, wanted)
+    corpus = f"the corpus is {about}{counted(blocks, 'block')} of {stage.length} tokens"
+    if wanted > max(SMALL_HELD_OUT, held_out):
+        raise ConfigError(f"data.eval_blocks is {wanted:,}, but {corpus}; give at most {held_out:,}, a fifth of them")
+    _require_batches(stage, blocks - held_out, corpus, processes)
+    _require_eval_batch(stage, blocks, corpus)
+
+
+def _require_batches(stage: PlannedStage, examples: int, there: str, processes: int) -> None:
+    """Refuse a micro-batch that holds an example twice, and a step that does so beyond a small one."""
+    settings = stage.settings
+    batch, accumulated = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    if batch > max(SMALL_BATCH, examples):
+        found = f"per_device_train_batch_size of {stage.name} is {batch:,}"
+        raise ConfigError(f"{found}, but {there}; give at most {examples:,}")
+    most = max(SMALL_STEP, examples) // (batch * processes)
+    if accumulated > max(1, most):
+        step = f"makes steps of {settings.global_batch_size(processes):,} examples"
+        found = f"gradient_accumulation_steps of {stage.name} is {accumulated:,} and {step}"
+        raise ConfigError(f"{found}, but {there}; give at most {max(1, most):,}")
+
+
+def _require_eval_batch(stage: PlannedStage, examples: int, there: str) -> None:
+    batch = stage.settings.per_device_eval_batch_size
+    if batch > max(SMALL_EVAL, examples):
+        found = f"per_device_eval_batch_size of {stage.name} is {batch:,}"
+        raise ConfigError(f"{found}, but {there}; give at most {max(SMALL_EVAL, examples):,}")
+
+
+def _corpus_blocks(plan: Plan, sources: Sequence[str], length: int) -> tuple[int, int, str] | None:
+    """Tokens and blocks of the corpus, and "at most " where they are bounds. None where nothing is known of it.
+
+    A token is at least a byte of its text.
+    """
+    sizes = [each.get("size") for each in (plan.corpus or {}).get("sources", [])]
+    store, about = store_of(plan), ""
+    if store is not None:
+        tokens = store.num_tokens
+    elif not sizes or None in sizes:
+        return None
+    elif sum(sizes) <= READ_WHOLE:
+        tokens = max(0, (estimated_tokens(plan, sources) or 0) - 1)  # a separator stands between two documents
+    else:
+        tokens, about = sum(sizes), "at most "
+    frame = sum(map(len, block_frame(plan.tokenizer)))
+    return tokens, -(-tokens // (length - frame)), about
+
+
+def require_room(plan: Plan, layout: Layout) -> None:
+    """Refuse batches that the memory of this machine cannot take. Raises ConfigError with the largest that fits."""
+    count = each_once(rehearsed)
+    for stage, objective in stages_with_controls(plan, layout.devices):
+        settings, choices = stage.settings, _choices(stage)
+        shown = f"of {stage.name} is"
+        remedy = f"this machine has {layout.usable / USABLE / 1e9:.3g} GB; `glmd plan` counts for another"
+        evaluated = int(layout.usable // (forward_bytes(plan.teacher_config, stage.length) * choices))
+        if _largest_scored(stage, settings) > max(1, evaluated):
+            found = f"per_device_eval_batch_size {shown} {settings.per_device_eval_batch_size:,}"
+            raise ConfigError(
+                f"{found}, of which about {evaluated:,} fit: {remedy}; give at most {max(1, evaluated):,}"
+            )
+        batch = settings.per_device_train_batch_size
+        if batch * choices * _kept_bytes(plan, stage) < SUSPICIOUS * layout.usable:
+            continue
+        try:
+            fits = fitting_batch(plan, stage, objective, layout, count)
+        except ModelError:  # of an architecture that cannot be rehearsed the hidden states are all that is known
+            fits = int(layout.usable // (choices * _kept_bytes(plan, stage)))
+        if batch > fits:
+            found = f"per_device_train_batch_size {shown} {batch:,}, of which about {fits:,} fit: {remedy}"
+            raise ConfigError(f"{found}; give at most {fits:,}" if fits else f"{found}; shorten max_length")
+
+
+def _choices(stage: PlannedStage) -> int:
+    return max((len(each.texts) for each in stage.task.inputs), default=1) if stage.task is not None else 1
+
+
+def _largest_scored(stage: PlannedStage, settings: StageConfig) -> int:
+    """Texts of the largest batch that is scored: no larger than the data."""
+    batch = settings.per_device_eval_batch_size
+    return batch if stage.task is None else min(batch, max(len(stage.task.val), len(stage.task.inputs)))
+
+
+def _kept_bytes(plan: Plan, stage: PlannedStage) -> int:
+    """What the backward of a text needs at least: what each layer was given, in half precision."""
+    trains_teacher = stage.kind in ("teacher", "task_teacher")
+    config = (plan.teacher_config if trains_teacher else plan.student_config).get_text_config()
+    width = getattr(config, "hidden_size", 1)
+    return 2 * stage.length * (width if isinstance(width, int) else 1) * (int(config.num_hidden_layers) + 1)

@@ -1,0 +1,230 @@
+"""What a config means beside its method: open choices filled in, and what is missing or has no effect there refused.
+
+    method, config, asked = resolve(config)
+    config = for_teacher(config, method, asked, causal=False)
+
+From names and numbers alone: no model, tokenizer or text is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from glmd.config import RunConfig, StageConfig
+from glmd.distillation.objective import WORD_SIGNALS, Objective, load_method
+from glmd.distillation.teacher_cache import folder_problem, read_manifest
+from glmd.errors import ConfigError
+from glmd.tasks.tasks import Task, load_task
+
+
+def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float | None]:
+    """The method, the config with its choices made, and the pretraining's mlm_probability as it was given.
+
+    Raises ConfigError naming the key.
+    """
+    method = load_method(config.method, count_positions=config.gkd_compat)
+    asked, config = config.pretraining.mlm_probability, _resolved(config, method)
+    _check_methods_needs(config, method)
+    _check_cache(config, method)
+    _check_ensemble(config, method)
+    return method, config, asked
+
+
+def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | None, *, causal: bool) -> RunConfig:
+    """The resolved config for a teacher of this kind. asked: the pretraining's mlm_probability as it was given."""
+    if causal:
+        config = _for_decoder(config, method, asked)
+    _check_cached_maskings(config, method)
+    return config
+
+
+def task_of(config: RunConfig, name: str) -> Task:
+    """The task under a key of `tasks`: from its own YAML if it names one, else one that comes with glmd."""
+    return load_task(config.tasks[name].get("definition") or name, config.casting)
+
+
+def learns_from_train(config: RunConfig, name: str) -> bool:
+    """Whether any model of the run is trained on the task's training examples."""
+    return not config.tasks[name].get("inputs") or name not in config.teacher.tasks or config.controls.hard_labels
+
+
+def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
+    """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
+    names = ["task_teacher", *(name for name in ("task_words", "task_labels") if name in method)]
+    return {name: config.stage(name, task) for name in names}
+
+
+def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
+    """The stages that read what the teacher says from `teacher.cache`."""
+    if config.teacher.cache is None:
+        return []
+    asking = [
+        stage
+        for stage, objective in method.items()
+        if objective.uses("word_logits", "task_logits") and (stage == "pretraining" or config.tasks)
+    ]
+    return [stage for stage in asking if stage in (config.teacher.cached_stages or asking)]
+
+
+def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
+    """Cached stages of which hidden states are kept; task_words compares words at least to be scored."""
+    return [stage for stage in cached if stage == "task_words" or method[stage].uses("word_logits")]
+
+
+def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
+    """Choices that depend on the method, filled in: mlm_probability and the spelling of task names."""
+    tasks = {task_of(config, name).name: changes for name, changes in config.tasks.items()}
+    if len(tasks) < len(config.tasks):
+        raise ConfigError(f"tasks: {', '.join(config.tasks)} names a task twice")
+    teachers = {task_of(config, name).name: model for name, model in config.teacher.tasks.items()}
+    stages: dict[str, Any] = {}
+    for name in ("pretraining", "task_words", "task_labels"):
+        stage: StageConfig = getattr(config, name)
+        needed = name in method and method[name].needs_corruption
+        if stage.mlm_probability is None:
+            default = 0.15 if needed or name == "pretraining" else 0.0
+            stages[name] = replace(stage, mlm_probability=default)
+        elif stage.mlm_probability == 0 and needed:
+            raise ConfigError(
+                f"{name}.mlm_probability is 0, but method {config.method} speaks of corrupted tokens; give 0.15"
+            )
+        elif (
+            name == "task_labels"
+            and stage.mlm_probability
+            and not method["task_labels"].uses("word_logits", "word_labels")
+        ):
+            raise ConfigError("task_labels.mlm_probability has no effect: its terms compare no words; remove it")
+    config = replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
+    _check_maskings(config)
+    return config
+
+
+def _check_maskings(config: RunConfig) -> None:
+    """Refuse a number of maskings where nothing is masked."""
+    for name in ("pretraining", "task_words", "task_labels"):
+        stage: StageConfig = getattr(config, name)
+        if stage.num_maskings and not stage.mlm_probability:
+            raise ConfigError(f"{name}.num_maskings has no effect: nothing is masked there; remove it")
+    for task, changes in config.tasks.items():
+        stages = [config.stage(name, task) for name in ("task_words", "task_labels")]
+        if changes.get("num_maskings") and not any(stage.mlm_probability for stage in stages):
+            raise ConfigError(f"tasks.{task}.num_maskings has no effect: nothing is masked there; remove it")
+
+
+def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
+    """The config for a causal teacher, which predicts the next word of whole text: nothing is masked."""
+    if config.tasks and config.casting != "cloze":
+        raise ConfigError(
+            f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
+        )
+    if any(objective.needs_corruption for objective in method.values()):
+        raise ConfigError(f"method {config.method} speaks of corrupted tokens; a causal teacher has none: give glmd")
+    given = {"pretraining": mlm_probability} | {
+        name: getattr(config, name).mlm_probability for name in ("task_words", "task_labels")
+    }
+    given |= {f"tasks.{task}": changes.get("mlm_probability") for task, changes in config.tasks.items()}
+    for name, probability in given.items():
+        if probability:
+            raise ConfigError(f"{name}.mlm_probability is {probability}; a causal teacher reads whole text: remove it")
+    config = replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
+    _check_maskings(config)
+    return config
+
+
+def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> None:
+    import torch
+
+    teacher, data, vocabulary = config.teacher, config.data, config.vocabulary
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("mixed_precision fp16 has no effect without a GPU; give bf16 or no")
+    _require_trackers(config.report_to)
+    if teacher.revision is not None and teacher.model is not None and Path(teacher.model).is_dir():
+        raise ConfigError(f"teacher.revision has no effect on the folder {teacher.model}; remove it")
+    if teacher.model is None and teacher.scratch is None:
+        raise ConfigError("teacher is missing; give teacher=FOLDER or a hub id")
+    if teacher.scratch is not None and not data.world:
+        raise ConfigError("teacher.scratch needs data.world, whose tokenizer it uses; give teacher=FOLDER instead")
+    if not (data.corpus or data.world) and "pretraining" in method:
+        raise ConfigError(f"data.corpus is missing; method {config.method} pretrains on it")
+    for name, changes in config.tasks.items():
+        own = changes.get("val") and (changes.get("train") or not learns_from_train(config, name))
+        if not (data.superglue or data.world or own):
+            raise ConfigError(f"data.superglue is missing; {name} is read from it (a folder, or aps/super_glue)")
+    if not config.tasks and "pretraining" not in method:
+        raise ConfigError(f"tasks is empty and method {config.method} has no pretraining; name a task")
+    if vocabulary.keep_ratio is None and vocabulary.size is None:
+        raise ConfigError("vocabulary.keep_ratio is missing; 0.5 is the paper's, 1.0 keeps the whole vocabulary")
+    if config.tasks and "task_labels" not in method:
+        raise ConfigError(f"method {config.method} has no task_labels stage, but tasks are given")
+    for stage in config.sweep:
+        if stage not in method:
+            raise ConfigError(f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it")
+    if config.controls.full_vocabulary and vocabulary.keep_ratio == 1:
+        raise ConfigError("controls.full_vocabulary has no effect: vocabulary.keep_ratio is 1")
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker whose package is not there: Accelerate would only warn and track nothing."""
+    from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+    installed = {
+        "tensorboard": is_tensorboard_available,
+        "wandb": is_wandb_available,
+        "trackio": is_trackio_available,
+    }
+    for name in names:
+        if not installed[name]():
+            raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or remove it")
+
+
+def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse a cache that no stage would read, or that has no place."""
+    if config.teacher.cache is None:
+        return
+    cached = cached_stages(config, method)
+    silent = [stage for stage in config.teacher.cached_stages or () if stage not in cached]
+    if silent:
+        raise ConfigError(
+            f"teacher.cached_stages: {silent[0]} asks the teacher nothing in method {config.method} with tasks "
+            f"{', '.join(config.tasks) or '{}'}; remove it"
+        )
+    if not cached:
+        raise ConfigError(f"teacher.cache has no effect: method {config.method} asks the teacher nothing; remove it")
+    if config.teacher.cache_bits != 16 and not kept_words(cached, method):
+        raise ConfigError("teacher.cache_bits has no effect: only task logits are kept, in 32 bits; remove it")
+    folder = Path(config.teacher.cache)
+    problem = None if read_manifest(folder) else folder_problem(folder)  # a complete one is only read
+    if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
+        problem = f"lies in output_dir {config.output_dir}"
+    if problem is not None:
+        raise ConfigError(f"teacher.cache {folder} {problem}; give a folder of its own, which other runs can share")
+
+
+def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse further teachers that nothing would be asked of."""
+    if not config.teacher.ensemble:
+        return
+    if not ("pretraining" in method and method["pretraining"].uses("word_logits")):
+        raise ConfigError(
+            f"teacher.ensemble has no effect: method {config.method} compares no words on the corpus; remove it"
+        )
+    if "pretraining" in cached_stages(config, method):
+        raise ConfigError(
+            "teacher.ensemble: of the corpus teacher.cache keeps the answers of one teacher; leave pretraining out of "
+            "teacher.cached_stages, or remove one of the two"
+        )
+
+
+def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
+    # The inputs of task_labels are corrupted for terms that compare words, and for no others.
+    names = [name for name in cached_stages(config, method) if name == "task_words" or method[name].uses(*WORD_SIGNALS)]
+    stages = [(name, config.pretraining) for name in names if name == "pretraining"]
+    stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]
+    for name, stage in stages:
+        if stage.mlm_probability and not stage.num_maskings:
+            raise ConfigError(
+                f"{name}.num_maskings is missing; with teacher.cache the texts are masked so many times and no more, "
+                "for example 4, which pays from the fifth epoch; or leave the stage out of teacher.cached_stages"
+            )

@@ -1,0 +1,310 @@
+"""One micro-batch of a stage with random weights: counted without any memory, or timed on this machine.
+
+    count = counted(cast, examples=8, length=512)          # bytes at the peaks and FLOPs, on weights that hold nothing
+    micro_batch, update = timed(cast, examples=8, length=512)     # seconds, with weights
+
+Both run the distiller and the teacher of training, on texts as long as may be, which is the most that a batch costs.
+"""
+
+import copy
+import math
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
+
+from glmd.data.batches import Batch
+from glmd.data.masking import IGNORED
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import WORD_SIGNALS, Objective
+from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.losses.linear import chunk_tokens
+from glmd.losses.rows import BLOCK_ROWS
+from glmd.models.heads import final_linear
+from glmd.models.loading import language_model_class
+from glmd.vocabulary.vocabulary import Vocabulary
+
+aten = torch.ops.aten
+# What torch's counter leaves out: products in place, and a CPU's fused attention.
+MORE_FLOPS: dict[Any, Callable[..., int]] = {
+    aten.addmm_: addmm_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who is on stage: the models of a step, by their configs, and what it compares.
+
+    teacher: None where nothing is asked of one. is_cached: its hidden states are read from disk. source_size: V.
+    form: how a task is asked; None on a corpus. masked: share of tokens with a label.
+    """
+
+    objective: Objective
+    student: Any
+    source_size: int
+    teacher: Any | None = None
+    teacher_dtype: str = "float32"
+    merge_dropped: bool = False
+    is_cached: bool = False
+    form: Literal["classes", "choices", "words"] | None = None
+    num_labels: int = 2
+    masked: float = 0.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes and floating-point operations of one micro-batch on one device."""
+
+    teacher: int  # weights
+    head: int  # the teacher's, sliced
+    student: int
+    student_gathered: int  # of them, what a sharded student holds whole at a time
+    optimizer: int
+    teacher_forward: int  # at its peak, beside the weights
+    student_step: int  # forward, loss and backward at their peak, beside weights and gradients
+    chunk: int  # of it, the logits of both models that the linear loss holds at a time
+    loss: int  # of it, all that the linear loss holds: also a block in float32, and the weight's gradient
+    teacher_flops: int
+    student_flops: int
+
+
+class Step:
+    """The models of a step, with the run's own distiller and teacher."""
+
+    def __init__(self, cast: Cast) -> None:
+        self.cast, objective = cast, cast.objective
+        asks_task = objective.uses("task_logits", "task_labels")
+        words, task = _models(cast, cast.student, torch.float32, objective.uses(*WORD_SIGNALS), asks_task)
+        kept = np.arange(cast.student.vocab_size)
+        vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
+        self.distiller = Distiller(objective, vocabulary.token_map, language_model=words, classifier=task)
+        self.distiller.train()
+        if cast.gradient_checkpointing:
+            self.distiller.recompute_activations()
+        self.parameters = list(self.distiller.parameters())
+        self.teacher: OnlineTeacher | None = None
+        if cast.teacher is not None:
+            asked = objective.uses("word_logits"), objective.uses("task_logits")
+            words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), *asked)
+            self.teacher = OnlineTeacher(
+                words if asked[0] else None, task, vocabulary, merge_dropped=cast.merge_dropped
+            )
+
+    def teach(self, batch: Batch) -> TeacherOutputs:
+        """What the teacher says, or what a cache of it gives."""
+        if self.teacher is None:
+            return TeacherOutputs()
+        if not self.cast.is_cached:
+            return self.teacher(batch)
+        hidden, weight, device = None, self.teacher.weight, batch["input_ids"].device
+        if weight is not None:
+            hidden = weight.new_empty(int(batch["attention_mask"].sum()), weight.shape[1])
+        classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.num_labels
+        answers = torch.zeros(len(batch["example_id"]), classes, device=device)
+        return TeacherOutputs(
+            hidden, weight, self.teacher.bias, self.teacher.merged_into, answers, self.teacher.scaling
+        )
+
+    def learn(self, batch: Batch, outputs: TeacherOutputs) -> None:
+        """The student's forward, the loss and the backward."""
+        dtype = torch.float16 if self.cast.mixed_precision == "fp16" else torch.bfloat16
+        device = batch["input_ids"].device.type
+        with torch.autocast(device, dtype=dtype, enabled=self.cast.mixed_precision != "no"):
+            total = self.distiller(batch, outputs).sum()
+        total.backward()
+
+
+def _models(cast: Cast, config: Any, dtype: torch.dtype, words: bool, task: bool) -> tuple[Any, Any]:
+    """(language model, task model), None for one that is not needed; words in a blank are asked of the first."""
+    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
+
+    in_blank, language_model = task and cast.form == "words", None
+    if words or in_blank:
+        language_model = language_model_class(config).from_config(config, dtype=dtype)
+        language_model.tie_weights()  # which is left out with the drawing of weights
+    if not task or in_blank:
+        return language_model, language_model if in_blank else None
+    config = copy.deepcopy(config)
+    if cast.form == "classes":
+        config.num_labels = cast.num_labels
+    auto_class: Any = AutoModelForMultipleChoice if cast.form == "choices" else AutoModelForSequenceClassification
+    return language_model, auto_class.from_config(config, dtype=dtype)
+
+
+def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
+    """Texts of one word, `choices` for each example; one token is padding, so that models make their masks."""
+    ids = torch.ones((examples * choices, length), dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
+    batch["attention_mask"][-1, -1] = 0
+    if cast.masked:
+        batch["word_labels"] = torch.full_like(ids, IGNORED)
+        batch["word_labels"][:, : math.ceil(cast.masked * length)] = 1
+    if cast.form is not None:
+        batch["labels"] = torch.zeros_like(batch["example_id"])
+    if cast.form == "words":
+        batch["blank_ids"] = torch.full_like(ids, IGNORED)
+        batch["blank_ids"][:, 1] = 1
+    if choices > 1 or cast.form == "choices":
+        batch["num_choices"] = torch.full((examples,), choices)
+    elif cast.form == "words":
+        batch["verbalisers"] = torch.arange(cast.num_labels).expand(examples, -1)
+    return batch
+
+
+def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_attention: bool = True) -> Count:
+    """What one micro-batch takes. Nothing is computed: weights have shapes and no memory.
+
+    fused_attention: as on a GPU, where attention never keeps its (S, S) probabilities; a CPU does where it has dropout.
+    Gradients are there from the beginning, as in every micro-batch of a step but the first.
+    """
+    from transformers.initialization import no_init_weights
+
+    flops = FlopCounterMode(display=False)
+    flops.flop_registry |= MORE_FLOPS
+    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():  # whose draws may look at what they drew
+        step = Step(cast)
+        for parameter in step.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    # Outside of the mode ids and masks stay real, so that code may look at them; weights stay what they are.
+    batch = _batch(cast, examples, choices, length)
+    with torch.compiler.set_stance("force_eager"), _OnFakes(fused_attention), Allocated() as allocated, flops:
+        outputs = step.teach(batch)
+        teacher_forward, teacher_flops = allocated.peak, flops.get_total_flops()
+        allocated.peak = allocated.now
+        step.learn(batch, outputs)
+    student, language_model = sum(p.nbytes for p in step.parameters), step.distiller.language_model
+    chunk = loss = wider = 0
+    if cast.objective.uses("word_logits"):
+        assert language_model is not None, "predicts the words"
+        words, width = final_linear(language_model).weight.shape
+        theirs = cast.source_size if cast.merge_dropped else words
+        tokens = batch["input_ids"].numel()
+        chunk = chunk_bytes(cast, tokens, words, fused_attention)
+        wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
+        loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
+    head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
+    whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
+    return Count(
+        teacher=_bytes(whole),
+        head=sum(each.nbytes for each in head if each is not None),
+        student=student,
+        student_gathered=_gathered(step.distiller),
+        optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps
+        teacher_forward=teacher_forward,
+        student_step=allocated.peak + wider,
+        chunk=chunk,
+        loss=loss,
+        teacher_flops=teacher_flops,
+        student_flops=flops.get_total_flops() - teacher_flops,
+    )
+
+
+def chunk_bytes(cast: Cast, tokens: int, words: int, is_gpu: bool) -> int:
+    """What the logits of both models take that the linear loss holds at a time, of a micro-batch of so many tokens."""
+    number = 2 if cast.mixed_precision == "bf16" else 4
+    theirs = cast.source_size if cast.merge_dropped else words
+    return number * (words + theirs) * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu")
+
+
+def timed(cast: Cast, *, examples: int, length: int, choices: int = 1, repeats: int = 3) -> tuple[float, float]:
+    """Seconds of a micro-batch and of an update of the weights, medians of `repeats` after one that is not counted."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    with device:
+        step, batch = Step(cast), _batch(cast, examples, choices, length)
+        step.distiller.to(device)
+        optimizer = torch.optim.AdamW(step.parameters, fused=True)
+        found = []
+        for _ in range(1 + repeats):
+            moments = [_now()]
+            step.learn(batch, step.teach(batch))
+            moments.append(_now())
+            nn.utils.clip_grad_norm_(step.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            moments.append(_now())
+            found.append((moments[1] - moments[0], moments[2] - moments[1]))
+    return statistics.median(each[0] for each in found[1:]), statistics.median(each[1] for each in found[1:])
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of tensors that were made within and are still alive, and the most that there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        given = {id(each.untyped_storage()) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for each in tree_leaves(returned):
+            if isinstance(each, Tensor):
+                storage = each.untyped_storage()
+                if id(storage) not in self.alive | given:
+                    self.alive.add(id(storage))
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return returned
+
+    def _forget(self, name: int, size: int) -> None:
+        self.alive.discard(name)
+        self.now -= size
+
+
+class _OnFakes(TorchFunctionMode):
+    """What fake tensors cannot do by themselves: be indexed by a mask, and choose a GPU's attention."""
+
+    def __init__(self, fused_attention: bool) -> None:
+        super().__init__()
+        self.fused_attention = fused_attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor) and _is_mask(args[1]):
+            return args[0][args[1].nonzero(as_tuple=True)]
+        if func is Tensor.nonzero and isinstance(args[0], FakeTensor):
+            return torch.ones(args[0].shape).nonzero()  # which labels are none nobody knows: all are kept, the most
+        if func is nn.functional.scaled_dot_product_attention and self.fused_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}  # with dropout only a GPU has a kernel that keeps nothing for it
+        return func(*args, **kwargs)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+def _bytes(models: list[Any]) -> int:
+    tensors: Iterator[Tensor] = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in models if m is not None)
+    return sum({id(each): each.nbytes for each in tensors}.values())
+
+
+def _gathered(student: nn.Module) -> int:
+    """What stands outside the layers, and two layers: the one that is run, and the next, which is being fetched."""
+    lists = [list(part) for part in student.modules() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        return _bytes([student])
+    layers = max(lists, key=_bytes)
+    return _bytes([student]) - _bytes(layers) + 2 * max(_bytes([layer]) for layer in layers)

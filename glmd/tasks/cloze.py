@@ -1,0 +1,134 @@
+"""Words in a blank: which ids fill it, and how a model is asked for them, by mask tokens or as a continuation.
+
+rows, cut = continuations(examples, tokenizer, max_length=256)     # for a causal LM; a masked one gets masks
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from glmd.data.blocks import block_frame
+from glmd.data.masking import IGNORED
+from glmd.errors import ConfigError, DataError
+from glmd.tasks.tasks import BLANK, Task, TaskExample
+
+
+def continuations(
+    examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int
+) -> tuple[list[dict[str, np.ndarray]], list[bool]]:
+    """A row for each text of each example, for a model that says each token from those before; and whether it was cut.
+
+    The text with the blank comes last, whatever its place in the pair, after a line end; the other loses its end at
+    max_length. A row's `blank_ids` stand one place early, where the model says them: of a candidate those of its tokens
+    and of all that follows the blank (arXiv:1806.02847, partial scoring); a 0 where a verbaliser would come next, after
+    which the text ends, as nothing later bears on it. Raises DataError where the asking text alone is too long.
+    """
+    start, _ = block_frame(tokenizer)
+    owners = [(example, choice) for example in examples for choice in (example.choices or ("",))]
+    others, before, whole = [], [], []
+    for (example, choice), (text, pair) in zip(owners, (each for e in examples for each in e.texts), strict=True):
+        other, asking = (text, pair) if BLANK in (pair or "") else (pair or "", text)
+        asking = ("\n" if other else "") + str(asking)
+        others.append(other)
+        before.append(asking.partition(BLANK)[0].removesuffix(" "))
+        whole.append(asking.replace(BLANK, choice) if example.choices else before[-1])
+    if examples[0].choices:
+        candidate_ids(examples, tokenizer)  # refuses one without tokens
+    rows: list[dict[str, np.ndarray]] = []
+    cut = []
+    columns = [_ids(texts, tokenizer) for texts in (others, before, whole)]
+    for (example, _), given, context, asked in zip(owners, *columns, strict=True):
+        # Where the candidate begins: a token that spans the border is its first one.
+        border = next(
+            (i for i, pair in enumerate(zip(context, asked, strict=False)) if pair[0] != pair[1]), len(context)
+        )
+        scored = asked[border:]
+        room = max_length - len(start) - len(asked)
+        if room < 0:
+            found = f"the text around the blank has {len(asked)} tokens"
+            raise DataError(f"{place(example)}: {found}, too many for max_length {max_length}; give a larger one")
+        row = np.array([*start, *given[:room], *asked], dtype=np.int32)
+        first_scored = len(row) - len(scored) - 1
+        if first_scored < 0:
+            raise DataError(
+                f"{place(example)}: nothing stands before the blank for a causal model to go on from; write text there"
+            )
+        cut.append(len(given) > room)
+        blank_ids = np.full(len(row), IGNORED, dtype=np.int32)
+        blank_ids[first_scored : first_scored + max(1, len(scored))] = scored or [0]
+        rows.append({"input_ids": row, "blank_ids": blank_ids})
+    return rows, cut
+
+
+def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
+    """The ids of a task's verbalisers. Raises ConfigError for a word that is not one known token of its own."""
+    ids: list[int] = []
+    for word in task.verbalisers:
+        (pieces,) = ids_in_text([word], tokenizer)
+        if len(pieces) != 1 or pieces[0] in tokenizer.all_special_ids:
+            shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
+            raise ConfigError(f"task {task.name}: cloze.words: {word!r} is not one word of the vocabulary ({shown})")
+        _refuse_dropped(task, word, tokenizer, pieces[0])
+        ids += pieces
+    if len(set(ids)) < len(ids):
+        raise ConfigError(
+            f"task {task.name}: cloze.words: {', '.join(task.verbalisers)} are one token to the tokenizer"
+        )
+    return tuple(ids)
+
+
+def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> None:
+    """A compressed vocabulary reads a word that it dropped as another one, which would be scored in its place."""
+    source = getattr(tokenizer, "source_tokenizer", None)
+    if source is not None:
+        original = source.convert_ids_to_tokens(ids_in_text([word], source)[0][0])
+        kept = tokenizer.convert_ids_to_tokens(token_id)
+        if original != kept:
+            found = f"{word!r} was dropped from this vocabulary, which reads {kept!r} for it"
+            raise ConfigError(f"task {task.name}: cloze.words: {found}; choose kept words, or vocabulary.keep_words")
+
+
+def candidate_ids(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[int]]:
+    """For each row the ids of the candidate that fills its blank; one 0 where a verbaliser will."""
+    candidates = [choice for example in examples for choice in example.choices]
+    if not candidates:
+        return [[0]] * len(examples)
+    fillings = ids_in_text(candidates, tokenizer)
+    owners = (example for example in examples for _ in example.choices)
+    for example, candidate, filling in zip(owners, candidates, fillings, strict=True):
+        if not filling:
+            raise DataError(f"{place(example)}: the candidate {candidate!r} has no tokens, so it cannot fill a blank")
+    return fillings
+
+
+def ids_in_text(words: list[str], tokenizer: Any) -> list[list[int]]:
+    """The ids of each word as it stands within a text: after a space, where a tokenizer has other tokens for that."""
+    spaced = [f" {word}" for word in words]
+    both = (tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (spaced, words))
+    # Where a space would be a token of its own, the word has the same tokens without it.
+    return [after if len(after) <= len(alone) else alone for after, alone in zip(*both, strict=True)]
+
+
+def refuse_masks(examples: Sequence[TaskExample], tokenizer: Any) -> None:
+    """The blank is known by its mask tokens, so a text must bring none of its own."""
+    for example in examples:
+        texts = [text or "" for pair in example.texts for text in pair]
+        if any(tokenizer.mask_token in text for text in (*texts, *example.choices)):
+            found = f"the text holds {tokenizer.mask_token}, which the model would take for the blank"
+            raise DataError(f"{place(example)}: {found}; remove it")
+
+
+def place(example: TaskExample) -> str:
+    return example.where or f"example {example.example_id} (idx {example.idx})"
+
+
+def with_masks(text: str, filling: list[int], tokenizer: Any) -> str:
+    # The space before a blank belongs to what fills it (`ids_in_text`); not every mask token takes it along.
+    return re.sub(f" ?{BLANK}", tokenizer.mask_token * len(filling), text)

@@ -1,0 +1,58 @@
+"""What a checkpoint of training holds: a student's weights and AdamW's averages, by name, and whose code made them.
+
+Of a student that ranks share out, what is written and read is whole.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glmd.distillation.distiller import Distiller
+from glmd.training.fsdp import part_of, whole
+
+LIBRARIES = ("torch", "transformers", "accelerate")
+# Raised by hand whenever the weights after a step change. A checkpoint of another number is not continued from.
+# test_the_losses_of_a_few_steps_are_those_of_this_step_version holds it to what is computed.
+STEP_VERSION = 1
+
+
+def trainable(distiller: Distiller) -> dict[str, Tensor]:
+    """The parameters that learn, each once, by name. Non-persistent and constant buffers are not state."""
+    return {name: p for name, p in distiller.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in trainable(distiller).items():
+        parameter.copy_(part_of(tensors[name], parameter))
+
+
+def fill(distiller: Distiller, trained: Distiller) -> None:
+    """Give `distiller` the weights of the one that is trained, if that is another: a sharded one."""
+    if trained is not distiller:
+        load_trainable(distiller.to("cpu"), whole(trainable(trained)))
+
+
+def optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in trainable(distiller).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in trainable(distiller).items():
+        if f"{name}.step" not in tensors:  # no step yet, as all were left out, or it had no gradient in any
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
+        # AdamW keeps its step counter beside the parameter only when fused.
+        optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
+
+
+def code_of_a_step() -> dict[str, Any]:
+    """What computes a step: its version, and the libraries'."""
+    return {"step": STEP_VERSION, **{name: version(name) for name in LIBRARIES}}

@@ -1,0 +1,205 @@
+"""Methods as YAML, and an objective's masks, counts, means and weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from glmd.config import STAGES
+from glmd.distillation.objective import SIGNALS, Objective, Term, load_method, parse_term, token_mask
+from glmd.errors import ConfigError
+from glmd.losses.logits import LOGIT_LOSSES
+from glmd.strict_yaml import configs_root
+
+METHODS = sorted(path.stem for path in (configs_root() / "methods").glob("*.yaml"))
+WORDS = Term("word_logits", "kl_divergence", options={"temperature": 15.0})
+MASKED = Term("word_logits", "kl_divergence", tokens="masked")
+LABELS = Term("word_labels", "hard_cross_entropy", tokens="masked")
+TASK = Term("task_logits", "kl_divergence")
+TASK_LABELS = Term("task_labels", "hard_cross_entropy")
+
+Write = Callable[[str, str], Path]
+
+
+def batch() -> dict[str, Tensor]:
+    """3 rows of 4, 2 and 3 tokens; 3 tokens were corrupted; one row has no label."""
+    return {
+        "input_ids": torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0], [2, 9, 3, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        "word_labels": torch.tensor([[-100, 7, 5, -100], [-100, -100, -100, -100], [-100, 0, -100, -100]]),
+        "example_id": torch.arange(3),
+        "labels": torch.tensor([1, -100, 0]),
+    }
+
+
+# Methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_that_comes_with_glmd_builds(name: str) -> None:
+    method = load_method(name)
+    assert method and set(method) <= set(STAGES)
+    logits, label = torch.ones(2, 3), torch.tensor([0, 1])
+    for term in (term for objective in method.values() for term in objective.terms):
+        target = label if term.signal.endswith("labels") else logits
+        assert SIGNALS[term.signal][term.loss](logits, target, **term.options).shape == (2,)
+
+
+def test_glmd_is_two_stages_of_words_at_temperature_15_and_one_of_soft_labels() -> None:
+    assert load_method("glmd") == {
+        "pretraining": Objective((WORDS,)),
+        "task_words": Objective((WORDS,)),
+        "task_labels": Objective((TASK,)),
+    }
+
+
+def test_a_method_of_ones_own_is_a_path(write: Write) -> None:
+    path = write(
+        "mine.yaml",
+        """
+        pretraining:
+          - {signal: word_logits, loss: reverse_kl, temperature: 4, weight: {from: 1, to: 0}, tokens: masked}
+          - {signal: word_labels, loss: hard_cross_entropy, weight: 2}
+        """,
+    )
+    first = Term("word_logits", "reverse_kl", {"from": 1.0, "to": 0.0}, "masked", {"temperature": 4.0})
+    second = Term("word_labels", "hard_cross_entropy", 2.0, "masked")
+    assert load_method(str(path)) == {"pretraining": Objective((first, second))}
+
+
+def test_count_positions_reaches_every_stage() -> None:
+    assert all(objective.count_positions for objective in load_method("glmd", count_positions=True).values())
+
+
+GOOD = "{signal: word_logits, loss: kl_divergence}"
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "remedy"),
+    [
+        (f"pretrainig: [{GOOD}]", "pretrainig is unknown", "did you mean pretraining?"),
+        ("pretraining: []", "pretraining must be a list of terms", ""),
+        (f"pretraining: {GOOD}", "pretraining must be a list of terms", ""),
+        ("pretraining: [word_logits]", "pretraining[0] must be a mapping", "word_logits"),
+        (f"pretraining: [{GOOD}, {{loss: mse}}]", "pretraining[1].signal is missing", ""),
+        ("pretraining: [{signal: word_logits}]", "pretraining[0].loss is missing", ""),
+        ("pretraining: [{signal: word_logit, loss: mse}]", "[0].signal 'word_logit'", "did you mean word_logits?"),
+        ("pretraining: [{signal: task_logits, loss: mse}]", "[0].signal 'task_logits'", "word_logits"),
+        ("task_words: [{signal: 3, loss: mse}]", "[0].signal 3", "task_logits"),
+        ("task_words: [{signal: word_logits, loss: kl_divergance}]", "[0].loss 'kl_divergance'", "did you mean kl_div"),
+        ("task_labels: [{signal: task_labels, loss: mse}]", "[0].loss 'mse' does not fit task_labels", "hard_cross"),
+        ("task_words: [{signal: word_logits, loss: mse, temperature: 2}]", "[0].temperature has no effect", "weight"),
+        ("task_words: [{signal: word_logits, loss: kl_divergence, temprature: 2}]", "[0].temprature", "temperature?"),
+        ("task_labels: [{signal: task_logits, loss: mse, tokens: all}]", "[0].tokens has no effect", "weight"),
+        ("pretraining: [{signal: word_labels, loss: hard_cross_entropy, tokens: all}]", "[0].tokens has no eff", ""),
+        ("task_words: [{signal: word_logits, loss: mse, tokens: mask}]", "[0].tokens must be one of all, masked", ""),
+        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: 0}]", "[0].temperature", "above 0"),
+        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: hot}]", "[0].temperature", "a number"),
+        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: .nan}]", "[0].temperature", "nan"),
+        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: .inf}]", "[0].temperature", "inf"),
+        ("task_words: [{signal: word_logits, loss: mse, weight: -1}]", "[0].weight must be at least 0", "-1"),
+        ("task_words: [{signal: word_logits, loss: mse, weight: .inf}]", "[0].weight", "inf"),
+        ("task_words: [{signal: word_logits, loss: mse, weight: .nan}]", "[0].weight", "nan"),
+        ("task_words: [{signal: word_logits, loss: mse, weight: much}]", "[0].weight must be a number", "much"),
+        ("task_words: [{signal: word_logits, loss: mse, weight: {from: 1}}]", "[0].weight", "{from: a, to: b}"),
+        ("task_words: [{signal: word_logits, loss: mse, weight: {from: 1, to: -1}}]", "[0].weight", "at least 0"),
+        (f"pretraining: [{GOOD}, {GOOD}]", "pretraining has a term twice", "add their weights"),
+        ("{}", "no stage", "pretraining, task_words, task_labels"),
+    ],
+)
+def test_what_a_method_cannot_mean_is_refused_in_one_line_with_its_place(
+    write: Write, text: str, place: str, remedy: str
+) -> None:
+    path = write("mine.yaml", text)
+    with pytest.raises(ConfigError) as refusal:
+        load_method(str(path))
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert place in message and remedy in message
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"method 'gmld' is unknown; did you mean glmd\?"):
+        load_method("gmld")
+
+
+# Tokens and counts
+
+
+def test_word_labels_speak_of_masked_tokens_only() -> None:
+    term = parse_term({"signal": "word_labels", "loss": "hard_cross_entropy"}, "here", "pretraining")
+    assert term == LABELS and term.needs_corruption
+    assert token_mask(term, batch()).sum() == 3
+
+
+def test_a_pad_is_no_token_even_with_a_label() -> None:
+    changed = batch()
+    changed["word_labels"][1, 3] = 5
+    for term in (WORDS, MASKED, LABELS):
+        assert not token_mask(term, changed)[1, 2:].any()
+    assert torch.equal(token_mask(WORDS, changed), changed["attention_mask"].bool())
+    assert token_mask(MASKED, changed).nonzero().tolist() == [[0, 1], [0, 2], [2, 1]]
+
+
+def test_each_term_counts_what_its_mean_runs_over() -> None:
+    objective = Objective((WORDS, MASKED, LABELS, TASK, TASK_LABELS))
+    counts = objective.counts(batch())
+    assert counts.dtype == torch.float64
+    assert counts.tolist() == [9, 3, 3, 3, 2]
+
+
+def test_count_positions_counts_pads_for_word_logits_alone() -> None:
+    objective = Objective((WORDS, MASKED, LABELS, TASK, TASK_LABELS), count_positions=True)
+    assert objective.counts(batch()).tolist() == [12, 12, 3, 3, 2]
+
+
+def test_an_objective_knows_what_it_uses_and_whether_it_needs_corruption() -> None:
+    assert Objective((WORDS, TASK)).uses("task_logits", "task_labels")
+    assert not Objective((WORDS,)).uses("task_logits", "word_labels")
+    assert not Objective((WORDS, TASK, TASK_LABELS)).needs_corruption
+    assert Objective((WORDS, MASKED)).needs_corruption and Objective((LABELS,)).needs_corruption
+
+
+# Means and weights
+
+
+def published_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """The published code's word loss on (B, L, K) logits: they, not the losses, are multiplied by the mask."""
+    student, teacher = student * mask[..., None], teacher * mask[..., None]
+    p = (teacher / temperature).softmax(-1)
+    kl = (p * ((teacher / temperature).log_softmax(-1) - (student / temperature).log_softmax(-1))).sum(-1)
+    return temperature**2 * kl.mean()
+
+
+def test_count_positions_reproduces_the_published_reduction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 30, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    student.requires_grad_()
+    inputs = batch()
+    valid = inputs["attention_mask"].bool()
+    expected = published_loss(student, teacher, inputs["attention_mask"], 15.0)
+    for count_positions, factor in ((True, 1.0), (False, 12 / 9)):
+        objective = Objective((WORDS,), count_positions)
+        values = LOGIT_LOSSES["kl_divergence"](student[valid], teacher[valid], temperature=15.0)
+        loss = objective.total(objective.means(values.sum()[None], objective.counts(inputs)), 0.0)
+        torch.testing.assert_close(loss, expected * factor)
+        ours, theirs = (torch.autograd.grad(each, student, retain_graph=True)[0] for each in (loss, expected))
+        torch.testing.assert_close(ours, theirs * factor)
+        assert not ours[~valid].any()
+
+
+def test_a_term_without_tokens_is_zero() -> None:
+    means = Objective((LABELS, WORDS)).means(torch.tensor([0.0, 6.0]), torch.tensor([0.0, 3.0]))
+    assert means.tolist() == [0.0, 2.0]
+
+
+def test_the_total_is_the_sum_of_weight_times_mean_and_weights_follow_the_progress() -> None:
+    fading = Term("word_logits", "kl_divergence", {"from": 2.0, "to": 0.5})
+    objective = Objective((fading, Term("word_labels", "hard_cross_entropy", 3.0, "masked")))
+    means = torch.tensor([10.0, 1.0], dtype=torch.float64, requires_grad=True)
+    for progress, weight in ((0.0, 2.0), (0.5, 1.25), (1.0, 0.5)):
+        total = objective.total(means, progress)
+        assert total.item() == pytest.approx(weight * 10 + 3)
+        assert torch.autograd.grad(total, means)[0].tolist() == [weight, 3.0]

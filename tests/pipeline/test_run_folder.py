@@ -1,0 +1,125 @@
+"""The folder of a run, in process: what a kill leaves behind is cleared, and a full disk is one line."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmd.errors import DiskError, RunError
+from glmd.pipeline.run_folder import RunFolder
+from glmd.storage import full_disk_refused
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing catches SIGKILL."""
+
+
+def test_a_kill_between_a_stages_end_and_the_removal_of_its_checkpoints_leaves_none_for_ever(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = folder.path / "pretraining"
+
+    def work() -> dict[str, Any]:
+        (place / "checkpoints" / "step-000002").mkdir(parents=True)
+        return {}
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", die)
+        with pytest.raises(Killed):
+            folder.stage(place, {"seed": 0}, work)
+    assert (place / "checkpoints").exists()
+    folder.stage(place, {"seed": 0}, lambda: pytest.fail("the stage is complete"))
+    assert not (place / "checkpoints").exists()
+
+
+STEADY = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "weight", "steps", "is_allowed"),
+    [
+        (STEADY, 1.0, (5, 7), True),
+        (STEADY, 1.0, (5, 4), False),  # a checkpoint may lie beyond
+        (STEADY, {"from": 1.0, "to": 0.5}, (5, 7), False),
+        (STEADY | {"lr_scheduler_type": "linear"}, 1.0, (5, 7), False),
+        (STEADY | {"warmup_ratio": 0.1}, 1.0, (5, 7), False),
+    ],
+)
+def test_an_interrupted_stage_may_get_longer_where_no_step_knows_how_many_there_are(
+    folder: RunFolder, stage: dict[str, Any], weight: Any, steps: tuple[int, int], is_allowed: bool
+) -> None:
+    def interrupted() -> dict[str, Any]:
+        raise Killed
+
+    def train(max_steps: int, work: Callable[[], dict[str, Any]], **changes: float) -> None:
+        settings = stage | {"max_steps": max_steps} | changes
+        inputs = {"stage": settings, "terms": [{"weight": weight}], "selection": "last"}
+        folder.stage(folder.path / "pretraining", inputs, work)
+
+    folder.path.mkdir()
+    (folder.path / "pretraining").mkdir()
+    with pytest.raises(Killed):
+        train(steps[0], interrupted)
+    with pytest.raises(RunError, match=r"learning_rate: 0.1 -> 0.2"):
+        train(steps[1], dict, learning_rate=0.2)
+    if not is_allowed:
+        with pytest.raises(RunError, match=f"stage.max_steps: {steps[0]} -> {steps[1]}"):
+            train(steps[1], dict)
+        return
+    train(steps[1], dict)
+    with pytest.raises(RunError, match=r"stage.max_steps: 7 -> 9"):  # what is complete stays
+        train(9, dict)
+
+
+def test_a_kill_while_the_world_is_made_leaves_no_part_of_it_for_ever(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmd.data import synthetic as world
+    from glmd.pipeline.run import _build_world
+
+    (folder.path / ".world-x1y2z3" / "superglue").mkdir(parents=True)  # what a kill -9 leaves
+    monkeypatch.setattr(world, "build_world", Path.mkdir)
+    assert _build_world(folder.path) == folder.path / "world"
+    assert [path.name for path in folder.path.iterdir()] == ["world"]
+
+
+def test_the_lock_names_process_and_host(folder: RunFolder) -> None:
+    with folder.lock(), pytest.raises(RunError) as refused, folder.lock():
+        pass
+    assert str(refused.value).endswith(f"is in use by process {os.getpid()} on {socket.gethostname()}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(27, "File too large"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_with_code_4_whoever_met_it(error: Exception) -> None:
+    with (
+        pytest.raises(DiskError, match=r"^runs/a: the disk takes no more .*make room, and the same") as refused,
+        full_disk_refused(Path("runs/a")),
+    ):
+        raise error
+    assert refused.value.exit_code == 4 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file"), RuntimeError("os error of mine"), RunError("full")])
+def test_another_error_is_not_taken_for_a_full_disk(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, full_disk_refused(Path("runs/a")):
+        raise error
+    assert raised.value is error

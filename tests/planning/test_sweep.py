@@ -1,0 +1,222 @@
+"""A sweep trains every combination of its values, shares what they have in common, and tells the best from the rest."""
+
+import json
+
+import pytest
+
+from glmd.cli import main
+from glmd.config import cell_name, load_config
+from glmd.errors import ConfigError
+from glmd.pipeline.run import run
+from glmd.planning.places import stage_places
+from glmd.planning.plan import make_plan
+from glmd.reporting.report import results_table
+
+TASK = "tasks/RTE"
+RATES = "sweep.task_labels.learning_rate=[1e-3, 5e-2]"
+
+
+def stages(folder) -> set[str]:
+    return {path.parent.relative_to(folder).as_posix() for path in folder.rglob("stage.json")}
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, tmp_path_factory):
+    """(folder, results) of a run with two learning rates for the second pass."""
+    folder = tmp_path_factory.mktemp("sweep") / "run"
+    return folder, run(tiny.config(folder, RATES))
+
+
+def test_cells_share_all_that_they_have_in_common(swept, finished):
+    folder, results = swept
+    shared = {stage for stage in stages(finished.folder) if not stage.endswith("labels")}
+    cells = [f"{TASK}/task_labels.learning_rate={rate}/seed-0" for rate in ("0.001", "0.05")]
+    assert stages(folder) == shared | {f"{cell}/{stage}" for cell in cells for stage in ("labels", "hard_labels")}
+    rows = [(row["stage"], row.get("cell")) for row in results["rows"]]
+    assert len(rows) == len(stages(folder)) - 1, "a row for every stage but the vocabulary's, none twice"
+    assert ("labels", {"task_labels.learning_rate": 0.05}) in rows and ("task_words", None) in rows
+
+
+def test_a_cell_is_the_run_with_its_settings(swept, finished):
+    """The tiny run's own learning rate is one of the two."""
+    for stage in ("labels", "hard_labels"):
+        path = f"{stage}/student/model.safetensors"
+        cell, other = (
+            (swept[0] / TASK / f"task_labels.learning_rate={rate}/seed-0" / path).read_bytes()
+            for rate in ("0.001", "0.05")
+        )
+        assert cell == (finished.folder / TASK / "seed-0" / path).read_bytes() != other
+
+
+def test_a_further_value_trains_its_cells_alone(swept, tiny, trusting, tmp_path, monkeypatch):
+    import shutil
+
+    from glmd.training.trainer import Trainer
+
+    folder, trained = shutil.copytree(swept[0], tmp_path / "run"), []
+    real = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self, *rest: trained.append(self.stage) or real(self, *rest))
+    results = run(tiny.config(folder, "sweep.task_labels.learning_rate=[1e-3, 5e-2, 1e-2]"))
+    assert trained == [f"{TASK}/task_labels.learning_rate=0.01/seed-0/{each}" for each in ("labels", "hard_labels")]
+    assert sum("cell" in row for row in results["rows"]) == 6
+
+
+def test_cells_of_the_first_pass_have_a_first_pass_each(tiny, trusting, tmp_path):
+    axes = "{task_words: {max_steps: [1, 2]}, task_labels: {num_train_epochs: [1.0, 2.0]}}"
+    folder = tmp_path / "run"
+    results = run(tiny.config(folder, f"sweep={axes}", "controls.hard_labels=false", "pretraining.max_steps=2"))
+    steps = {"task_words": [], "labels": []}
+    for row in results["rows"]:
+        if row["stage"] in steps:
+            steps[row["stage"]].append((*row["cell"].values(), row["training"]["steps"]))
+    assert steps == {"task_words": [(1, 1), (2, 2)], "labels": [(1, 1.0, 3), (1, 2.0, 6), (2, 1.0, 3), (2, 2.0, 6)]}
+    first = f"{TASK}/task_words.max_steps=2,task_labels.num_train_epochs=1.0/seed-0/labels"
+    record = json.loads((folder / first / "stage.json").read_text())
+    from glmd.models.loading import model_fingerprint
+
+    words = folder / TASK / "task_words.max_steps=2/seed-0/words/student"
+    assert record["inputs"]["start"] == model_fingerprint(str(words)), "each from its own first pass"
+
+
+def scored(system: str, cell: dict, accuracy: float, **more) -> dict:
+    return {
+        "system": system, "task": "RTE", "stage": "labels", "seed": more.pop("seed", 0), "split": "val",
+        "selection": "last", "casting": "head", "metrics": {"accuracy": accuracy}, "agreement": 0.5, "cell": cell,
+        "constant": {"accuracy": 0.5},
+    } | more  # fmt: skip
+
+
+MANY = ("adam_beta1", "adam_beta2", "warmup_ratio", "min_lr_ratio", "learning_rate", "weight_decay", "max_grad_norm",
+        "adam_epsilon")  # fmt: skip
+LOW, HIGH = {"task_labels.learning_rate": 1e-5}, {"task_labels.learning_rate": 1e-4}
+PARAMETERS = {"teacher": {"total": 1, "vocabulary": 1, "body": 0}}
+
+
+def line_of(text: str, first: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_table_has_the_best_mean_of_a_system_and_every_cell_below():
+    rows = [
+        scored("student", LOW, 0.9), scored("student", LOW, 0.5, seed=1),  # 0.7, with the best seed of all
+        scored("student", HIGH, 0.75), scored("student", HIGH, 0.75, seed=1),
+        scored("hard labels", LOW, 0.6), scored("hard labels", HIGH, 0.4),
+    ]  # fmt: skip
+    text = results_table({"rows": rows, "parameters": PARAMETERS})
+    assert line_of(text, "student (distilled)") == ["0.750 ± 0.000"]
+    assert line_of(text, "control: same student, hard labels only") == ["0.600"]
+    assert "the best of 2 cells, chosen on val by score; below all, it with a *" in text
+    assert line_of(text, "student: labels.learning_rate=1e-05")[0].startswith("0.700 ± 0.28")
+    assert line_of(text, "student: labels.learning_rate=0.0001")[0] == "0.750 ± 0.000 *"
+    assert line_of(text, "hard labels: labels.learning_rate=0.0001")[0] == "0.400"
+    assert line_of(text, "hard labels: labels.learning_rate=1e-05")[0] == "0.600 *"
+
+
+def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_teacher():
+    nearest = {"selection": "nearest to the teacher on val inputs"}
+    rows = [
+        scored("student", LOW, 0.9, agreement=0.6, **nearest),
+        scored("student", HIGH, 0.7, agreement=0.8, **nearest),
+        scored("hard labels", LOW, 0.9), scored("hard labels", HIGH, 0.4, agreement=0.9),
+    ]  # fmt: skip
+    text = results_table({"rows": rows, "parameters": PARAMETERS})
+    assert line_of(text, "student (distilled)") == ["0.700"]
+    assert line_of(text, "control: same student, hard labels only") == ["0.900"]
+    assert "by score, or by agreement with the teacher where labels are not looked at or not there" in text
+    bare = [{key: value for key, value in row.items() if key != "metrics"} for row in rows[:2]]
+    assert "chosen on val by agreement with the teacher;" in results_table({"rows": bare, "parameters": PARAMETERS})
+
+
+def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, tmp_path):
+    axes = "{task_words: {max_steps: [4, 5]}, task_labels: {per_device_train_batch_size: [8, 16, 32]}}"
+    config = tiny.config(tmp_path / "run", f"sweep={axes}", "tasks.RTE={num_train_epochs: 9, learning_rate: 0.5}")
+    assert len(config.cells) == 6 and config.cells[1] == {
+        "task_words.max_steps": 4,
+        "task_labels.per_device_train_batch_size": 16,
+    }
+    words, labels = (config.stage(name, "RTE", config.cells[1]) for name in ("task_words", "task_labels"))
+    assert (words.max_steps, words.num_train_epochs, words.learning_rate) == (4, None, 0.5)
+    assert (labels.per_device_train_batch_size, labels.num_train_epochs) == (16, 9)
+    assert load_config(tiny.root / "run.yaml").cells == [{}]
+
+
+def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
+    """In another order, or with 1 for 1.0: its folders are found again."""
+    first = tiny.config(tmp_path / "run", "sweep={task_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}")
+    other = "sweep={task_labels: {learning_rate: [0.001, 1.0], num_train_epochs: [1.0, 2.0]}}"
+    assert first.cells == tiny.config(tmp_path / "run", other).cells
+    assert cell_name(first.cells[0]) == "task_labels.learning_rate=0.001,task_labels.num_train_epochs=1.0"
+
+
+def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting, tmp_path):
+    """Of the first pass it has but the number of updates."""
+    axes = "{task_words: {learning_rate: [1e-3, 1e-2], max_steps: [1, 2]}}"
+    config = tiny.config(tmp_path / "run", f"sweep={axes}", "pretraining.max_steps=1")
+    results = run(config)
+    planned = {place.relative_to(tmp_path / "run").as_posix() for place, _ in stage_places(make_plan(config))}
+    assert planned == stages(tmp_path / "run") - {"vocabulary"}
+    cells = {
+        stage: [row["cell"] for row in results["rows"] if row["stage"] == stage] for stage in ("labels", "hard_labels")
+    }
+    assert len(cells["labels"]) == 4 and cells["hard_labels"] == [{"task_words.max_steps": n} for n in (1, 2)]
+    assert {each["system"] for each in results["best_cells"]} == {"student", "hard labels"}
+    assert "control: same student, hard labels only" in results_table(results)
+
+
+def test_report_says_when_the_run_has_grown_since(swept, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(swept[0], tmp_path / "run")
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().err == ""
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("seeds:\n- 0", "seeds:\n- 0\n- 1"))
+    assert main(["report", str(folder)]) == 0
+    assert "the run has grown since (seeds: [0] -> [0, 1]); `glmd run` completes the table" in capsys.readouterr().err
+
+
+def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
+    assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", RATES,
+                 "sweep.task_labels.max_steps=[7, 9]"]) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    lines = [line.split()[2] for line in out.splitlines() if line.startswith("RTE task_labels")]
+    assert lines == ["7", "9", "7", "9"] and sum(line.startswith("RTE task_words") for line in out.splitlines()) == 1
+    assert next(line for line in out.splitlines() if line.startswith("RTE task_labels")).endswith(
+        "learning_rate=0.001,max_steps=7"
+    )
+    assert "sweep     4 cells: task_labels.learning_rate [0.001, 0.05], task_labels.max_steps [7, 9]" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sweep.task_teacher.learning_rate=[1, 2]", "sweep.task_teacher is no stage that can be swept; task_words and"),
+        ("sweep.task_labels.learning_rte=[1, 2]", "no setting that can be swept; did you mean learning_rate?"),
+        ("sweep.task_labels.max_length=[16, 32]", "sweep.task_labels.max_length is no setting that can be swept"),
+        ("sweep.task_labels.learning_rate=[1e-3]", "must list two or more values, got [0.001]"),
+        ("sweep.task_labels.learning_rate=[1e-3, 0.001]", "has a value twice"),
+        ("sweep.task_labels.num_train_epochs=[1, 1.0]", "has a value twice: [1, 1.0]"),
+        ("sweep.task_labels.weight_decay=[0, -0.0]", "has a value twice"),
+        ("sweep={task_labels: {}}", "sweep.task_labels names no setting; name one, or remove it"),
+        (f"sweep.task_labels={ {key: [0.1, 0.2] for key in MANY} }", "sweep: a cell's folder would have a name of"),
+        ("sweep.task_labels.learning_rate=1e-3", "sweep.task_labels.learning_rate must be a list, got 0.001"),
+        ("sweep.task_labels.learning_rate=[1e-3, -1]", "sweep.task_labels.learning_rate must be above 0, got -1"),
+        (
+            "sweep.task_labels.learning_rate=[1e-3, fast]",
+            "sweep.task_labels.learning_rate must be a number, got 'fast'",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_by_key_and_value(tiny, tmp_path, override, says):
+    with pytest.raises(ConfigError) as refused:
+        tiny.config(tmp_path / "run", override)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_sweep_without_effect_is_refused(tiny, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="sweep has no effect without tasks; remove it"):
+        tiny.config(tmp_path / "run", RATES, "tasks={}")
+    arguments = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", "data.corpus=[]", "method=kd"]
+    assert main([*arguments, "sweep.task_words.learning_rate=[1e-3, 1e-2]"]) == 2
+    assert "sweep.task_words has no effect: method kd has no such stage; remove it" in capsys.readouterr().err
