@@ -65,7 +65,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     model = load_language_model(TeacherConfig(arguments.model))
     layers = max(1, model.config.num_hidden_layers // 2)
     student = build_student(model, vocabulary, StudentConfig(num_hidden_layers=layers), seed=0)
-    distiller = Distiller(load_method("glmd")["task_words"], vocabulary.token_map, language_model=student).train()
+    distiller = Distiller(load_method("glmd")["task_lm"], vocabulary.token_map, language_model=student).train()
     optimizer, teacher = make_optimizer(distiller, StageConfig(max_steps=1)), OnlineTeacher(model, None, vocabulary)
 
     def train(micro_batches: list[Batch]) -> None:

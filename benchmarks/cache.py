@@ -1,14 +1,14 @@
 """A training step with the live teacher against those that read what it said, in one process.
 
     python benchmarks/cache.py MODEL --corpus TEXT --layers 3 --batch 16 --length 128 --rounds 7
-    python benchmarks/cache.py MODEL --corpus TEXT --stage task_labels
+    python benchmarks/cache.py MODEL --corpus TEXT --stage task_soft_labels
 
 The steps alternate on the same batches, so that a busy machine slows all alike; read the ratios. A step is the teacher,
 student, loss, backward, clipping and AdamW. The floor is the step of a teacher whose answer is there already: live over
 floor is R + 1, and no cache can do better. Reads come from the page cache, as they do where the memory holds a masking
 of the corpus. The gradient's error is that of all student parameters together, without dropout.
 
-stage task_words, task_labels: pairs of sentences cut from the corpus and a task head that was not trained, which costs
+stage task_lm, task_soft_labels: pairs of sentences cut from the corpus and a task head that was not trained, which costs
 what a trained one does.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a masked or causal LM: folder or hub id")
     parser.add_argument("--corpus", nargs="+", required=True)
-    parser.add_argument("--stage", default="pretraining", choices=("pretraining", "task_words", "task_labels"))
+    parser.add_argument("--stage", default="pretraining", choices=("pretraining", "task_lm", "task_soft_labels"))
     parser.add_argument("--layers", type=int, default=3, help="of the student")
     parser.add_argument(
         "--near",
@@ -99,7 +99,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         blocks=range(arguments.texts),
         corruption=corruption_for(tokenizer, probability, 0, 1),
     )
-    is_task, is_words = arguments.stage != "pretraining", arguments.stage != "task_labels"
+    is_task, is_words = arguments.stage != "pretraining", arguments.stage != "task_soft_labels"
     data = pairs(blocks, tokenizer, arguments.length) if is_task else blocks
     embeddings = source.get_input_embeddings().weight.detach()
     vocabulary = build_vocabulary(

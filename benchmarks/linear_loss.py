@@ -280,12 +280,12 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     shown = [row for row in rows if row["errors"]][::-1]
     figure = Figure(figsize=(8, 0.36 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
-    colours = ["#1b6ca8" if row["name"].startswith("glmd") else "#b8b8b8" for row in shown]
-    axes.barh([row["name"] for row in shown], [row["speed"] for row in shown], color=colours)
+    colors = ["#1b6ca8" if row["name"].startswith("glmd") else "#b8b8b8" for row in shown]
+    axes.barh([row["name"] for row in shown], [row["speed"] for row in shown], color=colors)
     for i, row in enumerate(shown):
         worst = max(row["errors"])
-        colour = "#c0392b" if worst > 0.02 else "#333333"
-        axes.text(row["speed"] + 0.05, i, f"{row['speed']:.1f}x, gradient error {worst:.0e}", va="center", color=colour)
+        color = "#c0392b" if worst > 0.02 else "#333333"
+        axes.text(row["speed"] + 0.05, i, f"{row['speed']:.1f}x, gradient error {worst:.0e}", va="center", color=color)
     axes.set_xlim(0, 1.6 * max(row["speed"] for row in shown))
     axes.set_xlabel("speed over the usual code")
     axes.set_title(title, fontsize=10)

@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py CONFIG [key=value ...]
 
-The step is the run's own distiller, teacher and optimiser with random weights of the plan's shapes. Its memory is what
+The step is the run's own distiller, teacher and optimizer with random weights of the plan's shapes. Its memory is what
 torch's allocator hands out, from the profiler, over a step of one micro-batch and one of two: only in the second are
 there gradients while activations are made, which the plan counts with. One token is padding, so that models make masks.
 """
@@ -50,7 +50,7 @@ def main() -> None:
     shape = (stage.per_device_train_batch_size, stage.max_length or 0)
     ids = torch.randint(plan.source_size, shape)
     labels = torch.where(torch.rand(shape) < (stage.mlm_probability or 0), ids, -100)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "word_labels": labels}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "lm_labels": labels}
     batch["attention_mask"][-1, -1] = 0
     is_mixed = plan.config.mixed_precision != "no"
 
@@ -66,7 +66,7 @@ def main() -> None:
         optimizer.zero_grad()
         return time.perf_counter() - began
 
-    step()  # makes the optimiser's state
+    step()  # makes the optimizer's state
     held = {
         "teacher": sum(each.nbytes for each in [*source.parameters(), *source.buffers()]),
         "student": sum(p.nbytes for p in student.parameters()),

@@ -77,14 +77,14 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.rcParams["svg.fonttype"] = "none"  # text as text: half the file
     axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
     figure, places = plt.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), squeeze=False)
-    colours = dict(zip(VARIANTS, ("#888888", "#1f77b4", "#d62728"), strict=True))
+    colors = dict(zip(VARIANTS, ("#888888", "#1f77b4", "#d62728"), strict=True))
     for place, axis in zip(places[0], axes, strict=True):
         for name in VARIANTS:
             mine = [row for row in rows if (row["axis"], row["variant"]) == (axis, name)]
-            place.plot([r["value"] for r in mine], [r["step"] for r in mine], "o-", color=colours[name], label=name)
+            place.plot([r["value"] for r in mine], [r["step"] for r in mine], "o-", color=colors[name], label=name)
             if name != "naive fp32":
                 losses = [row["loss"] for row in mine]
-                place.plot([row["value"] for row in mine], losses, ".:", color=colours[name], label=f"{name}, its loss")
+                place.plot([row["value"] for row in mine], losses, ".:", color=colors[name], label=f"{name}, its loss")
         place.set_xlabel(AXES[axis][0])
         place.set_ylim(bottom=0)
     places[0][0].set_ylabel("ms a step")

@@ -44,7 +44,7 @@ from glmd.training.log import RunLog
 from glmd.training.trainer import Teacher, Trainer, make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
-OBJECTIVE = Objective((Term("word_logits", "kl_divergence", options={"temperature": TEMPERATURE}),))
+OBJECTIVE = Objective((Term("lm_logits", "kl_divergence", options={"temperature": TEMPERATURE}),))
 PIECES = ("teacher", "student forward", "loss", "backward", "clip", "optimizer", "rest")
 VARIANTS = ("naive fp32", "TextBrewer", "ours fp32", "ours fp32, cache", "ours bf16", "ours bf16, cache")
 FURTHER = ("ours bf16, checkpointing", "ours fp32, compiled", "ours bf16, compiled")

@@ -33,7 +33,7 @@ Three shorthands: `teacher: FOLDER` is `teacher: {model: FOLDER}`, `tasks: [RTE,
 `data.corpus` may be one text instead of a list.
 """
 STAGES = """\
-## pretraining, task_teacher, task_words, task_labels, teacher.pretraining
+## pretraining, task_teacher, task_lm, task_soft_labels, teacher.pretraining
 
 How a stage trains: word prediction on the corpus, the fine-tuning of a task's teacher, the two passes on a task, and
 the training of a `teacher.scratch`. A key is written under its stage, for example `pretraining.learning_rate`. A task

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from glmd.errors import ConfigError
 from glmd.strict_yaml import build, coerce, dump_yaml, load_yaml, named_file, parse_yaml, suggestion
 
-STAGES = ("pretraining", "task_words", "task_labels")
-Cell = dict[str, Any]  # a point of a sweep: "task_labels.learning_rate" -> value
-SWEPT_STAGES = ("task_words", "task_labels")
+STAGES = ("pretraining", "task_lm", "task_soft_labels")
+Cell = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value
+SWEPT_STAGES = ("task_lm", "task_soft_labels")
 # Settings that train nothing otherwise, and those that the data of all cells are checked and scored by.
 NOT_SWEPT = (
     "logging_steps",
@@ -72,7 +72,7 @@ class StageConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.1
     min_lr_ratio: float = 0.1  # the schedule ends at this share of learning_rate
-    weight_decay: float = 0.1  # not applied to biases and normalisation weights
+    weight_decay: float = 0.1  # not applied to biases and normalization weights
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -125,7 +125,7 @@ class StageConfig:
         )
 
     def global_batch_size(self, world_size: int) -> int:
-        """Examples of one optimiser step, over all processes."""
+        """Examples of one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
 
     def spread(self, begun_with: int, processes: int) -> "StageConfig":
@@ -144,7 +144,7 @@ class StageConfig:
         return dataclasses.replace(self, gradient_accumulation_steps=total // processes)
 
     def steps(self, num_examples: int, world_size: int) -> int:
-        """Optimiser steps of the stage: max_steps, or enough for num_train_epochs."""
+        """Optimizer steps of the stage: max_steps, or enough for num_train_epochs."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_train_epochs is not None, "checked by RunConfig.stage"
@@ -164,7 +164,7 @@ class TeacherConfig:
     # A folder for what the teachers say of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
     # Stages that read from the cache; None: all that ask a teacher
-    cached_stages: list[Literal["pretraining", "task_words", "task_labels"]] | None = None
+    cached_stages: list[Literal["pretraining", "task_lm", "task_soft_labels"]] | None = None
     cache_bits: Literal[16, 8] = 16  # of each number of a hidden state; 8 are lossy, and half the disk
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
@@ -203,10 +203,10 @@ class StudentConfig:
 
     num_hidden_layers: int | None = None  # None: as many as the teacher
     # Which teacher layers are copied; "scratch" copies nothing, embeddings included.
-    initialisation: Literal["uniform", "first", "last", "even", "scratch"] | list[int] = "uniform"
+    initialization: Literal["uniform", "first", "last", "even", "scratch"] | list[int] = "uniform"
     config: dict[str, Any] = field(default_factory=dict)  # other fields of the config to change, else the teacher's
-    # For word vectors narrower than the hidden states (config.embedding_size, 128): electra factorises them, the
-    # paper's +al; mobilebert reads each beside its neighbours', +mo. None: the teacher's own architecture.
+    # For word vectors narrower than the hidden states (config.embedding_size, 128): electra factorizes them, the
+    # paper's +al; mobilebert reads each beside its neighbors', +mo. None: the teacher's own architecture.
     architecture: Literal["electra", "mobilebert"] | None = None
 
     def __post_init__(self) -> None:
@@ -229,7 +229,7 @@ class VocabularyConfig:
     similarity: Literal["input", "output"] = "input"  # whose embeddings `mapping` compares, where they are not tied
     # What becomes of the teacher's probability of dropped words: spread over the kept ones in their proportion (the
     # paper), or given to the words that they are mapped onto
-    teacher_mass: Literal["renormalise", "merge"] = "renormalise"
+    teacher_mass: Literal["renormalize", "merge"] = "renormalize"
     keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept; or a file, one on a line
     corpus_weights: list[float] = field(default_factory=list)  # shares of data.corpus in the count, in its order
 
@@ -298,7 +298,7 @@ class ControlsConfig:
 
 
 def _pretraining_defaults() -> StageConfig:
-    """The paper's pretraining optimiser (design of GLMD: AdamW, cosine to 5 % of the peak)."""
+    """The paper's pretraining optimizer (design of GLMD: AdamW, cosine to 5 % of the peak)."""
     return StageConfig(
         max_steps=150_000,
         learning_rate=4e-4,
@@ -312,7 +312,7 @@ def _pretraining_defaults() -> StageConfig:
 
 
 def _task_defaults() -> StageConfig:
-    """The paper's task optimiser: AdamW, 10 % warm-up, linear to a tenth of the peak."""
+    """The paper's task optimizer: AdamW, 10 % warm-up, linear to a tenth of the peak."""
     return StageConfig(num_train_epochs=10.0)
 
 
@@ -327,12 +327,12 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     method: str = "glmd"  # configs/methods/NAME.yaml, or the path of a YAML of your own
     # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own jsonl files,
-    # `inputs` a jsonl, labelled or not, that the student learns from in place of train
+    # `inputs` a jsonl, labeled or not, that the student learns from in place of train
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretraining: StageConfig = field(default_factory=_pretraining_defaults)
     task_teacher: StageConfig = field(default_factory=_task_defaults)
-    task_words: StageConfig = field(default_factory=_task_defaults)
-    task_labels: StageConfig = field(default_factory=_task_defaults)
+    task_lm: StageConfig = field(default_factory=_task_defaults)
+    task_soft_labels: StageConfig = field(default_factory=_task_defaults)
     # How tasks are asked: a task head, or words in a blank of a model that stays a language model (the paper's form)
     casting: Literal["head", "cloze"] = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
@@ -371,7 +371,7 @@ class RunConfig:
             known = [each.name for each in dataclasses.fields(StageConfig)] + list(TASK_FILES)
             for key in self.tasks[task]:
                 _require(key in known, f"tasks.{task}.{key} is unknown{suggestion(str(key), known)}")
-            for stage in ("task_teacher", "task_words", "task_labels"):
+            for stage in ("task_teacher", "task_lm", "task_soft_labels"):
                 self.stage(stage, task)
             for name in TASK_FILES:
                 value = coerce(str | None, self.tasks[task].get(name), f"tasks.{task}.{name}")
@@ -553,7 +553,7 @@ def _is_ignored(path: str, ignore: Sequence[str]) -> bool:
     return any(path == p or path.startswith(f"{p}.") or (p.startswith("*.") and path.endswith(p[1:])) for p in ignore)
 
 
-_STAGE_FIELDS = ("pretraining", "task_teacher", "task_words", "task_labels")
+_STAGE_FIELDS = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")
 _GROUPS: dict[str, type] = {
     "teacher": TeacherConfig,
     "student": StudentConfig,

@@ -159,19 +159,19 @@ def attempt(kind: str, name: str) -> dict[str, str]:
                 distil(folder, start)
             except GlmdError as error:
                 reasons.append(_line(error, own=True).replace(f"{folder}/", ""))
-                if "initialisation" not in reasons[-1]:
+                if "initialization" not in reasons[-1]:
                     break
             except (Exception, SystemExit) as error:
                 return {"outcome": "fault", "note": _line(error)}
             else:
-                how = "" if start == "uniform" else f"student.initialisation: {start} ({reasons[0]})"
+                how = "" if start == "uniform" else f"student.initialization: {start} ({reasons[0]})"
                 return {"outcome": "works", "note": how}
         return {"outcome": "refused", "note": reasons[0]}
 
 
 def distil(folder: Path, start: str) -> None:
     """`glmd check`, then `glmd run`, whose proof of the exports runs here and not in a process of its own."""
-    config = load_config(folder / "run.yaml", [f"student.initialisation={start}"])
+    config = load_config(folder / "run.yaml", [f"student.initialization={start}"])
     make_plan(config)
     pipeline.run(config)
 

@@ -73,9 +73,9 @@ pretraining: {{max_steps: 6, max_length: 16, per_device_train_batch_size: 4, lea
   logging_steps: 2, save_steps: 2}}
 task_teacher: {{num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 1e-3, max_length: 32,
   save_steps: 2}}
-task_words: {{num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 1e-3, max_length: 32,
+task_lm: {{num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 1e-3, max_length: 32,
   save_steps: 2}}
-task_labels: {{num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 1e-3, max_length: 32,
+task_soft_labels: {{num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 1e-3, max_length: 32,
   save_steps: 2}}
 """
 

@@ -67,15 +67,15 @@ def llama3_bpe() -> PreTrainedTokenizerFast:
 
 
 def llama2_bpe() -> PreTrainedTokenizerFast:
-    """As Llama 2's: no pre-tokenizer, spaces are letters, what is unknown is spelt in bytes."""
+    """As Llama 2's: no pre-tokenizer, spaces are letters, what is unknown is spelled in bytes."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # Merges within words, as sentencepiece learns them.
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     _train(backend, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"]))
     state = json.loads(backend.to_str())
-    learnt = list(state["model"]["vocab"])
-    first, rest = learnt[:3], learnt[3:]
+    learned = list(state["model"]["vocab"])
+    first, rest = learned[:3], learned[3:]
     entries = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *rest]
     state["model"]["vocab"] = {token: i for i, token in enumerate(entries)}
     state["pre_tokenizer"] = None

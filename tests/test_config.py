@@ -140,17 +140,17 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("pretraining: {max_length: null}", "pretraining.max_length is missing"),
         ("pretraining: {num_train_epochs: 2}", "pretraining.max_steps is missing"),
         ("pretraining: 3", "pretraining: a mapping is needed, got 3"),
-        ("task_labels: {save_steps: 0}", "task_labels.save_steps must be at least 1, got 0"),
-        ("task_labels: {lr_scheduler_type: cosin}", "lr_scheduler_type must be one of linear, cosine, constant"),
-        ("task_labels: {max_steps: 3, num_train_epochs: 1}", "max_steps and num_train_epochs are both given; keep one"),
-        ("tasks: [RTE]\ntask_labels: {num_train_epochs: null}", "task_labels needs max_steps or num_train_epochs"),
+        ("task_soft_labels: {save_steps: 0}", "task_soft_labels.save_steps must be at least 1, got 0"),
+        ("task_soft_labels: {lr_scheduler_type: cosin}", "lr_scheduler_type must be one of linear, cosine, constant"),
+        ("task_soft_labels: {max_steps: 3, num_train_epochs: 1}", "max_steps and num_train_epochs are both given; keep one"),
+        ("tasks: [RTE]\ntask_soft_labels: {num_train_epochs: null}", "task_soft_labels needs max_steps or num_train_epochs"),
         ("task_teacher: {mlm_probability: 0.15}", "task_teacher.mlm_probability has no effect"),
         ("task_teacher: {num_maskings: 2}", "task_teacher.num_maskings has no effect"),
         (
             "pretraining: {train_sampling_strategy: group_by_length}",
             "pretraining.train_sampling_strategy has no effect: the blocks of a corpus are of one length",
         ),
-        ("task_words: {train_sampling_strategy: sorted}", "must be one of random, batch_rebalance, group_by_length"),
+        ("task_lm: {train_sampling_strategy: sorted}", "must be one of random, batch_rebalance, group_by_length"),
         ("pretraining: {num_maskings: 0}", "pretraining.num_maskings must be at least 1, got 0"),
         ("tasks: {RTE: {learning_rate: fast}}", "tasks.RTE.learning_rate must be a number, got 'fast'"),
         ("tasks: {RTE: {train: 3}}", "tasks.RTE.train must be text, got 3"),
@@ -162,8 +162,8 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("seeds: 3", "seeds must be a list, got 3"),
         ("seeds: [a]", "seeds[0] must be a whole number, got 'a'"),
         ("controls: {hard_labels: 1}", "controls.hard_labels must be true or false, got 1"),
-        ("student: {initialisation: lst}", "student.initialisation must be one of uniform"),
-        ("student: {initialisation: [a]}", "student.initialisation[0] must be a whole number, got 'a'"),
+        ("student: {initialization: lst}", "student.initialization must be one of uniform"),
+        ("student: {initialization: [a]}", "student.initialization[0] must be a whole number, got 'a'"),
         ("student: {config: {vocab_size: 3}}", "student.config.vocab_size is set by glmd; remove it"),
         ("data: {world: true, corpus: [a]}", "world makes its own corpus and tasks"),
         ("selection: first", "selection must be one of last, best, agreement; got 'first'"),
@@ -267,15 +267,15 @@ def test_a_stage_changes_its_own_defaults(load):
     given, default = load("pretraining: {max_steps: 3}\n").pretraining, load().pretraining
     assert given == replace(default, max_steps=3)
     assert (default.lr_scheduler_type, default.learning_rate, default.adam_beta2) == ("cosine", 4e-4, 0.98)
-    assert load().task_labels == StageConfig(num_train_epochs=10.0)
+    assert load().task_soft_labels == StageConfig(num_train_epochs=10.0)
 
 
 def test_max_steps_replaces_the_default_epochs_and_the_other_way_round(load):
-    config = load("task_labels: {max_steps: 5}\ntasks: {RTE: {max_steps: 7}, CB: {num_train_epochs: 2}}\n")
-    assert (config.task_labels.max_steps, config.task_labels.num_train_epochs) == (5, None)
-    stage = config.stage("task_labels", "RTE")
+    config = load("task_soft_labels: {max_steps: 5}\ntasks: {RTE: {max_steps: 7}, CB: {num_train_epochs: 2}}\n")
+    assert (config.task_soft_labels.max_steps, config.task_soft_labels.num_train_epochs) == (5, None)
+    stage = config.stage("task_soft_labels", "RTE")
     assert (stage.max_steps, stage.num_train_epochs) == (7, None)
-    stage = config.stage("task_labels", "CB")
+    stage = config.stage("task_soft_labels", "CB")
     assert (stage.max_steps, stage.num_train_epochs) == (None, 2.0)
 
 
@@ -289,7 +289,7 @@ def test_tasks_are_a_list_or_a_mapping(load):
 
 def test_a_task_changes_every_task_stage_and_nothing_else(load):
     config = load("tasks: {RTE: {learning_rate: 1e-3, train: a.jsonl}, CB: {}}\n")
-    for name in ("task_teacher", "task_words", "task_labels"):
+    for name in ("task_teacher", "task_lm", "task_soft_labels"):
         assert config.stage(name, "RTE") == replace(getattr(config, name), learning_rate=1e-3)
         assert config.stage(name, "CB") == config.stage(name) == getattr(config, name)
 
@@ -299,7 +299,7 @@ def test_a_task_changes_every_task_stage_and_nothing_else(load):
 
 def test_a_dumped_config_is_read_back_equal(load, write):
     text = """tasks: {RTE: {learning_rate: 1e-7, val: "a: b.jsonl"}, CB: {max_steps: 3}}
-student: {initialisation: [1, 2], num_hidden_layers: 2, config: {hidden_dropout_prob: 0}}
+student: {initialization: [1, 2], num_hidden_layers: 2, config: {hidden_dropout_prob: 0}}
 seeds: [0, 4294967295]
 mixed_precision: no
 report_to: [tensorboard]

@@ -31,8 +31,8 @@ from glmd.vocabulary.vocabulary import Vocabulary
 pytestmark = pytest.mark.cuda
 
 V, STEPS = 3001, 30
-WORDS = Term("word_logits", "kl_divergence", options={"temperature": 15.0})
-LABELS = Term("word_labels", "hard_cross_entropy", 0.3, "masked")
+WORDS = Term("lm_logits", "kl_divergence", options={"temperature": 15.0})
+LABELS = Term("lm_labels", "hard_cross_entropy", 0.3, "masked")
 TASK = Term("task_labels", "hard_cross_entropy")
 
 
@@ -58,7 +58,7 @@ class Rows:
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         ids, labels = self.corruption(self.rows[key[1]], key)
-        return {"input_ids": ids, "word_labels": labels, "labels": key[1] % 2, "example_id": key[1]}
+        return {"input_ids": ids, "lm_labels": labels, "labels": key[1] % 2, "example_id": key[1]}
 
 
 def bert(head: Any, layers: int, dropout: float) -> Any:
@@ -181,7 +181,7 @@ def test_a_run_through_all_stages_on_a_gpu_is_proved_and_ends_in_the_same_bits_a
 
     def step(self: Trainer, *rest: Any) -> Any:
         seen.append(self.stage)
-        if seen.count("tasks/RTE/seed-0/words") == 3:
+        if seen.count("tasks/RTE/seed-0/task_lm") == 3:
             raise Killed
         return real(self, *rest)
 

@@ -18,7 +18,7 @@ from glmd.tasks.tasks import load_task
 PACKAGE = Path(glmd.__file__).parent
 
 # The wings, lowest first; the modules of the top folder stand for themselves. Each may import what stands before it,
-# but not its neighbours between the same bars.
+# but not its neighbors between the same bars.
 WINGS = """
 version errors | runtime | storage strict_yaml losses | config public data | vocabulary | models | tasks | distillation
 | training evaluation | planning | reporting | pipeline | commands tokenizer | cli | __main__
@@ -151,7 +151,7 @@ KEYS = {
     "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision deterministic
         dataloader_num_workers elastic report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages cache_bits tasks scratch",
-    "student.": "num_hidden_layers initialisation config architecture",
+    "student.": "num_hidden_layers initialization config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
     "corpus_weights",
     "data.": "corpus text_field superglue world eval_blocks",
@@ -159,8 +159,8 @@ KEYS = {
     "teacher.pretraining.": STAGE,
     "pretraining.": STAGE,
     "task_teacher.": STAGE,
-    "task_words.": STAGE,
-    "task_labels.": STAGE,
+    "task_lm.": STAGE,
+    "task_soft_labels.": STAGE,
 }
 
 
@@ -179,7 +179,7 @@ def test_there_are_methods_tasks_and_runs():
 @pytest.mark.parametrize("path", yaml_files("methods"), ids=lambda path: path.stem)
 def test_every_method_builds(path):
     method = load_method(path.stem)
-    assert "task_labels" in method and all(objective.terms for objective in method.values())
+    assert "task_soft_labels" in method and all(objective.terms for objective in method.values())
 
 
 @pytest.mark.parametrize("path", yaml_files("tasks"), ids=lambda path: path.stem)

@@ -61,7 +61,7 @@ def compress_model(
     if settings.corpus_weights and not len(settings.corpus_weights) == len(sources) > 1:
         found = f"{len(settings.corpus_weights)} numbers for {len(sources)} sources"
         raise ConfigError(f"--corpus-weights: {found}; give one for each of two or more")
-    if settings.teacher_mass != "renormalise":
+    if settings.teacher_mass != "renormalize":
         raise ConfigError("teacher_mass has no effect without training; remove it")
     require_free_output(output)
     require_model(model, field="model")

@@ -24,7 +24,7 @@ from glmd.models.probes import prove_causal, require_length
 from glmd.public import public
 from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.storage import write_problem
-from glmd.tasks.cloze import verbaliser_ids
+from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.loading import load_classifier, require_task_head, warn_of_unnamed_classes
 from glmd.tasks.tasks import Task, TaskExample, load_task, read_split
@@ -157,12 +157,12 @@ def _answers(
         tokenizer = ordinary_tokenizer(tokenizer)
     classifier = load_classifier(model, task)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    verbalisers = verbaliser_ids(task, tokenizer)
+    verbalizers = verbalizer_ids(task, tokenizer)
     dataset = TaskDataset(
         examples,
         tokenizer,
         max_length=max_length,
-        verbalisers=verbalisers,
+        verbalizers=verbalizers,
         mean_over_tokens=task.mean_over_tokens,
         is_causal=is_causal(classifier.config),
     )

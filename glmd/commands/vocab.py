@@ -181,7 +181,7 @@ def draw_curve(curve: Curve, path: Path) -> None:
     left.plot(
         ratios, [100 * point.coverage for point in curve.points], "o-", color="tab:blue", label="text kept as it is"
     )
-    left.axvline(curve.knee.keep_ratio, color="grey", linestyle=":", label=f"knee at {curve.knee.keep_ratio:g}")
+    left.axvline(curve.knee.keep_ratio, color="gray", linestyle=":", label=f"knee at {curve.knee.keep_ratio:g}")
     left.set(xlabel="share of tokens kept", ylabel="% of running tokens", ylim=(None, 100.5))
     right = left.twinx()
     sizes = [point.parameters / 1e6 for point in curve.points]

@@ -4,7 +4,7 @@ Nothing depends on how often something was called before: a resumed run, another
 cached teacher all see the same batches.
 
     loader = batch_loader(BlockDataset(store, tokenizer, ...), steps=StepPlan(...), start_step=120)
-    for micro_batches in loader: ...   # one list of micro-batches for each optimiser step
+    for micro_batches in loader: ...   # one list of micro-batches for each optimizer step
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Collate:
     pad_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        fill = {"input_ids": self.pad_id, "word_labels": IGNORED, "blank_ids": IGNORED}
+        fill = {"input_ids": self.pad_id, "lm_labels": IGNORED, "blank_ids": IGNORED}
         batch: Batch = {}
         for name, first in examples[0].items():
             if isinstance(first, int):

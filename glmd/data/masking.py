@@ -51,5 +51,5 @@ def corruption_for(tokenizer: Any, probability: float, seed: int, num_maskings: 
 
 def corrupted(example: dict[str, Any], key: tuple[int, ...], corruption: Corruption | None) -> dict[str, Any]:
     if corruption is not None:
-        example["input_ids"], example["word_labels"] = corruption(example["input_ids"], key)
+        example["input_ids"], example["lm_labels"] = corruption(example["input_ids"], key)
     return example

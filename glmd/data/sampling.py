@@ -41,7 +41,7 @@ def order_by_length(
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which examples each optimiser step sees, on each rank: the examples stream by in epoch after epoch.
+    """Which examples each optimizer step sees, on each rank: the examples stream by in epoch after epoch.
 
     One step takes world_size * accumulation * batch_size consecutive examples of the stream, so that the global
     batch is the same set for every layout with the same product.
@@ -98,7 +98,7 @@ def step_batches(
     stop_step: int,
     num_workers: int = 0,
 ) -> Generator[list[Batch], None, None]:
-    """For each optimiser step the list of its micro-batches on this rank."""
+    """For each optimizer step the list of its micro-batches on this rank."""
     if num_workers:
         # Tokenizing is over; a fork after it would only draw a warning from the tokenizers library.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -30,7 +30,7 @@ DIGEST = 16  # bytes of an example's name
 GROUP = 64  # numbers of a hidden state that share a scale in 8 bits
 # Columns that a teacher reads: of each row of an example, and of the example.
 ROW_COLUMNS = ("input_ids", "token_type_ids", "blank_ids")
-EXAMPLE_COLUMNS = ("verbalisers", "mean_over_tokens")
+EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
 # bfloat16 has no twin in numpy; its bits, and float16's, are read as whole numbers.
 BITS = {"F16": np.int16, "BF16": np.int16, "I8": np.int8, "F32": np.float32}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}

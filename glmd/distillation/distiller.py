@@ -98,10 +98,10 @@ class Distiller(nn.Module):
         linear: LinearMap,
     ) -> Tensor:
         """A word term's sum from (B, S, H) hidden states before the student's final linear map."""
-        if term.signal == "word_labels":
+        if term.signal == "lm_labels":
             assert term.loss == "hard_cross_entropy" and not term.options, "the one loss on labels"
             chosen = token_mask(term, batch)
-            labels = self.token_map[batch["word_labels"][chosen]]
+            labels = self.token_map[batch["lm_labels"][chosen]]
             return linear_cross_entropy(hidden[chosen], linear.weight, labels, bias=linear.bias, scaling=linear.scaling)
         if teacher.others:
             # For the forward KL this has the gradient of the KL to the teachers' mean probability.

@@ -22,16 +22,16 @@ from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES
 from glmd.strict_yaml import coerce, load_yaml, named_file, suggestion
 
-Signal = Literal["word_logits", "word_labels", "task_logits", "task_labels"]
+Signal = Literal["lm_logits", "lm_labels", "task_logits", "task_labels"]
 
 # What a term compares, and the losses that can compare it.
 SIGNALS: dict[str, Mapping[str, Callable[..., Tensor]]] = {
-    "word_logits": LOGIT_LOSSES,  # student and teacher over the kept vocabulary, one value per token
-    "word_labels": LABEL_LOSSES,  # student over the kept vocabulary against the corrupted word, per masked token
+    "lm_logits": LOGIT_LOSSES,  # student and teacher over the kept vocabulary, one value per token
+    "lm_labels": LABEL_LOSSES,  # student over the kept vocabulary against the corrupted word, per masked token
     "task_logits": LOGIT_LOSSES,  # student and teacher over a task's classes, per example
     "task_labels": LABEL_LOSSES,  # student over a task's classes against the label, per example
 }
-WORD_SIGNALS = ("word_logits", "word_labels")
+WORD_SIGNALS = ("lm_logits", "lm_labels")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Objective:
             return len(batch["example_id"])
         if term.signal == "task_labels":
             return int((batch["labels"] >= 0).sum())
-        if self.count_positions and term.signal == "word_logits":
+        if self.count_positions and term.signal == "lm_logits":
             return batch["input_ids"].numel()
         return int(token_mask(term, batch).sum())
 
@@ -98,7 +98,7 @@ class Objective:
 def token_mask(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, S) bool: the tokens a word term is about. Pads never are."""
     mask = batch["attention_mask"].bool()
-    return mask & (batch["word_labels"] >= 0) if term.tokens == "masked" else mask
+    return mask & (batch["lm_labels"] >= 0) if term.tokens == "masked" else mask
 
 
 def load_method(name: str, *, count_positions: bool = False) -> dict[str, Objective]:
@@ -137,15 +137,15 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     if loss not in SIGNALS[signal]:
         raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), SIGNALS[signal])}")
     options = _loss_options(SIGNALS[signal][loss])
-    own = {"weight"} | ({"tokens"} if signal == "word_logits" else set())
+    own = {"weight"} | ({"tokens"} if signal == "lm_logits" else set())
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
             raise ConfigError(f"{where}.{key} has no effect on {signal} {loss}{suggestion(key, [*own, *options])}")
     weight = _checked_weight(values.get("weight", 1.0), f"{where}.weight")
-    # Only a corrupted token has a label, so word_labels speaks of masked tokens whatever is asked.
+    # Only a corrupted token has a label, so lm_labels speaks of masked tokens whatever is asked.
     tokens: Any = (
         "masked"
-        if signal == "word_labels"
+        if signal == "lm_labels"
         else coerce(Literal["all", "masked"], values.get("tokens", "all"), f"{where}.tokens")
     )
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
@@ -173,4 +173,4 @@ def _checked_weight(weight: Any, where: str) -> float | dict[str, float]:
 HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
 
 
-MASKED_WORDS = Objective((Term("word_labels", "hard_cross_entropy", tokens="masked"),))
+MASKED_WORDS = Objective((Term("lm_labels", "hard_cross_entropy", tokens="masked"),))

@@ -101,7 +101,7 @@ def sliced_head(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`head_weight`, `head_bias` and `merged_into` of a teacher for students with this vocabulary."""
     linear, merged_into = final_linear(language_model), None
-    # Slicing the head renormalises the probability over the kept tokens.
+    # Slicing the head renormalizes the probability over the kept tokens.
     rows = vocabulary.kept_ids
     if merge_dropped and not vocabulary.is_identity:
         rows = np.concatenate([rows, vocabulary.dropped_ids])

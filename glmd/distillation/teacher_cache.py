@@ -214,7 +214,7 @@ class TeacherCache:
         data, _ = self.parts[part]
         masking, example = divmod(row - (self.ends[part - 1] if part else 0), len(data))
         found = data[masking, example]
-        found.pop("word_labels", None)  # which clean texts have not that share a batch with corrupted ones
+        found.pop("lm_labels", None)  # which clean texts have not that share a batch with corrupted ones
         return found
 
     def _kept(self, outputs: TeacherOutputs, batch: Batch, name: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

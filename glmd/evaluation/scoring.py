@@ -97,7 +97,7 @@ def score_words(
         outputs = teacher(batch)
         hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
         valid = batch["attention_mask"].bool()
-        labels = batch["word_labels"][valid] if "word_labels" in batch else None
+        labels = batch["lm_labels"][valid] if "lm_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
         assert teacher_hidden is not None and outputs.head_weight is not None, "the teacher has an LM head"
         teacher_head = LinearMap(outputs.head_weight, outputs.head_bias, outputs.head_scaling)

@@ -362,7 +362,7 @@ def _check_loss(loss: str, temperature: float) -> None:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(LOGIT_LOSSES)}"
         raise ConfigError(f"loss {loss!r} is unknown{hint}")
     check_temperature(temperature)
-    if loss in ("mse", "centred_mse") and temperature != 1:
+    if loss in ("mse", "centered_mse") and temperature != 1:
         raise ConfigError(f"temperature has no effect on {loss}, got {temperature}")
 
 

@@ -37,7 +37,7 @@ def merge_words(logits: Tensor, merged_into: Tensor) -> Tensor:
     """(N, K + D) logits of kept and dropped words -> (N, K): each dropped one's probability joins a kept one's.
 
     merged_into: (D,) which kept word (0 to K - 1). The log-sum-exp of each group, so that no probability is lost;
-    slicing to the first K would renormalise instead.
+    slicing to the first K would renormalize instead.
     """
     kept, dropped = logits.split([logits.shape[1] - len(merged_into), len(merged_into)], dim=1)
     places = merged_into.expand(len(logits), -1)
@@ -103,7 +103,7 @@ def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (student - teacher).masked_fill(padding, 0.0).square().sum(-1) / (~padding).sum(-1)
 
 
-def centred_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def centered_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """`mse` of logits less their mean, so that the level does not count, which no probability depends on.
 
     student_logits, teacher_logits: (N, K) scores. Returns (N,).
@@ -113,8 +113,8 @@ def centred_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     padding = (student == -math.inf) & (teacher == -math.inf)
     count = (~padding).sum(-1, keepdim=True)
     difference = (student - teacher).masked_fill(padding, 0.0)
-    centred = (difference - difference.sum(-1, keepdim=True) / count).masked_fill(padding, 0.0)
-    return centred.square().sum(-1) / count[:, 0]
+    centered = (difference - difference.sum(-1, keepdim=True) / count).masked_fill(padding, 0.0)
+    return centered.square().sum(-1) / count[:, 0]
 
 
 # What a term's `loss` may name. An option is a keyword-only parameter of the function.
@@ -124,7 +124,7 @@ LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "js_divergence": js_divergence,
     "cross_entropy": cross_entropy,
     "mse": mse,
-    "centred_mse": centred_mse,
+    "centered_mse": centered_mse,
 }
 
 

@@ -112,8 +112,8 @@ def _kl_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     gap = teacher.sub_(student).mul_(gradient).sum(-1)
     student_normalizer = _write_softmax(student, out=teacher)
     torch.sub(teacher, gradient, out=gradient)
-    # sum(q - p) is 0 but for rounding. With it, what rounding did to the two normalisations cancels to first
-    # order; without it a row errs by 1e-4 at temperature 15, where the KL is 1e-3 and the normalisers are 10.
+    # sum(q - p) is 0 but for rounding. With it, what rounding did to the two normalizations cancels to first
+    # order; without it a row errs by 1e-4 at temperature 15, where the KL is 1e-3 and the normalizers are 10.
     values = student_normalizer.less(teacher_normalizer) + gap + gradient.sum(-1)
     gradient.mul_(temperature)
     return (temperature**2 * values).to(student.dtype)
@@ -173,7 +173,7 @@ def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: f
     return values
 
 
-def _centred_mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _centered_mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
     """Mean squared difference of logits less their means, gradient 2 / K times it. The temperature is 1."""
     torch.sub(student, teacher, out=gradient)
     gradient.sub_(gradient.mean(-1, keepdim=True))
@@ -197,7 +197,7 @@ ROW_LOSSES: dict[str, RowLoss] = {
     "js_divergence": _js_divergence_rows,
     "cross_entropy": _cross_entropy_rows,
     "mse": _mse_rows,
-    "centred_mse": _centred_mse_rows,
+    "centered_mse": _centered_mse_rows,
     "hard_cross_entropy": _hard_cross_entropy_rows,
 }
 

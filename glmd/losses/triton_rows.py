@@ -1,6 +1,6 @@
 """The rows of `losses.rows` as one Triton kernel for CUDA: a program a row, two passes over it, nothing in between.
 
-The first pass finds maxima and normalisers of both models online, the second writes the gradient over the student's
+The first pass finds maxima and normalizers of both models online, the second writes the gradient over the student's
 product in its own dtype; all else stays in float32 registers. Eager torch reads and writes the same numbers a dozen
 times. Importing this imports triton.
 """
@@ -170,7 +170,7 @@ def _rows_kernel(
             p = tl.where(exists, tl.exp(t - t_max) / t_sum, 0.0)
             ratio = tl.where(exists, t - s + shift, 0.0)
             gradient = q - p
-            # The sum of q - p is 0 but for rounding; with it the rounding of the normalisers cancels to first order.
+            # The sum of q - p is 0 but for rounding; with it the rounding of the normalizers cancels to first order.
             if LOSS == "kl_divergence":
                 value += tl.sum(p * ratio + gradient, 0)
             elif LOSS == "reverse_kl":

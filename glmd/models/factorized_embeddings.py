@@ -3,11 +3,11 @@
     config = narrow_config(teacher.config, "electra")       # or "mobilebert"
     copy_around_layers(student, teacher)                    # embeddings and LM head; layers are copied as they are
 
-`electra` is the paper's +al, ALBERT's factorisation: K x E vectors and a linear map from E to H. Of the two stock
+`electra` is the paper's +al, ALBERT's factorization: K x E vectors and a linear map from E to H. Of the two stock
 architectures that have it ELECTRA carries a BERT: its layers are BERT's by name and number, where ALBERT's are one
 group under names of its own; its LM head is one linear map after a transform, and it has heads for classes and choices.
-`mobilebert` is +mo: a word's vector of E enters beside those of its neighbours, and the output uses all H. Without
-bottlenecks and stacked feed-forward networks, and with plain normalisation, MobileBERT's layers are BERT's too.
+`mobilebert` is +mo: a word's vector of E enters beside those of its neighbors, and the output uses all H. Without
+bottlenecks and stacked feed-forward networks, and with plain normalization, MobileBERT's layers are BERT's too.
 """
 
 import copy
@@ -77,7 +77,7 @@ def check_narrow(config: Any, teacher_config: Any, *, copies: bool) -> None:
     for name, value in needed.items() if copies else ():
         if getattr(config, name) != value:
             raise ConfigError(
-                f"student.initialisation: student.config.{name} is {getattr(config, name)!r}, to copy layers of the "
+                f"student.initialization: student.config.{name} is {getattr(config, name)!r}, to copy layers of the "
                 f"teacher it must be {value!r}; otherwise use scratch"
             )
 
@@ -96,7 +96,7 @@ def copy_around_layers(student: Any, teacher: Any) -> None:
 def _copy_to_electra(student: Any, embeddings: Any, head: Any) -> None:
     """Vectors as their best E coordinates, and the maps from and to them as BERT's in these coordinates.
 
-    With D (H, E) orthonormal, W ~ W D D^T; D are the first eigenvectors of W^T W (truncated SVD). Normalisation stands
+    With D (H, E) orthonormal, W ~ W D D^T; D are the first eigenvectors of W^T W (truncated SVD). Normalization stands
     on either side of D: both divide by a vector's own length, which D nearly keeps but for the width.
     """
     words = embeddings.word_embeddings.weight.double()
@@ -118,7 +118,7 @@ def _copy_to_electra(student: Any, embeddings: Any, head: Any) -> None:
 
 def _copy_to_mobilebert(student: Any, embeddings: Any, head: Any) -> None:
     """The head is BERT's own. The input has the first E columns of each vector, as in the paper's code, and the map of
-    the middle one of three finds the others by least squares; positions, types and normalisation are BERT's.
+    the middle one of three finds the others by least squares; positions, types and normalization are BERT's.
     """
     words, size = embeddings.word_embeddings.weight.double(), student.config.embedding_size
     ours, predictions = student.mobilebert.embeddings, student.cls.predictions

@@ -134,7 +134,7 @@ def _joined(head: Any, config: Any) -> LinearMap:
     """MobileBERT's final map: the word embeddings and a second weight, side by side."""
     weight, pad = head.decoder.weight, config.pad_token_id
     if pad is not None and weight.requires_grad:
-        # The last word of a text has padding for its neighbour, or nothing, by the length of the batch's longest. A
+        # The last word of a text has padding for its neighbor, or nothing, by the length of the batch's longest. A
         # student's vector of [PAD] begins as zeros, which is what stands for nothing, and has to stay so.
         weight = weight.index_copy(0, torch.tensor([pad], device=weight.device), weight[pad : pad + 1].detach())
     return LinearMap(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)

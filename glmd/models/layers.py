@@ -15,7 +15,7 @@ LAYER_CHOICES = ("first", "last", "uniform", "even")
 def layer_indices(how: str | Sequence[int], num_student_layers: int, num_teacher_layers: int) -> list[int]:
     """Zero-based teacher layer for each student layer, in increasing order.
 
-    how: "first" and "last" take neighbours from that end; "uniform" takes the last of each of equal groups
+    how: "first" and "last" take neighbors from that end; "uniform" takes the last of each of equal groups
         (12 -> 6: 1, 3, ..., 11, as TinyBERT and PKD map layers); "even" the first of each
         (12 -> 6: 0, 2, ..., 10); or the layers themselves.
     """

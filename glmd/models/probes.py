@@ -114,7 +114,7 @@ def prove_copied_layers(student: Any, teacher: Any, lists: Mapping[str, str], ch
             error = (output - expected).abs().max() if output.shape == expected.shape else torch.tensor(torch.inf)
             if not error <= 1e-5 * update:
                 raise ModelError(
-                    f"student.initialisation: layer {i} of the student is a copy of the teacher's layer {chosen[i]} "
+                    f"student.initialization: layer {i} of the student is a copy of the teacher's layer {chosen[i]} "
                     f"and gives another output (relative difference {error / update:.1e}): "
                     f"{type(student).__name__} treats layers by their number; {OTHER_LAYERS}"
                 )
@@ -124,8 +124,8 @@ def prove_copied_layers(student: Any, teacher: Any, lists: Mapping[str, str], ch
 def silence_padding(model: Any) -> bool:
     """Set the vector of the pad token to zero, as torch begins it; whether it was another.
 
-    MobileBERT gives each token its neighbours' vectors: with zeros for padding, a text's last token has the same
-    neighbour whether padding follows or nothing does.
+    MobileBERT gives each token its neighbors' vectors: with zeros for padding, a text's last token has the same
+    neighbor whether padding follows or nothing does.
     """
     embeddings, pad = model.get_input_embeddings(), getattr(model.config.get_text_config(), "pad_token_id", None)
     if pad is None or not embeddings.weight[pad].any():
@@ -329,7 +329,7 @@ def _hidden_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
     for place, value in places:
         if isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point():
             return place
-    raise ModelError("student.initialisation: a layer that is given no hidden states cannot be proved; give scratch")
+    raise ModelError("student.initialization: a layer that is given no hidden states cannot be proved; give scratch")
 
 
 def _main_output(output: Any) -> Tensor:
@@ -380,7 +380,7 @@ def _replayed(modules: Sequence[nn.Module], seen: Sequence[tuple[Tensor, Tensor]
 
 def _of_each(found: Mapping[nn.Module, Any], modules: Sequence[nn.Module]) -> list[Any]:
     if not set(modules) <= found.keys():
-        raise ModelError("student.initialisation: a layer is never called, so no copy of it is proved; give scratch")
+        raise ModelError("student.initialization: a layer is never called, so no copy of it is proved; give scratch")
     return [found[module] for module in modules]
 
 

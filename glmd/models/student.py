@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *, seed: int) -> Any:
     """A student for `teacher`, a Hugging Face model; the teacher is not changed.
 
-    With `initialisation: scratch` every weight is drawn from `seed`. Otherwise the chosen layers, the kept rows of
+    With `initialization: scratch` every weight is drawn from `seed`. Otherwise the chosen layers, the kept rows of
     the embeddings and all else outside the layers are copied, so that a student with every layer and every word is
     the teacher; of a narrow `architecture` the layers, and what stands around them as nearly as it can. Raises
     ConfigError where a changed width makes that impossible.
@@ -151,13 +151,13 @@ def saved_and_reopened(config: Any) -> Any:
 
 def chosen_layers(config: StudentConfig, count: int, total: int) -> list[int] | None:
     """Zero-based teacher layers to copy, or None from scratch. Raises ConfigError."""
-    if config.initialisation == "scratch":
+    if config.initialization == "scratch":
         return None
-    if isinstance(config.initialisation, list) and len(config.initialisation) != count:
+    if isinstance(config.initialization, list) and len(config.initialization) != count:
         raise ConfigError(
-            f"student.initialisation names {len(config.initialisation)} layers, num_hidden_layers is {count}"
+            f"student.initialization names {len(config.initialization)} layers, num_hidden_layers is {count}"
         )
-    return layer_indices(config.initialisation, count, total)
+    return layer_indices(config.initialization, count, total)
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def weight_origins(
         if found is None or found.shape != tensor.shape:
             was = tuple(found.shape) if found is not None else "absent"
             raise ConfigError(
-                f"student.initialisation: {name} has shape {tuple(tensor.shape)}, the teacher's is {was}; "
+                f"student.initialization: {name} has shape {tuple(tensor.shape)}, the teacher's is {was}; "
                 "with other widths use scratch"
             )
     if not is_narrow:
@@ -229,7 +229,7 @@ def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
     ours, theirs = _lists_of(student), _lists_of(teacher)
     if not (ours and theirs):
         raise ConfigError(
-            f"student.initialisation: {type(teacher).__name__} has no list of {teacher.config.num_hidden_layers} "
+            f"student.initialization: {type(teacher).__name__} has no list of {teacher.config.num_hidden_layers} "
             "layers to copy from; use scratch"
         )
     if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's
@@ -259,7 +259,7 @@ def _require_same_settings(student: Any, teacher: Any, lists: dict[str, str], ch
             for key, (value, original) in pairs.items():
                 if value != original and (value, original) != (i, j):
                     raise ConfigError(
-                        f"student.initialisation: layer {i} of the student, a copy of the teacher's layer {j}, would "
+                        f"student.initialization: layer {i} of the student, a copy of the teacher's layer {j}, would "
                         f"have {key} {value} in place of {original}; {OTHER_LAYERS}"
                     )
 

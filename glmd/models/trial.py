@@ -58,8 +58,8 @@ def try_student(
             with torch.device("meta"):
                 share_backbone(of_task.from_config(config), of_words.from_config(config))
     except ModelError as error:
-        start = student.initialisation
-        raise ConfigError(f"a student of {num_layers} layers with student.initialisation {start}: {error}") from None
+        start = student.initialization
+        raise ConfigError(f"a student of {num_layers} layers with student.initialization {start}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:  # no such head for this architecture
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None

@@ -117,7 +117,7 @@ class Pipeline:
         """All stages, then the reload check of every exported folder, then results.json."""
         teacher = self._begin()
         arms = self._arms(teacher)
-        # Before the long stage, so that a teacher that cannot serve or has learnt nothing is seen in time.
+        # Before the long stage, so that a teacher that cannot serve or has learned nothing is seen in time.
         tasks = [TaskStages(self.bench, task, teacher, self.rows) for task in self.plan.tasks.values()]
         self._require_room(tasks, arms)
         for task in tasks:
@@ -248,7 +248,7 @@ class Pipeline:
 
         tasks = {name: task.fingerprint() for name, task in self.plan.tasks.items()}
         inputs = {
-            "vocabulary": asdict(replace(settings, teacher_mass="renormalise")),  # of which it does not depend
+            "vocabulary": asdict(replace(settings, teacher_mass="renormalize")),  # of which it does not depend
             "teacher": self.bench.teacher_hash,
             "corpus": self.plan.corpus,
             "tokens": self.bench.tokens(),

@@ -123,7 +123,7 @@ class RunFolder:
         on_main(lambda: write_atomically(self.path / "config.yaml", dump_config(config)))
 
     def name(self, place: Path) -> str:
-        """A stage's folder as it is called in logs: tasks/RTE/seed-0/words."""
+        """A stage's folder as it is called in logs: tasks/RTE/seed-0/task_lm."""
         return place.relative_to(self.path).as_posix()
 
     def stage(self, place: Path, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class RunFolder:
 
 def _numbers_of_steps(config: dict[str, Any]) -> list[str]:
     """The keys of a config that a stage may grow by: its own record decides, when its turn comes."""
-    names = ("pretraining", "task_teacher", "task_words", "task_labels")
+    names = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")
     stages = {name: config[name] for name in names} | {"teacher.pretraining": config["teacher"]["pretraining"] or {}}
     return [f"{name}.max_steps" for name, stage in stages.items() if _is_steady(stage)]
 

@@ -103,15 +103,15 @@ class TaskStages:
     def distil(self, arm: Arm, seed: int, cell: Cell) -> None:
         """The two passes from the pretrained student, and the hard-label control from the same start."""
         root, start = arm.folder / "tasks" / self.name, arm.folder / "pretraining" / "student"
-        labels, words = self.config.stage("task_labels", self.name, cell), None
+        labels, words = self.config.stage("task_soft_labels", self.name, cell), None
         after_words = start
-        if "task_words" in self.bench.plan.method:
-            words = self.config.stage("task_words", self.name, cell)
-            place = self._place("task_words", arm, seed, cell)
+        if "task_lm" in self.bench.plan.method:
+            words = self.config.stage("task_lm", self.name, cell)
+            place = self._place("task_lm", arm, seed, cell)
             after_words = place / "student"
             if place not in self.run_folder.left:
                 self._distil_words(arm, place, seed, words, words_cell(cell), start)
-        place, objective = self._place("task_labels", arm, seed, cell), self.bench.plan.method["task_labels"]
+        place, objective = self._place("task_soft_labels", arm, seed, cell), self.bench.plan.method["task_soft_labels"]
         self._distil_labels(arm, place, seed, labels, cell, objective, after_words)
         if self.config.controls.hard_labels and arm.name == "student":
             budget = control_budget(labels, words, len(self.task.inputs), self.bench.processes)
@@ -141,10 +141,10 @@ class TaskStages:
 
     def _distil_words(self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, start: Path) -> None:
         """First pass: word-prediction logits of the fine-tuned teacher on the task's inputs."""
-        objective = self.bench.plan.method["task_words"]
+        objective = self.bench.plan.method["task_lm"]
 
         def work() -> dict[str, Any]:
-            live = self._teacher("task_words", arm, seed, words=True)
+            live = self._teacher("task_lm", arm, seed, words=True)
             student = load_language_model(TeacherConfig(str(start)))
             torch.manual_seed(seed)
             head = None
@@ -180,8 +180,8 @@ class TaskStages:
             )
             return {"training": training, "words_before": before, "words": words}
 
-        inputs = self._inputs("task_words", arm, seed, stage, objective, start)
-        self._add_row(arm.name, "task_words", seed, cell, self.run_folder.stage(place, inputs, work))
+        inputs = self._inputs("task_lm", arm, seed, stage, objective, start)
+        self._add_row(arm.name, "task_lm", seed, cell, self.run_folder.stage(place, inputs, work))
 
     def _distil_labels(
         self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, objective: Objective, start: Path
@@ -191,8 +191,8 @@ class TaskStages:
 
         def work() -> dict[str, Any]:
             live = None
-            if objective.uses("task_logits", "word_logits"):
-                live = self._teacher("task_labels", arm, seed, words=objective.uses("word_logits"))
+            if objective.uses("task_logits", "lm_logits"):
+                live = self._teacher("task_soft_labels", arm, seed, words=objective.uses("lm_logits"))
             torch.manual_seed(seed)
             student = load_classifier(str(start), self.task.task, new_head=True)
             language_model = None
@@ -248,7 +248,7 @@ class TaskStages:
             )
             return result
 
-        inputs = self._inputs(None if is_control else "task_labels", arm, seed, stage, objective, start)
+        inputs = self._inputs(None if is_control else "task_soft_labels", arm, seed, stage, objective, start)
         result = self.run_folder.stage(place, inputs, work)
         self._add_row("hard labels" if is_control else arm.name, place.name, seed, cell, result)
 
@@ -318,7 +318,7 @@ class TaskStages:
     def _place(self, name: str, arm: Arm, seed: int, cell: Cell) -> Path:
         """The folder of a stage; cells that differ in the second pass alone share the first."""
         root = arm.folder / "tasks" / self.name
-        return cell_place(root, words_cell(cell) if name == "task_words" else cell, seed) / name.removeprefix("task_")
+        return cell_place(root, words_cell(cell) if name == "task_lm" else cell, seed) / name.removeprefix("task_")
 
     def _chooser(
         self, *, by_labels: Callable[[], float], by_teacher: Callable[[], float] | None = None
@@ -343,6 +343,6 @@ class TaskStages:
             constants = [score(task, np.full(len(self.task.val), answer), self.task.val) for answer in answers]
             row["constant"] = {name: max(each[name] for each in constants) for name in task.metrics}
         if is_student and self.task.has_own_inputs:
-            labelled = sum(example.label is not None for example in self.task.inputs)
-            row["inputs"] = {"examples": len(self.task.inputs), "labelled": labelled}
+            labeled = sum(example.label is not None for example in self.task.inputs)
+            row["inputs"] = {"examples": len(self.task.inputs), "labeled": labeled}
         self.rows.append(row)

@@ -314,7 +314,7 @@ class Workbench:
 
     def _write_shards(self, cache: TeacherCache, numbers: Sequence[int], load: Callable[[], Teacher]) -> None:
         teacher, is_corpus = load() if numbers else _silent, isinstance(cache.parts[0][0], BlockDataset)
-        stage = self.config.pretraining if is_corpus else self.config.task_labels
+        stage = self.config.pretraining if is_corpus else self.config.task_soft_labels
         batch_size = stage.per_device_eval_batch_size
         for number in tqdm(numbers, desc="teacher.cache", unit="shard", disable=None):
             cache.write_shard(number, teacher, self.collate, batch_size=batch_size)

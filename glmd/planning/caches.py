@@ -1,7 +1,7 @@
 """Which caches of a teacher's answers a plan has, what they are made from, and what they take on disk.
 
     print(describe_cache(plan, sources))       # for `glmd check`: refuses another's cache and a disk too small
-    cache = task_cache(plan, "task_words", "RTE", seed=0, teacher_hash=..., classifier_hash=...)
+    cache = task_cache(plan, "task_lm", "RTE", seed=0, teacher_hash=..., classifier_hash=...)
 
 The corpus has one cache in the folder `teacher.cache`, each stage of a task one below it.
 """
@@ -26,7 +26,7 @@ from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, word_width
 from glmd.planning.rules import cached_stages, kept_words
-from glmd.tasks.cloze import verbaliser_ids
+from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import TaskExample
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
@@ -78,7 +78,7 @@ def task_cache(
     data = task_dataset(plan, task, planned.inputs, length)
     data.corruption = corruption
     parts = [(data, stage.num_maskings or 1)]
-    if name == "task_words":
+    if name == "task_lm":
         parts.append((task_dataset(plan, task, planned.val, length), 1))
     made_from = {
         # In a blank the fine-tuned model predicts words by a head of its own.
@@ -104,7 +104,7 @@ def task_dataset(
         examples,
         tokenizer or plan.tokenizer,
         max_length=length,
-        verbalisers=planned.verbalisers if tokenizer is None else verbaliser_ids(planned.task, tokenizer),
+        verbalizers=planned.verbalizers if tokenizer is None else verbalizer_ids(planned.task, tokenizer),
         mean_over_tokens=planned.task.mean_over_tokens,
         is_causal=is_causal(plan.teacher_config),
     )
@@ -119,10 +119,10 @@ def held_out_blocks(tokens: int, blocks: int, length: int, wanted: int) -> int:
 
 
 def inputs_stage(plan: Plan, name: str, task: str) -> StageConfig:
-    """A stage's settings as they make its inputs, which no cell of a sweep changes: those of task_labels are corrupted
+    """A stage's settings as they make its inputs, which no cell of a sweep changes: those of task_soft_labels are corrupted
     for terms that compare words, and for no others."""
     stage = plan.config.stage(name, task)
-    is_clean = name == "task_labels" and not plan.method[name].uses(*WORD_SIGNALS)
+    is_clean = name == "task_soft_labels" and not plan.method[name].uses(*WORD_SIGNALS)
     return replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
 
 

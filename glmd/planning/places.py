@@ -1,6 +1,6 @@
 """Where the stages of a run lie in its folder, and which of them are still to come.
 
-for place, settings in stage_places(plan): ...     # runs/NAME/tasks/RTE/seed-0/words, ...
+for place, settings in stage_places(plan): ...     # runs/NAME/tasks/RTE/seed-0/task_lm, ...
 """
 
 import itertools
@@ -28,9 +28,9 @@ def stage_places(plan: Plan) -> Iterator[tuple[Path, StageConfig]]:
         if "pretraining" in plan.method:
             yield arm / "pretraining", config.pretraining
         for name, seed, cell in itertools.product(plan.tasks, config.seeds, config.cells):
-            place, labels = arm / "tasks" / name, config.stage("task_labels", name, cell)
-            if "task_words" in plan.method:
-                yield cell_place(place, words_cell(cell), seed) / "words", config.stage("task_words", name, cell)
+            place, labels = arm / "tasks" / name, config.stage("task_soft_labels", name, cell)
+            if "task_lm" in plan.method:
+                yield cell_place(place, words_cell(cell), seed) / "words", config.stage("task_lm", name, cell)
             yield cell_place(place, cell, seed) / "labels", labels
             if config.controls.hard_labels and arm is root:
                 yield cell_place(place, control_cell(cell), seed) / "hard_labels", labels
@@ -43,7 +43,7 @@ def cell_place(root: Path, cell: Cell, seed: int) -> Path:
 
 def words_cell(cell: Cell) -> Cell:
     """What the first pass has of a cell: cells that differ in the second pass alone share the first."""
-    return {key: value for key, value in cell.items() if key.startswith("task_words.")}
+    return {key: value for key, value in cell.items() if key.startswith("task_lm.")}
 
 
 def control_cell(cell: Cell) -> Cell:
@@ -51,7 +51,7 @@ def control_cell(cell: Cell) -> Cell:
     return {
         key: value
         for key, value in cell.items()
-        if key.startswith("task_labels.") or key.partition(".")[2] in LENGTH_KEYS
+        if key.startswith("task_soft_labels.") or key.partition(".")[2] in LENGTH_KEYS
     }
 
 

@@ -22,7 +22,7 @@ from glmd.errors import ConfigError, DataError, ModelError
 from glmd.evaluation.metrics import require_metrics, score
 from glmd.models.heads import is_causal, split_parameters
 from glmd.planning.rules import cached_stages, for_teacher, kept_words, learns_from_train, resolve, task_of, task_stages
-from glmd.tasks.cloze import verbaliser_ids
+from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import Task, TaskExample, read_split
 from glmd.vocabulary.renumbering import named_ids
@@ -42,11 +42,11 @@ class TaskPlan:
     train: list[TaskExample]
     inputs: list[TaskExample]
     val: list[TaskExample]
-    verbalisers: tuple[int, ...] = ()  # ids of the words for the labels, where the task is asked as words in a blank
+    verbalizers: tuple[int, ...] = ()  # ids of the words for the labels, where the task is asked as words in a blank
 
     @property
     def is_scored(self) -> bool:
-        return self.val[0].is_labelled
+        return self.val[0].is_labeled
 
     @property
     def has_own_inputs(self) -> bool:
@@ -55,7 +55,7 @@ class TaskPlan:
     def fingerprint(self) -> str:
         splits = [self.train, self.val, *([self.inputs] if self.has_own_inputs else [])]
         rows = [[(e.texts, e.label, e.group, e.choices, e.answers) for e in split] for split in splits]
-        return hashlib.sha256(json.dumps([asdict(self.task), self.verbalisers, rows]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([asdict(self.task), self.verbalizers, rows]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool
             "documents; set one and save it"
         )
     config = for_teacher(config, method, asked, causal=is_causal(teacher_config))
-    verbalisers = {name: verbaliser_ids(task_of(config, name), tokenizer) for name in config.tasks}
-    words = [word for name in config.tasks for word in task_of(config, name).verbalisers]
+    verbalizers = {name: verbalizer_ids(task_of(config, name), tokenizer) for name in config.tasks}
+    words = [word for name in config.tasks for word in task_of(config, name).verbalizers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(world / "superglue") if world else config.data.superglue
     corpus = corpus_sources(config, world)
     require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
-    tasks = {name: _plan_task(config, name, method, source, verbalisers[name]) for name in config.tasks}
+    tasks = {name: _plan_task(config, name, method, source, verbalizers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
     _check_named_teachers(config, method, tasks, tokenizer)
     _check_ensemble(config, tokenizer, teacher_config)
@@ -267,11 +267,11 @@ def _require_same_tokenizer(ours: Any, theirs: Any, where: str) -> None:
 
 
 def _plan_task(
-    config: RunConfig, name: str, method: dict[str, Objective], source: str | None, verbalisers: tuple[int, ...]
+    config: RunConfig, name: str, method: dict[str, Objective], source: str | None, verbalizers: tuple[int, ...]
 ) -> TaskPlan:
     task, files = task_of(config, name), config.tasks[name]
     require_metrics(task)
-    own_inputs, uses_labels = files.get("inputs"), method["task_labels"].uses("task_labels")
+    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].uses("task_labels")
     train: list[TaskExample] = []
     if learns_from_train(config, name):
         needs_labels = name not in config.teacher.tasks or config.controls.hard_labels or uses_labels
@@ -283,13 +283,13 @@ def _plan_task(
         inputs = read_split(task, own_inputs, "train", require_labels=uses_labels, training=True)
     val_source = _source(files, source, "val")
     val = read_split(task, val_source, "val", require_labels=config.selection == "best")
-    unlabelled = [not example.is_labelled for example in val]
-    if any(unlabelled) and not all(unlabelled):
-        found = f"{sum(unlabelled)} of {len(val)} rows of {name} val have no label"
+    unlabeled = [not example.is_labeled for example in val]
+    if any(unlabeled) and not all(unlabeled):
+        found = f"{sum(unlabeled)} of {len(val)} rows of {name} val have no label"
         raise DataError(f"{val_source}: {found}; give all or none")
-    if not all(unlabelled):
+    if not all(unlabeled):
         score(task, np.zeros(len(val), dtype=np.int64), val)  # what cannot be scored is refused now, not after training
-    return TaskPlan(task, train, inputs, val, verbalisers)
+    return TaskPlan(task, train, inputs, val, verbalizers)
 
 
 def _source(files: dict[str, Any], source: str | None, split: str) -> str:
@@ -389,7 +389,7 @@ def _with_parameters(plan: Plan) -> Plan:
     try:
         chosen = chosen_layers(student, count, total)
     except ConfigError as error:
-        raise ConfigError(f"student.initialisation and num_hidden_layers: {error}") from None
+        raise ConfigError(f"student.initialization and num_hidden_layers: {error}") from None
     teacher = _on_meta("teacher", plan.teacher_config)
     _check_vocabulary_effects(plan, teacher)
     cut_config = copy.deepcopy(plan.teacher_config)
@@ -437,7 +437,7 @@ def _check_vocabulary_effects(plan: Plan, teacher: Any) -> None:
         raise ConfigError(str(error)) from None
     is_whole = plan.kept_size == plan.source_size
     if settings.teacher_mass == "merge" and (
-        is_whole or not any(objective.uses("word_logits") for objective in plan.method.values())
+        is_whole or not any(objective.uses("lm_logits") for objective in plan.method.values())
     ):
         why = "every token is kept" if is_whole else f"method {plan.config.method} distils no words"
         raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")

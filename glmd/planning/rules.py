@@ -51,7 +51,7 @@ def learns_from_train(config: RunConfig, name: str) -> bool:
 
 def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
     """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
-    names = ["task_teacher", *(name for name in ("task_words", "task_labels") if name in method)]
+    names = ["task_teacher", *(name for name in ("task_lm", "task_soft_labels") if name in method)]
     return {name: config.stage(name, task) for name in names}
 
 
@@ -62,14 +62,14 @@ def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
     asking = [
         stage
         for stage, objective in method.items()
-        if objective.uses("word_logits", "task_logits") and (stage == "pretraining" or config.tasks)
+        if objective.uses("lm_logits", "task_logits") and (stage == "pretraining" or config.tasks)
     ]
     return [stage for stage in asking if stage in (config.teacher.cached_stages or asking)]
 
 
 def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
-    """Cached stages of which hidden states are kept; task_words compares words at least to be scored."""
-    return [stage for stage in cached if stage == "task_words" or method[stage].uses("word_logits")]
+    """Cached stages of which hidden states are kept; task_lm compares words at least to be scored."""
+    return [stage for stage in cached if stage == "task_lm" or method[stage].uses("lm_logits")]
 
 
 def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
@@ -79,7 +79,7 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
         raise ConfigError(f"tasks: {', '.join(config.tasks)} names a task twice")
     teachers = {task_of(config, name).name: model for name, model in config.teacher.tasks.items()}
     stages: dict[str, Any] = {}
-    for name in ("pretraining", "task_words", "task_labels"):
+    for name in ("pretraining", "task_lm", "task_soft_labels"):
         stage: StageConfig = getattr(config, name)
         needed = name in method and method[name].needs_corruption
         if stage.mlm_probability is None:
@@ -90,11 +90,11 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
                 f"{name}.mlm_probability is 0, but method {config.method} speaks of corrupted tokens; give 0.15"
             )
         elif (
-            name == "task_labels"
+            name == "task_soft_labels"
             and stage.mlm_probability
-            and not method["task_labels"].uses("word_logits", "word_labels")
+            and not method["task_soft_labels"].uses("lm_logits", "lm_labels")
         ):
-            raise ConfigError("task_labels.mlm_probability has no effect: its terms compare no words; remove it")
+            raise ConfigError("task_soft_labels.mlm_probability has no effect: its terms compare no words; remove it")
     config = replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
     _check_maskings(config)
     return config
@@ -102,12 +102,12 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
 
 def _check_maskings(config: RunConfig) -> None:
     """Refuse a number of maskings where nothing is masked."""
-    for name in ("pretraining", "task_words", "task_labels"):
+    for name in ("pretraining", "task_lm", "task_soft_labels"):
         stage: StageConfig = getattr(config, name)
         if stage.num_maskings and not stage.mlm_probability:
             raise ConfigError(f"{name}.num_maskings has no effect: nothing is masked there; remove it")
     for task, changes in config.tasks.items():
-        stages = [config.stage(name, task) for name in ("task_words", "task_labels")]
+        stages = [config.stage(name, task) for name in ("task_lm", "task_soft_labels")]
         if changes.get("num_maskings") and not any(stage.mlm_probability for stage in stages):
             raise ConfigError(f"tasks.{task}.num_maskings has no effect: nothing is masked there; remove it")
 
@@ -121,7 +121,7 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
     if any(objective.needs_corruption for objective in method.values()):
         raise ConfigError(f"method {config.method} speaks of corrupted tokens; a causal teacher has none: give glmd")
     given = {"pretraining": mlm_probability} | {
-        name: getattr(config, name).mlm_probability for name in ("task_words", "task_labels")
+        name: getattr(config, name).mlm_probability for name in ("task_lm", "task_soft_labels")
     }
     given |= {f"tasks.{task}": changes.get("mlm_probability") for task, changes in config.tasks.items()}
     for name, probability in given.items():
@@ -155,8 +155,8 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
         raise ConfigError(f"tasks is empty and method {config.method} has no pretraining; name a task")
     if vocabulary.keep_ratio is None and vocabulary.size is None:
         raise ConfigError("vocabulary.keep_ratio is missing; 0.5 is the paper's, 1.0 keeps the whole vocabulary")
-    if config.tasks and "task_labels" not in method:
-        raise ConfigError(f"method {config.method} has no task_labels stage, but tasks are given")
+    if config.tasks and "task_soft_labels" not in method:
+        raise ConfigError(f"method {config.method} has no task_soft_labels stage, but tasks are given")
     for stage in config.sweep:
         if stage not in method:
             raise ConfigError(f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it")
@@ -205,7 +205,7 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse further teachers that nothing would be asked of."""
     if not config.teacher.ensemble:
         return
-    if not ("pretraining" in method and method["pretraining"].uses("word_logits")):
+    if not ("pretraining" in method and method["pretraining"].uses("lm_logits")):
         raise ConfigError(
             f"teacher.ensemble has no effect: method {config.method} compares no words on the corpus; remove it"
         )
@@ -218,8 +218,8 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
-    # The inputs of task_labels are corrupted for terms that compare words, and for no others.
-    names = [name for name in cached_stages(config, method) if name == "task_words" or method[name].uses(*WORD_SIGNALS)]
+    # The inputs of task_soft_labels are corrupted for terms that compare words, and for no others.
+    names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].uses(*WORD_SIGNALS)]
     stages = [(name, config.pretraining) for name in names if name == "pretraining"]
     stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]
     for name, stage in stages:

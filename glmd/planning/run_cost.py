@@ -61,7 +61,7 @@ class StageCost:
     name: str
     steps: int
     runs: int  # how often the stage is trained
-    texts: int  # of an optimiser step, over all devices
+    texts: int  # of an optimizer step, over all devices
     tokens: int  # of all runs, at most: every text as long as may be
     memory: dict[str, float]
     largest_batch: int  # per_device_train_batch_size that fits; 0 where not one text does
@@ -199,8 +199,8 @@ def stages_with_controls(plan: Plan, devices: int) -> Iterator[tuple[PlannedStag
     words = None
     for stage in planned_stages(plan):
         yield stage, LEARNS_FROM_LABELS.get(stage.kind) or plan.method[stage.kind]
-        words = stage.settings if stage.kind == "task_words" else words
-        if stage.kind == "task_labels" and plan.config.controls.hard_labels:
+        words = stage.settings if stage.kind == "task_lm" else words
+        if stage.kind == "task_soft_labels" and plan.config.controls.hard_labels:
             assert stage.task is not None, "a pass over a task's examples"
             budget = control_budget(stage.settings, words, stage.examples or 0, devices)
             yield replace(stage, kind="hard_labels", settings=budget, examples=len(stage.task.train)), HARD_LABELS
@@ -210,14 +210,14 @@ def _runs(config: RunConfig, kind: str) -> int:
     """How often a stage is run: in each seed, and a second pass after each of the first ones that a sweep makes."""
     if kind in ("teacher", "task_teacher", "pretraining"):
         return 1
-    part = {"task_words": words_cell, "task_labels": lambda cell: cell, "hard_labels": control_cell}[kind]
+    part = {"task_lm": words_cell, "task_soft_labels": lambda cell: cell, "hard_labels": control_cell}[kind]
     trained, lines = ({repr(each(cell)) for cell in config.cells} for each in (part, _line_cell(kind)))
     return len(config.seeds) * len(trained) // len(lines)
 
 
 def _line_cell(kind: str) -> Callable[[Cell], Cell]:
     """What of a cell the lines of a stage differ by: those of the control follow the second pass."""
-    own = "task_words." if kind == "task_words" else "task_labels."
+    own = "task_lm." if kind == "task_lm" else "task_soft_labels."
     return lambda cell: {key: value for key, value in cell.items() if key.startswith(own)}
 
 
@@ -230,7 +230,7 @@ def _examples(stage: PlannedStage) -> list[Any]:
 def _cast(plan: Plan, stage: PlannedStage, objective: Objective) -> Cast:
     config, task = plan.config, stage.task
     trains_teacher = stage.kind in ("teacher", "task_teacher")
-    asks_teacher = objective.uses("word_logits", "task_logits") and not trains_teacher
+    asks_teacher = objective.uses("lm_logits", "task_logits") and not trains_teacher
     form: Any = None
     if task is not None:
         form = "words" if task.task.casting == "cloze" else "choices" if task.task.is_choice else "classes"

@@ -15,7 +15,7 @@ from glmd.planning.rules import task_stages
 class PlannedStage:
     """A stage of a run as it is planned. examples: None on a corpus, which is not counted yet."""
 
-    kind: str  # teacher, task_teacher, pretraining, task_words, task_labels
+    kind: str  # teacher, task_teacher, pretraining, task_lm, task_soft_labels
     settings: StageConfig
     length: int  # tokens of a text, at most
     task: TaskPlan | None = None

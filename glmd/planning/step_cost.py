@@ -100,7 +100,7 @@ class Step:
         self.parameters = list(self.distiller.parameters())
         self.teacher: OnlineTeacher | None = None
         if cast.teacher is not None:
-            asked = objective.uses("word_logits"), objective.uses("task_logits")
+            asked = objective.uses("lm_logits"), objective.uses("task_logits")
             words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), *asked)
             self.teacher = OnlineTeacher(
                 words if asked[0] else None, task, vocabulary, merge_dropped=cast.merge_dropped
@@ -153,8 +153,8 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
     if cast.masked:
-        batch["word_labels"] = torch.full_like(ids, IGNORED)
-        batch["word_labels"][:, : math.ceil(cast.masked * length)] = 1
+        batch["lm_labels"] = torch.full_like(ids, IGNORED)
+        batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     if cast.form is not None:
         batch["labels"] = torch.zeros_like(batch["example_id"])
     if cast.form == "words":
@@ -163,7 +163,7 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     if choices > 1 or cast.form == "choices":
         batch["num_choices"] = torch.full((examples,), choices)
     elif cast.form == "words":
-        batch["verbalisers"] = torch.arange(cast.num_labels).expand(examples, -1)
+        batch["verbalizers"] = torch.arange(cast.num_labels).expand(examples, -1)
     return batch
 
 
@@ -190,7 +190,7 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         step.learn(batch, outputs)
     student, language_model = sum(p.nbytes for p in step.parameters), step.distiller.language_model
     chunk = loss = wider = 0
-    if cast.objective.uses("word_logits"):
+    if cast.objective.uses("lm_logits"):
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
         theirs = cast.source_size if cast.merge_dropped else words

@@ -181,9 +181,9 @@ def _agreement(students: list[dict[str, Any]], columns: list[tuple[str, str]]) -
 
 
 def _inputs_note(row: dict[str, Any]) -> str:
-    examples, labelled = row["inputs"]["examples"], row["inputs"]["labelled"]
-    kind = "of its own, all labelled" if labelled == examples else f"of its own, {labelled} of them labelled"
-    return f" {row['task']}: the student learned from {examples} examples {kind if labelled else 'without labels'}."
+    examples, labeled = row["inputs"]["examples"], row["inputs"]["labeled"]
+    kind = "of its own, all labeled" if labeled == examples else f"of its own, {labeled} of them labeled"
+    return f" {row['task']}: the student learned from {examples} examples {kind if labeled else 'without labels'}."
 
 
 def concerns(rows: list[dict[str, Any]]) -> list[str]:
@@ -212,7 +212,7 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
         if below > max(0.05, of_task[0].get("examples", 1) ** -0.5):
             found.append(
                 f"{task}: the student's {metric} is {below:.3f} below that of its control, which learned the labels "
-                "alone. Try another task_labels.learning_rate or more of its epochs, a longer pretraining, or a larger "
+                "alone. Try another task_soft_labels.learning_rate or more of its epochs, a longer pretraining, or a larger "
                 "vocabulary.keep_ratio."
             )
     return found
@@ -220,7 +220,7 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _control_note(rows: list[dict[str, Any]]) -> str:
     """The control's number of updates, by the passes that the student has."""
-    has_both = any(row["system"] == "student" and row["stage"] == "task_words" for row in rows)
+    has_both = any(row["system"] == "student" and row["stage"] == "task_lm" for row in rows)
     passes = "both its passes together" if has_both else "its pass over the task"
     return f" The hard-label control has the student's start and as many updates as {passes}."
 

@@ -22,7 +22,7 @@ def continuations(
 
     The text with the blank comes last, whatever its place in the pair, after a line end; the other loses its end at
     max_length. A row's `blank_ids` stand one place early, where the model says them: of a candidate those of its tokens
-    and of all that follows the blank (arXiv:1806.02847, partial scoring); a 0 where a verbaliser would come next, after
+    and of all that follows the blank (arXiv:1806.02847, partial scoring); a 0 where a verbalizer would come next, after
     which the text ends, as nothing later bears on it. Raises DataError where the asking text alone is too long.
     """
     start, _ = block_frame(tokenizer)
@@ -67,10 +67,10 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return found
 
 
-def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
-    """The ids of a task's verbalisers. Raises ConfigError for a word that is not one known token of its own."""
+def verbalizer_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
+    """The ids of a task's verbalizers. Raises ConfigError for a word that is not one known token of its own."""
     ids: list[int] = []
-    for word in task.verbalisers:
+    for word in task.verbalizers:
         (pieces,) = ids_in_text([word], tokenizer)
         if len(pieces) != 1 or pieces[0] in tokenizer.all_special_ids:
             shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
@@ -79,7 +79,7 @@ def verbaliser_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
         ids += pieces
     if len(set(ids)) < len(ids):
         raise ConfigError(
-            f"task {task.name}: cloze.words: {', '.join(task.verbalisers)} are one token to the tokenizer"
+            f"task {task.name}: cloze.words: {', '.join(task.verbalizers)} are one token to the tokenizer"
         )
     return tuple(ids)
 
@@ -96,7 +96,7 @@ def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> Non
 
 
 def candidate_ids(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[int]]:
-    """For each row the ids of the candidate that fills its blank; one 0 where a verbaliser will."""
+    """For each row the ids of the candidate that fills its blank; one 0 where a verbalizer will."""
     candidates = [choice for example in examples for choice in example.choices]
     if not candidates:
         return [[0]] * len(examples)

@@ -22,7 +22,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
     or, where the other one has a blank, of that without. A blank becomes mask tokens, one for each token that fills it.
 
     is_causal: ask for what fills a blank as a continuation (`continuations`), as a causal LM must be.
-    verbalisers: ids of the words that fill the blank for each label. mean_over_tokens: a candidate in a blank scores
+    verbalizers: ids of the words that fill the blank for each label. mean_over_tokens: a candidate in a blank scores
     the mean over its tokens. Raises DataError where a blank is cut off.
     """
 
@@ -33,12 +33,12 @@ class TaskDataset(Dataset[dict[str, Any]]):
         *,
         max_length: int,
         corruption: Corruption | None = None,
-        verbalisers: Sequence[int] = (),
+        verbalizers: Sequence[int] = (),
         mean_over_tokens: bool = False,
         is_causal: bool = False,
     ) -> None:
         self.examples, self.corruption, self.mean_over_tokens = examples, corruption, mean_over_tokens
-        self.verbalisers = np.array(verbalisers, dtype=np.int64)
+        self.verbalizers = np.array(verbalizers, dtype=np.int64)
         # Example i has the rows from first_row[i] up to first_row[i + 1].
         self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
         self.rows: list[dict[str, np.ndarray]]
@@ -84,7 +84,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return int(np.logical_or.reduceat(chosen, self.first_row[:-1]).sum())
 
     def _mark_blanks(self, fillings: list[list[int]], mask_id: int, max_length: int) -> None:
-        """Give every row `blank_ids`: in its blank the ids that fill it (0 for a verbaliser), elsewhere -100."""
+        """Give every row `blank_ids`: in its blank the ids that fill it (0 for a verbalizer), elsewhere -100."""
         for i, (row, filling) in enumerate(zip(self.rows, fillings, strict=True)):
             places = row["input_ids"] == mask_id
             example, choice = self._owner(i)
@@ -122,7 +122,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """sha256 of all that a teacher reads of the examples, uncorrupted; not of their labels."""
-        digest = hashlib.sha256(repr((len(self), self.mean_over_tokens, self.verbalisers.tolist())).encode())
+        digest = hashlib.sha256(repr((len(self), self.mean_over_tokens, self.verbalizers.tolist())).encode())
         digest.update(self.first_row.tobytes())
         for row in self.rows:
             for name, values in row.items():
@@ -136,7 +136,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.mean_over_tokens:
             numbers["mean_over_tokens"] = 1
         if not example.choices:
-            words = {"verbalisers": self.verbalisers} if len(self.verbalisers) else {}
+            words = {"verbalizers": self.verbalizers} if len(self.verbalizers) else {}
             return corrupted({**rows[0], **numbers, **words}, key, self.corruption)
         parts = [corrupted(dict(row), (*key, choice), self.corruption) for choice, row in enumerate(rows)]
         columns = {name: [part[name] for part in parts] for name in parts[0]}

@@ -37,11 +37,11 @@ def run_task_head(
 
 
 def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: LinearMap) -> Tensor:
-    """From hidden states (R, S, H): (B, C) logits of the verbalisers, or (R, 1) log-probabilities of the candidates."""
+    """From hidden states (R, S, H): (B, C) logits of the verbalizers, or (R, 1) log-probabilities of the candidates."""
     is_blank = batch["blank_ids"] >= 0
     in_blank = hidden[is_blank]
-    if "verbalisers" in batch:
-        words = batch["verbalisers"] if token_map is None else token_map[batch["verbalisers"]]
+    if "verbalizers" in batch:
+        words = batch["verbalizers"] if token_map is None else token_map[batch["verbalizers"]]
         logits = (in_blank[:, None] * linear.weight[words]).sum(-1)
         return linear.scaling(logits if linear.bias is None else logits + linear.bias[words])
     ids = batch["blank_ids"][is_blank]

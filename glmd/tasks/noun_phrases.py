@@ -18,7 +18,7 @@ many all
 _ENDING = """
 and or but nor so yet that if because although though since while when where as than then which who whom whose what
 how why of in on at by for with from to into onto over under about after before between through during against until
-upon out up down off near beside behind above below without within around across toward towards along beyond inside
+upon out up down off near beside behind above below without within around across toward toward along beyond inside
 outside except is are was were be been being am has have had having do does did will would shall should can could may
 might must ought i you he she it we they me him us them himself herself itself themselves myself yourself not never
 just very too also only even still again ever always there here same luckily suddenly finally said says say asked told

@@ -87,7 +87,7 @@ class Task:
         return self.cloze is not None and self.casting == "cloze" and self.cloze.mean_over_tokens
 
     @property
-    def verbalisers(self) -> tuple[str, ...]:
+    def verbalizers(self) -> tuple[str, ...]:
         """The word of each label, where the task is asked as words in a blank."""
         return self.cloze.words if self.cloze is not None and self.casting == "cloze" else ()
 
@@ -216,7 +216,7 @@ class TaskExample:
     where: str = dataclasses.field(default="", compare=False)  # file and line, or their like, to name in a refusal
 
     @property
-    def is_labelled(self) -> bool:
+    def is_labeled(self) -> bool:
         """Whether its right answer is known, also where none of its candidates is one."""
         return self.label is not None or bool(self.answers)
 
@@ -281,7 +281,7 @@ def read_split(
         )
     if not examples:
         left_out = task.asks_first and training and require_labels
-        found = f"no rows labelled {_shown(task.labels[1])} to learn from" if left_out else "no rows"
+        found = f"no rows labeled {_shown(task.labels[1])} to learn from" if left_out else "no rows"
         raise DataError(f"{source}: {task.name} has {found} in {split}")
     return examples
 

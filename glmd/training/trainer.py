@@ -207,7 +207,7 @@ class Trainer:
         step: int,
         max_steps: int,
     ) -> Tensor | None:
-        """One optimiser step over all micro-batches of all ranks.
+        """One optimizer step over all micro-batches of all ranks.
 
         Returns each term's global mean (terms,), or None for a step that was left out.
         """
@@ -252,7 +252,7 @@ class Trainer:
         return means if is_finite else None
 
     def _is_finite(self, means: Tensor, norm: Tensor) -> bool:
-        """Whether the optimiser may see this step. fp16's scaler skips one with infinite gradients by itself."""
+        """Whether the optimizer may see this step. fp16's scaler skips one with infinite gradients by itself."""
         finite = torch.isfinite(means).all()
         if self.accelerator.scaler is None:
             finite &= torch.isfinite(norm)
@@ -458,7 +458,7 @@ def make_optimizer(distiller: Distiller, settings: StageConfig) -> torch.optim.A
 
 
 def _mix(seed: int, counter: int) -> int:
-    """A 63-bit seed from two counters (splitmix64), far apart for neighbours."""
+    """A 63-bit seed from two counters (splitmix64), far apart for neighbors."""
     z = (seed * 0x9E3779B97F4A7C15 + counter * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64

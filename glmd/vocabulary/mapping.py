@@ -24,7 +24,7 @@ def map_tokens(
 ) -> np.ndarray:
     """Send each dropped token to the kept token whose embedding is nearest. Returns (V,) student ids.
 
-    embeddings: (V, H) array or tensor; the teacher's, as they are, neither centred nor normalised.
+    embeddings: (V, H) array or tensor; the teacher's, as they are, neither centered nor normalized.
     kept_ids: (K,) ascending.
     method: "inner_product" (the paper's best), "cosine", "euclidean", or "unk": all to the unknown token.
     forbidden_targets: source ids no token is sent to: a special token inside a text would change its meaning.

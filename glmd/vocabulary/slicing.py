@@ -129,7 +129,7 @@ def _refuse_unsliceable(model: Any, vocabulary: Rows) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{name} is not a transformers model; unwrap it first")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(f"{name} is quantised or carries adapters; slice the plain model")
+        raise ModelError(f"{name} is quantized or carries adapters; slice the plain model")
     rows = _config_rows(model.config)
     embedding_rows = next(model.get_input_embeddings().parameters()).shape[0]
     if embedding_rows != rows:

@@ -72,14 +72,14 @@ def test_check_prints_the_plan_and_touches_nothing(glmd, tiny, tmp_path, monkeyp
     assert lines["teacher"] == ["7,302", "1,462", "5,840", "2", "86", "16"]
     assert lines["student"] == ["4,483", "867", "3,616", "1", "51", "16"]
     assert lines["pretraining"][:3] == ["6", "4", "16"]
-    for stage in ("task_teacher", "task_words", "task_labels"):
+    for stage in ("task_teacher", "task_lm", "task_soft_labels"):
         assert lines[f"RTE {stage}"] == ["5", "8", "32", "24", "1,280"]
     assert lines["seeds"] == ["0, 1"] and lines["output"] == [str(run)]
     assert not run.exists()
 
 
 def test_check_and_run_refuse_a_strategy_without_effect_before_anything_is_done(refused, tiny, tmp_path):
-    one = ("task_labels.train_sampling_strategy=batch_rebalance", "task_labels.gradient_accumulation_steps=1")
+    one = ("task_soft_labels.train_sampling_strategy=batch_rebalance", "task_soft_labels.gradient_accumulation_steps=1")
     for command in ("check", "run"):
         text = refused(command, tiny.root / "run.yaml", f"output_dir={tmp_path / command}", *one)
         assert "batch_rebalance has no effect: a step is one micro-batch of one process" in text
@@ -103,8 +103,8 @@ def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
     assert planned == {
         "pretraining": trained["pretraining"],
         "RTE task_teacher": trained["task_teacher"],
-        "RTE task_words": trained["task_words"],
-        "RTE task_labels": trained["labels"],
+        "RTE task_lm": trained["task_lm"],
+        "RTE task_soft_labels": trained["labels"],
     }
 
 
@@ -127,7 +127,7 @@ def test_run_without_a_config_takes_its_first_word_for_an_override(refused):
 @pytest.mark.parametrize(
     ("folder", "stage", "system"),
     [
-        ("tasks/RTE/seed-0/labels/student", "labels", "student"),
+        ("tasks/RTE/seed-0/task_soft_labels/student", "labels", "student"),
         ("tasks/RTE/seed-0/hard_labels/student", "hard_labels", "hard labels"),
         ("tasks/RTE/teacher/model", "task_teacher", "teacher"),
     ],
@@ -332,13 +332,13 @@ def test_run_prints_the_table_once_it_is_complete(glmd, finished, tiny, tmp_path
     folder = finished.copy(tmp_path / "run")
     text = glmd("run", tiny.root / "run.yaml", f"output_dir={folder}")
     assert text.startswith(results_table(finished.results)) and "The student is in\n" in text
-    assert str(folder / "tasks/RTE/seed-0/labels/student") in text
+    assert str(folder / "tasks/RTE/seed-0/task_soft_labels/student") in text
 
 
 def test_truncation_is_said_once_for_a_task_whatever_its_passes_seeds_and_controls(tiny, tmp_path, trusting, caplog):
     from glmd.pipeline.run import run
 
-    lengths = [f"{name}.max_length=8" for name in ("task_teacher", "task_words", "task_labels")]
+    lengths = [f"{name}.max_length=8" for name in ("task_teacher", "task_lm", "task_soft_labels")]
     with caplog.at_level("INFO", "glmd"):
         run(tiny.config(tmp_path / "run", "seeds=[0,1,2]", "pretraining.max_steps=1", *lengths))
     assert caplog.text.count("RTE: 24 of 24 inputs truncated to 8 tokens") == 1

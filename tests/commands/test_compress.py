@@ -89,7 +89,7 @@ def test_masked_lms_of_other_families_distil_to_the_end(name, casting, models, t
         )
     )
     row = next(row for row in results["rows"] if row["stage"] == "labels")
-    student = tmp_path / "run/tasks/RTE/seed-0/labels/student"
+    student = tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student"
     task = str(_roberta_rte(tmp_path)) if casting == "cloze" else "RTE"
     scores = evaluate_folder(str(student), task, str(tiny.superglue), "val", max_length=48, batch_size=5)
     assert scores["accuracy"] == pytest.approx(row["metrics"]["accuracy"])

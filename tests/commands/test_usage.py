@@ -10,7 +10,7 @@ from glmd.commands.usage import describe_students, usage
 
 def test_every_student_is_named_and_its_line_runs(finished):
     text = describe_students(finished.config, finished.results)
-    student = finished.folder / "tasks/RTE/seed-0/labels/student"
+    student = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     lines = [line.strip() for line in text.splitlines()]
     assert lines[:2] == ["The student is in", str(student)] and student.is_dir()
     assert "text_pair" in lines[-1] and "trust_remote_code=True" in lines[-1]

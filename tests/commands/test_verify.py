@@ -44,7 +44,7 @@ def test_what_compress_leaves_passes(name, compressed, no_fresh_process):
 
 
 def test_a_student_of_a_run_passes_and_a_stock_folder_too(finished, models, capsys):
-    assert main(["verify", str(finished.folder / "tasks/RTE/seed-0/labels/student")]) == 0
+    assert main(["verify", str(finished.folder / "tasks/RTE/seed-0/task_soft_labels/student")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and all(line.startswith("ok    ") for line in lines)
     checks = verify_folder(models / "RobertaForMaskedLM")

@@ -21,7 +21,7 @@ from glmd.data.masking import IGNORED, Corruption, corruption_for
 from glmd.data.sampling import StepPlan, evaluation_batches, example_order, step_batches
 from glmd.data.token_store import TokenStore, build_token_store
 from glmd.errors import ConfigError, DataError
-from glmd.tasks.cloze import candidate_ids, verbaliser_ids
+from glmd.tasks.cloze import candidate_ids, verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import BLANK, Cloze, Task, TaskExample, load_task
 
@@ -181,7 +181,7 @@ def test_a_tokens_corruption_does_not_depend_on_what_follows_in_other_examples(b
     blocks[0, 1]
     again = blocks[2, 5]
     assert np.array_equal(first["input_ids"], again["input_ids"])
-    assert not np.array_equal(first["word_labels"], blocks[3, 5]["word_labels"]), "another epoch, another corruption"
+    assert not np.array_equal(first["lm_labels"], blocks[3, 5]["lm_labels"]), "another epoch, another corruption"
 
 
 def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
@@ -281,8 +281,8 @@ def test_a_corrupted_task_example_keeps_its_stored_tokens(tokenizer: Any) -> Non
     data = TaskDataset(examples, tokenizer, max_length=32, corruption=corruption_for(tokenizer, 0.5, seed=0))
     for epoch in range(3):
         example = data[epoch, 0]
-        chosen = example["word_labels"] != IGNORED
-        assert np.array_equal(np.where(chosen, example["word_labels"], example["input_ids"]), clean)
+        chosen = example["lm_labels"] != IGNORED
+        assert np.array_equal(np.where(chosen, example["lm_labels"], example["input_ids"]), clean)
         assert not chosen[0] and not chosen[-1], "[CLS] and [SEP] stay"
 
 
@@ -315,9 +315,9 @@ def test_each_choice_is_corrupted_by_draws_of_its_own(tokenizer: Any) -> None:
     texts = ((words(tokenizer, 20), None),) * 2
     examples = [TaskExample(0, texts, 0, choices=("a", "b"))]
     data = TaskDataset(examples, tokenizer, max_length=32, corruption=corruption_for(tokenizer, 0.5, seed=0))
-    first, second = data[0, 0]["word_labels"]
+    first, second = data[0, 0]["lm_labels"]
     assert not np.array_equal(first, second)
-    assert np.array_equal(first, data[0, 0]["word_labels"][0]), "and the same ones whenever it is asked for"
+    assert np.array_equal(first, data[0, 0]["lm_labels"][0]), "and the same ones whenever it is asked for"
 
 
 def asked(tokenizer: Any, text: str, pair: str | None = None, choices: tuple[str, ...] = ()) -> list[TaskExample]:
@@ -349,10 +349,10 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
 def test_of_a_pair_only_the_text_without_the_blank_is_cut(tokenizer: Any, blank_first: bool) -> None:
     blank, other = f"{words(tokenizer, 4)} {BLANK} .", words(tokenizer, 20)
     examples = asked(tokenizer, *((blank, other) if blank_first else (other, blank)))
-    data = TaskDataset(examples, tokenizer, max_length=14, verbalisers=(7, 9))
+    data = TaskDataset(examples, tokenizer, max_length=14, verbalizers=(7, 9))
     row = data[0, 0]
     assert len(row["input_ids"]) == 14 and data.truncated == 1
-    assert (row["blank_ids"] == 0).sum() == 1 and row["verbalisers"].tolist() == [7, 9]
+    assert (row["blank_ids"] == 0).sum() == 1 and row["verbalizers"].tolist() == [7, 9]
     segment = row["token_type_ids"][row["input_ids"] == tokenizer.mask_token_id]
     assert segment.tolist() == [0 if blank_first else 1]
     ids = [token for token in row["input_ids"] if token not in tokenizer.all_special_ids]
@@ -397,20 +397,20 @@ def test_a_text_with_a_mask_token_of_its_own_is_refused_in_a_blank_and_not_under
     assert TaskDataset(asked(tokenizer, "a [MASK]", "b"), tokenizer, max_length=12).rows
 
 
-def test_a_verbaliser_is_one_known_token(tokenizer: Any) -> None:
+def test_a_verbalizer_is_one_known_token(tokenizer: Any) -> None:
     yes, no = words(tokenizer, 2).split()
 
-    def task(*verbalisers: str) -> Task:
-        cloze = Cloze("{premise} {blank}", words=verbalisers)
+    def task(*verbalizers: str) -> Task:
+        cloze = Cloze("{premise} {blank}", words=verbalizers)
         return dataclasses.replace(load_task("RTE"), cloze=cloze, casting="cloze")
 
-    assert verbaliser_ids(task(yes, no), tokenizer) == tuple(tokenizer.convert_tokens_to_ids([yes, no]))
-    assert verbaliser_ids(load_task("RTE"), tokenizer) == ()
+    assert verbalizer_ids(task(yes, no), tokenizer) == tuple(tokenizer.convert_tokens_to_ids([yes, no]))
+    assert verbalizer_ids(load_task("RTE"), tokenizer) == ()
     for wrong in (f"{yes}{no}", "Ω", "[MASK]", "[PAD]"):
         with pytest.raises(ConfigError, match=f"task RTE: cloze.words: {re.escape(repr(wrong))} is not one word"):
-            verbaliser_ids(task(yes, wrong), tokenizer)
+            verbalizer_ids(task(yes, wrong), tokenizer)
     with pytest.raises(ConfigError, match="are one token to the tokenizer"):
-        verbaliser_ids(task(yes, yes.upper()), tokenizer)
+        verbalizer_ids(task(yes, yes.upper()), tokenizer)
 
 
 @pytest.mark.parametrize("lstrip", [True, False])
@@ -433,7 +433,7 @@ def test_words_in_a_blank_are_those_of_a_text_and_not_of_its_beginning(family: s
     tokenizer = FAMILIES[family]()
     cloze = Cloze("{premise} {blank} {hypothesis}", words=("light", "dark"))
     task = dataclasses.replace(load_task("RTE"), cloze=cloze, casting="cloze")
-    ids = verbaliser_ids(task, tokenizer)
+    ids = verbalizer_ids(task, tokenizer)
     within = tokenizer("the light dark cat", add_special_tokens=False)["input_ids"]
     assert list(ids) == within[1:3]
     (filling,) = candidate_ids(asked(tokenizer, f"the {BLANK} cat", None, ("light dark",)), tokenizer)
@@ -446,14 +446,14 @@ def test_words_in_a_blank_are_those_of_a_text_and_not_of_its_beginning(family: s
 def test_a_batch_is_padded_to_its_longest_example_and_the_mask_says_where() -> None:
     rows = [np.array([2, 9, 3]), np.array([2, 8, 7, 6, 3])]
     examples = [
-        {"input_ids": row, "token_type_ids": row * 0 + 1, "word_labels": row, "labels": i, "example_id": 10 + i}
+        {"input_ids": row, "token_type_ids": row * 0 + 1, "lm_labels": row, "labels": i, "example_id": 10 + i}
         for i, row in enumerate(rows)
     ]
     batch = Collate(pad_id=1)(examples)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[2, 9, 3, 1, 1], [2, 8, 7, 6, 3]],
         "token_type_ids": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
-        "word_labels": [[2, 9, 3, IGNORED, IGNORED], [2, 8, 7, 6, 3]],
+        "lm_labels": [[2, 9, 3, IGNORED, IGNORED], [2, 8, 7, 6, 3]],
         "labels": [0, 1],
         "example_id": [10, 11],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],

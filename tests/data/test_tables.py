@@ -156,7 +156,7 @@ def test_the_diagnostics_have_no_train_split(tmp_path, name):
 def test_evaluate_finds_the_diagnostics_by_itself(finished, tmp_path, capsys, layout):
     write = write_jsonl if layout.endswith(".jsonl") else lambda path, rows: write_parquet(path, "AXb", rows)
     write(tmp_path / layout, OFFICIAL["AXb"])
-    student = finished.folder / "tasks/RTE/seed-0/labels/student"
+    student = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     arguments = ["evaluate", str(student), "--task", "AXb", "--max-length", "32"]
     assert main([*arguments, "--data", str(tmp_path)]) == 0
     assert "matthews_correlation" in capsys.readouterr().out

@@ -31,9 +31,9 @@ TOKEN_MAP = np.where(np.isin(np.arange(V), KEPT), np.searchsorted(KEPT, np.arang
 VOCABULARY = Vocabulary(KEPT, TOKEN_MAP)
 
 Batch = dict[str, Tensor]
-WORDS = Term("word_logits", "kl_divergence", options={"temperature": 15.0})
-MASKED = Term("word_logits", "kl_divergence", tokens="masked", options={"temperature": 2.0})
-WORD_LABELS = Term("word_labels", "hard_cross_entropy", tokens="masked")
+WORDS = Term("lm_logits", "kl_divergence", options={"temperature": 15.0})
+MASKED = Term("lm_logits", "kl_divergence", tokens="masked", options={"temperature": 2.0})
+WORD_LABELS = Term("lm_labels", "hard_cross_entropy", tokens="masked")
 TASK = Term("task_logits", "kl_divergence", options={"temperature": 3.0})
 TASK_LABELS = Term("task_labels", "hard_cross_entropy")
 EVERYTHING = (WORDS, WORD_LABELS, TASK, TASK_LABELS)
@@ -85,7 +85,7 @@ def batch(length: int = 7) -> Batch:
     return {
         "input_ids": functional.pad(ids * valid, padding),
         "attention_mask": functional.pad(valid.long(), padding),
-        "word_labels": functional.pad(labels, padding, value=-100),
+        "lm_labels": functional.pad(labels, padding, value=-100),
         "labels": torch.tensor([2, 0, -100, 1]),
         "example_id": torch.arange(4),
     }
@@ -119,7 +119,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 def test_of_several_teachers_the_student_learns_the_mean_of_their_losses_and_so_their_mean_probability() -> None:
     """For the forward KL both have one gradient: sum(p log q) is linear in p."""
-    terms = (Term("word_logits", "kl_divergence", 1.0, options={"temperature": 3.0}),)
+    terms = (Term("lm_logits", "kl_divergence", 1.0, options={"temperature": 3.0}),)
     distiller = Distiller(Objective(terms), TOKEN_MAP, language_model=students()["language_model"]).eval()
     teachers = [OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=seed), None, VOCABULARY) for seed in (0, 7, 8)]
     several, each_alone = loss_of(distiller, Ensemble(teachers), batch()), []
@@ -146,8 +146,8 @@ def plain_loss(term: Term, distiller: Distiller, teacher: OnlineTeacher, batch: 
         teacher_logits = teacher.language_model(**source).logits[..., KEPT]
         mask = batch["attention_mask"].bool()
         if term.tokens == "masked":
-            mask &= batch["word_labels"] != -100
-        labels = torch.from_numpy(TOKEN_MAP)[batch["word_labels"].clamp(min=0)]
+            mask &= batch["lm_labels"] != -100
+        labels = torch.from_numpy(TOKEN_MAP)[batch["lm_labels"].clamp(min=0)]
     else:
         student_logits = distiller.classifier(**mapped).logits
         teacher_logits = teacher.classifier(**source).logits.float().double()
@@ -169,9 +169,9 @@ def plain_loss(term: Term, distiller: Distiller, teacher: OnlineTeacher, batch: 
 TERMS = {
     "words": WORDS,
     "masked words": MASKED,
-    "reverse": Term("word_logits", "reverse_kl", options={"temperature": 4.0}),
-    "mse": Term("word_logits", "mse"),
-    "masked mse": Term("word_logits", "mse", tokens="masked"),
+    "reverse": Term("lm_logits", "reverse_kl", options={"temperature": 4.0}),
+    "mse": Term("lm_logits", "mse"),
+    "masked mse": Term("lm_logits", "mse", tokens="masked"),
     "word labels": WORD_LABELS,
     "task": TASK,
     "task labels": TASK_LABELS,
@@ -189,8 +189,8 @@ def test_a_term_equals_the_plain_loss_of_both_models_full_logits(name: str) -> N
 
 def test_words_and_task_together_are_the_weighted_sum_of_the_plain_losses() -> None:
     terms = (
-        Term("word_logits", "kl_divergence", {"from": 1.0, "to": 0.0}, options={"temperature": 15.0}),
-        Term("word_labels", "hard_cross_entropy", 2.0, "masked"),
+        Term("lm_logits", "kl_divergence", {"from": 1.0, "to": 0.0}, options={"temperature": 15.0}),
+        Term("lm_labels", "hard_cross_entropy", 2.0, "masked"),
         Term("task_logits", "kl_divergence", 0.25, options={"temperature": 3.0}),
         TASK_LABELS,
     )
@@ -266,7 +266,7 @@ def test_merged_words_give_their_probability_to_the_word_they_are_mapped_onto(na
     plain.language_model = Merged()
     loss, expected = loss_of(distiller, model, batch()), plain_loss(term, distiller, plain, batch())
     assert_same(loss, expected)
-    assert abs(loss - plain_loss(term, distiller, teacher(), batch())) > 1e-3, "renormalising is another loss"
+    assert abs(loss - plain_loss(term, distiller, teacher(), batch())) > 1e-3, "renormalizing is another loss"
     ours, theirs = gradients(distiller, loss), gradients(distiller, expected)
     torch.testing.assert_close(ours, theirs)
 
@@ -329,7 +329,7 @@ def test_the_tied_embedding_gets_the_gradients_of_words_and_of_the_task() -> Non
 
 def test_a_micro_batch_without_corrupted_tokens_adds_zero_and_still_reaches_every_weight() -> None:
     distiller, inputs = Distiller(Objective((MASKED, WORD_LABELS)), TOKEN_MAP, **students()), batch()
-    inputs["word_labels"] = torch.full_like(inputs["word_labels"], -100)
+    inputs["lm_labels"] = torch.full_like(inputs["lm_labels"], -100)
     sums = distiller(inputs, teacher()(inputs))
     assert sums.tolist() == [0.0, 0.0]
     sums.sum().backward()

@@ -14,9 +14,9 @@ from glmd.losses.logits import LOGIT_LOSSES
 from glmd.strict_yaml import configs_root
 
 METHODS = sorted(path.stem for path in (configs_root() / "methods").glob("*.yaml"))
-WORDS = Term("word_logits", "kl_divergence", options={"temperature": 15.0})
-MASKED = Term("word_logits", "kl_divergence", tokens="masked")
-LABELS = Term("word_labels", "hard_cross_entropy", tokens="masked")
+WORDS = Term("lm_logits", "kl_divergence", options={"temperature": 15.0})
+MASKED = Term("lm_logits", "kl_divergence", tokens="masked")
+LABELS = Term("lm_labels", "hard_cross_entropy", tokens="masked")
 TASK = Term("task_logits", "kl_divergence")
 TASK_LABELS = Term("task_labels", "hard_cross_entropy")
 
@@ -28,7 +28,7 @@ def batch() -> dict[str, Tensor]:
     return {
         "input_ids": torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0], [2, 9, 3, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
-        "word_labels": torch.tensor([[-100, 7, 5, -100], [-100, -100, -100, -100], [-100, 0, -100, -100]]),
+        "lm_labels": torch.tensor([[-100, 7, 5, -100], [-100, -100, -100, -100], [-100, 0, -100, -100]]),
         "example_id": torch.arange(3),
         "labels": torch.tensor([1, -100, 0]),
     }
@@ -50,8 +50,8 @@ def test_every_method_that_comes_with_glmd_builds(name: str) -> None:
 def test_glmd_is_two_stages_of_words_at_temperature_15_and_one_of_soft_labels() -> None:
     assert load_method("glmd") == {
         "pretraining": Objective((WORDS,)),
-        "task_words": Objective((WORDS,)),
-        "task_labels": Objective((TASK,)),
+        "task_lm": Objective((WORDS,)),
+        "task_soft_labels": Objective((TASK,)),
     }
 
 
@@ -60,12 +60,12 @@ def test_a_method_of_ones_own_is_a_path(write: Write) -> None:
         "mine.yaml",
         """
         pretraining:
-          - {signal: word_logits, loss: reverse_kl, temperature: 4, weight: {from: 1, to: 0}, tokens: masked}
-          - {signal: word_labels, loss: hard_cross_entropy, weight: 2}
+          - {signal: lm_logits, loss: reverse_kl, temperature: 4, weight: {from: 1, to: 0}, tokens: masked}
+          - {signal: lm_labels, loss: hard_cross_entropy, weight: 2}
         """,
     )
-    first = Term("word_logits", "reverse_kl", {"from": 1.0, "to": 0.0}, "masked", {"temperature": 4.0})
-    second = Term("word_labels", "hard_cross_entropy", 2.0, "masked")
+    first = Term("lm_logits", "reverse_kl", {"from": 1.0, "to": 0.0}, "masked", {"temperature": 4.0})
+    second = Term("lm_labels", "hard_cross_entropy", 2.0, "masked")
     assert load_method(str(path)) == {"pretraining": Objective((first, second))}
 
 
@@ -73,7 +73,7 @@ def test_count_positions_reaches_every_stage() -> None:
     assert all(objective.count_positions for objective in load_method("glmd", count_positions=True).values())
 
 
-GOOD = "{signal: word_logits, loss: kl_divergence}"
+GOOD = "{signal: lm_logits, loss: kl_divergence}"
 
 
 @pytest.mark.parametrize(
@@ -82,31 +82,31 @@ GOOD = "{signal: word_logits, loss: kl_divergence}"
         (f"pretrainig: [{GOOD}]", "pretrainig is unknown", "did you mean pretraining?"),
         ("pretraining: []", "pretraining must be a list of terms", ""),
         (f"pretraining: {GOOD}", "pretraining must be a list of terms", ""),
-        ("pretraining: [word_logits]", "pretraining[0] must be a mapping", "word_logits"),
+        ("pretraining: [lm_logits]", "pretraining[0] must be a mapping", "lm_logits"),
         (f"pretraining: [{GOOD}, {{loss: mse}}]", "pretraining[1].signal is missing", ""),
-        ("pretraining: [{signal: word_logits}]", "pretraining[0].loss is missing", ""),
-        ("pretraining: [{signal: word_logit, loss: mse}]", "[0].signal 'word_logit'", "did you mean word_logits?"),
-        ("pretraining: [{signal: task_logits, loss: mse}]", "[0].signal 'task_logits'", "word_logits"),
-        ("task_words: [{signal: 3, loss: mse}]", "[0].signal 3", "task_logits"),
-        ("task_words: [{signal: word_logits, loss: kl_divergance}]", "[0].loss 'kl_divergance'", "did you mean kl_div"),
-        ("task_labels: [{signal: task_labels, loss: mse}]", "[0].loss 'mse' does not fit task_labels", "hard_cross"),
-        ("task_words: [{signal: word_logits, loss: mse, temperature: 2}]", "[0].temperature has no effect", "weight"),
-        ("task_words: [{signal: word_logits, loss: kl_divergence, temprature: 2}]", "[0].temprature", "temperature?"),
-        ("task_labels: [{signal: task_logits, loss: mse, tokens: all}]", "[0].tokens has no effect", "weight"),
-        ("pretraining: [{signal: word_labels, loss: hard_cross_entropy, tokens: all}]", "[0].tokens has no eff", ""),
-        ("task_words: [{signal: word_logits, loss: mse, tokens: mask}]", "[0].tokens must be one of all, masked", ""),
-        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: 0}]", "[0].temperature", "above 0"),
-        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: hot}]", "[0].temperature", "a number"),
-        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: .nan}]", "[0].temperature", "nan"),
-        ("task_words: [{signal: word_logits, loss: kl_divergence, temperature: .inf}]", "[0].temperature", "inf"),
-        ("task_words: [{signal: word_logits, loss: mse, weight: -1}]", "[0].weight must be at least 0", "-1"),
-        ("task_words: [{signal: word_logits, loss: mse, weight: .inf}]", "[0].weight", "inf"),
-        ("task_words: [{signal: word_logits, loss: mse, weight: .nan}]", "[0].weight", "nan"),
-        ("task_words: [{signal: word_logits, loss: mse, weight: much}]", "[0].weight must be a number", "much"),
-        ("task_words: [{signal: word_logits, loss: mse, weight: {from: 1}}]", "[0].weight", "{from: a, to: b}"),
-        ("task_words: [{signal: word_logits, loss: mse, weight: {from: 1, to: -1}}]", "[0].weight", "at least 0"),
+        ("pretraining: [{signal: lm_logits}]", "pretraining[0].loss is missing", ""),
+        ("pretraining: [{signal: word_logit, loss: mse}]", "[0].signal 'word_logit'", "did you mean lm_logits?"),
+        ("pretraining: [{signal: task_logits, loss: mse}]", "[0].signal 'task_logits'", "lm_logits"),
+        ("task_lm: [{signal: 3, loss: mse}]", "[0].signal 3", "task_logits"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergance}]", "[0].loss 'kl_divergance'", "did you mean kl_div"),
+        ("task_soft_labels: [{signal: task_labels, loss: mse}]", "[0].loss 'mse' does not fit task_labels", "hard_cross"),
+        ("task_lm: [{signal: lm_logits, loss: mse, temperature: 2}]", "[0].temperature has no effect", "weight"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temprature: 2}]", "[0].temprature", "temperature?"),
+        ("task_soft_labels: [{signal: task_logits, loss: mse, tokens: all}]", "[0].tokens has no effect", "weight"),
+        ("pretraining: [{signal: lm_labels, loss: hard_cross_entropy, tokens: all}]", "[0].tokens has no eff", ""),
+        ("task_lm: [{signal: lm_logits, loss: mse, tokens: mask}]", "[0].tokens must be one of all, masked", ""),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: 0}]", "[0].temperature", "above 0"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: hot}]", "[0].temperature", "a number"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: .nan}]", "[0].temperature", "nan"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: .inf}]", "[0].temperature", "inf"),
+        ("task_lm: [{signal: lm_logits, loss: mse, weight: -1}]", "[0].weight must be at least 0", "-1"),
+        ("task_lm: [{signal: lm_logits, loss: mse, weight: .inf}]", "[0].weight", "inf"),
+        ("task_lm: [{signal: lm_logits, loss: mse, weight: .nan}]", "[0].weight", "nan"),
+        ("task_lm: [{signal: lm_logits, loss: mse, weight: much}]", "[0].weight must be a number", "much"),
+        ("task_lm: [{signal: lm_logits, loss: mse, weight: {from: 1}}]", "[0].weight", "{from: a, to: b}"),
+        ("task_lm: [{signal: lm_logits, loss: mse, weight: {from: 1, to: -1}}]", "[0].weight", "at least 0"),
         (f"pretraining: [{GOOD}, {GOOD}]", "pretraining has a term twice", "add their weights"),
-        ("{}", "no stage", "pretraining, task_words, task_labels"),
+        ("{}", "no stage", "pretraining, task_lm, task_soft_labels"),
     ],
 )
 def test_what_a_method_cannot_mean_is_refused_in_one_line_with_its_place(
@@ -128,15 +128,15 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
 # Tokens and counts
 
 
-def test_word_labels_speak_of_masked_tokens_only() -> None:
-    term = parse_term({"signal": "word_labels", "loss": "hard_cross_entropy"}, "here", "pretraining")
+def test_lm_labels_speak_of_masked_tokens_only() -> None:
+    term = parse_term({"signal": "lm_labels", "loss": "hard_cross_entropy"}, "here", "pretraining")
     assert term == LABELS and term.needs_corruption
     assert token_mask(term, batch()).sum() == 3
 
 
 def test_a_pad_is_no_token_even_with_a_label() -> None:
     changed = batch()
-    changed["word_labels"][1, 3] = 5
+    changed["lm_labels"][1, 3] = 5
     for term in (WORDS, MASKED, LABELS):
         assert not token_mask(term, changed)[1, 2:].any()
     assert torch.equal(token_mask(WORDS, changed), changed["attention_mask"].bool())
@@ -150,14 +150,14 @@ def test_each_term_counts_what_its_mean_runs_over() -> None:
     assert counts.tolist() == [9, 3, 3, 3, 2]
 
 
-def test_count_positions_counts_pads_for_word_logits_alone() -> None:
+def test_count_positions_counts_pads_for_lm_logits_alone() -> None:
     objective = Objective((WORDS, MASKED, LABELS, TASK, TASK_LABELS), count_positions=True)
     assert objective.counts(batch()).tolist() == [12, 12, 3, 3, 2]
 
 
 def test_an_objective_knows_what_it_uses_and_whether_it_needs_corruption() -> None:
     assert Objective((WORDS, TASK)).uses("task_logits", "task_labels")
-    assert not Objective((WORDS,)).uses("task_logits", "word_labels")
+    assert not Objective((WORDS,)).uses("task_logits", "lm_labels")
     assert not Objective((WORDS, TASK, TASK_LABELS)).needs_corruption
     assert Objective((WORDS, MASKED)).needs_corruption and Objective((LABELS,)).needs_corruption
 
@@ -196,8 +196,8 @@ def test_a_term_without_tokens_is_zero() -> None:
 
 
 def test_the_total_is_the_sum_of_weight_times_mean_and_weights_follow_the_progress() -> None:
-    fading = Term("word_logits", "kl_divergence", {"from": 2.0, "to": 0.5})
-    objective = Objective((fading, Term("word_labels", "hard_cross_entropy", 3.0, "masked")))
+    fading = Term("lm_logits", "kl_divergence", {"from": 2.0, "to": 0.5})
+    objective = Objective((fading, Term("lm_labels", "hard_cross_entropy", 3.0, "masked")))
     means = torch.tensor([10.0, 1.0], dtype=torch.float64, requires_grad=True)
     for progress, weight in ((0.0, 2.0), (0.5, 1.25), (1.0, 0.5)):
         total = objective.total(means, progress)

@@ -78,7 +78,7 @@ def examples_of(form: str, words: list[str]) -> list[TaskExample]:
 
 def dataset(form: str, tokenizer: Any, words: list[str], **options: Any) -> TaskDataset:
     if form == "labels in a blank":
-        options["verbalisers"] = tokenizer.convert_tokens_to_ids(words[:2])
+        options["verbalizers"] = tokenizer.convert_tokens_to_ids(words[:2])
     if form == "candidates in a blank":
         options["mean_over_tokens"] = True
     return TaskDataset(examples_of(form, words), tokenizer, max_length=24, **options)
@@ -180,7 +180,7 @@ def test_whatever_a_teacher_reads_is_in_the_name_and_padding_is_not(form, tokeni
     assert names[29] == names[0] and len(set(names)) == 29
     assert [digests(COLLATE([data[0, i]]))[0] for i in range(30)] == names
     batch = COLLATE([data[0, 5]])
-    columns = ["input_ids", *(name for name in ("token_type_ids", "blank_ids", "verbalisers") if name in batch)]
+    columns = ["input_ids", *(name for name in ("token_type_ids", "blank_ids", "verbalizers") if name in batch)]
     others = [batch | {name: batch[name] + (batch[name] == batch[name].flatten()[0])} for name in columns]
     if "mean_over_tokens" in batch:
         others.append({name: each for name, each in batch.items() if name != "mean_over_tokens"})
@@ -269,8 +269,8 @@ def test_8_bits_lose_at_most_half_a_step_of_the_largest_of_64_numbers(width):
 # Whole runs
 
 RUN = ("data.eval_blocks=4", "pretraining.num_maskings=2", "pretraining.max_steps=2")
-SHORT = ("task_words.num_train_epochs=2", "task_labels.num_train_epochs=2")
-LOGS = ("task_words.logging_steps=1", "task_labels.logging_steps=1")
+SHORT = ("task_lm.num_train_epochs=2", "task_soft_labels.num_train_epochs=2")
+LOGS = ("task_lm.logging_steps=1", "task_soft_labels.logging_steps=1")
 
 
 def losses(folder: Path, stage: str) -> list[float]:
@@ -291,10 +291,10 @@ def test_cached_passes_have_the_live_ones_loss_curves_and_seeds_and_cells_ask_no
         assert len(ours) == 6 and ours != theirs and np.allclose(ours, theirs, rtol=1e-3, atol=0)
     rows = [{row["stage"]: row for row in results["rows"]} for results in (cached, live)]
     for before in ("words_before", "words"):
-        assert rows[0]["task_words"][before] == pytest.approx(rows[1]["task_words"][before], rel=1e-3)
+        assert rows[0]["task_lm"][before] == pytest.approx(rows[1]["task_lm"][before], rel=1e-3)
     assert rows[0]["labels"]["agreement"] == rows[1]["labels"]["agreement"]
     asked.clear()
-    grown = ("seeds=[0, 1]", "sweep.task_labels.learning_rate=[1e-3, 1e-2]", "controls.full_vocabulary=true")
+    grown = ("seeds=[0, 1]", "sweep.task_soft_labels.learning_rate=[1e-3, 1e-2]", "controls.full_vocabulary=true")
     run(tiny.config(tmp_path / "run", *both, place, *grown))
     assert asked == []
     other = ("vocabulary.keep_ratio=0.9", "student.num_hidden_layers=2", f"output_dir={tmp_path / 'other'}")
@@ -312,7 +312,7 @@ def test_the_teacher_answers_val_once_for_all_seeds_cells_and_controls(tiny, tru
         lambda name, *rest, **o: loaded.append(name) or real(name, *rest, **o),
     )
     place = f"teacher.cache={tmp_path / 'cache'}"
-    stages = "teacher.cached_stages=[task_labels]"
+    stages = "teacher.cached_stages=[task_soft_labels]"
     run(tiny.config(tmp_path / "run", *RUN[2:], place, stages, "seeds=[0, 1, 2]", "method=kd"))
     teacher = str(tmp_path / "run/tasks/RTE/teacher/model")
     assert loaded.count(teacher) == 2, "to make the cache, and to answer val; not for every seed"
@@ -336,7 +336,7 @@ def test_a_task_cache_is_made_ahead_with_its_teacher_and_read_by_the_run(
     assert set(asked) == {"cache"}
     cache = tmp_path / "cache"
     folders = {path.parent.relative_to(cache).as_posix() for path in cache.rglob("manifest.json")}
-    assert folders == {".", "tasks/RTE/task_words", "tasks/RTE/task_labels"}
+    assert folders == {".", "tasks/RTE/task_lm", "tasks/RTE/task_soft_labels"}
     asked.clear()
     assert main(["run", *given]) == 0 and asked == []
 
@@ -344,26 +344,26 @@ def test_a_task_cache_is_made_ahead_with_its_teacher_and_read_by_the_run(
 def test_masked_passes_have_a_cache_for_each_seed(tiny, trusting, tmp_path, asked):
     masked = (*RUN, "method=glmd-masked-only", "seeds=[0, 1]")
     place = f"teacher.cache={tmp_path / 'cache'}"
-    with pytest.raises(ConfigError, match=r"task_words\.num_maskings is missing; with teacher\.cache"):
+    with pytest.raises(ConfigError, match=r"task_lm\.num_maskings is missing; with teacher\.cache"):
         run(tiny.config(tmp_path / "run", *masked, place))
-    fixed = (*masked, "task_words.num_maskings=2", "task_words.num_train_epochs=5", LOGS[0])
+    fixed = (*masked, "task_lm.num_maskings=2", "task_lm.num_train_epochs=5", LOGS[0])
     run(tiny.config(tmp_path / "live", *fixed))
     asked.clear()
     run(tiny.config(tmp_path / "run", *fixed, place))
     assert set(asked) == {"cache"}
-    assert {path.name for path in (tmp_path / "cache/tasks/RTE/task_words").iterdir()} == {"seed-0", "seed-1"}
+    assert {path.name for path in (tmp_path / "cache/tasks/RTE/task_lm").iterdir()} == {"seed-0", "seed-1"}
     for seed in range(2):
-        ours, theirs = (losses(tmp_path / each, f"seed-{seed}/words") for each in ("run", "live"))
+        ours, theirs = (losses(tmp_path / each, f"seed-{seed}/task_lm") for each in ("run", "live"))
         assert len(ours) == 15 and np.allclose(ours, theirs, rtol=1e-3, atol=0)
 
 
 def test_a_stage_left_out_asks_the_live_teacher(tiny, trusting, tmp_path, asked):
-    place = (f"teacher.cache={tmp_path / 'cache'}", "teacher.cached_stages=[task_labels]")
+    place = (f"teacher.cache={tmp_path / 'cache'}", "teacher.cached_stages=[task_soft_labels]")
     run(tiny.config(tmp_path / "run", RUN[0], RUN[2], *place))
     assert set(asked) == {"live", "cache"}
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tasks"}
-    assert not (tmp_path / "cache/tasks/RTE/task_words").exists()
-    record = json.loads((tmp_path / "run/tasks/RTE/seed-0/labels/stage.json").read_text())["inputs"]["teacher.cache"]
+    assert not (tmp_path / "cache/tasks/RTE/task_lm").exists()
+    record = json.loads((tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/stage.json").read_text())["inputs"]["teacher.cache"]
     assert record == "float32"
 
 
@@ -381,8 +381,8 @@ def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     ("change", "named"),
     [
         ("teacher.tasks.RTE={other}", "(classifier: "),
-        ("task_words.max_length=24", "max_length: 32 -> 24"),
-        ("task_labels.max_length=24", "max_length: 32 -> 24"),
+        ("task_lm.max_length=24", "max_length: 32 -> 24"),
+        ("task_soft_labels.max_length=24", "max_length: 32 -> 24"),
         ("tasks.RTE.inputs={inputs}", "(inputs"),
         ("tasks.RTE={mlm_probability: 0.2, num_maskings: 2}", None),
         ("teacher.cache_bits=8", "kept.bits: 16 -> 8"),
@@ -436,7 +436,7 @@ def test_a_disk_too_small_for_all_caches_together_is_refused_before_the_first(ti
     # 62 blocks of 16 tokens in two maskings, of 32 bytes a token, are some 65 kB, and the first pass 20 kB.
     monkeypatch.setattr("glmd.distillation.teacher_cache.shutil.disk_usage", lambda path: usage(10**6, 0, 70_000))
     with pytest.raises(
-        RunError, match=r"MB for .*task_words.*MB for .*cache are needed and 0.07 MB free; give another"
+        RunError, match=r"MB for .*task_lm.*MB for .*cache are needed and 0.07 MB free; give another"
     ):
         run(tiny.config(tmp_path / "run", *RUN, f"teacher.cache={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists()
@@ -471,7 +471,7 @@ def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tm
     shared = (*RUN, f"teacher.cache={cache}", f"teacher.tasks.RTE={made[1]}")
     run(tiny.config(tmp_path / "run", *shared, "seeds=[0, 1]", "controls.full_vocabulary=true"))
     assert sorted(read) == sorted(cache.rglob("*.safetensors"))
-    labels = next((cache / "tasks/RTE/task_labels").glob("*.safetensors"))
+    labels = next((cache / "tasks/RTE/task_soft_labels").glob("*.safetensors"))
     whole = labels.read_bytes()
     labels.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with caplog.at_level(logging.WARNING):
@@ -482,17 +482,17 @@ def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tm
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["teacher.cached_stages=[task_labels]"], "cached_stages has no effect without cache"),
+        (["teacher.cached_stages=[task_soft_labels]"], "cached_stages has no effect without cache"),
         (["teacher.cache_bits=8"], "cache_bits has no effect without cache"),
         (["teacher.cache=c", "teacher.cached_stages=[]"], "cached_stages names no stage"),
-        (["teacher.cache=c", "teacher.cached_stages=[task_labels, task_labels]"], "has a stage twice"),
+        (["teacher.cache=c", "teacher.cached_stages=[task_soft_labels, task_soft_labels]"], "has a stage twice"),
         (
-            ["teacher.cache=c", "tasks={}", "teacher.cached_stages=[task_labels]"],
-            "task_labels asks the teacher nothing",
+            ["teacher.cache=c", "tasks={}", "teacher.cached_stages=[task_soft_labels]"],
+            "task_soft_labels asks the teacher nothing",
         ),
         (["teacher.cache=c", "method=hard"], "method hard asks the teacher nothing"),
         (
-            ["teacher.cache=c", "teacher.cached_stages=[task_labels]", "teacher.cache_bits=8"],
+            ["teacher.cache=c", "teacher.cached_stages=[task_soft_labels]", "teacher.cache_bits=8"],
             "only task logits are kept",
         ),
         (["teacher.cache=c", "teacher.cache_bits=4"], "must be one of 16, 8"),

@@ -372,7 +372,7 @@ def test_what_is_no_class_of_the_task_is_refused_at_its_example():
 
 
 @pytest.mark.parametrize(
-    ("task", "unlabelled", "says"),
+    ("task", "unlabeled", "says"),
     [
         (
             load_task("RTE"),
@@ -393,8 +393,8 @@ def test_what_is_no_class_of_the_task_is_refused_at_its_example():
         ),
     ],
 )
-def test_an_example_without_what_a_metric_needs_is_refused_by_name(task, unlabelled, says):
-    assert refusal(DataError, score, task, [0, 0], unlabelled) == says
+def test_an_example_without_what_a_metric_needs_is_refused_by_name(task, unlabeled, says):
+    assert refusal(DataError, score, task, [0, 0], unlabeled) == says
 
 
 def test_parity_needs_no_labels():

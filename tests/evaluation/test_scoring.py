@@ -65,7 +65,7 @@ def test_an_example_is_read_by_the_folders_own_length(finished, tmp_path, caplog
     from glmd.tasks.tasks import load_task
 
     rte = load_task("RTE")
-    student = shutil.copytree(finished.folder / "tasks/RTE/seed-0/labels/student", tmp_path / "student")
+    student = shutil.copytree(finished.folder / "tasks/RTE/seed-0/task_soft_labels/student", tmp_path / "student")
     with caplog.at_level("INFO", "glmd"):
         assert _length(str(student), rte, None) == 32
     assert "reads 32 tokens of an example, as its card says 32; --max-length gives another" in caplog.text
@@ -83,7 +83,7 @@ def test_a_batch_to_evaluate_beyond_the_memory_is_refused_with_one_that_fits(fin
     from glmd.commands.evaluate import evaluate_folder
     from glmd.errors import ConfigError
 
-    student = finished.folder / "tasks/RTE/seed-0/labels/student"
+    student = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     with pytest.raises(ConfigError, match="--batch-size 0: give at least 1"):
         evaluate_folder(student, "RTE", tiny.superglue, batch_size=0)
     monkeypatch.setattr("glmd.evaluation.scoring.memory_of_this_machine", lambda: 1e5)

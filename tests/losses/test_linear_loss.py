@@ -388,7 +388,7 @@ def test_float32_is_exact_to_a_hundred_thousandth(loss: str) -> None:
 
 
 def test_each_float32_value_at_temperature_15_is_exact_to_a_hundred_thousandth() -> None:
-    """Where the rounding of the two normalisations does not cancel, single values err by 1e-4 here."""
+    """Where the rounding of the two normalizations does not cancel, single values err by 1e-4 here."""
     case = make(40, 15000, 64, 64, weights=False, scale=0.7)
     for i in range(40):
         token = slice(i, i + 1)
@@ -510,7 +510,7 @@ def test_boolean_weights_select_tokens() -> None:
     torch.testing.assert_close(chunked(replace(case, token_weights=chosen)), plain(selected))
 
 
-@pytest.mark.parametrize("loss", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centred_mse"])
+@pytest.mark.parametrize("loss", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centered_mse"])
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_gradient(loss: str) -> None:
     same = make(9, 50, weights=False).to(torch.float32)
     same = replace(same, teacher_hidden=same.student_hidden, teacher_weight=same.student_weight)

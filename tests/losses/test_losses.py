@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from glmd.errors import ConfigError
 from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
-from glmd.losses.logits import LOGIT_LOSSES, centred_mse, cross_entropy, js_divergence, kl_divergence, mse, reverse_kl
+from glmd.losses.logits import LOGIT_LOSSES, centered_mse, cross_entropy, js_divergence, kl_divergence, mse, reverse_kl
 
 TEMPERED = (kl_divergence, reverse_kl, js_divergence, cross_entropy)
 
@@ -21,9 +21,9 @@ def plain(name: str, student: Tensor, teacher: Tensor, temperature: float) -> Te
     """The formulas, written out."""
     if name == "mse":
         return ((student - teacher) ** 2).mean(-1)
-    if name == "centred_mse":
-        centred = [each - each.mean(-1, keepdim=True) for each in (student, teacher)]
-        return ((centred[0] - centred[1]) ** 2).mean(-1)
+    if name == "centered_mse":
+        centered = [each - each.mean(-1, keepdim=True) for each in (student, teacher)]
+        return ((centered[0] - centered[1]) ** 2).mean(-1)
     q = (student / temperature).exp() / (student / temperature).exp().sum(-1, keepdim=True)
     p = (teacher / temperature).exp() / (teacher / temperature).exp().sum(-1, keepdim=True)
     m = (p + q) / 2
@@ -74,7 +74,7 @@ def test_float32_is_kept_and_bfloat16_is_widened_before_the_softmax(name: str) -
     torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centred_mse"])
+@pytest.mark.parametrize("name", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centered_mse"])
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_gradient(name: str) -> None:
     student = logits(0, 6, 50, dtype=torch.float32).requires_grad_()
     values = LOGIT_LOSSES[name](student, student.detach().clone(), **options(name, 4.0))
@@ -108,11 +108,11 @@ def test_the_kl_at_temperature_15_is_half_the_variance_of_the_difference(dtype: 
     assert ((ours / half_variance - 1).abs() < 0.01).all()
 
 
-def test_the_kl_at_a_high_temperature_is_half_the_centred_mse() -> None:
+def test_the_kl_at_a_high_temperature_is_half_the_centered_mse() -> None:
     student, teacher = logits(0, 4, 50), logits(1, 4, 50)
-    expected = centred_mse(student, teacher) / 2
+    expected = centered_mse(student, teacher) / 2
     torch.testing.assert_close(kl_divergence(student, teacher, temperature=3000.0), expected, rtol=0.01, atol=0)
-    torch.testing.assert_close(centred_mse(student + 7, teacher), centred_mse(student, teacher))
+    torch.testing.assert_close(centered_mse(student + 7, teacher), centered_mse(student, teacher))
 
 
 def test_the_jensen_shannon_divergence_is_symmetric_and_below_log_2() -> None:

@@ -20,8 +20,8 @@ from glmd.vocabulary.vocabulary import Vocabulary
 FOLDERS = (
     "pretraining/student",
     "tasks/RTE/teacher/model",
-    "tasks/RTE/seed-0/words/student",
-    "tasks/RTE/seed-0/labels/student",
+    "tasks/RTE/seed-0/task_lm/student",
+    "tasks/RTE/seed-0/task_soft_labels/student",
     "tasks/RTE/seed-0/hard_labels/student",
 )
 CARD = ModelCard("A model", "some/base", "Made for a test.", {"seed": "0"})
@@ -65,7 +65,7 @@ def test_every_folder_of_a_run_has_a_tokenizer_of_its_models_size(finished, name
 
 
 def test_save_and_load_and_save_again_changes_no_byte(finished, tmp_path):
-    first = finished.folder / "tasks/RTE/seed-0/labels/student"
+    first = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     export_model(stock_model(first), load_tokenizer(first), tmp_path / "second", card=CARD)
     export_model(stock_model(tmp_path / "second"), load_tokenizer(tmp_path / "second"), tmp_path / "third", card=CARD)
     for path in (tmp_path / "second").iterdir():
@@ -88,7 +88,7 @@ def test_exporting_leaves_the_model_as_it_was_and_replaces_the_folder_whole(fini
 
 
 def copies(finished, tmp_path: Path, name: str) -> Path:
-    return shutil.copytree(finished.folder / "tasks/RTE/seed-0/labels/student", tmp_path / name)
+    return shutil.copytree(finished.folder / "tasks/RTE/seed-0/task_soft_labels/student", tmp_path / name)
 
 
 def change_json(path: Path, **changes) -> None:
@@ -186,7 +186,7 @@ def test_a_card_says_how_to_load_the_exact_tokenizer_without_glmd(finished):
 
 
 def test_cards_of_a_run_speak_of_it_without_local_paths(finished, tiny):
-    text = (finished.folder / "tasks/RTE/seed-0/labels/student/README.md").read_text()
+    text = (finished.folder / "tasks/RTE/seed-0/task_soft_labels/student/README.md").read_text()
     assert "- method: glmd" in text and "- seed: 0" in text and "| accuracy |" in text
     assert "AutoModelForSequenceClassification" in text
     assert str(tiny.root) not in text and str(finished.folder) not in text
@@ -219,7 +219,7 @@ def says_of(folder: Path, tokenizer, texts) -> torch.Tensor:
 def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished, tmp_path):
     from transformers import AutoTokenizer
 
-    source, output = finished.folder / "tasks/RTE/seed-0/labels/student", tmp_path / "wide"
+    source, output = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student", tmp_path / "wide"
     assert export_folder(source, output, kind="expanded") == f"{output}: the student of student, expanded"
     tokenizer, teacher = AutoTokenizer.from_pretrained(output), finished.config.teacher.model
     assert tokenizer.get_vocab() == load_tokenizer(teacher).get_vocab() and not hasattr(tokenizer, "is_exact")
@@ -294,7 +294,7 @@ def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
 
 
 def test_a_run_tells_how_its_student_does_without_glmd(finished, tiny, capsys):
-    folder = finished.folder / "tasks/RTE/seed-0/labels/student"
+    folder = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     row = next(row for row in finished.results["rows"] if row["stage"] == "labels")
     arguments = {"max_length": 32, "batch_size": 16}
     ordinary = evaluate_folder(str(folder), "RTE", str(tiny.superglue), "val", **arguments, ordinary=True)

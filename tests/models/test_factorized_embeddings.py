@@ -33,10 +33,10 @@ def narrow(architecture: str, *args: Any, **fields: Any) -> StudentConfig:
 # --- The start ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("initialisation", ["uniform", "scratch"])
+@pytest.mark.parametrize("initialization", ["uniform", "scratch"])
 @pytest.mark.parametrize("architecture", CLASSES)
-def test_a_narrow_student_is_a_stock_model_of_its_architecture(architecture: str, initialisation: str) -> None:
-    student = build_student(teacher_of(), CUT, narrow(architecture, 3, initialisation), seed=0)
+def test_a_narrow_student_is_a_stock_model_of_its_architecture(architecture: str, initialization: str) -> None:
+    student = build_student(teacher_of(), CUT, narrow(architecture, 3, initialization), seed=0)
     assert type(student) is getattr(transformers, f"{CLASSES[architecture]}ForMaskedLM")
     assert student.get_input_embeddings().weight.shape == (len(KEPT), E)
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
@@ -61,7 +61,7 @@ def test_a_narrow_student_holds_the_layers_it_names(architecture: str) -> None:
 def test_a_mobilebert_is_the_teacher_where_its_vectors_are_determined_by_their_first_columns() -> None:
     """Head and layers are the teacher's, so nothing but the input is approximated; [PAD] is nothing and says so."""
     teacher = teacher_of()
-    teacher.config.layer_norm_eps = 1e-5  # of two of MobileBERT's normalisations the stock class leaves no choice
+    teacher.config.layer_norm_eps = 1e-5  # of two of MobileBERT's normalizations the stock class leaves no choice
     for module in teacher.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-5
@@ -81,7 +81,7 @@ def test_the_vectors_of_an_electra_are_the_best_of_their_width() -> None:
     codes = student.get_input_embeddings().weight.detach().double()
     left, values, right = torch.linalg.svd(words, full_matrices=False)
     best = left[:, :E] * values[:E] @ right[:E]
-    # The map to hidden states is that of the codes, times the scale of the teacher's normalisation and of the width.
+    # The map to hidden states is that of the codes, times the scale of the teacher's normalization and of the width.
     scale = teacher.bert.embeddings.LayerNorm.weight.detach().double()[:, None] * (H / E) ** 0.5
     back = student.electra.embeddings_project.weight.detach().double() / scale
     torch.testing.assert_close(codes @ back.T, best, atol=1e-5, rtol=1e-5)
@@ -106,8 +106,8 @@ def test_a_copied_start_is_nearer_to_the_teacher_than_one_with_fresh_embeddings(
 
 
 def test_the_pad_vector_of_a_mobilebert_begins_as_zeros() -> None:
-    for initialisation in ("uniform", "scratch"):
-        student = build_student(teacher_of(), CUT, narrow("mobilebert", 2, initialisation), seed=0)
+    for initialization in ("uniform", "scratch"):
+        student = build_student(teacher_of(), CUT, narrow("mobilebert", 2, initialization), seed=0)
         assert student.get_input_embeddings().weight[0].eq(0).all()
         assert student.get_input_embeddings().weight[1:].ne(0).all()
 
@@ -169,10 +169,10 @@ def narrow_runs(tiny, tmp_path_factory):
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_every_student_of_a_run_is_stock_and_states_its_width(narrow_runs, architecture, casting):
     folder, results = narrow_runs(architecture, casting)
-    kinds = {"pretraining": "MaskedLM", "tasks/RTE/seed-0/words": "MaskedLM", "tasks/RTE/seed-0/labels": "MaskedLM"}
+    kinds = {"pretraining": "MaskedLM", "tasks/RTE/seed-0/task_lm": "MaskedLM", "tasks/RTE/seed-0/task_soft_labels": "MaskedLM"}
     if casting == "head":
-        kinds["tasks/RTE/seed-0/labels"] = "SequenceClassification"
-        kinds["tasks/COPA/seed-0/labels"] = "MultipleChoice"
+        kinds["tasks/RTE/seed-0/task_soft_labels"] = "SequenceClassification"
+        kinds["tasks/COPA/seed-0/task_soft_labels"] = "MultipleChoice"
     for place, kind in kinds.items():
         student = folder / place / "student"
         assert json.loads((student / "config.json").read_text())["architectures"] == [
@@ -200,7 +200,7 @@ def test_verify_passes_a_narrow_student_of_each_kind(narrow_runs, monkeypatch):
     folders = [
         narrow_runs(architecture, "head")[0] / place / "student"
         for architecture in CLASSES
-        for place in ("pretraining", "tasks/RTE/seed-0/labels", "tasks/COPA/seed-0/labels")
+        for place in ("pretraining", "tasks/RTE/seed-0/task_soft_labels", "tasks/COPA/seed-0/task_soft_labels")
     ]
     check_exports(folders)  # all in one fresh process, without glmd
     monkeypatch.setattr("glmd.commands.verify.check_exports", lambda _: None)
@@ -209,7 +209,7 @@ def test_verify_passes_a_narrow_student_of_each_kind(narrow_runs, monkeypatch):
 
 
 def test_the_pad_vector_of_a_mobilebert_stays_zero_through_both_passes_on_words(narrow_runs):
-    for place in ("pretraining", "tasks/RTE/seed-0/words", "tasks/RTE/seed-0/labels"):
+    for place in ("pretraining", "tasks/RTE/seed-0/task_lm", "tasks/RTE/seed-0/task_soft_labels"):
         folder = narrow_runs("mobilebert", "cloze")[0] / place / "student"
         pad = json.loads((folder / "config.json").read_text())["pad_token_id"]
         words = load_file(folder / "model.safetensors")["mobilebert.embeddings.word_embeddings.weight"]

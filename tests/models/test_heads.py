@@ -313,13 +313,13 @@ def test_what_the_function_returns_is_returned_and_it_sees_the_map_within_its_ca
 
 
 @pytest.mark.parametrize("name", ["Bert", "MobileBert", "Gemma2", "Granite"])
-def test_verbalisers_in_a_blank_score_as_the_models_own_logits_there(name: str) -> None:
+def test_verbalizers_in_a_blank_score_as_the_models_own_logits_there(name: str) -> None:
     model, inputs = model_of(name), padded_inputs()
     places, words = torch.tensor([5, 1, 0]), torch.tensor([[7, 9], [7, 9], [7, 9]])
     blank_ids = torch.full((3, 7), -100).scatter(1, places[:, None], 0)
     token_map = torch.arange(V).flip(0)  # the words under other numbers, as a compressed student has them
     for own_ids, ids in ((None, words), (token_map, token_map[words])):
-        batch = {"blank_ids": blank_ids, "verbalisers": words}
+        batch = {"blank_ids": blank_ids, "verbalizers": words}
         logits = run_task_head(model, backbone(model)(**inputs), inputs, batch, own_ids)
         expected = model(**inputs).logits[torch.arange(3), places].gather(1, ids)
         torch.testing.assert_close(logits, expected)

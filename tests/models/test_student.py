@@ -39,7 +39,7 @@ ALL = Vocabulary.identity(V)
 
 
 def teacher_of(name: str = "Bert", head: str = "ForMaskedLM") -> Any:
-    """A random teacher whose vectors, biases and normalisations too differ from their first values."""
+    """A random teacher whose vectors, biases and normalizations too differ from their first values."""
     config = getattr(transformers, f"{name}Config")(**FIELDS, **EXTRA.get(name, {}))
     torch.manual_seed(0)
     model = getattr(transformers, name + head)(config).eval()
@@ -99,17 +99,17 @@ def test_building_a_student_leaves_the_teacher_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("initialisation", "layers"),
+    ("initialization", "layers"),
     [("uniform", [1, 3, 5]), ("first", [0, 1, 2]), ("last", [3, 4, 5]), ("even", [0, 2, 4]), ([0, 4, 5], [0, 4, 5])],
 )
 @pytest.mark.parametrize("name", ["Bert", "DistilBert", "ModernBert"])
-def test_a_student_holds_the_layers_it_names_and_all_else(name: str, initialisation: Any, layers: list[int]) -> None:
+def test_a_student_holds_the_layers_it_names_and_all_else(name: str, initialization: Any, layers: list[int]) -> None:
     teacher = teacher_of(name)
-    if name == "ModernBert" and layers[0]:  # its layer 0 has no normalisation before its attention
+    if name == "ModernBert" and layers[0]:  # its layer 0 has no normalization before its attention
         with pytest.raises(ConfigError, match=r"layer 0 of the student, a copy .* would have attn_norm .* Identity"):
-            build_student(teacher, ALL, StudentConfig(3, initialisation), seed=0)
+            build_student(teacher, ALL, StudentConfig(3, initialization), seed=0)
         return
-    student = build_student(teacher, ALL, StudentConfig(3, initialisation), seed=0)
+    student = build_student(teacher, ALL, StudentConfig(3, initialization), seed=0)
     assert student.config.num_hidden_layers == 3
     theirs = teacher.state_dict()
     for key, tensor in student.state_dict().items():
@@ -135,7 +135,7 @@ def test_a_list_of_layer_kinds_follows_the_chosen_layers() -> None:
     teacher = teacher_of("ModernBert")
     kinds = teacher.config.layer_types
     assert len(set(kinds)) == 2
-    # Layer 0 has no normalisation before its attention, so a student begins with it.
+    # Layer 0 has no normalization before its attention, so a student begins with it.
     student = build_student(teacher, ALL, StudentConfig(3, [0, 3, 5]), seed=0)
     assert student.config.layer_types == [kinds[0], kinds[3], kinds[5]]
     assert teacher.config.layer_types == kinds
@@ -148,7 +148,7 @@ def test_a_list_of_layer_kinds_follows_the_chosen_layers() -> None:
 
 def test_another_width_cannot_be_copied_and_says_what_can() -> None:
     config = StudentConfig(2, config={"intermediate_size": 24})
-    with pytest.raises(ConfigError, match=r"student.initialisation: .*\(24, 16\), the teacher's is \(32, 16\).*scr"):
+    with pytest.raises(ConfigError, match=r"student.initialization: .*\(24, 16\), the teacher's is \(32, 16\).*scr"):
         build_student(teacher_of(), ALL, config, seed=0)
 
 

@@ -24,7 +24,7 @@ from glmd.evaluation.bits_per_byte import score_text
 from glmd.models.heads import run_backbone
 from glmd.pipeline.run import run
 from glmd.reporting.report import results_table
-from glmd.tasks.cloze import verbaliser_ids
+from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.heads import run_task_head
 from glmd.tasks.tasks import TaskExample, load_task, read_split
@@ -203,7 +203,7 @@ def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, mod
             "tasks={COPA: {mlm_probability: 0.2}} casting=cloze",
             "tasks.COPA.mlm_probability is 0.2; a causal teacher reads",
         ),
-        ("task_words.mlm_probability=0.2", "task_words.mlm_probability is 0.2; a causal teacher reads whole text"),
+        ("task_lm.mlm_probability=0.2", "task_lm.mlm_probability is 0.2; a causal teacher reads whole text"),
         ("pretraining.mlm_probability=0.15", "pretraining.mlm_probability is 0.15; a causal teacher reads whole text"),
         ("method=glmd-masked-only", "method glmd-masked-only speaks of corrupted tokens; a causal teacher has none"),
         ("method=kd", "tasks is empty and method kd has no pretraining"),
@@ -303,8 +303,8 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
         cloze=dataclasses.replace(task.cloze, words=("light", "dark") if task.labels and not task.is_choice else ()),
     )
     examples = read_split(task, str(file), "val", require_labels=True)
-    words = verbaliser_ids(task, tokenizer)
-    options = {"verbalisers": words, "mean_over_tokens": task.mean_over_tokens, "is_causal": True}
+    words = verbalizer_ids(task, tokenizer)
+    options = {"verbalizers": words, "mean_over_tokens": task.mean_over_tokens, "is_causal": True}
     data = TaskDataset(examples, tokenizer, max_length=60, **options)
     assert data.truncated == 0
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in range(len(examples))])
@@ -341,12 +341,12 @@ def test_a_decoder_without_a_pad_token_learns_tasks_to_the_end(tiny, models, tru
     assert transformers.AutoTokenizer.from_pretrained(teacher).pad_token is None
     rows = tmp_path / "copa.jsonl"
     rows.write_text("".join(json.dumps({**row, "idx": i}) + "\n" for i, row in enumerate(ROWS["COPA"])))
-    lengths = [f"{stage}.max_length=40" for stage in ("task_teacher", "task_words", "task_labels")]
+    lengths = [f"{stage}.max_length=40" for stage in ("task_teacher", "task_lm", "task_soft_labels")]
     tasks = f"tasks={{COPA: {{train: {rows}, val: {rows}}}}}"
     more = ["casting=cloze", "pretraining.max_steps=1", f"teacher={teacher}", *lengths]
     results = run(decoder_run(tiny, models, "GPT2LMHeadModel", tmp_path / "run", tasks, *more))
     row = next(row for row in results["rows"] if row["stage"] == "labels")
-    folder = tmp_path / "run/tasks/COPA/seed-0/labels/student"
+    folder = tmp_path / "run/tasks/COPA/seed-0/task_soft_labels/student"
     for ordinary, scores in ((False, row), (True, row["ordinary"])):
         again = evaluate_folder(str(folder), "COPA", str(rows), "val", max_length=40, batch_size=1, ordinary=ordinary)
         assert again["accuracy"] == scores["metrics"]["accuracy"]
@@ -380,7 +380,7 @@ def test_a_teacher_in_half_precision_is_the_one_that_from_pretrained_gives(
 def test_a_fine_tuned_causal_teacher_serves_another_run(tiny, models, trusting, tmp_path):
     rows = tmp_path / "copa.jsonl"
     rows.write_text("".join(json.dumps({**row, "idx": i}) + "\n" for i, row in enumerate(ROWS["COPA"])))
-    lengths = [f"{stage}.max_length=40" for stage in ("task_teacher", "task_words", "task_labels")]
+    lengths = [f"{stage}.max_length=40" for stage in ("task_teacher", "task_lm", "task_soft_labels")]
     more = ["casting=cloze", "pretraining.max_steps=1", *lengths, "controls.hard_labels=false"]
     more += [f"tasks={{COPA: {{train: {rows}, val: {rows}}}}}"]
     first = run(decoder_run(tiny, models, "LlamaForCausalLM", tmp_path / "a", *more))
@@ -407,12 +407,12 @@ def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trus
     config = decoder_run(
         tiny, models, "GPT2LMHeadModel", tmp_path / "run", f"tasks={{RTE: {{definition: {definition}}}}}",
         "casting=cloze", "pretraining.max_steps=2",
-        *(f"{stage}.max_length=60" for stage in ("task_teacher", "task_words", "task_labels")),
+        *(f"{stage}.max_length=60" for stage in ("task_teacher", "task_lm", "task_soft_labels")),
     )  # fmt: skip
     results = run(config)
     rows = {row["stage"]: row for row in results["rows"]}
-    assert rows["task_words"]["words"]["kl_divergence"] != rows["task_words"]["words_before"]["kl_divergence"]
-    folder = tmp_path / "run/tasks/RTE/seed-0/labels/student"
+    assert rows["task_lm"]["words"]["kl_divergence"] != rows["task_lm"]["words_before"]["kl_divergence"]
+    folder = tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student"
     model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     assert type(model).__name__ == "GPT2LMHeadModel"
     task = load_task(definition, "cloze")

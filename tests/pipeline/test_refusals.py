@@ -73,9 +73,9 @@ def refusal(tiny, tmp_path, capsys):
         ("data.superglue=", "ConfigError", "data.superglue is missing; RTE is read from it"),
         ("data.superglue=absent/", "DataError", "absent/: no such folder"),
         ("pretraining.max_length=65", "ConfigError", "pretraining.max_length is 65, the teacher has 64 positions"),
-        ("task_labels.max_length=128", "ConfigError", "is 128, the teacher has 64 positions; give at most 64"),
-        ("task_labels.mlm_probability=0.15", "ConfigError", "task_labels.mlm_probability has no effect"),
-        ("task_words.num_maskings=4", "ConfigError", "task_words.num_maskings has no effect: nothing is masked"),
+        ("task_soft_labels.max_length=128", "ConfigError", "is 128, the teacher has 64 positions; give at most 64"),
+        ("task_soft_labels.mlm_probability=0.15", "ConfigError", "task_soft_labels.mlm_probability has no effect"),
+        ("task_lm.num_maskings=4", "ConfigError", "task_lm.num_maskings has no effect: nothing is masked"),
         ("tasks.RTE.num_maskings=4", "ConfigError", "tasks.RTE.num_maskings has no effect: nothing is masked"),
         ("teacher.cache=' '", "ConfigError", "teacher.cache is empty; give a folder"),
         ("teacher.cache=c", "ConfigError", "pretraining.num_maskings is missing; with teacher.cache the texts are"),
@@ -83,13 +83,13 @@ def refusal(tiny, tmp_path, capsys):
         ("teacher.cache=/dev/null", "ConfigError", "teacher.cache /dev/null is a file"),
         ("student.num_hidden_layers=3", "ConfigError", "3"),
         ("student.config.hiden_size=8", "ConfigError", "student.config.hiden_size is unknown"),
-        ("student.initialisation=[5]", "ConfigError", "5"),
-        ("student.initialisation=[0, 1]", "ConfigError", "names 2 layers, num_hidden_layers is 1"),
+        ("student.initialization=[5]", "ConfigError", "5"),
+        ("student.initialization=[0, 1]", "ConfigError", "names 2 layers, num_hidden_layers is 1"),
         ("teacher.tasks={RTE: ./absent}", "ModelError", "teacher.tasks.RTE: ./absent is no folder"),
         ("student.config.hidden_size=wide", "ConfigError", "student.config.hidden_size: 'wide' does not fit"),
         ("student.config.pad_token_id=3", "ConfigError", "student.config.pad_token_id is set by glmd"),
         ("student.config.max_position_embeddings=31", "ConfigError", "is 32, the student has 31 positions"),
-        ("task_words.num_train_epochs=.inf", "ConfigError", "num_train_epochs must be above 0 and finite, got inf"),
+        ("task_lm.num_train_epochs=.inf", "ConfigError", "num_train_epochs must be above 0 and finite, got inf"),
         ("vocabulary={size: 87}", "ConfigError", "size is 87, but there are 86 tokens"),
         ("vocabulary.multiple_of=87", "ConfigError", "multiple_of is 87, more than the 86 tokens there are"),
         ("data.corpus=['']", "ConfigError", "data.corpus has an empty entry"),
@@ -123,10 +123,10 @@ def test_an_unknown_run_is_refused_with_the_nearest(capsys):
 
 
 def test_a_method_file_is_refused_by_stage_term_and_key(refusal, bare_teacher, write):
-    path = write("mine.yaml", "task_labels:\n  - {signal: task_logits, loss: kl_divergence, temprature: 2}\n")
+    path = write("mine.yaml", "task_soft_labels:\n  - {signal: task_logits, loss: kl_divergence, temprature: 2}\n")
     message = refusal(f"method={path}", teacher=bare_teacher)
     expected = (
-        f"{path}: task_labels[0].temprature has no effect on task_logits kl_divergence; did you mean temperature?"
+        f"{path}: task_soft_labels[0].temprature has no effect on task_logits kl_divergence; did you mean temperature?"
     )
     assert message == f"ConfigError: {expected}"
 
@@ -351,7 +351,7 @@ def test_a_named_teacher_with_fewer_positions_than_its_task_has_tokens_is_refuse
 
 
 def test_a_length_that_no_stage_of_the_method_has_is_not_refused(tiny, tmp_path):
-    overrides = ["method=kd", "pretraining.max_length=900", "task_words.max_length=900", "data.corpus=[]"]
+    overrides = ["method=kd", "pretraining.max_length=900", "task_lm.max_length=900", "data.corpus=[]"]
     assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *overrides]) == 0
 
 

@@ -95,18 +95,18 @@ def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
     assert [(row["system"], row["stage"], row["task"], row["seed"]) for row in finished.results["rows"]] == [
         ("teacher", "task_teacher", "RTE", 0),
         ("student", "pretraining", None, 0),
-        ("student", "task_words", "RTE", 0),
+        ("student", "task_lm", "RTE", 0),
         ("student", "labels", "RTE", 0),
         ("hard labels", "hard_labels", "RTE", 0),
     ]
-    for stage, steps in (("pretraining", 6), ("task_words", 3), ("labels", 3)):
+    for stage, steps in (("pretraining", 6), ("task_lm", 3), ("labels", 3)):
         assert row_of(finished.results, stage)["training"]["steps"] == steps
     # The control has had the updates of both passes.
     assert row_of(finished.results, "hard_labels", "hard labels")["training"]["steps"] == 3 + 3
 
 
 def test_word_prediction_comes_nearer_to_the_teacher(finished):
-    for stage in ("pretraining", "task_words"):
+    for stage in ("pretraining", "task_lm"):
         row = row_of(finished.results, stage)
         assert 0 < row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
 
@@ -184,7 +184,7 @@ def test_a_second_run_skips_every_stage_and_returns_the_same(finished, tiny, mon
 
 def test_watching_a_run_otherwise_changes_no_stage(finished, tiny, trusting, tmp_path):
     folder = finished.copy(tmp_path / "run")
-    watching = ("pretraining.save_steps=1", "task_labels.logging_steps=1", "task_words.per_device_eval_batch_size=3")
+    watching = ("pretraining.save_steps=1", "task_soft_labels.logging_steps=1", "task_lm.per_device_eval_batch_size=3")
     assert run(tiny.config(folder, *watching)) == finished.results
 
 
@@ -195,7 +195,7 @@ def test_a_further_seed_adds_its_stages_and_no_others(finished, tiny, trusting, 
     assert stages(folder) - stages(finished.folder) == added
     assert [row for row in results["rows"] if row["seed"] == 0] == finished.results["rows"]
     assert {name: each for name, each in weights(folder).items() if "seed-1" not in name} == weights(finished.folder)
-    first, second = (weights(folder)[f"tasks/RTE/seed-{seed}/labels/student/model.safetensors"] for seed in (0, 1))
+    first, second = (weights(folder)[f"tasks/RTE/seed-{seed}/task_soft_labels/student/model.safetensors"] for seed in (0, 1))
     assert first != second
 
 
@@ -303,7 +303,7 @@ def test_an_elastic_run_is_asked_only_for_the_stages_that_are_still_to_come(fini
     folder = finished.copy(tmp_path / "run")
     begun_with(folder, 3)
     # A first pass that this method has not, and a pretraining that is complete, could not be shared by two.
-    config = tiny.config(folder, "elastic=true", "task_labels.gradient_accumulation_steps=2")
+    config = tiny.config(folder, "elastic=true", "task_soft_labels.gradient_accumulation_steps=2")
     plan = make_plan(config)
     require_shareable(plan, 3, 2)  # nothing is left
     shutil.rmtree(folder / LABELS)
@@ -354,7 +354,7 @@ def test_check_knows_by_how_many_processes_a_run_was_begun(
     said = capsys.readouterr()
     assert answer in said.out + said.err
     if answer in said.out:
-        assert " 16 " in next(line for line in said.out.splitlines() if "task_labels" in line), "a batch of two ranks"
+        assert " 16 " in next(line for line in said.out.splitlines() if "task_soft_labels" in line), "a batch of two ranks"
 
 
 def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trusting, tmp_path):
@@ -363,14 +363,14 @@ def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trus
     run(config)
     content = (named / "model.safetensors").read_bytes()
     (named / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    for stage, key in (("teacher", "start"), ("seed-0/words", "classifier"), ("seed-0/labels", "classifier")):
+    for stage, key in (("teacher", "start"), ("seed-0/task_lm", "classifier"), ("seed-0/task_soft_labels", "classifier")):
         place = tmp_path / "run/tasks/RTE" / stage
         with pytest.raises(RunError) as refused:
             run(config)
         assert f"{place} was made from other inputs ({key}: '" in str(refused.value)
         assert str(refused.value).endswith(f"change them back, or delete {place} to make it anew")
         shutil.rmtree(place)
-        if stage == "seed-0/words":  # what the second pass starts from has changed as well
+        if stage == "seed-0/task_lm":  # what the second pass starts from has changed as well
             key = "start"
     run(config)
 
@@ -394,9 +394,9 @@ def flip(path: Path) -> None:
         ("pretraining", "student/model.safetensors", cut_short, "bytes, not"),
         ("pretraining", "student", shutil.rmtree, "is missing"),
         ("tasks/RTE/teacher", "model/model.safetensors", flip, "has changed"),
-        ("tasks/RTE/seed-0/words", "student/config.json", Path.unlink, "is missing"),
-        ("tasks/RTE/seed-0/labels", "student/token_map.json", cut_short, "bytes, not"),
-        ("tasks/RTE/seed-0/labels", "student/export_probe.json", Path.unlink, "is missing"),
+        ("tasks/RTE/seed-0/task_lm", "student/config.json", Path.unlink, "is missing"),
+        ("tasks/RTE/seed-0/task_soft_labels", "student/token_map.json", cut_short, "bytes, not"),
+        ("tasks/RTE/seed-0/task_soft_labels", "student/export_probe.json", Path.unlink, "is missing"),
         ("tasks/RTE/seed-0/hard_labels", "student", shutil.rmtree, "is missing"),
     ],
 )
@@ -444,7 +444,7 @@ def test_each_result_of_a_finished_run_is_hashed_once(finished, tiny, tmp_path, 
     results = {path for path in listing(folder) if path.count("/") and path.startswith(("voc", "pre", "tasks"))}
     results = {path for path in results if not path.endswith(("README.md", "stage.json"))}
     assert {path for name, path in hashed if name == "file_sha256"} == {str(folder / path) for path in results}
-    starts = ("pretraining/student", "tasks/RTE/seed-0/words/student", "tasks/RTE/teacher/model")
+    starts = ("pretraining/student", "tasks/RTE/seed-0/task_lm/student", "tasks/RTE/teacher/model")
     models = {path for name, path in hashed if name == "model_fingerprint"}
     assert models == {str(tiny.teacher), *(str(folder / start) for start in starts)}
 
@@ -472,7 +472,7 @@ def test_a_task_whose_definition_changed_is_refused(finished, tiny, trusting, tm
     definition = tmp_path / "rte.yaml"
     text = (Path(__file__).parents[2] / "configs/tasks/RTE.yaml").read_text().partition("cloze:")[0]
     definition.write_text(text)
-    stages = [f"{stage}.max_length=null" for stage in ("task_teacher", "task_words", "task_labels")]
+    stages = [f"{stage}.max_length=null" for stage in ("task_teacher", "task_lm", "task_soft_labels")]
     short = text.replace("max_length: 256", "max_length: 32")
     definition.write_text(short)
     options = (f"tasks.RTE.definition={definition}", "data.corpus=[]", "method=kd", "controls.hard_labels=false")
@@ -563,21 +563,21 @@ def pretrained(tiny, tmp_path_factory):
 
 # --- Methods and options ------------------------------------------------------------------------------------------
 
-LABELS, WORDS = "tasks/RTE/seed-0/labels", "tasks/RTE/seed-0/words"
+LABELS, WORDS = "tasks/RTE/seed-0/task_soft_labels", "tasks/RTE/seed-0/task_lm"
 
 
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
         ("kd", {LABELS: {"task_logits.cross_entropy", "task_labels.hard_cross_entropy"}}),
-        ("pd", {"pretraining": {"word_labels.hard_cross_entropy"}, LABELS: {"task_logits.cross_entropy"}}),
-        ("hard", {"pretraining": {"word_labels.hard_cross_entropy"}, LABELS: {"task_labels.hard_cross_entropy"}}),
-        ("glmd-masked-only", {stage: {"word_logits.kl_divergence"} for stage in ("pretraining", WORDS)}),
-        ("glmd-mse", {stage: {"word_logits.mse"} for stage in ("pretraining", WORDS)}),
+        ("pd", {"pretraining": {"lm_labels.hard_cross_entropy"}, LABELS: {"task_logits.cross_entropy"}}),
+        ("hard", {"pretraining": {"lm_labels.hard_cross_entropy"}, LABELS: {"task_labels.hard_cross_entropy"}}),
+        ("glmd-masked-only", {stage: {"lm_logits.kl_divergence"} for stage in ("pretraining", WORDS)}),
+        ("glmd-mse", {stage: {"lm_logits.mse"} for stage in ("pretraining", WORDS)}),
         (
             "glmd-hard",
             {
-                "pretraining": {"word_logits.kl_divergence", "word_labels.hard_cross_entropy"},
+                "pretraining": {"lm_logits.kl_divergence", "lm_labels.hard_cross_entropy"},
                 LABELS: {"task_logits.kl_divergence", "task_labels.hard_cross_entropy"},
             },
         ),
@@ -604,7 +604,7 @@ def test_selection_by_validation_exports_the_best_epoch(tiny, trusting, tmp_path
         "controls.hard_labels=false",
         "tasks.RTE.save_steps=100",
     )
-    longer = ("task_labels.num_train_epochs=4", "task_labels.learning_rate=1e-2")
+    longer = ("task_soft_labels.num_train_epochs=4", "task_soft_labels.learning_rate=1e-2")
     results = run(tiny.config(tmp_path / "run", *options, *longer))
     row = row_of(results, "labels")
     scores = {
@@ -618,9 +618,9 @@ def test_selection_by_validation_exports_the_best_epoch(tiny, trusting, tmp_path
     assert row["selection"] == "best on val" and not (tmp_path / "run" / LABELS / "best").exists()
 
 
-def test_a_named_teacher_distils_unlabelled_examples(tiny, finished, trusting, tmp_path):
+def test_a_named_teacher_distils_unlabeled_examples(tiny, finished, trusting, tmp_path):
     """Nothing is trained on labels, so train needs none; as many examples of another file."""
-    train = tmp_path / "unlabelled.jsonl"
+    train = tmp_path / "unlabeled.jsonl"
     rows = [json.loads(line) for line in (tiny.superglue / "RTE/train.jsonl").read_text().splitlines()]
     train.write_text("".join(json.dumps({key: row[key] for key in ("premise", "hypothesis")}) + "\n" for row in rows))
     named = finished.folder / "tasks/RTE/teacher/model"
@@ -645,7 +645,7 @@ def test_the_full_vocabulary_control_is_the_whole_method_with_every_word(finishe
         f"controls/full_vocabulary/{stage}" for stage in ("pretraining", WORDS, LABELS)
     }
     assert [row["stage"] for row in results["rows"] if row["system"] == "full vocabulary"] == [
-        "pretraining", "task_words", "labels",
+        "pretraining", "task_lm", "labels",
     ]  # fmt: skip
     student = control / LABELS / "student"
     assert json.loads((student / "config.json").read_text())["vocab_size"] == 86
@@ -764,8 +764,8 @@ def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(
     """Nothing that has a label is read: a fine-tuned teacher is named, and val has none either."""
     rows = [json.loads(line) for line in (tiny.superglue / "RTE/train.jsonl").read_text().splitlines()]
     for name, part in (("inputs", rows[:16]), ("val", rows[16:])):
-        unlabelled = [{key: row[key] for key in ("premise", "hypothesis")} for row in part]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unlabelled))
+        unlabeled = [{key: row[key] for key in ("premise", "hypothesis")} for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unlabeled))
     named = finished.folder / "tasks/RTE/teacher/model"
     results = run(
         tiny.config(
@@ -775,13 +775,13 @@ def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(
             f"teacher.tasks.RTE={named}",
             "controls.hard_labels=false",
             "selection=agreement",
-            "task_labels.num_train_epochs=3",
+            "task_soft_labels.num_train_epochs=3",
         )
     )
     row = row_of(results, "labels")
     assert "metrics" not in row and "constant" not in row
     assert row["selection"] == "nearest to the teacher on val inputs"
-    assert row["inputs"] == {"examples": 16, "labelled": 0}
+    assert row["inputs"] == {"examples": 16, "labeled": 0}
     logged = [each for each in log_rows(tmp_path / "run") if each["stage"] == LABELS]
     scores = [each["score"] for each in logged if "score" in each]
     assert len(scores) == 3 and row["agreement"] == max(scores)
@@ -800,7 +800,7 @@ def test_the_teacher_and_the_control_learn_from_train_when_the_student_has_input
     teacher = "tasks/RTE/teacher/model/model.safetensors"
     assert weights(tmp_path / "run")[teacher] == weights(finished.folder)[teacher]
     steps = {row["stage"]: row["training"]["steps"] for row in results["rows"]}
-    assert steps["task_words"] == steps["labels"] == 1 and steps["task_teacher"] == 3
+    assert steps["task_lm"] == steps["labels"] == 1 and steps["task_teacher"] == 3
     assert steps["hard_labels"] == 2, "as many updates as both passes"
 
 

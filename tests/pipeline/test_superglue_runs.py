@@ -9,7 +9,7 @@ import torch
 from glmd.cli import main
 from glmd.pipeline.run import run
 
-# Where each task's labelled rows lie; ReCoRD, WSC and WiC only as subsets.
+# Where each task's labeled rows lie; ReCoRD, WSC and WiC only as subsets.
 FILES = {
     "RTE": "superglue/RTE/train.jsonl",
     "CB": "superglue/CB/train.jsonl",
@@ -56,7 +56,7 @@ def test_every_task_runs_on_its_real_files(shared, tiny, teacher, trusting, tmp_
         tasks[task] = {"train": str(rows), "val": str(rows)}
     stages = {
         f"{stage}.{key}": value
-        for stage in ("task_teacher", "task_words", "task_labels")
+        for stage in ("task_teacher", "task_lm", "task_soft_labels")
         for key, value in {
             "max_steps": 1,
             "num_train_epochs": None,
@@ -79,7 +79,7 @@ def test_every_task_runs_on_its_real_files(shared, tiny, teacher, trusting, tmp_
     for row in scored.values():
         assert row["metrics"] and all(0 <= value <= 1 for value in row["metrics"].values())
     for task, row in scored.items():
-        student, output = str(tmp_path / f"run/tasks/{task}/seed-0/labels/student"), tmp_path / f"{task}.predictions"
+        student, output = str(tmp_path / f"run/tasks/{task}/seed-0/task_soft_labels/student"), tmp_path / f"{task}.predictions"
         arguments = [student, "--task", task, "--max-length", "256"]
         file = tasks[task]["val"]
         assert main(["predict", *arguments, "--file", file, "--output", str(output)]) == 0

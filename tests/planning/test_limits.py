@@ -19,9 +19,9 @@ def sizes(tiny, tmp_path, *overrides, **options):
 @pytest.mark.parametrize(
     ("key", "most"),
     [
-        ("task_words.per_device_train_batch_size", 24),
+        ("task_lm.per_device_train_batch_size", 24),
         ("tasks.RTE.per_device_train_batch_size", 24),
-        ("task_labels.gradient_accumulation_steps", 8),  # 8 texts a micro-batch, steps of 64 are small
+        ("task_soft_labels.gradient_accumulation_steps", 8),  # 8 texts a micro-batch, steps of 64 are small
         ("task_teacher.per_device_eval_batch_size", 64),
     ],
 )
@@ -44,8 +44,8 @@ def test_what_is_beyond_the_corpus_is_refused_with_what_fits(tiny, tmp_path, key
 
 
 def test_a_cell_of_a_sweep_is_refused_like_a_stage(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="per_device_train_batch_size of RTE task_labels is 5,000"):
-        sizes(tiny, tmp_path, "sweep.task_labels.per_device_train_batch_size=[8, 5000]")
+    with pytest.raises(ConfigError, match="per_device_train_batch_size of RTE task_soft_labels is 5,000"):
+        sizes(tiny, tmp_path, "sweep.task_soft_labels.per_device_train_batch_size=[8, 5000]")
 
 
 def test_a_large_corpus_is_bounded_by_its_bytes_and_not_read(tiny, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_a_subfolder_is_named_only_where_a_task_is_read_from_one(tiny, tmp_path,
 def test_settings_beside_a_definition_change_its_stages(tiny, tmp_path, files):
     changes = {**files, "learning_rate": 0.5}
     plan = make_plan(tiny.config(tmp_path / "run", f"tasks={json.dumps({'Sentiment': changes})}"))
-    assert plan.config.stage("task_words", "Sentiment").learning_rate == 0.5
+    assert plan.config.stage("task_lm", "Sentiment").learning_rate == 0.5
 
 
 def test_a_definition_that_is_not_there_is_refused(tiny, tmp_path, files):
@@ -75,7 +75,7 @@ def test_a_tasks_fingerprint_knows_the_candidates_that_only_fill_a_blank(tiny, t
         row = {"text": " ".join(words[:2]), "target": target, "candidates": [other], "label": True, "idx": 0}
         rows = tmp_path / "rows.jsonl"
         rows.write_text(json.dumps(row) + "\n")
-        lengths = [f"{stage}.max_length=64" for stage in ("task_teacher", "task_words", "task_labels")]
+        lengths = [f"{stage}.max_length=64" for stage in ("task_teacher", "task_lm", "task_soft_labels")]
         tasks = f"tasks={{WSC: {{train: {rows}, val: {rows}}}}}"
         plan = make_plan(tiny.config(tmp_path / "run", tasks, "casting=cloze", *lengths))
         found.add(plan.tasks["WSC"].fingerprint())
@@ -84,8 +84,8 @@ def test_a_tasks_fingerprint_knows_the_candidates_that_only_fill_a_blank(tiny, t
 
 def test_a_tasks_corruption_is_for_its_passes_and_not_for_its_teacher(tiny, tmp_path):
     plan = make_plan(tiny.config(tmp_path / "run", "tasks.RTE.mlm_probability=0.3", "tasks.RTE.num_maskings=2"))
-    stages = {name: plan.config.stage(name, "RTE") for name in ("task_teacher", "task_words")}
-    assert (stages["task_words"].mlm_probability, stages["task_words"].num_maskings) == (0.3, 2)
+    stages = {name: plan.config.stage(name, "RTE") for name in ("task_teacher", "task_lm")}
+    assert (stages["task_lm"].mlm_probability, stages["task_lm"].num_maskings) == (0.3, 2)
     assert not stages["task_teacher"].mlm_probability and stages["task_teacher"].num_maskings is None
 
 

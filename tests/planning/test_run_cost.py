@@ -25,7 +25,7 @@ from glmd.training.trainer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = Objective((Term("word_logits", "kl_divergence", options={"temperature": 15.0}),))
+WORDS = Objective((Term("lm_logits", "kl_divergence", options={"temperature": 15.0}),))
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 B, S, V, K = 4, 32, 600, 320
 
@@ -52,7 +52,7 @@ def count_of(family: Any = bert, examples: int = B, **changes: Any) -> Any:
 @pytest.mark.parametrize("family", [bert, llama])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_memory_and_flops_are_those_of_a_real_micro_batch(family, precision):
-    """Of the distiller, teacher and optimiser that training uses, counted on tensors that hold numbers."""
+    """Of the distiller, teacher and optimizer that training uses, counted on tensors that hold numbers."""
     found = count_of(family, mixed_precision=precision)
     source, student = (language_model_class(config).from_config(config) for config in (family(4, V), family(2, K)))
     vocabulary = Vocabulary(np.arange(K), np.minimum(np.arange(V), K - 1))
@@ -125,13 +125,13 @@ def test_a_gpus_attention_keeps_no_probabilities():
 
 @pytest.mark.parametrize("form", ["classes", "choices", "words"])
 def test_a_cached_teachers_answers_to_tasks_need_no_forward(form):
-    found = count_of(form=form, is_cached=True, objective=load_method("kd")["task_labels"])
+    found = count_of(form=form, is_cached=True, objective=load_method("kd")["task_soft_labels"])
     assert (found.teacher, found.teacher_flops) == (0, 0) < (found.student, found.student_flops)
 
 
 @pytest.mark.parametrize("form", ["classes", "choices", "words"])
 def test_every_form_of_a_task_can_be_counted(form):
-    found = count_of(form=form, objective=load_method("kd")["task_labels"])
+    found = count_of(form=form, objective=load_method("kd")["task_soft_labels"])
     assert found.student_flops == pytest.approx(1.5 * found.teacher_flops, rel=0.1)  # half the layers, and a backward
 
 
@@ -167,8 +167,8 @@ def test_every_stage_and_control_has_its_line(cost_of):
     assert [(stage.name, stage.runs) for stage in cost.stages] == [
         ("RTE task_teacher", 1),
         ("pretraining", 1),
-        ("RTE task_words", 2),
-        ("RTE task_labels", 2),
+        ("RTE task_lm", 2),
+        ("RTE task_soft_labels", 2),
         ("RTE hard_labels", 2),
     ]
     words, labels, control = cost.stages[2:]
@@ -178,11 +178,11 @@ def test_every_stage_and_control_has_its_line(cost_of):
 
 
 def test_a_swept_first_pass_has_a_second_pass_behind_each_of_its_cells(cost_of):
-    stages = cost_of("sweep={task_words: {learning_rate: [0.1, 0.2]}}", "controls.hard_labels=false").stages
+    stages = cost_of("sweep={task_lm: {learning_rate: [0.1, 0.2]}}", "controls.hard_labels=false").stages
     assert [(stage.name, stage.runs) for stage in stages[2:]] == [
-        ("RTE task_words learning_rate=0.1", 1),
-        ("RTE task_words learning_rate=0.2", 1),
-        ("RTE task_labels", 2),
+        ("RTE task_lm learning_rate=0.1", 1),
+        ("RTE task_lm learning_rate=0.2", 1),
+        ("RTE task_soft_labels", 2),
     ]
 
 

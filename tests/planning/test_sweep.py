@@ -13,7 +13,7 @@ from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
 
 TASK = "tasks/RTE"
-RATES = "sweep.task_labels.learning_rate=[1e-3, 5e-2]"
+RATES = "sweep.task_soft_labels.learning_rate=[1e-3, 5e-2]"
 
 
 def stages(folder) -> set[str]:
@@ -30,11 +30,11 @@ def swept(tiny, tmp_path_factory):
 def test_cells_share_all_that_they_have_in_common(swept, finished):
     folder, results = swept
     shared = {stage for stage in stages(finished.folder) if not stage.endswith("labels")}
-    cells = [f"{TASK}/task_labels.learning_rate={rate}/seed-0" for rate in ("0.001", "0.05")]
+    cells = [f"{TASK}/task_soft_labels.learning_rate={rate}/seed-0" for rate in ("0.001", "0.05")]
     assert stages(folder) == shared | {f"{cell}/{stage}" for cell in cells for stage in ("labels", "hard_labels")}
     rows = [(row["stage"], row.get("cell")) for row in results["rows"]]
     assert len(rows) == len(stages(folder)) - 1, "a row for every stage but the vocabulary's, none twice"
-    assert ("labels", {"task_labels.learning_rate": 0.05}) in rows and ("task_words", None) in rows
+    assert ("labels", {"task_soft_labels.learning_rate": 0.05}) in rows and ("task_lm", None) in rows
 
 
 def test_a_cell_is_the_run_with_its_settings(swept, finished):
@@ -42,7 +42,7 @@ def test_a_cell_is_the_run_with_its_settings(swept, finished):
     for stage in ("labels", "hard_labels"):
         path = f"{stage}/student/model.safetensors"
         cell, other = (
-            (swept[0] / TASK / f"task_labels.learning_rate={rate}/seed-0" / path).read_bytes()
+            (swept[0] / TASK / f"task_soft_labels.learning_rate={rate}/seed-0" / path).read_bytes()
             for rate in ("0.001", "0.05")
         )
         assert cell == (finished.folder / TASK / "seed-0" / path).read_bytes() != other
@@ -56,25 +56,25 @@ def test_a_further_value_trains_its_cells_alone(swept, tiny, trusting, tmp_path,
     folder, trained = shutil.copytree(swept[0], tmp_path / "run"), []
     real = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self, *rest: trained.append(self.stage) or real(self, *rest))
-    results = run(tiny.config(folder, "sweep.task_labels.learning_rate=[1e-3, 5e-2, 1e-2]"))
-    assert trained == [f"{TASK}/task_labels.learning_rate=0.01/seed-0/{each}" for each in ("labels", "hard_labels")]
+    results = run(tiny.config(folder, "sweep.task_soft_labels.learning_rate=[1e-3, 5e-2, 1e-2]"))
+    assert trained == [f"{TASK}/task_soft_labels.learning_rate=0.01/seed-0/{each}" for each in ("labels", "hard_labels")]
     assert sum("cell" in row for row in results["rows"]) == 6
 
 
 def test_cells_of_the_first_pass_have_a_first_pass_each(tiny, trusting, tmp_path):
-    axes = "{task_words: {max_steps: [1, 2]}, task_labels: {num_train_epochs: [1.0, 2.0]}}"
+    axes = "{task_lm: {max_steps: [1, 2]}, task_soft_labels: {num_train_epochs: [1.0, 2.0]}}"
     folder = tmp_path / "run"
     results = run(tiny.config(folder, f"sweep={axes}", "controls.hard_labels=false", "pretraining.max_steps=2"))
-    steps = {"task_words": [], "labels": []}
+    steps = {"task_lm": [], "labels": []}
     for row in results["rows"]:
         if row["stage"] in steps:
             steps[row["stage"]].append((*row["cell"].values(), row["training"]["steps"]))
-    assert steps == {"task_words": [(1, 1), (2, 2)], "labels": [(1, 1.0, 3), (1, 2.0, 6), (2, 1.0, 3), (2, 2.0, 6)]}
-    first = f"{TASK}/task_words.max_steps=2,task_labels.num_train_epochs=1.0/seed-0/labels"
+    assert steps == {"task_lm": [(1, 1), (2, 2)], "labels": [(1, 1.0, 3), (1, 2.0, 6), (2, 1.0, 3), (2, 2.0, 6)]}
+    first = f"{TASK}/task_lm.max_steps=2,task_soft_labels.num_train_epochs=1.0/seed-0/task_soft_labels"
     record = json.loads((folder / first / "stage.json").read_text())
     from glmd.models.loading import model_fingerprint
 
-    words = folder / TASK / "task_words.max_steps=2/seed-0/words/student"
+    words = folder / TASK / "task_lm.max_steps=2/seed-0/task_lm/student"
     assert record["inputs"]["start"] == model_fingerprint(str(words)), "each from its own first pass"
 
 
@@ -88,7 +88,7 @@ def scored(system: str, cell: dict, accuracy: float, **more) -> dict:
 
 MANY = ("adam_beta1", "adam_beta2", "warmup_ratio", "min_lr_ratio", "learning_rate", "weight_decay", "max_grad_norm",
         "adam_epsilon")  # fmt: skip
-LOW, HIGH = {"task_labels.learning_rate": 1e-5}, {"task_labels.learning_rate": 1e-4}
+LOW, HIGH = {"task_soft_labels.learning_rate": 1e-5}, {"task_soft_labels.learning_rate": 1e-4}
 PARAMETERS = {"teacher": {"total": 1, "vocabulary": 1, "body": 0}}
 
 
@@ -129,13 +129,13 @@ def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_tea
 
 
 def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, tmp_path):
-    axes = "{task_words: {max_steps: [4, 5]}, task_labels: {per_device_train_batch_size: [8, 16, 32]}}"
+    axes = "{task_lm: {max_steps: [4, 5]}, task_soft_labels: {per_device_train_batch_size: [8, 16, 32]}}"
     config = tiny.config(tmp_path / "run", f"sweep={axes}", "tasks.RTE={num_train_epochs: 9, learning_rate: 0.5}")
     assert len(config.cells) == 6 and config.cells[1] == {
-        "task_words.max_steps": 4,
-        "task_labels.per_device_train_batch_size": 16,
+        "task_lm.max_steps": 4,
+        "task_soft_labels.per_device_train_batch_size": 16,
     }
-    words, labels = (config.stage(name, "RTE", config.cells[1]) for name in ("task_words", "task_labels"))
+    words, labels = (config.stage(name, "RTE", config.cells[1]) for name in ("task_lm", "task_soft_labels"))
     assert (words.max_steps, words.num_train_epochs, words.learning_rate) == (4, None, 0.5)
     assert (labels.per_device_train_batch_size, labels.num_train_epochs) == (16, 9)
     assert load_config(tiny.root / "run.yaml").cells == [{}]
@@ -143,15 +143,15 @@ def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, t
 
 def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
     """In another order, or with 1 for 1.0: its folders are found again."""
-    first = tiny.config(tmp_path / "run", "sweep={task_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}")
-    other = "sweep={task_labels: {learning_rate: [0.001, 1.0], num_train_epochs: [1.0, 2.0]}}"
+    first = tiny.config(tmp_path / "run", "sweep={task_soft_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}")
+    other = "sweep={task_soft_labels: {learning_rate: [0.001, 1.0], num_train_epochs: [1.0, 2.0]}}"
     assert first.cells == tiny.config(tmp_path / "run", other).cells
-    assert cell_name(first.cells[0]) == "task_labels.learning_rate=0.001,task_labels.num_train_epochs=1.0"
+    assert cell_name(first.cells[0]) == "task_soft_labels.learning_rate=0.001,task_soft_labels.num_train_epochs=1.0"
 
 
 def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting, tmp_path):
     """Of the first pass it has but the number of updates."""
-    axes = "{task_words: {learning_rate: [1e-3, 1e-2], max_steps: [1, 2]}}"
+    axes = "{task_lm: {learning_rate: [1e-3, 1e-2], max_steps: [1, 2]}}"
     config = tiny.config(tmp_path / "run", f"sweep={axes}", "pretraining.max_steps=1")
     results = run(config)
     planned = {place.relative_to(tmp_path / "run").as_posix() for place, _ in stage_places(make_plan(config))}
@@ -159,7 +159,7 @@ def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting
     cells = {
         stage: [row["cell"] for row in results["rows"] if row["stage"] == stage] for stage in ("labels", "hard_labels")
     }
-    assert len(cells["labels"]) == 4 and cells["hard_labels"] == [{"task_words.max_steps": n} for n in (1, 2)]
+    assert len(cells["labels"]) == 4 and cells["hard_labels"] == [{"task_lm.max_steps": n} for n in (1, 2)]
     assert {each["system"] for each in results["best_cells"]} == {"student", "hard labels"}
     assert "control: same student, hard labels only" in results_table(results)
 
@@ -178,33 +178,33 @@ def test_report_says_when_the_run_has_grown_since(swept, tmp_path, capsys):
 
 def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
     assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", RATES,
-                 "sweep.task_labels.max_steps=[7, 9]"]) == 0  # fmt: skip
+                 "sweep.task_soft_labels.max_steps=[7, 9]"]) == 0  # fmt: skip
     out = capsys.readouterr().out
-    lines = [line.split()[2] for line in out.splitlines() if line.startswith("RTE task_labels")]
-    assert lines == ["7", "9", "7", "9"] and sum(line.startswith("RTE task_words") for line in out.splitlines()) == 1
-    assert next(line for line in out.splitlines() if line.startswith("RTE task_labels")).endswith(
+    lines = [line.split()[2] for line in out.splitlines() if line.startswith("RTE task_soft_labels")]
+    assert lines == ["7", "9", "7", "9"] and sum(line.startswith("RTE task_lm") for line in out.splitlines()) == 1
+    assert next(line for line in out.splitlines() if line.startswith("RTE task_soft_labels")).endswith(
         "learning_rate=0.001,max_steps=7"
     )
-    assert "sweep     4 cells: task_labels.learning_rate [0.001, 0.05], task_labels.max_steps [7, 9]" in out
+    assert "sweep     4 cells: task_soft_labels.learning_rate [0.001, 0.05], task_soft_labels.max_steps [7, 9]" in out
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("sweep.task_teacher.learning_rate=[1, 2]", "sweep.task_teacher is no stage that can be swept; task_words and"),
-        ("sweep.task_labels.learning_rte=[1, 2]", "no setting that can be swept; did you mean learning_rate?"),
-        ("sweep.task_labels.max_length=[16, 32]", "sweep.task_labels.max_length is no setting that can be swept"),
-        ("sweep.task_labels.learning_rate=[1e-3]", "must list two or more values, got [0.001]"),
-        ("sweep.task_labels.learning_rate=[1e-3, 0.001]", "has a value twice"),
-        ("sweep.task_labels.num_train_epochs=[1, 1.0]", "has a value twice: [1, 1.0]"),
-        ("sweep.task_labels.weight_decay=[0, -0.0]", "has a value twice"),
-        ("sweep={task_labels: {}}", "sweep.task_labels names no setting; name one, or remove it"),
-        (f"sweep.task_labels={ {key: [0.1, 0.2] for key in MANY} }", "sweep: a cell's folder would have a name of"),
-        ("sweep.task_labels.learning_rate=1e-3", "sweep.task_labels.learning_rate must be a list, got 0.001"),
-        ("sweep.task_labels.learning_rate=[1e-3, -1]", "sweep.task_labels.learning_rate must be above 0, got -1"),
+        ("sweep.task_teacher.learning_rate=[1, 2]", "sweep.task_teacher is no stage that can be swept; task_lm and"),
+        ("sweep.task_soft_labels.learning_rte=[1, 2]", "no setting that can be swept; did you mean learning_rate?"),
+        ("sweep.task_soft_labels.max_length=[16, 32]", "sweep.task_soft_labels.max_length is no setting that can be swept"),
+        ("sweep.task_soft_labels.learning_rate=[1e-3]", "must list two or more values, got [0.001]"),
+        ("sweep.task_soft_labels.learning_rate=[1e-3, 0.001]", "has a value twice"),
+        ("sweep.task_soft_labels.num_train_epochs=[1, 1.0]", "has a value twice: [1, 1.0]"),
+        ("sweep.task_soft_labels.weight_decay=[0, -0.0]", "has a value twice"),
+        ("sweep={task_soft_labels: {}}", "sweep.task_soft_labels names no setting; name one, or remove it"),
+        (f"sweep.task_soft_labels={ {key: [0.1, 0.2] for key in MANY} }", "sweep: a cell's folder would have a name of"),
+        ("sweep.task_soft_labels.learning_rate=1e-3", "sweep.task_soft_labels.learning_rate must be a list, got 0.001"),
+        ("sweep.task_soft_labels.learning_rate=[1e-3, -1]", "sweep.task_soft_labels.learning_rate must be above 0, got -1"),
         (
-            "sweep.task_labels.learning_rate=[1e-3, fast]",
-            "sweep.task_labels.learning_rate must be a number, got 'fast'",
+            "sweep.task_soft_labels.learning_rate=[1e-3, fast]",
+            "sweep.task_soft_labels.learning_rate must be a number, got 'fast'",
         ),
     ],
 )
@@ -218,5 +218,5 @@ def test_a_sweep_without_effect_is_refused(tiny, tmp_path, capsys):
     with pytest.raises(ConfigError, match="sweep has no effect without tasks; remove it"):
         tiny.config(tmp_path / "run", RATES, "tasks={}")
     arguments = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", "data.corpus=[]", "method=kd"]
-    assert main([*arguments, "sweep.task_words.learning_rate=[1e-3, 1e-2]"]) == 2
-    assert "sweep.task_words has no effect: method kd has no such stage; remove it" in capsys.readouterr().err
+    assert main([*arguments, "sweep.task_lm.learning_rate=[1e-3, 1e-2]"]) == 2
+    assert "sweep.task_lm has no effect: method kd has no such stage; remove it" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_seeds_become_mean_and_standard_deviation():
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_controls_updates_are_told_by_the_passes_that_there_are(passes):
     rows = [scored("student", 0, 0.6), scored("hard labels", 0, 0.6)]
-    words = {"system": "student", "task": "RTE", "stage": "task_words", "seed": 0, "seconds": 1.0}
+    words = {"system": "student", "task": "RTE", "stage": "task_lm", "seed": 0, "seconds": 1.0}
     text = results_table({"rows": [*rows, *([words] if passes == 2 else [])], "parameters": PARAMETERS})
     assert ("as many updates as both its passes together" in text) == (passes == 2)
     assert ("as many updates as its pass over the task" in text) == (passes == 1)
@@ -87,12 +87,12 @@ def test_one_seed_has_no_deviation_and_what_was_not_measured_is_a_dash():
 
 
 @pytest.mark.parametrize(
-    ("labelled", "says"),
-    [(0, "16 examples without labels."), (16, "16 examples of its own, all labelled."),
-     (3, "16 examples of its own, 3 of them labelled.")],
+    ("labeled", "says"),
+    [(0, "16 examples without labels."), (16, "16 examples of its own, all labeled."),
+     (3, "16 examples of its own, 3 of them labeled.")],
 )  # fmt: skip
-def test_inputs_of_the_student_alone_are_told_with_their_labels(labelled, says):
-    rows = [scored("student", 0, 0.6, agreement=0.7, inputs={"examples": 16, "labelled": labelled})]
+def test_inputs_of_the_student_alone_are_told_with_their_labels(labeled, says):
+    rows = [scored("student", 0, 0.6, agreement=0.7, inputs={"examples": 16, "labeled": labeled})]
     assert f"RTE: the student learned from {says}" in results_table({"rows": rows, "parameters": PARAMETERS})
 
 

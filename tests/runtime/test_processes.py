@@ -69,7 +69,7 @@ def masked_tokens_of_batches(run: Path, tiny) -> list[int]:
     data = BlockDataset(store, tokenizer, max_length=16, blocks=blocks, corruption=corruption_for(tokenizer, 0.02, 0))
     plans = [StepPlan(len(blocks), 2, 1, rank, 2, 0) for rank in range(2)]
     return [
-        sum(int((data[key]["word_labels"] >= 0).sum()) for key in keys)
+        sum(int((data[key]["lm_labels"] >= 0).sum()) for key in keys)
         for plan in plans
         for keys in plan.micro_batches(0, 6)
     ]
@@ -86,7 +86,7 @@ def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
     val.write_text("".join((tiny.superglue / "RTE/val.jsonl").read_text().splitlines(keepends=True)[:11]))
     # The student has no dropout: it is a function of the rank, which one process has only one of.
     plain = "student.config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
-    stages = ("pretraining", "task_teacher", "task_words", "task_labels")
+    stages = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")
     shared = [plain, "method=glmd-hard", "pretraining.mlm_probability=0.02", f"tasks.RTE.val={val}"]
     # AdamW and clipping hide a wrong scale of the gradients: with a large epsilon, and no clipping, it shows.
     shared += [f"{stage}.{key}" for stage in stages for key in ("adam_epsilon=1e-2", "max_grad_norm=1000")]
@@ -101,7 +101,7 @@ def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
         place = tmp_path / kind
         launch([str(tiny.root / "run.yaml"), f"output_dir={place}", *two], options=options)
         assert_same_run(place, tmp_path / "one", json.loads((place / "results.json").read_text()), expected)
-    shutil.rmtree(place / "tasks/RTE/seed-0/labels")
+    shutil.rmtree(place / "tasks/RTE/seed-0/task_soft_labels")
     with pytest.raises(RunError, match=r"processes: 2 -> 1; sharding: 'FSDP2' -> None"):
         run(tiny.config(place, *two))
     assert_same_run(place, tmp_path / "one", run(tiny.config(place, *two, "elastic=true")), expected)
@@ -132,7 +132,7 @@ def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, t
     monkeypatch.setattr("glmd.distillation.teacher_cache.SHARD_BYTES", 16 * 16 * 2 * 20)  # twenty texts of 16 tokens
     plain = "student.config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
     shared = ["pretraining.num_maskings=2", "pretraining.max_steps=30", plain, "controls.hard_labels=false"]
-    stages, size = ("pretraining", "task_words", "task_labels"), "per_device_train_batch_size"
+    stages, size = ("pretraining", "task_lm", "task_soft_labels"), "per_device_train_batch_size"
     shared += [f"{stage}.logging_steps=1" for stage in stages]
     one, two = tmp_path / "one", tmp_path / "two"
     alone = [f"{stage}.{size}=4" for stage in stages]

@@ -11,7 +11,7 @@ from glmd.pipeline.run import run
 from glmd.tasks.tasks import load_task, read_split
 from glmd.vocabulary.tokenizer import load_tokenizer
 
-STUDENT = "tasks/COPA/seed-0/labels/student"
+STUDENT = "tasks/COPA/seed-0/task_soft_labels/student"
 
 
 @pytest.fixture(scope="module")
@@ -66,32 +66,32 @@ def test_a_run_on_choices_leaves_a_stock_multiple_choice_model_with_the_scores_o
     assert row["constant"] == {"accuracy": pytest.approx(26 / 40)}
     assert 0 <= row["agreement"] <= 1 and row["examples"] == 40
     stages = {(row["system"], row["stage"]) for row in results["rows"]}
-    assert {("teacher", "task_teacher"), ("student", "task_words"), ("hard labels", "hard_labels")} <= stages
+    assert {("teacher", "task_teacher"), ("student", "task_lm"), ("hard labels", "hard_labels")} <= stages
     card = (folder / STUDENT / "README.md").read_text()
     assert "AutoModelForMultipleChoice.from_pretrained" in card
 
 
 def test_predict_writes_what_evaluate_scores(chosen, copa, tmp_path, capsys):
     folder, _ = chosen
-    unlabelled = tmp_path / "test.jsonl"
+    unlabeled = tmp_path / "test.jsonl"
     rows = [json.loads(line) for line in copa.read_text().splitlines()]
-    unlabelled.write_text("".join(json.dumps({**row, "label": None}) + "\n" for row in rows), encoding="utf-8")
+    unlabeled.write_text("".join(json.dumps({**row, "label": None}) + "\n" for row in rows), encoding="utf-8")
     output = tmp_path / "COPA.jsonl"
     common = [str(folder / STUDENT), "--task", "COPA", "--max-length", "32", "--batch-size", "7"]
-    assert main(["predict", *common, "--file", str(unlabelled), "--output", str(output)]) == 0
+    assert main(["predict", *common, "--file", str(unlabeled), "--output", str(output)]) == 0
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["idx"] for row in written] == list(range(40))
     accuracy = np.mean([row["label"] == given["label"] for row, given in zip(written, rows, strict=True)])
     capsys.readouterr()
     assert main(["evaluate", *common, "--data", str(copa)]) == 0
     assert f"{accuracy:.4f}" in capsys.readouterr().out
-    assert main(["predict", *common, "--file", str(unlabelled), "--output", str(output)]) == 2
+    assert main(["predict", *common, "--file", str(unlabeled), "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
 def test_a_model_with_another_head_is_refused_by_name(chosen, copa, finished, capsys):
     folder, _ = chosen
-    classifier = finished.folder / "tasks/RTE/seed-0/labels/student"
+    classifier = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     assert main(["evaluate", str(classifier), "--task", "COPA", "--data", str(copa)]) == 2
     assert "holds a BertForSequenceClassification; COPA needs a model for MultipleChoice" in capsys.readouterr().err
     assert main(["evaluate", str(folder / STUDENT), "--task", "RTE", "--data", "unread"]) == 2

@@ -78,7 +78,7 @@ def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_
     answers = {}
     for (system, stage), place in {
         ("teacher", "task_teacher"): "teacher/model",
-        ("student", "labels"): "seed-0/labels/student",
+        ("student", "labels"): "seed-0/task_soft_labels/student",
         ("hard labels", "hard_labels"): "seed-0/hard_labels/student",
     }.items():
         given = answers[system] = np.array(stock_answers(folder / "tasks/RTE" / place, examples, rare_words))
@@ -87,7 +87,7 @@ def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_
         assert row["casting"] == "cloze"
     agreement = (answers["student"] == answers["teacher"]).mean()
     assert row_of(results, "student", "labels")["agreement"] == pytest.approx(agreement)
-    assert "words" in row_of(results, "student", "task_words")
+    assert "words" in row_of(results, "student", "task_lm")
 
 
 def test_the_words_of_the_labels_are_kept_though_nothing_holds_them(cloze_run, tiny, rare_words):
@@ -109,7 +109,7 @@ def run_head(config) -> str:
 
 def test_evaluate_asks_a_masked_lm_in_a_blank(cloze_run, tiny, capsys):
     folder, results, definition = cloze_run
-    student = folder / "tasks/RTE/seed-0/labels/student"
+    student = folder / "tasks/RTE/seed-0/task_soft_labels/student"
     assert main(["evaluate", str(student), "--task", str(definition), "--data", str(tiny.superglue)]) == 0
     accuracy = row_of(results, "student", "labels")["metrics"]["accuracy"]
     scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -126,7 +126,7 @@ def test_a_word_that_the_students_vocabulary_dropped_is_refused(cloze_run, tiny,
     )
     definition = tmp_path / "rte.yaml"
     definition.write_text(RTE.format(words=f"{gone}, {rare_words[0]}"))
-    student = folder / "tasks/RTE/seed-0/labels/student"
+    student = folder / "tasks/RTE/seed-0/task_soft_labels/student"
     assert main(["evaluate", str(student), "--task", str(definition), "--data", str(tiny.superglue)]) == 2
     assert f"cloze.words: '{gone}' was dropped from this vocabulary, which reads '" in capsys.readouterr().err
     teacher = folder / "tasks/RTE/teacher/model"
@@ -157,10 +157,10 @@ def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
             "casting=cloze",
             f"tasks={{COPA: {{train: {copa}, val: {copa}}}}}",
             "pretraining.max_steps=2",
-            *(f"{stage}.max_length=64" for stage in ("task_teacher", "task_words", "task_labels")),
+            *(f"{stage}.max_length=64" for stage in ("task_teacher", "task_lm", "task_soft_labels")),
         )
     )
-    folder = tmp_path / "run/tasks/COPA/seed-0/labels/student"
+    folder = tmp_path / "run/tasks/COPA/seed-0/task_soft_labels/student"
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
     right = 0
     for row, example in zip(
@@ -181,7 +181,7 @@ def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
 def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_one_scores_best(
     tiny, trusting, tmp_path
 ):
-    """WSC: candidates score the mean of their tokens' log-probabilities; rows labelled no are only scored."""
+    """WSC: candidates score the mean of their tokens' log-probabilities; rows labeled no are only scored."""
     from transformers import AutoModelForMaskedLM
 
     words = sorted({word for line in tiny.corpus.read_text().splitlines() for word in line.split()} - {"."})[:12]
@@ -199,10 +199,10 @@ def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_
             "casting=cloze",
             f"tasks={{WSC: {{train: {wsc}, val: {wsc}}}}}",
             "pretraining.max_steps=2",
-            *(f"{stage}.max_length=64" for stage in ("task_teacher", "task_words", "task_labels")),
+            *(f"{stage}.max_length=64" for stage in ("task_teacher", "task_lm", "task_soft_labels")),
         )
     )
-    folder = tmp_path / "run/tasks/WSC/seed-0/labels/student"
+    folder = tmp_path / "run/tasks/WSC/seed-0/task_soft_labels/student"
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
     answers = []
     for example in read_split(load_task("WSC", "cloze"), str(wsc), "val", require_labels=True):
@@ -250,16 +250,16 @@ def test_candidates_that_become_equal_in_the_students_vocabulary_are_told(tiny, 
 def test_terms_of_words_and_labels_share_one_masked_lm(tiny, trusting, tmp_path, rare_words):
     method, definition = tmp_path / "both.yaml", tmp_path / "rte.yaml"
     method.write_text(
-        "task_words:\n  - {signal: word_logits, loss: kl_divergence, temperature: 15}\n"
+        "task_lm:\n  - {signal: lm_logits, loss: kl_divergence, temperature: 15}\n"
         "  - {signal: task_logits, loss: kl_divergence}\n"
-        "task_labels:\n  - {signal: task_logits, loss: kl_divergence}\n"
-        "  - {signal: word_logits, loss: kl_divergence, weight: 0.1}\n"
+        "task_soft_labels:\n  - {signal: task_logits, loss: kl_divergence}\n"
+        "  - {signal: lm_logits, loss: kl_divergence, weight: 0.1}\n"
     )
     definition.write_text(RTE.format(words=", ".join(rare_words)))
     options = ("casting=cloze", f"tasks.RTE.definition={definition}", f"method={method}", "data.corpus=[]")
     results = run(tiny.config(tmp_path / "run", *options, "controls.hard_labels=false"))
     losses = row_of(results, "student", "labels")["training"]["losses"]
-    assert set(losses) == {"task_logits.kl_divergence", "word_logits.kl_divergence"}
+    assert set(losses) == {"task_logits.kl_divergence", "lm_logits.kl_divergence"}
     assert all(np.isfinite(value) and value > 0 for value in losses.values())
 
 
@@ -270,7 +270,7 @@ def test_a_blank_that_does_not_fit_is_refused_before_anything_is_trained(tiny, t
         str(tiny.root / "run.yaml"),
         f"output_dir={tmp_path / 'run'}",
         "casting=cloze",
-        "task_labels.max_length=8",
+        "task_soft_labels.max_length=8",
     ]
     assert main(["check", *arguments, f"tasks.RTE.definition={definition}"]) == 2
     message = capsys.readouterr().err
@@ -295,7 +295,7 @@ def test_text_that_the_ordinary_tokenizer_cuts_too_small_costs_a_figure_and_no_r
     row = row_of(results, "student", "labels")
     assert "ordinary" not in row and row["metrics"]
     assert "RTE: not scored by plain AutoTokenizer" in caplog.text
-    assert "plain AutoTokenizer" not in (tmp_path / "run/tasks/RTE/seed-0/labels/student/README.md").read_text()
+    assert "plain AutoTokenizer" not in (tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student/README.md").read_text()
 
 
 def test_a_task_without_a_cloze_form_is_refused(tiny, tmp_path, capsys):

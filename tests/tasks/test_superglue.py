@@ -342,7 +342,7 @@ def test_wsc_learns_from_labels_only_where_the_right_candidate_is_told(tmp_path)
     (example,) = read("WSC", wsc(True), tmp_path, training=True)
     assert (example.choices[example.label], set(example.choices)) == ("The old cat", {"The old cat", "a dog"})
     found = refusal(read, "WSC", wsc(False), tmp_path, training=True)
-    assert found.endswith("WSC has no rows labelled true to learn from in val")
+    assert found.endswith("WSC has no rows labeled true to learn from in val")
     for label in (True, False, None):  # inputs teach the same with labels and without
         (example,) = read("WSC", wsc(label), tmp_path, training=True, require_labels=False)
         assert (set(example.choices), example.label) == ({"The old cat", "a dog"}, None)
@@ -553,7 +553,7 @@ def test_a_span_that_is_one_word_off_gives_the_same_example(tmp_path):
 def test_an_answer_that_is_no_entity_is_scored_and_not_trained_on(tmp_path):
     task, row = load_task("ReCoRD"), changed(OFFICIAL["ReCoRD"][0], "qas.0.answers", [{"text": "Roy"}])
     first, second = read("ReCoRD", [row], tmp_path)
-    assert (first.label, first.answers, first.is_labelled) == (None, ("Roy",), True)
+    assert (first.label, first.answers, first.is_labeled) == (None, ("Roy",), True)
     assert score(task, [0, 0], [first, second])["record_exact_match"] == 0.5
     assert {e.idx["query"] for e in read("ReCoRD", [row], tmp_path, training=True)} == {51}
 

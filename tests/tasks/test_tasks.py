@@ -220,7 +220,7 @@ def test_an_idx_that_stands_twice_in_a_file_is_refused_by_both_lines(make_task, 
     assert ":2: field 'idx'" in refusal(DataError, read_split, make_task(), source, "train", require_labels=True)
 
 
-def test_a_labelled_row_that_stands_twice_is_read_once(make_task, write, caplog):
+def test_a_labeled_row_that_stands_twice_is_read_once(make_task, write, caplog):
     source = write({**ROW, "idx": 3}, {**ROW, "idx": 3}, {**ROW, "idx": 4})
     examples = read_split(make_task(), source, "val", require_labels=True)
     assert [(e.example_id, e.idx) for e in examples] == [(0, 3), (1, 4)]
@@ -536,13 +536,13 @@ REAL_RECORD = {"fewglue/ReCoRD/train.jsonl": (32, 397, 44), "fewglue/ReCoRD/dev3
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_file_holds_the_documented_examples(shared, name):
     task = load_task(name.split("/")[1])
-    labelled = isinstance(REAL[name], list)
+    labeled = isinstance(REAL[name], list)
     source = str(shared / "data" / name)
-    examples = read_split(task, source, "val", require_labels=labelled)
+    examples = read_split(task, source, "val", require_labels=labeled)
     counts = Counter(example.label for example in examples)
-    assert counts == (Counter(dict(enumerate(REAL[name]))) if labelled else {None: REAL[name]})
+    assert counts == (Counter(dict(enumerate(REAL[name]))) if labeled else {None: REAL[name]})
     assert [example.example_id for example in examples] == list(range(len(examples)))
-    if not labelled:
+    if not labeled:
         message = refusal(DataError, read_split, task, source, "val", require_labels=True)
         assert message.startswith(f"{source}:1: ") and "field 'label'" in message
 

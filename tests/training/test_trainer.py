@@ -41,8 +41,8 @@ from glmd.training.trainer import Interrupted, Trainer, TrainingResult
 from glmd.vocabulary.vocabulary import Vocabulary
 
 V, C = 30, 2
-WORDS = Term("word_logits", "kl_divergence", {"from": 1.0, "to": 0.5}, options={"temperature": 15.0})
-MASKED_LABELS = Term("word_labels", "hard_cross_entropy", 0.3, "masked")
+WORDS = Term("lm_logits", "kl_divergence", {"from": 1.0, "to": 0.5}, options={"temperature": 15.0})
+MASKED_LABELS = Term("lm_labels", "hard_cross_entropy", 0.3, "masked")
 OBJECTIVE = Objective((WORDS, MASKED_LABELS))
 TASK = Objective((Term("task_logits", "kl_divergence"), Term("task_labels", "hard_cross_entropy")))
 
@@ -75,7 +75,7 @@ class Rows:
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         ids, labels = self.corruption(self.rows[key[1]], key)
-        return {"input_ids": ids, "word_labels": labels, "labels": key[1] % C, "example_id": key[1]}
+        return {"input_ids": ids, "lm_labels": labels, "labels": key[1] % C, "example_id": key[1]}
 
 
 def model_of(head: type, layers: int, seed: int, dropout: float = 0.0) -> Any:
@@ -255,7 +255,7 @@ def test_a_row_of_the_log_is_the_mean_of_its_interval(tmp_path: Path) -> None:
     train(tmp_path / "pairs", logging_steps=2)
     each, pairs = log_rows(tmp_path / "each"), log_rows(tmp_path / "pairs")
     assert [row["step"] for row in pairs] == [2, 4, 5]
-    for key in ("word_logits.kl_divergence", "word_labels.hard_cross_entropy"):
+    for key in ("lm_logits.kl_divergence", "lm_labels.hard_cross_entropy"):
         means = [(each[0][key] + each[1][key]) / 2, (each[2][key] + each[3][key]) / 2, each[4][key]]
         assert [row[key] for row in pairs] == pytest.approx(means, rel=1e-6)
 
@@ -720,7 +720,7 @@ def test_a_stage_that_gets_longer_ends_in_the_bits_of_one_begun_so(
     """Where the learning rate is constant and no weight fades; killed in its last step, and evaluated there or not."""
 
     def to_the_end(folder: Path, steps: int, call: int = -1) -> Weights:
-        distiller = distiller_of(Objective((MASKED_LABELS, Term("word_logits", "kl_divergence"))))
+        distiller = distiller_of(Objective((MASKED_LABELS, Term("lm_logits", "kl_divergence"))))
         settings = settings_of(max_steps=steps, lr_scheduler_type="constant", warmup_ratio=0.0)
         evaluate = None if scores is None else lambda: scores[trainer.progress.step]
         trainer = trainer_of(folder, settings, evaluate=evaluate)
