@@ -8,8 +8,8 @@ student, loss, backward, clipping and AdamW. The floor is the step of a teacher 
 floor is R + 1, and no cache can do better. Reads come from the page cache, as they do where the memory holds a masking
 of the corpus. The gradient's error is that of all student parameters together, without dropout.
 
-stage task_lm, task_soft_labels: pairs of sentences cut from the corpus and a task head that was not trained, which costs
-what a trained one does.
+stage task_lm, task_soft_labels: pairs of sentences cut from the corpus and a task head that was not trained, which
+costs what a trained one does.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from glmd.config import StageConfig, StudentConfig, TeacherConfig
 from glmd.data.batches import Collate
 from glmd.data.blocks import BlockDataset, block_texts
-from glmd.data.masking import corruption_for
+from glmd.data.masking import masking_for
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.data.token_store import build_token_store
 from glmd.distillation.cached_teacher import CachedTeacher
@@ -97,7 +97,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         tokenizer,
         max_length=arguments.length,
         blocks=range(arguments.texts),
-        corruption=corruption_for(tokenizer, probability, 0, 1),
+        masking=masking_for(tokenizer, probability, 0, 1),
     )
     is_task, is_words = arguments.stage != "pretraining", arguments.stage != "task_soft_labels"
     data = pairs(blocks, tokenizer, arguments.length) if is_task else blocks

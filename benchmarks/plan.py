@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from glmd.config import load_config
+from glmd.config_file import load_config
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.models.loading import language_model_class

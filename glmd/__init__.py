@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from glmd.commands.evaluate import predict_file as predict_file
     from glmd.commands.export import export_folder as export_folder
     from glmd.commands.verify import verify_folder as verify_folder
-    from glmd.config import load_config as load_config
+    from glmd.config_file import load_config as load_config
     from glmd.errors import GlmdError as GlmdError
     from glmd.pipeline.run import run as run
     from glmd.reporting.report import load_results as load_results

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glmd.commands.terminal import ended, prepare_streams, say
-from glmd.config import RunConfig, differences, load_config, to_dict, words_of_file
+from glmd.config import RunConfig
+from glmd.config_file import differences, load_config, to_dict, words_of_file
 from glmd.errors import ConfigError
 from glmd.version import __version__
 
@@ -107,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's; for text 1024)")
 
     command.add_argument(
-        "--tokenizer", choices=("exact", "ordinary"), help="for --task (default: exact); ordinary: text as without glmd"
+        "--tokenizer", choices=("exact", "stock"), help="for --task (default: exact); stock: text as without glmd"
     )
 
     command = add("predict", _predict, "Write a task model's answers in the leaderboard's form.")
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--kind",
         default="exact",
         choices=("exact", "stock", "expanded"),
-        help="stock: the ordinary tokenizer alone; expanded: the source's tokenizer and rows, for models that predict "
+        help="stock: the stock tokenizer alone; expanded: the source's tokenizer and rows, for models that predict "
         "no words",
     )
 
@@ -211,33 +212,33 @@ def _check(options: argparse.Namespace) -> None:
     require_sound_launch(os.environ, config.mixed_precision)
     require_free_folder(config)
     cache = []
-    with _world(config) as world:
-        plan = make_plan(config, world=world)
+    with _synthetic(config) as synthetic:
+        plan = make_plan(config, synthetic=synthetic)
         launched = os.environ.get("WORLD_SIZE")
         processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
-        if plan.corpus is not None and world is None:
+        if plan.corpus is not None and synthetic is None:
             store = Path(config.output_dir) / "corpus"
             require_same_store(store, plan.corpus, plan.tokenizer, text_field=config.data.text_field)
-        require_sizes_and_room(plan, world, int(launched or 1))
+        require_sizes_and_room(plan, synthetic, int(launched or 1))
         if config.teacher.cache is not None:
             from glmd.planning.caches import describe_cache
 
-            cache = [describe_cache(plan, [str(world / "corpus.txt")] if world else config.data.corpus)]
+            cache = [describe_cache(plan, [str(synthetic / "corpus.txt")] if synthetic else config.data.corpus)]
     say("\n".join([describe(plan, processes), *cache, *of_the_run]))
 
 
 @contextmanager
-def _world(config: RunConfig) -> Iterator[Path | None]:
-    """The embedded world, for as long as it is read, where the config asks for it."""
-    if not config.data.world:
+def _synthetic(config: RunConfig) -> Iterator[Path | None]:
+    """The folder of the synthetic data, for as long as it is read, where the config asks for it."""
+    if not config.data.synthetic:
         yield None
         return
-    from glmd.data.synthetic import build_world
+    from glmd.data.synthetic import build_synthetic
 
     with tempfile.TemporaryDirectory() as temporary:
-        world = Path(temporary) / "world"
-        build_world(world)
-        yield world
+        synthetic = Path(temporary) / "synthetic"
+        build_synthetic(synthetic)
+        yield synthetic
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -250,9 +251,9 @@ def _plan(options: argparse.Namespace) -> None:
     if is_config_alone(config.teacher.model):
         plan = make_sketch(config)
     else:
-        with _world(config) as world:
-            plan = make_plan(config, world=world)
-            sources = [str(world / "corpus.txt")] if world else config.data.corpus
+        with _synthetic(config) as synthetic:
+            plan = make_plan(config, synthetic=synthetic)
+            sources = [str(synthetic / "corpus.txt")] if synthetic else config.data.corpus
             require_sizes(plan, sources, processes=options.devices)
     cost = costs.run_cost(plan, layout, measure=options.measure)
     say(costs.to_json(cost) if options.json else costs.table(cost))
@@ -313,7 +314,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             options.split or "val",
             max_length=options.max_length,
             batch_size=options.batch_size or 64,
-            ordinary=options.tokenizer == "ordinary",
+            stock=options.tokenizer == "stock",
         )
     for name, value in scores.items():
         say(f"{name:<22}{value:>10.4f}" if isinstance(value, float) else f"{name:<22}{value:>10}")

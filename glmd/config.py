@@ -10,18 +10,16 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from glmd.errors import ConfigError
-from glmd.strict_yaml import build, coerce, dump_yaml, load_yaml, named_file, parse_yaml, suggestion
+from glmd.strict_yaml import build, coerce, suggestion
 
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
-Cell = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value
+GridPoint = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value
 SWEPT_STAGES = ("task_lm", "task_soft_labels")
-# Settings that train nothing otherwise, and those that the data of all cells are checked and scored by.
+# Settings that train nothing otherwise, and those that the data of all grid points are checked and scored by.
 NOT_SWEPT = (
     "logging_steps",
     "save_steps",
@@ -79,8 +77,8 @@ class StageConfig:
     max_grad_norm: float = 1.0
     skip_nonfinite: int = 0  # so many steps may have a loss or gradient that is not finite: they are left out
     max_length: int | None = None  # tokens; a task's own value if not given
-    mlm_probability: float | None = None  # share of corrupted tokens; None: 0.15 where the method needs it
-    num_maskings: int | None = None  # corrupted copies of each text, taken in turn by the epochs; None: one an epoch
+    mlm_probability: float | None = None  # share of masked tokens; None: 0.15 where the method needs it
+    num_maskings: int | None = None  # masked copies of each text, taken in turn by the epochs; None: one an epoch
     logging_steps: int = 50
     save_steps: int = 500
     save_total_limit: int = 2
@@ -257,18 +255,6 @@ class VocabularyConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
-def words_of_file(path: str, field: str) -> list[str]:
-    """The words of a text file with one on each line. Raises ConfigError naming the field."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no UTF-8"
-        raise ConfigError(f"{field}: {path} cannot be read ({reason}); give a file with a word a line") from None
-    words = [line.strip() for line in lines if line.strip()]
-    _require(len(words) > 0, f"{field}: {path} holds no word")
-    return words
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Where text and tasks come from."""
@@ -276,13 +262,13 @@ class DataConfig:
     corpus: list[str] = field(default_factory=list)  # text, jsonl, folders, or a `datasets` id
     text_field: str = "text"  # which field of a jsonl or hub row is the document
     superglue: str | None = None  # SuperGLUE as the official zip or the hub lays it out, or aps/super_glue
-    world: bool = False  # make a small world of facts instead: corpus, tasks and tokenizer
+    synthetic: bool = False  # make a small world of facts instead: corpus, tasks and tokenizer
     eval_blocks: int = 64  # corpus blocks held out to measure word prediction
 
     def __post_init__(self) -> None:
         _require(
-            not (self.world and (self.corpus or self.superglue)),
-            "world makes its own corpus and tasks; remove corpus and superglue, or world",
+            not (self.synthetic and (self.corpus or self.superglue)),
+            "synthetic makes its own corpus and tasks; remove corpus and superglue, or synthetic",
         )
         _require(self.eval_blocks >= 1, f"eval_blocks must be at least 1, got {self.eval_blocks}")
         _require(all(each.strip() for each in self.corpus), f"corpus has an empty entry: {self.corpus}")
@@ -407,7 +393,7 @@ class RunConfig:
                 _require(given, f"{name}.{key} is missing; a stage on the corpus needs it")
 
     @property
-    def cells(self) -> list[Cell]:
+    def grid_points(self) -> list[GridPoint]:
         """Every combination of the sweep's values, by the keys' names; one that changes nothing without a sweep."""
         axes = {
             f"{stage}.{key}": self._swept(stage, key)
@@ -417,13 +403,15 @@ class RunConfig:
         }
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
-    def stage(self, name: str, task: str | None = None, cell: Cell | None = None) -> StageConfig:
-        """The settings of a stage, with what the task changes and then what the cell of a sweep does."""
+    def stage(self, name: str, task: str | None = None, grid_point: GridPoint | None = None) -> StageConfig:
+        """The settings of a stage, with what the task changes and then what the grid point of a sweep does."""
         stage: StageConfig = getattr(self, name)
         # A teacher is fine-tuned on clean inputs, whatever the passes of its task are given.
         others = (*TASK_FILES, *(("mlm_probability", "num_maskings") if name == "task_teacher" else ()))
         changes = {key: value for key, value in self.tasks.get(task or "", {}).items() if key not in others}
-        swept = {key.partition(".")[2]: value for key, value in (cell or {}).items() if key.startswith(f"{name}.")}
+        swept = {
+            key.partition(".")[2]: value for key, value in (grid_point or {}).items() if key.startswith(f"{name}.")
+        }
         for each, where in ((changes, f"tasks.{task}" if task else name), (swept, f"sweep.{name}")):
             if "max_steps" in each and "num_train_epochs" not in each:
                 each["num_train_epochs"] = None
@@ -455,162 +443,16 @@ class RunConfig:
                 _require(len(values) > 1, f"{where} must list two or more values, got {values}")
                 _require(len(set(self._swept(stage, key))) == len(values), f"{where} has a value twice: {values}")
         _require(not self.sweep or bool(self.tasks), "sweep has no effect without tasks; remove it")
-        longest = max(len(cell_name(cell)) for cell in self.cells)
+        longest = max(len(grid_point_name(grid_point)) for grid_point in self.grid_points)
         _require(
-            longest <= 200, f"sweep: a cell's folder would have a name of {longest} characters; sweep fewer settings"
+            longest <= 200,
+            f"sweep: a grid point's folder would have a name of {longest} characters; sweep fewer settings",
         )
-        for task, cell in itertools.product(self.tasks, self.cells):
+        for task, grid_point in itertools.product(self.tasks, self.grid_points):
             for stage in SWEPT_STAGES:
-                self.stage(stage, task, cell)
+                self.stage(stage, task, grid_point)
 
 
-def cell_name(cell: Cell) -> str:
-    """A cell as its folder is called."""
-    return ",".join(f"{key}={value}" for key, value in cell.items())
-
-
-def load_config(
-    path: "str | Path | Mapping[str, Any] | RunConfig | None" = None,
-    overrides: str | Iterable[str] | Mapping[str, Any] = (),
-    **changes: Any,
-) -> RunConfig:
-    """Read a run's YAML (the embedded default without one) and apply overrides.
-
-        load_config("minilm-superglue", ["pretraining.max_steps=100"], teacher="MODEL")
-        load_config({"output_dir": "runs/mine", "teacher": "MODEL", ...})
-
-    path: a file, the name of one in configs/runs, or what would stand in it as a mapping.
-    overrides: `key.sub=value` texts (values are YAML), or a mapping of dotted keys to values.
-    changes: values of whole top-level keys, `pretraining={"max_steps": 100}`; these win. A Path is taken as its text.
-    Raises ConfigError naming file or override, key, value and remedy.
-    """
-    if isinstance(path, RunConfig):
-        file, values = "config", to_dict(path)
-    elif isinstance(path, Mapping):
-        file, values = "config", {}
-        for key, value in path.items():
-            _set_dotted(values, str(key), _plain(value))
-    else:
-        found = named_file("runs", str(path) if path is not None else "quickstart")
-        file, values = str(found), load_yaml(found)
-    texts = [overrides] if isinstance(overrides, str) else overrides
-    pairs = texts.items() if isinstance(texts, Mapping) else [_split_override(text) for text in texts]
-    for key, value in [*pairs, *changes.items()]:
-        _set_dotted(values, key, _plain(value))
-    _fill_stage_defaults(values)
-    if isinstance(values.get("tasks"), str):
-        values["tasks"] = [values["tasks"]]
-    if isinstance(values.get("tasks"), list):
-        names = [str(task) for task in values["tasks"]]
-        _require(len(set(names)) == len(names), f"{file}: tasks names a task twice: {names}")
-        values["tasks"] = {name: {} for name in names}
-    if isinstance(values.get("tasks"), dict):
-        values["tasks"] = {task: changes or {} for task, changes in values["tasks"].items()}
-    if isinstance(values.get("data"), dict) and isinstance(values["data"].get("corpus"), str):
-        values["data"]["corpus"] = [values["data"]["corpus"]]
-    vocabulary = values.get("vocabulary")
-    if isinstance(vocabulary, dict) and isinstance(vocabulary.get("keep_words"), str):
-        # The words themselves are recorded with the run: the file may be another one when it is continued.
-        words = words_of_file(vocabulary["keep_words"], f"{file}: vocabulary.keep_words")
-        values["vocabulary"] = {**vocabulary, "keep_words": words}
-    return build(RunConfig, values, where=f"{file}:")
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain values, every default written out."""
-    return dataclasses.asdict(config)
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return dump_yaml(to_dict(config))
-
-
-def config_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key a run's YAML may hold; a test freezes this list."""
-    keys = []
-    for each in dataclasses.fields(cls):
-        group = _GROUPS.get(each.name)
-        keys += config_keys(group, f"{prefix}{each.name}.") if group else [prefix + each.name]
-    return keys
-
-
-def differences(old: Any, new: Any, *, prefix: str = "", ignore: Sequence[str] = ()) -> list[str]:
-    """`key: old -> new` for every leaf that differs between two plain configs, but for ignored keys."""
-    lines: list[str] = []
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(k for k in new if k not in old)]:
-            path = f"{prefix}.{key}" if prefix else str(key)
-            if not _is_ignored(path, ignore):
-                lines += differences(old.get(key), new.get(key), prefix=path, ignore=ignore)
-    elif old != new:
-        lines.append(f"{prefix}: {old!r} -> {new!r}")
-    return lines
-
-
-def _is_ignored(path: str, ignore: Sequence[str]) -> bool:
-    """A pattern without a dot at its start names a whole key; `*.name` names a leaf anywhere."""
-    return any(path == p or path.startswith(f"{p}.") or (p.startswith("*.") and path.endswith(p[1:])) for p in ignore)
-
-
-_STAGE_FIELDS = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")
-_GROUPS: dict[str, type] = {
-    "teacher": TeacherConfig,
-    "student": StudentConfig,
-    "vocabulary": VocabularyConfig,
-    "data": DataConfig,
-    "controls": ControlsConfig,
-    **dict.fromkeys(_STAGE_FIELDS, StageConfig),
-}
-
-
-def _fill_stage_defaults(values: dict[str, Any]) -> None:
-    """A stage in YAML changes that stage's own defaults, not those of StageConfig."""
-    defaults = {"pretraining": _pretraining_defaults()} | dict.fromkeys(_STAGE_FIELDS[1:], _task_defaults())
-    for name, default in defaults.items():
-        given = values.get(name)
-        if isinstance(given, dict):
-            base = dataclasses.asdict(default)
-            if given.get("max_steps") is not None or given.get("num_train_epochs") is not None:
-                base.update(max_steps=None, num_train_epochs=None)
-            values[name] = {**base, **given}
-
-
-def _plain(value: Any) -> Any:
-    """A value as YAML has it: paths as texts, tuples as lists; a copy."""
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _split_override(text: str) -> tuple[str, Any]:
-    if not isinstance(text, str):
-        raise ConfigError(f"override {text!r}: write key=value, for example pretraining.max_steps=100")
-    key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
-        raise ConfigError(f"override {text!r}: write key=value, for example pretraining.max_steps=100")
-    return key, parse_yaml(value, f"override {key}") if value else None
-
-
-def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if parent == "teacher" and isinstance(values.get(parent), str):
-            values[parent] = {"model": values[parent]}
-        if values.get(parent) is None:
-            values[parent] = {}
-        if isinstance(values[parent], list):
-            values[parent] = {str(each): {} for each in values[parent]}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {key}: {parent} holds {values!r}, which has no keys")
-    if leaf == "teacher" and isinstance(value, str) and isinstance(values.get(leaf), dict):
-        # `teacher=PATH` replaces which model it is and keeps how it is loaded.
-        values[leaf] = {
-            **{k: v for k, v in values[leaf].items() if k not in ("scratch", "pretraining")},
-            "model": value,
-        }
-    else:
-        values[leaf] = value
+def grid_point_name(grid_point: GridPoint) -> str:
+    """A grid point as its folder is called."""
+    return ",".join(f"{key}={value}" for key, value in grid_point.items())

@@ -33,7 +33,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.models.auto import modeling_auto as auto
 
-from glmd.config import load_config
+from glmd.config_file import load_config
 from glmd.errors import GlmdError
 from glmd.models import export
 from glmd.pipeline import run as pipeline

@@ -57,7 +57,7 @@ class Tiny:
 
     def config(self, output_dir: Path, *overrides: str) -> Any:
         """A run of seconds on all of it: `tiny.config(tmp_path / "run", "seeds=[0,1]")`."""
-        from glmd.config import load_config
+        from glmd.config_file import load_config
 
         return load_config(self.root / "run.yaml", [f"output_dir={output_dir}", *overrides])
 

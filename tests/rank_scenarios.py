@@ -44,7 +44,7 @@ from torch.distributed.tensor import DTensor
 import glmd.storage
 import glmd.training.checkpoint
 from glmd.data.batches import Batch, Collate
-from glmd.data.masking import Corruption
+from glmd.data.masking import Masking
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective
@@ -137,11 +137,11 @@ RARE = Objective((MASKED_LABELS, TASK.terms[1]))
 
 
 class RareRows(Rows):
-    """Of all tokens one in fifty is corrupted, and of the labels most are missing: some ranks have nothing to learn."""
+    """Of all tokens one in fifty is masked, and of the labels most are missing: some ranks have nothing to learn."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.corruption = Corruption(0.02, 4, np.arange(5), np.arange(5, V), seed=1)
+        self.masking = Masking(0.02, 4, np.arange(5), np.arange(5, V), seed=1)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         return super().__getitem__(key) | {"labels": 1 if key[1] == 7 else -100}

@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from glmd.config import RunConfig, StageConfig, differences, dump_config, load_config, to_dict
+from glmd.config import RunConfig, StageConfig
+from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError
 from glmd.strict_yaml import MAX_BYTES, parse_yaml
 
@@ -142,8 +143,8 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("pretraining: 3", "pretraining: a mapping is needed, got 3"),
         ("task_soft_labels: {save_steps: 0}", "task_soft_labels.save_steps must be at least 1, got 0"),
         ("task_soft_labels: {lr_scheduler_type: cosin}", "lr_scheduler_type must be one of linear, cosine, constant"),
-        ("task_soft_labels: {max_steps: 3, num_train_epochs: 1}", "max_steps and num_train_epochs are both given; keep one"),
-        ("tasks: [RTE]\ntask_soft_labels: {num_train_epochs: null}", "task_soft_labels needs max_steps or num_train_epochs"),
+        ("task_soft_labels: {max_steps: 3, num_train_epochs: 1}", "max_steps and num_train_epochs are both given"),
+        ("tasks: [RTE]\ntask_lm: {num_train_epochs: null}", "task_lm needs max_steps or num_train_epochs"),
         ("task_teacher: {mlm_probability: 0.15}", "task_teacher.mlm_probability has no effect"),
         ("task_teacher: {num_maskings: 2}", "task_teacher.num_maskings has no effect"),
         (
@@ -165,7 +166,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("student: {initialization: lst}", "student.initialization must be one of uniform"),
         ("student: {initialization: [a]}", "student.initialization[0] must be a whole number, got 'a'"),
         ("student: {config: {vocab_size: 3}}", "student.config.vocab_size is set by glmd; remove it"),
-        ("data: {world: true, corpus: [a]}", "world makes its own corpus and tasks"),
+        ("data: {synthetic: true, corpus: [a]}", "world makes its own corpus and tasks"),
         ("selection: first", "selection must be one of last, best, agreement; got 'first'"),
         ("report_to: [csv]", "report_to[0] must be one of tensorboard, wandb, trackio; got 'csv'"),
         ("dataloader_num_workers: -1", "dataloader_num_workers must be at least 0, got -1"),

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
-from glmd.data.masking import Corruption
+from glmd.data.masking import Masking
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
@@ -46,18 +46,18 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Rows:
-    """Texts of 20 to 200 random words, a fifth of them corrupted."""
+    """Texts of 20 to 200 random words, a fifth of them masked."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self.rows = [rng.integers(5, V, int(rng.integers(20, 200))) for _ in range(256)]
-        self.corruption = Corruption(0.2, 4, np.arange(5), np.arange(5, V), seed=1)
+        self.masking = Masking(0.2, 4, np.arange(5), np.arange(5, V), seed=1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        ids, labels = self.corruption(self.rows[key[1]], key)
+        ids, labels = self.masking(self.rows[key[1]], key)
         return {"input_ids": ids, "lm_labels": labels, "labels": key[1] % 2, "example_id": key[1]}
 
 

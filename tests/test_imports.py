@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import glmd
-from glmd.config import RunConfig, config_keys, dump_config, load_config
+from glmd.config import RunConfig
+from glmd.config_file import config_keys, dump_config, load_config
 from glmd.distillation.objective import load_method
 from glmd.evaluation.metrics import require_metrics
 from glmd.strict_yaml import configs_root, load_yaml

@@ -62,7 +62,11 @@ def test_text_and_path_are_alike(kind, finished, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("glmd.commands.compress.check_exports", lambda folders: None)
     monkeypatch.setattr("glmd.models.export.check_exports", lambda folders: None)
     monkeypatch.setattr("glmd.commands.verify.check_exports", lambda folders: None)
-    half, stock, student = tmp_path / "half", tmp_path / "stock", finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
+    half, stock, student = (
+        tmp_path / "half",
+        tmp_path / "stock",
+        finished.folder / "tasks/RTE/seed-0/task_soft_labels/student",
+    )
     assert f"{half}: Bert" in glmd.compress_model(kind(tiny.teacher), kind(half), corpus=kind(tiny.corpus), size=50)
     assert glmd.export_folder(kind(half), kind(stock), kind="stock").endswith(", stock")
     assert not [check for check in glmd.verify_folder(kind(half)) if check.problem]

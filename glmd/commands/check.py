@@ -25,7 +25,7 @@ def describe(plan: Plan, world_size: int) -> str:
     lines += [_stage_line(stage, world_size) for stage in planned_stages(plan)]
     controls = [name for name, on in vars(config.controls).items() if on]
     lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
-    lines += [f"sweep     {len(config.cells)} cells: {', '.join(swept)}"] if swept else []
+    lines += [f"sweep     {len(config.grid_points)} grid_points: {', '.join(swept)}"] if swept else []
     return "\n".join([*lines, f"output    {config.output_dir}"])
 
 

@@ -28,7 +28,7 @@ from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.loading import load_classifier, require_task_head, warn_of_unnamed_classes
 from glmd.tasks.tasks import Task, TaskExample, load_task, read_split
-from glmd.vocabulary.tokenizer import load_tokenizer, ordinary_tokenizer, require_fast
+from glmd.vocabulary.tokenizer import load_tokenizer, require_fast, stock_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ def evaluate_folder(
     *,
     max_length: int | None = None,
     batch_size: int = 64,
-    ordinary: bool = False,
+    stock: bool = False,
 ) -> dict[str, float | str]:
     """Casting, counts and metrics of a task model on a task's split, with the folder's own tokenizer.
 
     task_name: of a task that comes with glmd, or the YAML of one. max_length: None for the folder's own, by its card,
         else the task's, as far as the model's positions go.
-    ordinary: read a compressed model's text as plain AutoTokenizer does without glmd.
+    stock: read a compressed model's text as plain AutoTokenizer does without glmd.
     Raises GlmdError where task, data and model do not fit, or where a compressed model would be scored with a
     tokenizer that is not exact.
     """
@@ -58,7 +58,7 @@ def evaluate_folder(
     length = _length(str(model), task, max_length)
     examples = read_split(task, str(data), split, require_labels=True)
     score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
-    answers, truncated = _answers(str(model), task, examples, length, batch_size, ordinary=ordinary)
+    answers, truncated = _answers(str(model), task, examples, length, batch_size, stock=stock)
     return {
         "casting": task.casting,
         "examples": len(examples),
@@ -146,15 +146,15 @@ def _task_for(model: str, task_name: str) -> Task:
 
 
 def _answers(
-    model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, ordinary: bool = False
+    model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, stock: bool = False
 ) -> tuple[np.ndarray, int]:
     """(examples,) class ids or positions of choices, and how many inputs were cut."""
     _require_batch(model, batch_size, examples, max_length)
     tokenizer = load_tokenizer(model)
-    if ordinary:
+    if stock:
         if not getattr(tokenizer, "is_exact", False):
-            raise ModelError(f"--tokenizer ordinary has no effect: {model} has no other tokenizer; remove it")
-        tokenizer = ordinary_tokenizer(tokenizer)
+            raise ModelError(f"--tokenizer stock has no effect: {model} has no other tokenizer; remove it")
+        tokenizer = stock_tokenizer(tokenizer)
     classifier = load_classifier(model, task)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     verbalizers = verbalizer_ids(task, tokenizer)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from glmd.config import load_config
+from glmd.config_file import load_config
 from glmd.errors import ModelError, RunError
 from glmd.models.card import BY_PLAIN, ModelCard, told_by_card
 from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
@@ -17,8 +17,8 @@ from glmd.vocabulary.slicing import expand_model
 from glmd.vocabulary.tokenizer import (
     compress_tokenizer,
     load_tokenizer,
-    ordinary_tokenizer,
     source_tokenizer,
+    stock_tokenizer,
     vocabulary_of,
 )
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -29,7 +29,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
     """Write a student as a model folder, and say in one line what it is.
 
     source: a stage of a run, whose newest checkpoint is taken, or a student's folder.
-    kind: "exact"; "stock": with the ordinary tokenizer alone; "expanded": with a row for each of the source's tokens
+    kind: "exact"; "stock": with the stock tokenizer alone; "expanded": with a row for each of the source's tokens
         again and the source's tokenizer, so that text is read exactly by nothing but stock parts.
     Raises RunError where the stage has no checkpoint or the output folder is taken, ModelError where the kind does not
     fit the model.
@@ -56,7 +56,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
     if kind != "exact":
         if not getattr(tokenizer, "is_exact", False):
             raise ModelError(
-                f"--kind {kind} has no effect: {source} keeps every token of its source, or has the ordinary tokenizer "
+                f"--kind {kind} has no effect: {source} keeps every token of its source, or has the stock tokenizer "
                 "alone already; export from the student that it was made of"
             )
         if kind == "expanded":
@@ -65,7 +65,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
             _prove_equal(expanded, ids, model, torch.tensor(tokenizer.token_map)[ids])
             model, tokenizer = expanded, source_tokenizer(tokenizer)
         else:
-            tokenizer = ordinary_tokenizer(tokenizer)
+            tokenizer = stock_tokenizer(tokenizer)
     card = ModelCard(
         origin.capitalize(),
         base_model,
@@ -114,7 +114,7 @@ def _run_tokenizer(stage: Path, vocab_size: int) -> Any:
     if root is None:
         raise RunError(f"{stage} is not inside a run folder (none above it has config.yaml)")
     teacher = load_config(root / "config.yaml").teacher
-    place = teacher.model or str(root / "world" / "tokenizer")
+    place = teacher.model or str(root / "synthetic" / "tokenizer")
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
     source = load_source_tokenizer(place, words=False, **options)
     vocabulary = Vocabulary.load(root / "vocabulary")

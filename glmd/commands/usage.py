@@ -9,7 +9,7 @@ from typing import Any
 from glmd.config import RunConfig
 from glmd.models.card import opens_plainly
 from glmd.models.loading import load_model_config
-from glmd.planning.places import cell_place
+from glmd.planning.places import grid_point_place
 from glmd.planning.rules import task_of
 from glmd.reporting.report import best_rows
 from glmd.vocabulary.tokenization_glmd import TOKEN_MAP_FILE
@@ -17,7 +17,7 @@ from glmd.vocabulary.tokenizer import load_tokenizer
 
 
 def describe_students(config: RunConfig, results: dict[str, Any]) -> str:
-    """The folder of each student, of a sweep those of the best cells, and a line that uses the first of each task."""
+    """The folder of each student (of a sweep: of the best grid points), and a line that uses the first of each task."""
     folders = _folders(config, results)
     number = sum(map(len, folders.values()))
     lines = ["The student is in" if number == 1 else f"The {number} students are in"]
@@ -35,9 +35,9 @@ def _folders(config: RunConfig, results: dict[str, Any]) -> dict[str | None, lis
         return {None: [root / "pretraining" / "student"]}
     found: dict[str | None, list[Path]] = {}
     for row in best_rows(results["rows"]):
-        if (row["system"], row["stage"]) == ("student", "labels"):
-            place = cell_place(root / "tasks" / row["task"], row.get("cell", {}), row["seed"])
-            found.setdefault(row["task"], []).append(place / "labels" / "student")
+        if (row["system"], row["stage"]) == ("student", "task_soft_labels"):
+            place = grid_point_place(root / "tasks" / row["task"], row.get("grid_point", {}), row["seed"])
+            found.setdefault(row["task"], []).append(place / "task_soft_labels" / "student")
     return found
 
 
@@ -45,7 +45,7 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
     """One line of Python that uses an exported folder, by the head that it has.
 
     has_pair: a classifier was trained on two texts. The exact tokenizer needs trust_remote_code; to go on with a text
-    the ordinary one is the safer, where transformers opens it by itself.
+    the stock one is the safer, where transformers opens it by itself.
     """
     config = load_model_config(str(folder))
     name, is_exact = (config.architectures or [""])[0], (folder / TOKEN_MAP_FILE).is_file()

@@ -28,7 +28,7 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HELD_OUT = 10  # every tenth line
-INFLATION_LINES = 20_000  # held-out lines that every vocabulary's ordinary tokenizer cuts
+INFLATION_LINES = 20_000  # held-out lines that every vocabulary's stock tokenizer cuts
 BATCH = 1000
 
 
@@ -39,7 +39,7 @@ class Point:
     keep_ratio: float
     tokens: int
     coverage: float  # share of tokens that are kept; the others are mapped, or unknown whatever is kept
-    inflation: float  # tokens of the ordinary tokenizer over those of the source, minus 1
+    inflation: float  # tokens of the stock tokenizer over those of the source, minus 1
     parameters: int  # of the whole model
     vocabulary_parameters: int
 
@@ -96,7 +96,7 @@ def budget_curve(
             kept_ids = choose_kept_ids(counts, must_keep, keep_ratio=ratio, parts=parts)
         except ModelError:
             continue
-        inflation = _lengths(_ordinary(tokenizer, kept_ids), lines) / source_lengths - 1
+        inflation = _lengths(_stock(tokenizer, kept_ids), lines) / source_lengths - 1
         total, of_vocabulary = parameters_by_vocabulary(config, len(kept_ids))
         coverage = float(held_out[kept_ids].sum() / held_out.sum()) - unknown_share  # the unknown token is always kept
         points.append(Point(ratio, len(kept_ids), coverage, inflation, total, of_vocabulary))
@@ -257,7 +257,7 @@ def _lengths(tokenizer: Any, lines: list[str]) -> int:
     )
 
 
-def _ordinary(tokenizer: Any, kept_ids: np.ndarray) -> Any:
+def _stock(tokenizer: Any, kept_ids: np.ndarray) -> Any:
     """What plain AutoTokenizer would give for these tokens; where the others go makes no difference to it."""
     from transformers import PreTrainedTokenizerFast
 

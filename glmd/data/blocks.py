@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glmd.data.batches import Key
-from glmd.data.masking import Corruption, corrupted
+from glmd.data.masking import Masking, apply_masking
 from glmd.data.token_store import TokenStore
 from glmd.errors import ModelError
 
@@ -44,9 +44,9 @@ class BlockDataset(Dataset[dict[str, Any]]):
         *,
         max_length: int,
         blocks: range,
-        corruption: Corruption | None,
+        masking: Masking | None,
     ) -> None:
-        self.store, self.blocks, self.corruption = store, blocks, corruption
+        self.store, self.blocks, self.masking = store, blocks, masking
         self.start, self.end = block_frame(tokenizer)
         self.max_length = max_length
         self.block_length = max_length - len(self.start) - len(self.end)
@@ -69,7 +69,7 @@ class BlockDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         tokens = self.store.block(self.blocks[key[1]], self.block_length).astype(np.int64)
         example = {"input_ids": np.concatenate([self.start, tokens, self.end]), "example_id": key[1]}
-        return corrupted(example, key, self.corruption)
+        return apply_masking(example, key, self.masking)
 
 
 def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """A small world that makes its own data: a corpus and two tasks about invented people, and a tokenizer for them.
 
-    build_world(Path("world"), seed=0)   # corpus.txt, superglue/{RTE,BoolQ}/*.jsonl, tokenizer/, manifest.json
+    build_synthetic(Path("world"), seed=0)   # corpus.txt, superglue/{RTE,BoolQ}/*.jsonl, tokenizer/, manifest.json
 
 A person has a craft, a home, a birthplace, a beast, a market day and a friend. Every sentence puts one of these
 facts into a phrasing, and often into a frame that affirms or denies it. Names are made of syllables and drawn with a
@@ -348,7 +348,7 @@ def make_vocabulary(documents: list[list[str]]) -> list[str]:
     return list(dict.fromkeys([*SPECIAL_TOKENS, *words, *pieces]))
 
 
-def build_world(folder: Path, *, seed: int = 0) -> None:
+def build_synthetic(folder: Path, *, seed: int = 0) -> None:
     """Write the world of a seed into `folder`, or leave the one that is there whole.
 
     The same seed gives the same bytes on every machine. `folder` appears at once and complete: it is written under a

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.distillation.objective import WORD_SIGNALS, Objective, Term, token_mask
+from glmd.distillation.objective import LM_SIGNALS, Objective, Term, token_mask
 from glmd.distillation.teacher import TeacherOutputs, model_inputs
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
@@ -40,7 +40,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = objective
-        self.language_model = language_model if objective.uses(*WORD_SIGNALS) else None
+        self.language_model = language_model if objective.uses(*LM_SIGNALS) else None
         self.classifier = classifier if objective.uses("task_logits", "task_labels") else None
         if self.language_model is not None and self.classifier not in (None, self.language_model):
             share_backbone(self.classifier, self.language_model)
@@ -77,7 +77,7 @@ class Distiller(nn.Module):
         outputs = run_backbone(student, inputs)
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
-            words = [term for term in self.objective.terms if term.signal in WORD_SIGNALS]
+            words = [term for term in self.objective.terms if term.signal in LM_SIGNALS]
 
             def word_sums(hidden: Tensor, linear: LinearMap) -> dict[str, Tensor]:
                 return {term.name: self._word_sum(term, batch, teacher, hidden, linear) for term in words}
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
             sums |= run_head(self.language_model, outputs, final_linear=word_sums)
         if self.classifier is not None:
             logits = run_task_head(self.classifier, outputs, inputs, batch, self.token_map)
-            tasks = [term for term in self.objective.terms if term.signal not in WORD_SIGNALS]
+            tasks = [term for term in self.objective.terms if term.signal not in LM_SIGNALS]
             sums |= {term.name: _task_sum(term, batch, teacher, logits) for term in tasks}
         return torch.stack([sums[term.name] for term in self.objective.terms])
 

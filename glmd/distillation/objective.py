@@ -27,11 +27,11 @@ Signal = Literal["lm_logits", "lm_labels", "task_logits", "task_labels"]
 # What a term compares, and the losses that can compare it.
 SIGNALS: dict[str, Mapping[str, Callable[..., Tensor]]] = {
     "lm_logits": LOGIT_LOSSES,  # student and teacher over the kept vocabulary, one value per token
-    "lm_labels": LABEL_LOSSES,  # student over the kept vocabulary against the corrupted word, per masked token
+    "lm_labels": LABEL_LOSSES,  # student over the kept vocabulary against the masked word, per masked token
     "task_logits": LOGIT_LOSSES,  # student and teacher over a task's classes, per example
     "task_labels": LABEL_LOSSES,  # student over a task's classes against the label, per example
 }
-WORD_SIGNALS = ("lm_logits", "lm_labels")
+LM_SIGNALS = ("lm_logits", "lm_labels")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Term:
     signal: Signal
     loss: str
     weight: float | dict[str, float] = 1.0  # a number, or {from: a, to: b} over the stage's progress
-    tokens: Literal["all", "masked"] = "all"  # word signals: every non-pad token, or only the corrupted ones
+    tokens: Literal["all", "masked"] = "all"  # word signals: every non-pad token, or only the masked ones
     options: dict[str, Any] = field(default_factory=dict)  # keyword options of the loss, e.g. temperature
 
     @property
@@ -49,7 +49,7 @@ class Term:
         return f"{self.signal}.{self.loss}"
 
     @property
-    def needs_corruption(self) -> bool:
+    def needs_masking(self) -> bool:
         """Whether the term says nothing about clean inputs."""
         return self.tokens == "masked"
 
@@ -69,8 +69,8 @@ class Objective:
         return any(term.signal in signals for term in self.terms)
 
     @property
-    def needs_corruption(self) -> bool:
-        return any(term.needs_corruption for term in self.terms)
+    def needs_masking(self) -> bool:
+        return any(term.needs_masking for term in self.terms)
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(terms,) float64: how many tokens or examples each term's mean runs over in this micro-batch."""
@@ -131,7 +131,7 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
         if key not in values:
             raise ConfigError(f"{where}.{key} is missing")
     signal, loss = values["signal"], values["loss"]
-    allowed = WORD_SIGNALS if stage == "pretraining" else tuple(SIGNALS)
+    allowed = LM_SIGNALS if stage == "pretraining" else tuple(SIGNALS)
     if signal not in allowed:
         raise ConfigError(f"{where}.signal {signal!r} is not possible here{suggestion(str(signal), allowed)}")
     if loss not in SIGNALS[signal]:
@@ -142,7 +142,7 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
         if key not in {"signal", "loss", *own, *options}:
             raise ConfigError(f"{where}.{key} has no effect on {signal} {loss}{suggestion(key, [*own, *options])}")
     weight = _checked_weight(values.get("weight", 1.0), f"{where}.weight")
-    # Only a corrupted token has a label, so lm_labels speaks of masked tokens whatever is asked.
+    # Only a masked token has a label, so lm_labels speaks of masked tokens whatever is asked.
     tokens: Any = (
         "masked"
         if signal == "lm_labels"
@@ -173,4 +173,4 @@ def _checked_weight(weight: Any, where: str) -> float | dict[str, float]:
 HARD_LABELS = Objective((Term("task_labels", "hard_cross_entropy"),))
 
 
-MASKED_WORDS = Objective((Term("lm_labels", "hard_cross_entropy", tokens="masked"),))
+MASKED_LM = Objective((Term("lm_labels", "hard_cross_entropy", tokens="masked"),))

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmd import storage
-from glmd.config import differences
+from glmd.config_file import differences
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.distillation.cached_teacher import DIGEST, GROUP, CachedOutputs, digests, example_spans, packed, unpacked
@@ -214,7 +214,7 @@ class TeacherCache:
         data, _ = self.parts[part]
         masking, example = divmod(row - (self.ends[part - 1] if part else 0), len(data))
         found = data[masking, example]
-        found.pop("lm_labels", None)  # which clean texts have not that share a batch with corrupted ones
+        found.pop("lm_labels", None)  # which clean texts have not that share a batch with masked ones
         return found
 
     def _kept(self, outputs: TeacherOutputs, batch: Batch, name: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

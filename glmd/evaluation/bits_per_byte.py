@@ -4,7 +4,7 @@
 
 Total -log2 p of the text's tokens, divided by the bytes of the text in UTF-8. That compares vocabularies only where the
 tokens give the text back. The exact tokenizer of a compressed student does not: many tokens are mapped onto one, whose
-probability is that of a class. So a student is measured with the ordinary tokenizer of its folder, which loses nothing;
+probability is that of a class. So a student is measured with the stock tokenizer of its folder, which loses nothing;
 with the exact one, what it takes to name the token of each class is added.
 """
 
@@ -22,7 +22,7 @@ from glmd.data.blocks import block_frame
 from glmd.data.token_store import encode_texts
 from glmd.errors import ModelError
 from glmd.losses.finite import not_finite
-from glmd.vocabulary.tokenizer import GlmdTokenizer, ordinary_tokenizer, vocabulary_of
+from glmd.vocabulary.tokenizer import GlmdTokenizer, stock_tokenizer, vocabulary_of
 
 
 def score_text(
@@ -30,7 +30,7 @@ def score_text(
 ) -> dict[str, float]:
     """Bits per byte of documents, with the model's own tokenizer; the same on every rank.
 
-    tokens_per_byte and bits_per_byte: with the ordinary tokenizer. restored: share of the documents that the tokenizer
+    tokens_per_byte and bits_per_byte: with the stock tokenizer. restored: share of the documents that the tokenizer
     gives back to the letter; of the others bits_per_byte is no code.
     For the exact tokenizer of a compressed student also
     exact_bits_per_byte: a code for the same text, from the two that follow;
@@ -41,7 +41,7 @@ def score_text(
     size = _bytes(texts)
     start = _start(tokenizer)
     is_exact = isinstance(tokenizer, GlmdTokenizer)
-    ordinary = ordinary_tokenizer(tokenizer) if is_exact else tokenizer
+    ordinary = stock_tokenizer(tokenizer) if is_exact else tokenizer
     ids = encode_texts(ordinary, texts)
     given_back = [ordinary.decode(each, clean_up_tokenization_spaces=False) for each in ids]
     restored = sum(back == text for back, text in zip(given_back, texts, strict=True))

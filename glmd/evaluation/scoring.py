@@ -1,7 +1,7 @@
 """Run models over held-out examples, in one process or many, each example counted once.
 
 logits = predict(classifier, dataset, collate, token_map=map, accelerator=accelerator)    # (examples, C)
-words = score_words(student, teacher, dataset, collate, token_map=map, accelerator=accelerator)
+words = score_lm(student, teacher, dataset, collate, token_map=map, accelerator=accelerator)
 """
 
 import logging
@@ -71,7 +71,7 @@ def predict(
 
 
 @torch.no_grad()
-def score_words(
+def score_lm(
     student: nn.Module,
     teacher: Callable[[Batch], TeacherOutputs],
     dataset: BlockDataset | TaskDataset,
@@ -84,7 +84,7 @@ def score_words(
     """How well a student predicts words, over its own (kept) vocabulary.
 
     kl_divergence: nats a token from the teacher at temperature 1. agreement: share of tokens whose likeliest word
-    is the teacher's. On corrupted inputs also masked_accuracy and teacher_masked_accuracy: share of corrupted
+    is the teacher's. On masked inputs also masked_accuracy and teacher_masked_accuracy: share of masked
     tokens whose word (or the word it is mapped to) is the likeliest.
     Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """

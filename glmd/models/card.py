@@ -26,7 +26,7 @@ class ModelCard:
     metrics: dict[str, float] = field(default_factory=dict)
     exact_tokenizer: bool = False  # the tokenizer maps dropped tokens and needs trust_remote_code (or glmd) to do so
     auto_class: str = "AutoModelForMaskedLM"
-    opens_plainly: bool = True  # AutoTokenizer opens an exact folder without trust_remote_code, as the ordinary one
+    opens_plainly: bool = True  # AutoTokenizer opens an exact folder without trust_remote_code, as the stock one
 
 
 def card_text(card: ModelCard) -> str:
@@ -67,7 +67,7 @@ def told_by_card(folder: Path) -> tuple[str, dict[str, str], dict[str, float]]:
 
 
 def opens_plainly(config: Any) -> bool:
-    """Whether AutoTokenizer opens a compressed folder of this config without its code, as the ordinary tokenizer.
+    """Whether AutoTokenizer opens a compressed folder of this config without its code, as the stock tokenizer.
 
     Of a few model types (llama) transformers has no tokenizer class, and asks for the folder's own.
     """

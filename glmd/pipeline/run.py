@@ -22,11 +22,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig, differences, load_config, to_dict
+from glmd.config import FLOAT16_HEADS, GROWING, RunConfig, TeacherConfig
+from glmd.config_file import differences, load_config, to_dict
 from glmd.data.blocks import BlockDataset
 from glmd.data.corpus import corpus_fingerprint
 from glmd.data.token_store import TokenStore, build_token_store, open_token_store
-from glmd.distillation.objective import MASKED_WORDS
+from glmd.distillation.objective import MASKED_LM
 from glmd.errors import ConfigError, RunError
 from glmd.losses.linear import allow_triton, triton_problem
 from glmd.models.heads import is_causal
@@ -38,7 +39,7 @@ from glmd.pipeline.workbench import Arm, Workbench
 from glmd.planning.caches import require_own_cache
 from glmd.planning.limits import require_sizes_and_room
 from glmd.planning.plan import Plan, corpus_sources, make_plan
-from glmd.reporting.report import best_cells
+from glmd.reporting.report import best_grid_points
 from glmd.runtime.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
 from glmd.runtime.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
 from glmd.storage import full_disk_refused, write_atomically
@@ -91,24 +92,24 @@ def _pipeline(config: RunConfig) -> Iterator["Pipeline"]:
         _require_one_config(config)
         run_folder = RunFolder(folder)
         with run_folder.lock():
-            world = _build_world(folder) if config.data.world else None
-            plan = together(lambda: make_plan(config, world=world, hash_corpus=False, try_out=is_main()))
-            on_main(lambda: require_sizes_and_room(plan, world, number_of_ranks()))
-            sources = corpus_sources(config, world)
+            synthetic = _build_synthetic(folder) if config.data.synthetic else None
+            plan = together(lambda: make_plan(config, synthetic=synthetic, hash_corpus=False, try_out=is_main()))
+            on_main(lambda: require_sizes_and_room(plan, synthetic, number_of_ranks()))
+            sources = corpus_sources(config, synthetic)
             if sources:  # of which one process reads all
                 plan = replace(plan, corpus=on_main(lambda: corpus_fingerprint(sources)))
             run_folder.record_config(config)
             if config.report_to:  # not before: a tracker's files would make the folder of a refused run a foreign one
                 accelerator.init_trackers("glmd")
-            yield Pipeline(plan, run_folder, accelerator, world)
+            yield Pipeline(plan, run_folder, accelerator, synthetic)
 
 
 class Pipeline:
     """A checked plan on its way through the stages."""
 
-    def __init__(self, plan: Plan, run_folder: RunFolder, accelerator: Accelerator, world: Path | None) -> None:
+    def __init__(self, plan: Plan, run_folder: RunFolder, accelerator: Accelerator, synthetic: Path | None) -> None:
         self.plan, self.config, self.run_folder, self.accelerator = plan, plan.config, run_folder, accelerator
-        self.folder, self.world = run_folder.path, world
+        self.folder, self.synthetic = run_folder.path, synthetic
         self.bench = Workbench(plan, run_folder, accelerator)
         self.first_seed = self.config.seeds[0]
         self.rows: list[dict[str, Any]] = []
@@ -127,12 +128,12 @@ class Pipeline:
             self._pretrain(arm, teacher)
         for task, arm in itertools.product(tasks, arms):
             self.bench.warn_of_equal_candidates(task.task, arm)
-            for seed, cell in itertools.product(self.config.seeds, self.config.cells):
-                task.distil(arm, seed, cell)
+            for seed, grid_point in itertools.product(self.config.seeds, self.config.grid_points):
+                task.distil(arm, seed, grid_point)
         results = {"glmd": __version__, "parameters": self.plan.parameters, "rows": self.rows}
         results["of"] = {key: to_dict(self.config)[key] for key in GROWING}
         if self.config.sweep:
-            results["best_cells"] = best_cells(results)
+            results["best_grid_points"] = best_grid_points(results)
         # First the results: a week of training is not lost to a folder that does not load.
         self._write_results(results | {"exports_verified": False})
         on_main(self.bench.check_exports)
@@ -187,7 +188,7 @@ class Pipeline:
         on_main(lambda: self.bench.require_room(caches) if caches else None)
 
     def _token_store(self) -> TokenStore | None:
-        sources = corpus_sources(self.config, self.world)
+        sources = corpus_sources(self.config, self.synthetic)
         if not sources:
             return None
         place = self.folder / "corpus"
@@ -214,7 +215,7 @@ class Pipeline:
             model = BertForMaskedLM(self.plan.teacher_config)
             data = self.bench.blocks(stage, seed)
             training = self.bench.train(
-                place, stage, seed, MASKED_WORDS, data, self.bench.identity_map, language_model=model
+                place, stage, seed, MASKED_LM, data, self.bench.identity_map, language_model=model
             )
             self.bench.export(
                 model,
@@ -226,7 +227,7 @@ class Pipeline:
             )
             return {"training": training}
 
-        inputs = self.bench.inputs(stage, seed, MASKED_WORDS, start=teacher.scratch)
+        inputs = self.bench.inputs(stage, seed, MASKED_LM, start=teacher.scratch)
         result = self.run_folder.stage(place, inputs, work)
         self.rows.append({"system": "teacher", "stage": "pretraining", "task": None, "seed": seed, **result})
         return replace(teacher, model=str(place / "model"), scratch=None, pretraining=None)
@@ -296,18 +297,18 @@ class Pipeline:
                 source = load_language_model(teacher)
             result: dict[str, Any] = {"parameters": self.bench.parameters(student)}
             if objective is not None:
-                words = self.bench.word_teacher(source, stage, seed, arm)
+                words = self.bench.lm_teacher(source, stage, seed, arm)
                 held_out, theirs = self.bench.blocks(stage, seed, held_out=True), {}
                 if is_causal(self.plan.teacher_config):
                     bits = self.bench.score_text(source, self.plan.tokenizer, held_out)["bits_per_byte"]
                     theirs = {"teacher_bits_per_byte": bits}
                 del source  # of a cached teacher only the head is kept
-                result["words_before"] = self._score_words(student, words, held_out, arm)
+                result["lm_scores_before"] = self._score_words(student, words, held_out, arm)
                 data, token_map = self.bench.blocks(stage, seed), arm.vocabulary.token_map
                 result["training"] = self.bench.train(
                     place, stage, seed, objective, data, token_map, language_model=student, teacher=words
                 )
-                result["words"] = self._score_words(student, words, held_out, arm) | theirs
+                result["lm_scores"] = self._score_words(student, words, held_out, arm) | theirs
             self.bench.export(
                 student,
                 arm.tokenizer,
@@ -315,7 +316,7 @@ class Pipeline:
                 title="Student",
                 summary="the teacher's word prediction on the corpus",
                 facts={"seed": str(seed)},
-                metrics=result.get("words"),
+                metrics=result.get("lm_scores"),
             )
             return result
 
@@ -334,7 +335,7 @@ class Pipeline:
 
     def _score_words(self, student: Any, teacher: Teacher, held_out: BlockDataset, arm: Arm) -> dict[str, float]:
         """Nearness to the teacher's words, and of a decoder also bits per byte."""
-        scores = self.bench.score_words(student, teacher, held_out, arm, self.config.pretraining)
+        scores = self.bench.score_lm(student, teacher, held_out, arm, self.config.pretraining)
         if is_causal(self.plan.teacher_config):
             scores |= self.bench.score_text(student, arm.tokenizer, held_out)
         return scores
@@ -411,15 +412,15 @@ def _require_ranks(launched: int, ranks: int) -> None:
         raise RunError(f"{found}; launch as in docs/multi-gpu.md") from None
 
 
-def _build_world(folder: Path) -> Path:
-    from glmd.data.synthetic import build_world
+def _build_synthetic(folder: Path) -> Path:
+    from glmd.data.synthetic import build_synthetic
 
-    place = folder / "world"
+    place = folder / "synthetic"
 
     def build() -> None:
-        for leftover in folder.glob(".world-*"):  # of a start that was killed; the folder is locked for this one
+        for leftover in folder.glob(".synthetic-*"):  # of a start that was killed; the folder is locked for this one
             shutil.rmtree(leftover)
-        build_world(place)
+        build_synthetic(place)
 
     on_main(build)
     return place

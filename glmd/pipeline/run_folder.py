@@ -19,7 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from glmd.config import GROWING, RunConfig, differences, dump_config, load_config, to_dict
+from glmd.config import GROWING, RunConfig
+from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError, RunError
 from glmd.models.loading import model_fingerprint
 from glmd.runtime.processes import is_main, on_main
@@ -51,7 +52,7 @@ GROWING_KEYS = (
     "teacher.cache_bits",
 )
 # What may lie in a folder before its run has begun.
-BEFORE_THE_RUN = {"lock", "world", "config.yaml.tmp"}
+BEFORE_THE_RUN = {"lock", "synthetic", "config.yaml.tmp"}
 # What lies in a stage's folder and is not its result: its own record, and the way there.
 ON_THE_WAY = ("stage.json", "checkpoints", "best")
 # A model card is its reader's to edit.

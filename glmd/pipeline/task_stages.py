@@ -2,7 +2,7 @@
 
     stages = TaskStages(bench, task, teacher, rows)
     stages.fine_tune_teacher()
-    stages.distil(arm, seed, cell)      # for each arm and seed, and each cell of a sweep
+    stages.distil(arm, seed, grid point)      # for each arm and seed, and each grid point of a sweep
 
 A stage that is complete is not run again; its row of the results is there all the same.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmd.config import Cell, StageConfig, TeacherConfig
-from glmd.distillation.objective import HARD_LABELS, WORD_SIGNALS, Objective
+from glmd.config import GridPoint, StageConfig, TeacherConfig
+from glmd.distillation.objective import HARD_LABELS, LM_SIGNALS, Objective
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import DataError
@@ -28,7 +28,7 @@ from glmd.models.card import BY_PLAIN
 from glmd.models.loading import load_language_model
 from glmd.pipeline.workbench import Arm, Workbench
 from glmd.planning.caches import task_cache_folder
-from glmd.planning.places import cell_place, control_budget, control_cell, words_cell
+from glmd.planning.places import control_budget, control_grid_point, grid_point_place, lm_grid_point
 from glmd.planning.plan import TaskPlan
 from glmd.reporting.report import NEAREST, concerns
 from glmd.tasks.loading import load_classifier
@@ -47,7 +47,7 @@ class TaskStages:
         self.bench, self.config, self.run_folder = bench, bench.config, bench.run_folder
         self.task, self.name, self.teacher, self.rows = task, task.task.name, teacher, rows
         self.is_cloze = task.task.casting == "cloze"
-        place = self.run_folder.path / "tasks" / self.name / "teacher"
+        place = self.run_folder.path / "tasks" / self.name / "task_teacher"
         self.named = self.config.teacher.tasks.get(self.name)
         self.classifier = self.named or str(place / "model")  # the fine-tuned teacher
         self.teacher_place = place
@@ -100,24 +100,27 @@ class TaskStages:
         for each in concerns([self.rows[-1]]):
             logger.warning("%s", each)
 
-    def distil(self, arm: Arm, seed: int, cell: Cell) -> None:
+    def distil(self, arm: Arm, seed: int, grid_point: GridPoint) -> None:
         """The two passes from the pretrained student, and the hard-label control from the same start."""
         root, start = arm.folder / "tasks" / self.name, arm.folder / "pretraining" / "student"
-        labels, words = self.config.stage("task_soft_labels", self.name, cell), None
+        labels, words = self.config.stage("task_soft_labels", self.name, grid_point), None
         after_words = start
         if "task_lm" in self.bench.plan.method:
-            words = self.config.stage("task_lm", self.name, cell)
-            place = self._place("task_lm", arm, seed, cell)
+            words = self.config.stage("task_lm", self.name, grid_point)
+            place = self._place("task_lm", arm, seed, grid_point)
             after_words = place / "student"
             if place not in self.run_folder.left:
-                self._distil_words(arm, place, seed, words, words_cell(cell), start)
-        place, objective = self._place("task_soft_labels", arm, seed, cell), self.bench.plan.method["task_soft_labels"]
-        self._distil_labels(arm, place, seed, labels, cell, objective, after_words)
+                self._distil_words(arm, place, seed, words, lm_grid_point(grid_point), start)
+        place, objective = (
+            self._place("task_soft_labels", arm, seed, grid_point),
+            self.bench.plan.method["task_soft_labels"],
+        )
+        self._distil_labels(arm, place, seed, labels, grid_point, objective, after_words)
         if self.config.controls.hard_labels and arm.name == "student":
             budget = control_budget(labels, words, len(self.task.inputs), self.bench.processes)
-            place = cell_place(root, control_cell(cell), seed) / "hard_labels"
+            place = grid_point_place(root, control_grid_point(grid_point), seed) / "hard_labels"
             if place not in self.run_folder.left:
-                self._distil_labels(arm, place, seed, budget, control_cell(cell), HARD_LABELS, start)
+                self._distil_labels(arm, place, seed, budget, control_grid_point(grid_point), HARD_LABELS, start)
 
     def caches(self, classifier: str | None, arms: Sequence[Arm] | None = None) -> list[TeacherCache]:
         """What the task's stages read from `teacher.cache`, of each folder once; only those of arms still to train.
@@ -128,7 +131,9 @@ class TaskStages:
         for name, seed in itertools.product(self.bench.cached_stages, self.config.seeds):
             if name == "pretraining" or task_cache_folder(self.bench.plan, name, self.name, seed) in found:
                 continue
-            places = [self._place(name, arm, seed, cell) for arm in arms or () for cell in self.config.cells]
+            places = [
+                self._place(name, arm, seed, grid_point) for arm in arms or () for grid_point in self.config.grid_points
+            ]
             if arms is None or not all(map(self.run_folder.is_complete, places)):
                 cache = self.bench.task_cache(name, self.name, seed, classifier)
                 found[cache.folder] = cache
@@ -139,7 +144,9 @@ class TaskStages:
         for cache in self.caches(self.classifier):
             self.bench.complete_cache(cache, partial(self._live, None, words=cache.width is not None))
 
-    def _distil_words(self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, start: Path) -> None:
+    def _distil_words(
+        self, arm: Arm, place: Path, seed: int, stage: StageConfig, grid_point: GridPoint, start: Path
+    ) -> None:
         """First pass: word-prediction logits of the fine-tuned teacher on the task's inputs."""
         objective = self.bench.plan.method["task_lm"]
 
@@ -151,10 +158,10 @@ class TaskStages:
             if objective.uses("task_logits", "task_labels"):
                 head = student if self.is_cloze else load_classifier(str(start), self.task.task, new_head=True)
             val = self.bench.val_data(self.task, stage)
-            before = self.bench.score_words(student, live, val, arm, stage)
+            before = self.bench.score_lm(student, live, val, arm, stage)
 
             def nearness() -> float:
-                return -self.bench.score_words(student, live, val, arm, stage)["kl_divergence"]
+                return -self.bench.score_lm(student, live, val, arm, stage)["kl_divergence"]
 
             training = self.bench.train(
                 place,
@@ -168,7 +175,7 @@ class TaskStages:
                 teacher=live,
                 evaluate=self._chooser(by_labels=nearness, by_teacher=nearness),
             )
-            words = self.bench.score_words(student, live, val, arm, stage)
+            words = self.bench.score_lm(student, live, val, arm, stage)
             self.bench.export(
                 student,
                 arm.tokenizer,
@@ -178,13 +185,20 @@ class TaskStages:
                 facts={"seed": str(seed)},
                 metrics=words,
             )
-            return {"training": training, "words_before": before, "words": words}
+            return {"training": training, "lm_scores_before": before, "lm_scores": words}
 
         inputs = self._inputs("task_lm", arm, seed, stage, objective, start)
-        self._add_row(arm.name, "task_lm", seed, cell, self.run_folder.stage(place, inputs, work))
+        self._add_row(arm.name, "task_lm", seed, grid_point, self.run_folder.stage(place, inputs, work))
 
     def _distil_labels(
-        self, arm: Arm, place: Path, seed: int, stage: StageConfig, cell: Cell, objective: Objective, start: Path
+        self,
+        arm: Arm,
+        place: Path,
+        seed: int,
+        stage: StageConfig,
+        grid_point: GridPoint,
+        objective: Objective,
+        start: Path,
     ) -> None:
         """Second pass: the fine-tuned teacher's soft labels. With HARD_LABELS: the control."""
         is_control = objective is HARD_LABELS
@@ -196,7 +210,7 @@ class TaskStages:
             torch.manual_seed(seed)
             student = load_classifier(str(start), self.task.task, new_head=True)
             language_model = None
-            if objective.uses(*WORD_SIGNALS):
+            if objective.uses(*LM_SIGNALS):
                 language_model = student if self.is_cloze else load_language_model(TeacherConfig(str(start)))
             theirs = self._answers(stage)
 
@@ -205,8 +219,8 @@ class TaskStages:
                 return share
 
             examples = self.task.train if is_control else self.task.inputs
-            # Inputs are corrupted for terms that compare words, and for no others.
-            is_clean = not objective.uses(*WORD_SIGNALS)
+            # Inputs are masked for terms that compare words, and for no others.
+            is_clean = not objective.uses(*LM_SIGNALS)
             given = replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
             training = self.bench.train(
                 place,
@@ -228,7 +242,7 @@ class TaskStages:
             scores = result.get("metrics", {}) | {"agreement with the teacher": result["agreement"]}
             if not arm.vocabulary.is_identity:
                 result |= self._read_without_glmd(student, stage, arm, theirs)
-                ordinary = result.get("ordinary", {})
+                ordinary = result.get("stock", {})
                 named = {**ordinary.get("metrics", {}), "agreement with the teacher": ordinary.get("agreement")}
                 scores |= {name + BY_PLAIN: value for name, value in named.items() if value is not None}
             summary = f"the labels of {self.name}, as a control"
@@ -250,16 +264,16 @@ class TaskStages:
 
         inputs = self._inputs(None if is_control else "task_soft_labels", arm, seed, stage, objective, start)
         result = self.run_folder.stage(place, inputs, work)
-        self._add_row("hard labels" if is_control else arm.name, place.name, seed, cell, result)
+        self._add_row("hard labels" if is_control else arm.name, place.name, seed, grid_point, result)
 
     def _read_without_glmd(self, student: Any, stage: StageConfig, arm: Arm, theirs: np.ndarray) -> dict[str, Any]:
         """The student's scores where text is read by plain AutoTokenizer; none where that is too long to be asked."""
         try:
-            scores = self.bench.score_task(student, self.task, stage, arm, theirs, ordinary=True)
+            scores = self.bench.score_task(student, self.task, stage, arm, theirs, stock=True)
         except DataError as error:  # a figure more or less; the student itself is whole
             logger.warning("%s: not scored by plain AutoTokenizer, which cuts text smaller: %s", self.name, error)
             return {}
-        return {"ordinary": {key: value for key, value in scores.items() if key != "examples"}}
+        return {"stock": {key: value for key, value in scores.items() if key != "examples"}}
 
     # The fine-tuned teacher, live and from disk
 
@@ -289,7 +303,7 @@ class TaskStages:
         return self.bench.cached_teacher(outputs, language_model, arm)
 
     def _answers(self, stage: StageConfig) -> np.ndarray:
-        """(examples,) what the fine-tuned teacher answers on val: the same for all seeds, cells and the control."""
+        """(examples,) the fine-tuned teacher's answers on val: the same for all seeds, grid points and the control."""
         if self.theirs is None:
             self.theirs = self.bench.answers(self._loaded_teacher(), self.task, stage, None)
         return self.theirs
@@ -315,10 +329,10 @@ class TaskStages:
         scores: dict[str, float] = self.bench.score_task(model, self.task, stage, arm)["metrics"]
         return scores[self.task.task.metrics[0]]
 
-    def _place(self, name: str, arm: Arm, seed: int, cell: Cell) -> Path:
-        """The folder of a stage; cells that differ in the second pass alone share the first."""
+    def _place(self, name: str, arm: Arm, seed: int, grid_point: GridPoint) -> Path:
+        """The folder of a stage; grid points that differ in the second pass alone share the first."""
         root = arm.folder / "tasks" / self.name
-        return cell_place(root, words_cell(cell) if name == "task_lm" else cell, seed) / name.removeprefix("task_")
+        return grid_point_place(root, lm_grid_point(grid_point) if name == "task_lm" else grid_point, seed) / name
 
     def _chooser(
         self, *, by_labels: Callable[[], float], by_teacher: Callable[[], float] | None = None
@@ -332,11 +346,11 @@ class TaskStages:
             return NEAREST
         return "best on val" if self.config.selection == "best" else "last"
 
-    def _add_row(self, system: str, stage: str, seed: int, cell: Cell, result: dict[str, Any]) -> None:
+    def _add_row(self, system: str, stage: str, seed: int, grid_point: GridPoint, result: dict[str, Any]) -> None:
         is_student, task = stage != "task_teacher" and system != "hard labels", self.task.task
         row = {"system": system, "task": self.name, "stage": stage, "seed": seed, "split": "val"}
         row |= {"casting": task.casting, "selection": self._selection(is_student=is_student)}
-        row |= {"cell": cell} | result if cell else result
+        row |= {"grid_point": grid_point} | result if grid_point else result
         if self.task.is_scored:
             # What one answer to everything scores; with choices, one position.
             answers = range(len(task.labels) or min(len(example.choices) for example in self.task.val))

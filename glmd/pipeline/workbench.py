@@ -23,7 +23,7 @@ from tqdm import tqdm
 from glmd.config import StageConfig
 from glmd.data.batches import Collate
 from glmd.data.blocks import BlockDataset, block_frame, block_texts
-from glmd.data.masking import Corruption, corruption_for
+from glmd.data.masking import Masking, masking_for
 from glmd.data.token_store import TokenStore
 from glmd.distillation.cached_teacher import CachedOutputs, CachedTeacher
 from glmd.distillation.distiller import Distiller
@@ -33,7 +33,7 @@ from glmd.distillation.teacher_cache import LESS, STORED, TeacherCache, free_byt
 from glmd.errors import RunError, counted
 from glmd.evaluation.bits_per_byte import score_text
 from glmd.evaluation.metrics import score
-from glmd.evaluation.scoring import answers_of, predict, score_words
+from glmd.evaluation.scoring import answers_of, predict, score_lm
 from glmd.models.card import PROBE, ModelCard
 from glmd.models.export import check_exports, export_model
 from glmd.models.heads import split_parameters
@@ -53,7 +53,7 @@ from glmd.training.log import RunLog
 from glmd.training.trainer import Teacher, Trainer, TrainingResult
 from glmd.version import __version__
 from glmd.vocabulary.slicing import vocabulary_axes
-from glmd.vocabulary.tokenizer import ordinary_tokenizer, tokenizer_fingerprint
+from glmd.vocabulary.tokenizer import stock_tokenizer, tokenizer_fingerprint
 from glmd.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -107,14 +107,14 @@ class Workbench:
                 "data.eval_blocks: %d of %s %s held out, a fifth of them", reserved, counted(total, "block"), held
             )
         blocks = range(total - reserved, total) if held_out else range(total - reserved)
-        corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
-        return BlockDataset(self.store, self.tokenizer, max_length=length, blocks=blocks, corruption=corruption)
+        masking = masking_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
+        return BlockDataset(self.store, self.tokenizer, max_length=length, blocks=blocks, masking=masking)
 
     def train_data(self, task: TaskPlan, examples: Sequence[TaskExample], stage: StageConfig, seed: int) -> TaskDataset:
-        """Examples of a task to train on, corrupted where the stage says so."""
+        """Examples of a task to train on, masked where the stage says so."""
         length = stage.max_length or task.task.max_length
-        corruption = corruption_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
-        data = self._task_data(task, examples, length, corruption)
+        masking = masking_for(self.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
+        data = self._task_data(task, examples, length, masking)
         self._say_truncated(task.task.name, data, length)
         return data
 
@@ -134,11 +134,11 @@ class Workbench:
         task: TaskPlan,
         examples: Sequence[TaskExample],
         length: int,
-        corruption: Corruption | None,
+        masking: Masking | None,
         tokenizer: Any = None,
     ) -> TaskDataset:
         data = task_dataset(self.plan, task.task.name, examples, length, tokenizer)
-        data.corruption = corruption
+        data.masking = masking
         return data
 
     def warn_of_equal_candidates(self, task: TaskPlan, arm: Arm) -> None:
@@ -216,7 +216,7 @@ class Workbench:
         merges, device = self.config.vocabulary.teacher_mass == "merge", self.accelerator.device
         return CachedTeacher(outputs, language_model, arm.vocabulary, merge_dropped=merges, device=device)
 
-    def word_teacher(self, language_model: Any, stage: StageConfig, seed: int, arm: Arm) -> Teacher:
+    def lm_teacher(self, language_model: Any, stage: StageConfig, seed: int, arm: Arm) -> Teacher:
         """The teacher on the corpus for students with the arm's vocabulary, from the cache where there is to be one."""
         if "pretraining" not in self.cached_stages:
             teacher = self.config.teacher
@@ -252,7 +252,7 @@ class Workbench:
     def outputs(self, folder: Path, make: Callable[[], TeacherCache], load: Callable[[], Teacher]) -> CachedOutputs:
         """What is kept in a folder, whole: made where it is not, and compared with its sums once in a run.
 
-        load: the live teacher; not called for nothing. Arms, seeds and cells share what was opened.
+        load: the live teacher; not called for nothing. Arms, seeds and grid points share what was opened.
         """
         if folder not in self.opened:
             cache = make()
@@ -304,7 +304,7 @@ class Workbench:
 
     def _say_how_often_read(self, cache: TeacherCache) -> None:
         (data, maskings), stage = cache.parts[0], self.config.pretraining
-        if not isinstance(data, BlockDataset):  # seeds and cells share those of tasks
+        if not isinstance(data, BlockDataset):  # seeds and grid points share those of tasks
             return
         assert stage.max_steps is not None, "checked by config"
         epochs = stage.max_steps * stage.global_batch_size(self.processes) / len(data)
@@ -349,11 +349,11 @@ class Workbench:
         self.accelerator.free_memory()
         return asdict(result)
 
-    def score_words(
+    def score_lm(
         self, student: Any, teacher: Teacher, data: BlockDataset | TaskDataset, arm: Arm, stage: StageConfig
     ) -> dict[str, float]:
         """How near the student's word prediction is to the teacher's."""
-        return score_words(
+        return score_lm(
             student.to(self.accelerator.device),
             teacher,
             data,
@@ -381,13 +381,13 @@ class Workbench:
         arm: Arm | None,
         theirs: np.ndarray | None = None,
         *,
-        ordinary: bool = False,
+        stock: bool = False,
     ) -> dict[str, Any]:
         """Metrics on the validation split, if it has labels; with the teacher's answers also the share of equal ones.
 
-        arm: whose vocabulary the model has; None for a teacher. ordinary: read text as without glmd.
+        arm: whose vocabulary the model has; None for a teacher. stock: read text as without glmd.
         """
-        answers = self.answers(model, task, stage, arm, ordinary=ordinary)
+        answers = self.answers(model, task, stage, arm, stock=stock)
         result: dict[str, Any] = {"examples": len(answers)}
         if task.is_scored:
             result["metrics"] = score(task.task, answers, task.val)
@@ -396,15 +396,15 @@ class Workbench:
         return result
 
     def answers(
-        self, model: Any, task: TaskPlan, stage: StageConfig, arm: Arm | None, *, ordinary: bool = False
+        self, model: Any, task: TaskPlan, stage: StageConfig, arm: Arm | None, *, stock: bool = False
     ) -> np.ndarray:
         """(examples,) class ids, or positions of choices, on the validation split."""
         model.to(self.accelerator.device)
         data, collate = self.val_data(task, stage), self.collate
         token_map = arm.vocabulary.token_map if arm is not None else None
-        if ordinary:
+        if stock:
             assert arm is not None and not arm.vocabulary.is_identity, "else there is nothing to compare"
-            tokenizer, token_map = ordinary_tokenizer(arm.tokenizer), None
+            tokenizer, token_map = stock_tokenizer(arm.tokenizer), None
             data, collate = self.val_data(task, stage, tokenizer), Collate(tokenizer.pad_token_id or 0)
         logits = predict(
             model,

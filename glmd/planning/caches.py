@@ -14,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glmd.config import RunConfig, StageConfig, differences
+from glmd.config import RunConfig, StageConfig
+from glmd.config_file import differences
 from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.corpus import read_documents
-from glmd.data.masking import corruption_for
+from glmd.data.masking import masking_for
 from glmd.data.token_store import TokenStore, encode_texts, open_token_store
-from glmd.distillation.objective import WORD_SIGNALS
+from glmd.distillation.objective import LM_SIGNALS
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
 from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
-from glmd.planning.plan import Plan, word_width
+from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, kept_words
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
@@ -74,9 +75,9 @@ def task_cache(
     stage, planned = inputs_stage(plan, name, task), plan.tasks[task]
     words, classes = name in kept_words([name], plan.method), len(planned.task.labels)
     length = stage.max_length or planned.task.max_length
-    corruption = corruption_for(plan.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
+    masking = masking_for(plan.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
     data = task_dataset(plan, task, planned.inputs, length)
-    data.corruption = corruption
+    data.masking = masking
     parts = [(data, stage.num_maskings or 1)]
     if name == "task_lm":
         parts.append((task_dataset(plan, task, planned.val, length), 1))
@@ -119,10 +120,12 @@ def held_out_blocks(tokens: int, blocks: int, length: int, wanted: int) -> int:
 
 
 def inputs_stage(plan: Plan, name: str, task: str) -> StageConfig:
-    """A stage's settings as they make its inputs, which no cell of a sweep changes: those of task_soft_labels are corrupted
-    for terms that compare words, and for no others."""
+    """A stage's settings as they make its inputs, which no grid point of a sweep changes.
+
+    Inputs of task_soft_labels are masked for terms that compare LM logits, and for no others.
+    """
     stage = plan.config.stage(name, task)
-    is_clean = name == "task_soft_labels" and not plan.method[name].uses(*WORD_SIGNALS)
+    is_clean = name == "task_soft_labels" and not plan.method[name].uses(*LM_SIGNALS)
     return replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
 
 
@@ -211,7 +214,7 @@ def _cache(
     return TeacherCache(
         folder,
         parts,
-        width=word_width(plan) if words else None,
+        width=head_width(plan) if words else None,
         num_classes=num_classes,
         dtype=plan.config.teacher.dtype,
         bits=plan.config.teacher.cache_bits,

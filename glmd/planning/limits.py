@@ -28,9 +28,9 @@ SMALL_BATCH, SMALL_STEP, SMALL_EVAL, SMALL_HELD_OUT = 16, 64, 64, 64
 SUSPICIOUS = 0.01  # of the memory, by hidden states alone: beyond it the step is rehearsed
 
 
-def require_sizes_and_room(plan: Plan, world: Path | None, processes: int) -> None:
-    """Both, for a run on this machine. world: where the embedded world lies, for `data.world`."""
-    require_sizes(plan, [str(world / "corpus.txt")] if world else plan.config.data.corpus, processes=processes)
+def require_sizes_and_room(plan: Plan, synthetic: Path | None, processes: int) -> None:
+    """Both, for a run on this machine. synthetic: where the embedded world lies, for `data.synthetic`."""
+    require_sizes(plan, [str(synthetic / "corpus.txt")] if synthetic else plan.config.data.corpus, processes=processes)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and processes > 1
     require_room(plan, Layout(processes, sharding="fsdp" if sharded else "none"))
 

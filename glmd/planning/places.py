@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from glmd.config import Cell, StageConfig, cell_name
+from glmd.config import GridPoint, StageConfig, grid_point_name
 from glmd.planning.plan import Plan
 
 # Settings that say how many updates a stage has.
@@ -23,34 +23,37 @@ def stage_places(plan: Plan) -> Iterator[tuple[Path, StageConfig]]:
         yield root / "teacher", config.teacher.pretraining
     for name in plan.tasks:
         if name not in config.teacher.tasks:
-            yield root / "tasks" / name / "teacher", config.stage("task_teacher", name)
+            yield root / "tasks" / name / "task_teacher", config.stage("task_teacher", name)
     for arm in arms:
         if "pretraining" in plan.method:
             yield arm / "pretraining", config.pretraining
-        for name, seed, cell in itertools.product(plan.tasks, config.seeds, config.cells):
-            place, labels = arm / "tasks" / name, config.stage("task_soft_labels", name, cell)
+        for name, seed, grid_point in itertools.product(plan.tasks, config.seeds, config.grid_points):
+            place, labels = arm / "tasks" / name, config.stage("task_soft_labels", name, grid_point)
             if "task_lm" in plan.method:
-                yield cell_place(place, words_cell(cell), seed) / "words", config.stage("task_lm", name, cell)
-            yield cell_place(place, cell, seed) / "labels", labels
+                yield (
+                    grid_point_place(place, lm_grid_point(grid_point), seed) / "task_lm",
+                    config.stage("task_lm", name, grid_point),
+                )
+            yield grid_point_place(place, grid_point, seed) / "task_soft_labels", labels
             if config.controls.hard_labels and arm is root:
-                yield cell_place(place, control_cell(cell), seed) / "hard_labels", labels
+                yield grid_point_place(place, control_grid_point(grid_point), seed) / "hard_labels", labels
 
 
-def cell_place(root: Path, cell: Cell, seed: int) -> Path:
-    """The folder of a cell and seed; without a sweep of the seed alone."""
-    return root / cell_name(cell) / f"seed-{seed}"
+def grid_point_place(root: Path, grid_point: GridPoint, seed: int) -> Path:
+    """The folder of a grid point and seed; without a sweep of the seed alone."""
+    return root / grid_point_name(grid_point) / f"seed-{seed}"
 
 
-def words_cell(cell: Cell) -> Cell:
-    """What the first pass has of a cell: cells that differ in the second pass alone share the first."""
-    return {key: value for key, value in cell.items() if key.startswith("task_lm.")}
+def lm_grid_point(grid_point: GridPoint) -> GridPoint:
+    """What the first pass has of a grid_point: grid points that differ in the second pass alone share the first."""
+    return {key: value for key, value in grid_point.items() if key.startswith("task_lm.")}
 
 
-def control_cell(cell: Cell) -> Cell:
-    """What the control has of a cell: of the first pass but the number of updates."""
+def control_grid_point(grid_point: GridPoint) -> GridPoint:
+    """What the control has of a grid_point: of the first pass but the number of updates."""
     return {
         key: value
-        for key, value in cell.items()
+        for key, value in grid_point.items()
         if key.startswith("task_soft_labels.") or key.partition(".")[2] in LENGTH_KEYS
     }
 

@@ -74,15 +74,17 @@ class Plan:
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool = True, try_out: bool = True) -> Plan:
+def make_plan(
+    config: RunConfig, *, synthetic: Path | None = None, hash_corpus: bool = True, try_out: bool = True
+) -> Plan:
     """Check everything and read the small things. Raises GlmdError, one line.
 
-    world: where the embedded world lies, for `data.world`. hash_corpus: read the corpus for `Plan.corpus`.
+    synthetic: where the embedded world lies, for `data.synthetic`. hash_corpus: read the corpus for `Plan.corpus`.
     try_out: make a small student and try it. Of many processes one need do each of the two.
     """
     method, config, asked = resolve(config)
-    tokenizer, teacher_config = _load_teacher_side(config, world)
-    if (config.data.corpus or world) and tokenizer.sep_token_id is None and tokenizer.eos_token_id is None:
+    tokenizer, teacher_config = _load_teacher_side(config, synthetic)
+    if (config.data.corpus or synthetic) and tokenizer.sep_token_id is None and tokenizer.eos_token_id is None:
         raise ConfigError(
             f"teacher.model {config.teacher.model}: its tokenizer has neither sep_token nor eos_token to put between "
             "documents; set one and save it"
@@ -92,8 +94,8 @@ def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool
     words = [word for name in config.tasks for word in task_of(config, name).verbalizers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
-    source = str(world / "superglue") if world else config.data.superglue
-    corpus = corpus_sources(config, world)
+    source = str(synthetic / "superglue") if synthetic else config.data.superglue
+    corpus = corpus_sources(config, synthetic)
     require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
     tasks = {name: _plan_task(config, name, method, source, verbalizers[name]) for name in config.tasks}
     _check_lengths(config, method, tasks, "the teacher", teacher_config)
@@ -113,7 +115,7 @@ def make_plan(config: RunConfig, *, world: Path | None = None, hash_corpus: bool
     )
     plan = _with_parameters(plan)
     if kept_words(cached_stages(config, method), method):
-        word_width(plan)  # refuses a teacher whose head is not one linear map
+        head_width(plan)  # refuses a teacher whose head is not one linear map
     _check_weight_files(config)
     if try_out:
         _try_student(plan)
@@ -138,9 +140,9 @@ def _try_student(plan: Plan) -> None:
     )
 
 
-def corpus_sources(config: RunConfig, world: Path | None) -> list[str]:
+def corpus_sources(config: RunConfig, synthetic: Path | None) -> list[str]:
     """Where the run's corpus lies; nowhere for a run without one."""
-    return [str(world / "corpus.txt")] if world else config.data.corpus
+    return [str(synthetic / "corpus.txt")] if synthetic else config.data.corpus
 
 
 def make_sketch(config: RunConfig) -> Plan:
@@ -172,7 +174,7 @@ def is_config_alone(model: str | None) -> bool:
     return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
 
 
-def word_width(plan: Plan) -> int:
+def head_width(plan: Plan) -> int:
     """H, what the teacher's final linear map sees of a token. Raises ModelError where there is no such map."""
     from glmd.models.heads import final_linear
 
@@ -180,7 +182,7 @@ def word_width(plan: Plan) -> int:
     return width
 
 
-def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]:
+def _load_teacher_side(config: RunConfig, synthetic: Path | None) -> tuple[Any, Any]:
     """The source tokenizer and the teacher's config, without weights."""
     from transformers import BertConfig
 
@@ -189,8 +191,8 @@ def _load_teacher_side(config: RunConfig, world: Path | None) -> tuple[Any, Any]
     teacher = config.teacher
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
     if teacher.model is None:
-        assert world is not None and teacher.scratch is not None, "checked before"
-        tokenizer = load_source_tokenizer(str(world / "tokenizer"))
+        assert synthetic is not None and teacher.scratch is not None, "checked before"
+        tokenizer = load_source_tokenizer(str(synthetic / "tokenizer"))
         unknown = set(teacher.scratch) - set(BertConfig().to_dict())
         if unknown:
             raise ConfigError(f"teacher.scratch.{min(unknown)} is no field of BertConfig")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glmd.config import RunConfig, StageConfig
-from glmd.distillation.objective import WORD_SIGNALS, Objective, load_method
+from glmd.distillation.objective import LM_SIGNALS, Objective, load_method
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError
 from glmd.tasks.tasks import Task, load_task
@@ -81,13 +81,13 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
     stages: dict[str, Any] = {}
     for name in ("pretraining", "task_lm", "task_soft_labels"):
         stage: StageConfig = getattr(config, name)
-        needed = name in method and method[name].needs_corruption
+        needed = name in method and method[name].needs_masking
         if stage.mlm_probability is None:
             default = 0.15 if needed or name == "pretraining" else 0.0
             stages[name] = replace(stage, mlm_probability=default)
         elif stage.mlm_probability == 0 and needed:
             raise ConfigError(
-                f"{name}.mlm_probability is 0, but method {config.method} speaks of corrupted tokens; give 0.15"
+                f"{name}.mlm_probability is 0, but method {config.method} speaks of masked tokens; give 0.15"
             )
         elif (
             name == "task_soft_labels"
@@ -118,8 +118,8 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
         raise ConfigError(
             f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
         )
-    if any(objective.needs_corruption for objective in method.values()):
-        raise ConfigError(f"method {config.method} speaks of corrupted tokens; a causal teacher has none: give glmd")
+    if any(objective.needs_masking for objective in method.values()):
+        raise ConfigError(f"method {config.method} speaks of masked tokens; a causal teacher has none: give glmd")
     given = {"pretraining": mlm_probability} | {
         name: getattr(config, name).mlm_probability for name in ("task_lm", "task_soft_labels")
     }
@@ -143,13 +143,13 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
         raise ConfigError(f"teacher.revision has no effect on the folder {teacher.model}; remove it")
     if teacher.model is None and teacher.scratch is None:
         raise ConfigError("teacher is missing; give teacher=FOLDER or a hub id")
-    if teacher.scratch is not None and not data.world:
-        raise ConfigError("teacher.scratch needs data.world, whose tokenizer it uses; give teacher=FOLDER instead")
-    if not (data.corpus or data.world) and "pretraining" in method:
+    if teacher.scratch is not None and not data.synthetic:
+        raise ConfigError("teacher.scratch needs data.synthetic, whose tokenizer it uses; give teacher=FOLDER instead")
+    if not (data.corpus or data.synthetic) and "pretraining" in method:
         raise ConfigError(f"data.corpus is missing; method {config.method} pretrains on it")
     for name, changes in config.tasks.items():
         own = changes.get("val") and (changes.get("train") or not learns_from_train(config, name))
-        if not (data.superglue or data.world or own):
+        if not (data.superglue or data.synthetic or own):
             raise ConfigError(f"data.superglue is missing; {name} is read from it (a folder, or aps/super_glue)")
     if not config.tasks and "pretraining" not in method:
         raise ConfigError(f"tasks is empty and method {config.method} has no pretraining; name a task")
@@ -218,8 +218,8 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
-    # The inputs of task_soft_labels are corrupted for terms that compare words, and for no others.
-    names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].uses(*WORD_SIGNALS)]
+    # The inputs of task_soft_labels are masked for terms that compare words, and for no others.
+    names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].uses(*LM_SIGNALS)]
     stages = [(name, config.pretraining) for name in names if name == "pretraining"]
     stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]
     for name, stage in stages:

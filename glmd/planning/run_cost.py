@@ -14,20 +14,20 @@ from typing import Any, Literal
 
 import torch
 
-from glmd.config import Cell, RunConfig
+from glmd.config import GridPoint, RunConfig
 from glmd.data.token_store import TokenStore, open_token_store
-from glmd.distillation.objective import HARD_LABELS, MASKED_WORDS, Objective
+from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, ModelError, RunError
-from glmd.planning.places import control_budget, control_cell, words_cell
-from glmd.planning.plan import Plan, word_width
+from glmd.planning.places import control_budget, control_grid_point, lm_grid_point
+from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
 from glmd.planning.stages import PlannedStage, planned_stages
 from glmd.planning.step_cost import Cast, Count, chunk_bytes, counted, timed
 from glmd.runtime.memory import USABLE, memory_of_this_machine
 
 Sharding = Literal["none", "fsdp"]
-LEARNS_FROM_LABELS = {"teacher": MASKED_WORDS, "task_teacher": HARD_LABELS, "hard_labels": HARD_LABELS}
+LEARNS_FROM_LABELS = {"teacher": MASKED_LM, "task_teacher": HARD_LABELS, "hard_labels": HARD_LABELS}
 
 
 @dataclass(frozen=True)
@@ -210,15 +210,21 @@ def _runs(config: RunConfig, kind: str) -> int:
     """How often a stage is run: in each seed, and a second pass after each of the first ones that a sweep makes."""
     if kind in ("teacher", "task_teacher", "pretraining"):
         return 1
-    part = {"task_lm": words_cell, "task_soft_labels": lambda cell: cell, "hard_labels": control_cell}[kind]
-    trained, lines = ({repr(each(cell)) for cell in config.cells} for each in (part, _line_cell(kind)))
+    part = {
+        "task_lm": lm_grid_point,
+        "task_soft_labels": lambda grid_point: grid_point,
+        "hard_labels": control_grid_point,
+    }[kind]
+    trained, lines = (
+        {repr(each(grid_point)) for grid_point in config.grid_points} for each in (part, _line_grid_point(kind))
+    )
     return len(config.seeds) * len(trained) // len(lines)
 
 
-def _line_cell(kind: str) -> Callable[[Cell], Cell]:
-    """What of a cell the lines of a stage differ by: those of the control follow the second pass."""
+def _line_grid_point(kind: str) -> Callable[[GridPoint], GridPoint]:
+    """What of a grid point the lines of a stage differ by: those of the control follow the second pass."""
     own = "task_lm." if kind == "task_lm" else "task_soft_labels."
-    return lambda cell: {key: value for key, value in cell.items() if key.startswith(own)}
+    return lambda grid_point: {key: value for key, value in grid_point.items() if key.startswith(own)}
 
 
 def _examples(stage: PlannedStage) -> list[Any]:
@@ -314,13 +320,13 @@ def _left_out(plan: Plan) -> list[str]:
 
 def _disk(plan: Plan, store: TokenStore | None) -> dict[str, float | None]:
     disk: dict[str, float | None] = {}
-    if plan.config.data.corpus or plan.config.data.world:
+    if plan.config.data.corpus or plan.config.data.synthetic:
         disk["corpus as ids"] = store.num_tokens * float(store.tokens.itemsize) if store is not None else None
     if "pretraining" in cached_stages(plan.config, plan.method):
         teacher = plan.config.teacher
         assert teacher.cache is not None, "a stage is cached somewhere"
         cache = TeacherCache(
-            Path(teacher.cache), (), width=word_width(plan), dtype=teacher.dtype, bits=teacher.cache_bits, made_from={}
+            Path(teacher.cache), (), width=head_width(plan), dtype=teacher.dtype, bits=teacher.cache_bits, made_from={}
         )
         a_token = float(cache.token_bytes * (plan.config.pretraining.num_maskings or 1))
         disk["teacher.cache, corpus"] = store.num_tokens * a_token if store is not None else None

@@ -6,7 +6,7 @@ print(describe(make_plan(config), world_size=1))
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmd.config import StageConfig, cell_name
+from glmd.config import StageConfig, grid_point_name
 from glmd.planning.plan import Plan, TaskPlan
 from glmd.planning.rules import task_stages
 
@@ -20,7 +20,7 @@ class PlannedStage:
     length: int  # tokens of a text, at most
     task: TaskPlan | None = None
     examples: int | None = None
-    swept: str = ""  # what the cell of a sweep changes
+    swept: str = ""  # what the grid point of a sweep changes
 
     @property
     def name(self) -> str:
@@ -42,11 +42,14 @@ def planned_stages(plan: Plan) -> Iterator[PlannedStage]:
         yield PlannedStage("pretraining", config.pretraining, config.pretraining.max_length or 0)
     for name, task in plan.tasks.items():
         for each in stages[name]:
-            # A first pass is shared by the cells that differ in the second alone.
-            cells = [{key: value for key, value in cell.items() if key.startswith(f"{each}.")} for cell in config.cells]
-            for number, cell in enumerate(cells):
-                if cell not in cells[:number]:
-                    stage = config.stage(each, name, cell)
+            # A first pass is shared by the grid points that differ in the second alone.
+            grid_points = [
+                {key: value for key, value in grid_point.items() if key.startswith(f"{each}.")}
+                for grid_point in config.grid_points
+            ]
+            for number, grid_point in enumerate(grid_points):
+                if grid_point not in grid_points[:number]:
+                    stage = config.stage(each, name, grid_point)
                     length = stage.max_length or task.task.max_length
-                    swept = cell_name(cell).replace(f"{each}.", "")
+                    swept = grid_point_name(grid_point).replace(f"{each}.", "")
                     yield PlannedStage(each, stage, length, task, len(task.inputs), swept)

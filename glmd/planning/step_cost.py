@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_
 from glmd.data.batches import Batch
 from glmd.data.masking import IGNORED
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import WORD_SIGNALS, Objective
+from glmd.distillation.objective import LM_SIGNALS, Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
@@ -90,7 +90,7 @@ class Step:
     def __init__(self, cast: Cast) -> None:
         self.cast, objective = cast, cast.objective
         asks_task = objective.uses("task_logits", "task_labels")
-        words, task = _models(cast, cast.student, torch.float32, objective.uses(*WORD_SIGNALS), asks_task)
+        words, task = _models(cast, cast.student, torch.float32, objective.uses(*LM_SIGNALS), asks_task)
         kept = np.arange(cast.student.vocab_size)
         vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
         self.distiller = Distiller(objective, vocabulary.token_map, language_model=words, classifier=task)

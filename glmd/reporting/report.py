@@ -54,10 +54,10 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def best_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
+def best_grid_points(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a sweep: system, task and the cell of each that the table shows."""
     best = _best_cells(results["rows"])
-    return [{"system": system, "task": task, "cell": cell} for (system, task), cell in best.items()]
+    return [{"system": system, "task": task, "grid_point": cell} for (system, task), cell in best.items()]
 
 
 def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -71,9 +71,9 @@ def _best_cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, A
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
     cells = {}
     for row in rows:
-        if "cell" in row and "agreement" in row:
-            name = json.dumps(row["cell"])
-            cells[name] = row["cell"]
+        if "grid_point" in row and "agreement" in row:
+            name = json.dumps(row["grid_point"])
+            cells[name] = row["grid_point"]
             values.setdefault((row["system"], row["task"]), {}).setdefault(name, []).append(_merit(row))
     return {
         key: cells[max(of_cell, key=lambda name: statistics.mean(of_cell[name]))] for key, of_cell in values.items()
@@ -93,14 +93,14 @@ def _merit(row: dict[str, Any]) -> float:
 def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> bool:
     """Whether a row belongs to its system's best cell; a first pass may be shared by several."""
     chosen = best.get((row["system"], row["task"]), {})
-    return row.get("cell", {}).items() <= chosen.items()
+    return row.get("grid_point", {}).items() <= chosen.items()
 
 
 def _sweep_note(rows: list[dict[str, Any]]) -> str:
-    swept = [row for row in rows if "cell" in row and "agreement" in row]
+    swept = [row for row in rows if "grid_point" in row and "agreement" in row]
     if not swept:
         return ""
-    count = len({json.dumps(row["cell"]) for row in swept if row["system"] == swept[0]["system"]})
+    count = len({json.dumps(row["grid_point"]) for row in swept if row["system"] == swept[0]["system"]})
     ways = [_is_by_agreement(row) for row in swept]
     by = "agreement with the teacher" if all(ways) else "score"
     if any(ways) and not all(ways):
@@ -110,12 +110,12 @@ def _sweep_note(rows: list[dict[str, Any]]) -> str:
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
     """Every cell of a sweep: mean and standard deviation of each system's scores and agreement."""
-    swept = [row for row in rows if "cell" in row and "agreement" in row]
+    swept = [row for row in rows if "grid_point" in row and "agreement" in row]
     best = _best_cells(rows)
     columns = list(dict.fromkeys((row["task"], m) for row in swept for m in (*row.get("metrics", ()), "agreement")))
     body = []
-    for system, cell in dict.fromkeys((row["system"], json.dumps(row["cell"])) for row in swept):
-        found = [row for row in swept if (row["system"], json.dumps(row["cell"])) == (system, cell)]
+    for system, cell in dict.fromkeys((row["system"], json.dumps(row["grid_point"])) for row in swept):
+        found = [row for row in swept if (row["system"], json.dumps(row["grid_point"])) == (system, cell)]
         cells = []
         for task, metric in columns:
             of_task = [row.get("metrics", {}) | row for row in found if row["task"] == task]
@@ -143,7 +143,7 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
         body.append([_LABELS[system], *cells])
     students = [row for row in scored if row["system"] == "student"]
     body.append(["student's agreement with the teacher", *_agreement(students, columns)])
-    without = [row | row["ordinary"] for row in students if "ordinary" in row]
+    without = [row | row["stock"] for row in students if "stock" in row]
     if without:
         cells = [
             _mean([row["metrics"][metric] for row in without if row["task"] == task and "metrics" in row])
@@ -212,7 +212,8 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
         if below > max(0.05, of_task[0].get("examples", 1) ** -0.5):
             found.append(
                 f"{task}: the student's {metric} is {below:.3f} below that of its control, which learned the labels "
-                "alone. Try another task_soft_labels.learning_rate or more of its epochs, a longer pretraining, or a larger "
+                "alone. Try another task_soft_labels.learning_rate or more of its epochs, a longer pretraining, or "
+                "a larger "
                 "vocabulary.keep_ratio."
             )
     return found
@@ -236,16 +237,16 @@ _LABELS = {
 def _word_table(rows: list[dict[str, Any]]) -> str:
     """Word prediction before and after each pass: how near the student's words are to the teacher's."""
     body = []
-    measured = {key for row in rows for key in row.get("words", ())}
+    measured = {key for row in rows for key in row.get("lm_scores", ())}
     # Of a decoder nothing is masked, of a masked LM no text is coded: one of both pairs is there.
     columns = {key: title for key, title in _WORD_COLUMNS.items() if key in measured}
-    groups = dict.fromkeys((row["system"], row["stage"], row["task"]) for row in rows if "words" in row)
+    groups = dict.fromkeys((row["system"], row["stage"], row["task"]) for row in rows if "lm_scores" in row)
     for system, stage, task in groups:
         found = [row for row in rows if (row["system"], row["stage"], row["task"]) == (system, stage, task)]
         cells = []
         for key in columns:
-            before = [row["words_before"][key] for row in found if key in row["words_before"]]
-            after = [row["words"][key] for row in found if key in row["words"]]
+            before = [row["lm_scores_before"][key] for row in found if key in row["lm_scores_before"]]
+            after = [row["lm_scores"][key] for row in found if key in row["lm_scores"]]
             is_changed = after and not key.startswith("teacher_")
             cells.append(f"{_mean(before)} → {_mean(after)}" if is_changed else _mean(after))
         where = "pretraining, held-out corpus" if task is None else f"{task} words pass, val inputs"

@@ -74,12 +74,14 @@ def verbalizer_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
         (pieces,) = ids_in_text([word], tokenizer)
         if len(pieces) != 1 or pieces[0] in tokenizer.all_special_ids:
             shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
-            raise ConfigError(f"task {task.name}: cloze.words: {word!r} is not one word of the vocabulary ({shown})")
+            raise ConfigError(
+                f"task {task.name}: cloze.verbalizers: {word!r} is not one word of the vocabulary ({shown})"
+            )
         _refuse_dropped(task, word, tokenizer, pieces[0])
         ids += pieces
     if len(set(ids)) < len(ids):
         raise ConfigError(
-            f"task {task.name}: cloze.words: {', '.join(task.verbalizers)} are one token to the tokenizer"
+            f"task {task.name}: cloze.verbalizers: {', '.join(task.verbalizers)} are one token to the tokenizer"
         )
     return tuple(ids)
 
@@ -92,7 +94,9 @@ def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> Non
         kept = tokenizer.convert_ids_to_tokens(token_id)
         if original != kept:
             found = f"{word!r} was dropped from this vocabulary, which reads {kept!r} for it"
-            raise ConfigError(f"task {task.name}: cloze.words: {found}; choose kept words, or vocabulary.keep_words")
+            raise ConfigError(
+                f"task {task.name}: cloze.verbalizers: {found}; choose kept words, or vocabulary.keep_words"
+            )
 
 
 def candidate_ids(examples: Sequence[TaskExample], tokenizer: Any) -> list[list[int]]:

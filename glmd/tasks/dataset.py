@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glmd.data.batches import CHUNK, Key
-from glmd.data.masking import IGNORED, Corruption, corrupted
+from glmd.data.masking import IGNORED, Masking, apply_masking
 from glmd.errors import DataError
 from glmd.tasks.cloze import candidate_ids, continuations, place, refuse_masks, with_masks
 from glmd.tasks.tasks import BLANK, TaskExample
@@ -32,12 +32,12 @@ class TaskDataset(Dataset[dict[str, Any]]):
         tokenizer: Any,
         *,
         max_length: int,
-        corruption: Corruption | None = None,
+        masking: Masking | None = None,
         verbalizers: Sequence[int] = (),
         mean_over_tokens: bool = False,
         is_causal: bool = False,
     ) -> None:
-        self.examples, self.corruption, self.mean_over_tokens = examples, corruption, mean_over_tokens
+        self.examples, self.masking, self.mean_over_tokens = examples, masking, mean_over_tokens
         self.verbalizers = np.array(verbalizers, dtype=np.int64)
         # Example i has the rows from first_row[i] up to first_row[i + 1].
         self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
@@ -121,7 +121,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return int(np.add.reduceat(lengths, self.first_row[:-1]).max())
 
     def fingerprint(self) -> str:
-        """sha256 of all that a teacher reads of the examples, uncorrupted; not of their labels."""
+        """sha256 of all that a teacher reads of the examples, unmasked; not of their labels."""
         digest = hashlib.sha256(repr((len(self), self.mean_over_tokens, self.verbalizers.tolist())).encode())
         digest.update(self.first_row.tobytes())
         for row in self.rows:
@@ -137,7 +137,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             numbers["mean_over_tokens"] = 1
         if not example.choices:
             words = {"verbalizers": self.verbalizers} if len(self.verbalizers) else {}
-            return corrupted({**rows[0], **numbers, **words}, key, self.corruption)
-        parts = [corrupted(dict(row), (*key, choice), self.corruption) for choice, row in enumerate(rows)]
+            return apply_masking({**rows[0], **numbers, **words}, key, self.masking)
+        parts = [apply_masking(dict(row), (*key, choice), self.masking) for choice, row in enumerate(rows)]
         columns = {name: [part[name] for part in parts] for name in parts[0]}
         return {**columns, **numbers, "num_choices": len(rows)}

@@ -46,7 +46,9 @@ class Cloze:
 
     text: str  # with {field} for a field, and {blank} once here or in text_pair (or where `placeholder` stands)
     text_pair: str | None = None  # the one without the blank loses its end at max_length
-    words: tuple[str, ...] = ()  # what fills the blank for each label: one token each. Candidates fill it themselves
+    verbalizers: tuple[
+        str, ...
+    ] = ()  # what fills the blank for each label: one token each. Candidates fill it themselves
     mean_over_tokens: bool = False  # a candidate's score: the mean of its tokens' log-probabilities, not their sum
 
 
@@ -89,7 +91,7 @@ class Task:
     @property
     def verbalizers(self) -> tuple[str, ...]:
         """The word of each label, where the task is asked as words in a blank."""
-        return self.cloze.words if self.cloze is not None and self.casting == "cloze" else ()
+        return self.cloze.verbalizers if self.cloze is not None and self.casting == "cloze" else ()
 
     def __post_init__(self) -> None:
         if self.casting == "cloze" and self.cloze is None:
@@ -160,9 +162,11 @@ class Task:
         if used.count("blank") != (self.placeholder is None):
             where = "no template: placeholder is given" if self.placeholder else "exactly one of text and text_pair"
             raise ConfigError(f"cloze: {{blank}} must stand once in {where}")
-        if len(set(cloze.words)) != len(cloze.words) or len(cloze.words) != (0 if self.is_choice else len(self.labels)):
+        if len(set(cloze.verbalizers)) != len(cloze.verbalizers) or len(cloze.verbalizers) != (
+            0 if self.is_choice else len(self.labels)
+        ):
             wanted = "nothing: the candidates fill the blank" if self.is_choice else "a different word for each label"
-            raise ConfigError(f"cloze.words must be {wanted}; got {', '.join(cloze.words) or 'none'}")
+            raise ConfigError(f"cloze.verbalizers must be {wanted}; got {', '.join(cloze.verbalizers) or 'none'}")
         if cloze.mean_over_tokens and not self.is_choice:
             raise ConfigError("cloze.mean_over_tokens has no effect on words of one token; remove it")
         return used

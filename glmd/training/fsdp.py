@@ -124,7 +124,7 @@ def _layer_classes(distiller: Distiller) -> set[str]:
 
 
 @torch.no_grad()
-def whole(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Tensor]:
     """Each tensor with all of its parts, on the CPU if ranks share it. All ranks must call; only some may want it."""
     found = {}
     for name, tensor in tensors.items():
@@ -134,7 +134,7 @@ def whole(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Te
     return found
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a whole tensor, which all ranks have, where `like` lies."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):

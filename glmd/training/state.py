@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glmd.distillation.distiller import Distiller
-from glmd.training.fsdp import part_of, whole
+from glmd.training.fsdp import full_tensors, shard_like
 
 LIBRARIES = ("torch", "transformers", "accelerate")
 # Raised by hand whenever the weights after a step change. A checkpoint of another number is not continued from.
@@ -26,13 +26,13 @@ def trainable(distiller: Distiller) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_trainable(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
     for name, parameter in trainable(distiller).items():
-        parameter.copy_(part_of(tensors[name], parameter))
+        parameter.copy_(shard_like(tensors[name], parameter))
 
 
-def fill(distiller: Distiller, trained: Distiller) -> None:
+def copy_weights_into(distiller: Distiller, trained: Distiller) -> None:
     """Give `distiller` the weights of the one that is trained, if that is another: a sharded one."""
     if trained is not distiller:
-        load_trainable(distiller.to("cpu"), whole(trainable(trained)))
+        load_trainable(distiller.to("cpu"), full_tensors(trainable(trained)))
 
 
 def optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tens
         if f"{name}.step" not in tensors:  # no step yet, as all were left out, or it had no gradient in any
             continue
         for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = part_of(tensors[f"{name}.{key}"], parameter)
+            optimizer.state[parameter][key] = shard_like(tensors[f"{name}.{key}"], parameter)
         # AdamW keeps its step counter beside the parameter only when fused.
         optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
 

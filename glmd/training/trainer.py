@@ -2,7 +2,7 @@
 
     result = Trainer(accelerator, folder, settings, seed=0, ...).run(distiller, teacher, dataset, collate)
 
-Order, corruption and dropout are functions of (seed, step), so a run that is killed anywhere and started again
+Order, masking and dropout are functions of (seed, step), so a run that is killed anywhere and started again
 ends in the same weights, bit for bit.
 """
 
@@ -38,12 +38,12 @@ from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
 from glmd.tasks.dataset import TaskDataset
 from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
-from glmd.training.fsdp import is_sharded, prepare_sharded, whole
+from glmd.training.fsdp import full_tensors, is_sharded, prepare_sharded
 from glmd.training.log import RunLog
 from glmd.training.state import (
     LIBRARIES,
     code_of_a_step,
-    fill,
+    copy_weights_into,
     load_optimizer,
     load_trainable,
     optimizer_tensors,
@@ -151,7 +151,7 @@ class Trainer:
                     self._log(meter, distiller, step, max_steps, optimizer)
                 if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
                     with meter.paused():
-                        fill(distiller, trained)
+                        copy_weights_into(distiller, trained)
                         self._keep_best(distiller)
                         model.train()
                         if trained is not distiller:
@@ -165,7 +165,7 @@ class Trainer:
                         logger.warning("step %d is saved; the same command goes on from there", step)
                     raise Interrupted(128 + stop)
         if self.evaluate is None:
-            fill(distiller, trained)
+            copy_weights_into(distiller, trained)
         else:
             best = load_agreed_checkpoint(self.folder / "best")
             assert best is not None, "the last step was evaluated"
@@ -326,7 +326,7 @@ class Trainer:
         self.progress.scaler = scaler.state_dict() if scaler is not None else None
         is_main = self.accelerator.is_main_process
         groups = {"model": trainable(distiller), "optimizer": optimizer_tensors(distiller, optimizer)}
-        tensors = {name: whole(group, wanted=is_main) for name, group in groups.items()}
+        tensors = {name: full_tensors(group, wanted=is_main) for name, group in groups.items()}
         folder, keep = self.folder / "checkpoints", self.settings.save_total_limit
         state = {
             "progress": vars(self.progress),

@@ -32,7 +32,7 @@ def must_keep_ids(
 
     These are special and added tokens, the unknown token, bytes, every piece of each of `words` (label words, names of
     classes), of `texts` (what a folder itself puts before an input) and of what its chat template writes, and, if
-    `single_characters`, every one-character piece: with them in place the ordinary tokenizer of the exported folder
+    `single_characters`, every one-character piece: with them in place the stock tokenizer of the exported folder
     spells a rare word out where it would else give up.
 
     ids: that the model's configs name, which would be stale if they were dropped; those out of range are left to

@@ -1,8 +1,8 @@
 """The tokenizer of a student whose vocabulary was compressed. This file travels inside every exported folder.
 
 Text is cut by the teacher's tokenizer, then each id is mapped onto a kept one, so that student and teacher see
-the same positions. Everything else (decoding, length, special tokens, padding) is an ordinary tokenizer over the
-kept tokens. Without this file the folder loads as that ordinary tokenizer, which cuts rare words differently.
+the same positions. Everything else (decoding, length, special tokens, padding) is an stock tokenizer over the
+kept tokens. Without this file the folder loads as that stock tokenizer, which cuts rare words differently.
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 """
@@ -103,7 +103,7 @@ class GlmdTokenizer(TokenizersBackend):
 
     @property
     def is_exact(self) -> bool:
-        """True: text is cut as the teacher cuts it. The ordinary tokenizer of the same folder lacks this property."""
+        """True: text is cut as the teacher cuts it. The stock tokenizer of the same folder lacks this property."""
         return True
 
     @property

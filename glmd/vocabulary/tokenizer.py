@@ -4,7 +4,7 @@
     save_tokenizer(tokenizer, folder)
     tokenizer = load_tokenizer(folder)
 
-The folder's tokenizer.json is an ordinary tokenizer over the kept tokens; the source tokenizer and the map lie
+The folder's tokenizer.json is an stock tokenizer over the kept tokens; the source tokenizer and the map lie
 beside it. Importing this module makes AutoTokenizer give the exact class for such folders.
 """
 
@@ -31,11 +31,11 @@ __all__ = [
     "GlmdTokenizer",
     "compress_tokenizer",
     "load_tokenizer",
-    "ordinary_tokenizer",
     "require_fast",
     "require_tokenizer",
     "save_tokenizer",
     "source_tokenizer",
+    "stock_tokenizer",
     "tokenizer_fingerprint",
     "vocabulary_of",
 ]
@@ -101,7 +101,7 @@ def compress_tokenizer(tokenizer: TokenizersBackend, vocabulary: Vocabulary) -> 
     return compressed
 
 
-def ordinary_tokenizer(tokenizer: GlmdTokenizer) -> TokenizersBackend:
+def stock_tokenizer(tokenizer: GlmdTokenizer) -> TokenizersBackend:
     """What plain AutoTokenizer gives without glmd: kept tokens alone, rare words cut into smaller ones of them."""
     return TokenizersBackend(tokenizer_object=_plain_backend(tokenizer), **_settings(tokenizer))
 

@@ -56,9 +56,9 @@ def test_version_and_wrong_usage(capsys):
 
 
 def plan_lines(text: str) -> dict[str, list[str]]:
-    """The cells of each line of a plan by the first; the last line of a name counts."""
+    """The grid points of each line of a plan by the first; the last line of a name counts."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
-    return {name: cells for name, *cells in rows}
+    return {name: grid_points for name, *grid_points in rows}
 
 
 def test_check_prints_the_plan_and_touches_nothing(glmd, tiny, tmp_path, monkeypatch):
@@ -98,7 +98,9 @@ def test_check_refuses_a_corpus_that_has_changed_since_the_run_began(refused, fi
 
 def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
     text = glmd("check", tiny.root / "run.yaml", f"output_dir={finished.folder}")
-    planned = {name: int(cells[0]) for name, cells in plan_lines(text).items() if name.startswith(("RTE", "pretr"))}
+    planned = {
+        name: int(grid_points[0]) for name, grid_points in plan_lines(text).items() if name.startswith(("RTE", "pretr"))
+    }
     trained = {row["stage"]: row["training"]["steps"] for row in finished.results["rows"]}
     assert planned == {
         "pretraining": trained["pretraining"],
@@ -129,7 +131,7 @@ def test_run_without_a_config_takes_its_first_word_for_an_override(refused):
     [
         ("tasks/RTE/seed-0/task_soft_labels/student", "labels", "student"),
         ("tasks/RTE/seed-0/hard_labels/student", "hard_labels", "hard labels"),
-        ("tasks/RTE/teacher/model", "task_teacher", "teacher"),
+        ("tasks/RTE/task_teacher/model", "task_teacher", "teacher"),
     ],
 )
 def test_evaluate_gives_the_score_of_the_run(glmd, finished, tiny, folder, stage, system):
@@ -144,7 +146,7 @@ def test_evaluate_gives_the_score_of_the_run(glmd, finished, tiny, folder, stage
 
 
 def test_evaluate_refuses_what_does_not_fit(refused, finished, tiny, tmp_path):
-    classifier = finished.folder / "tasks/RTE/teacher/model"
+    classifier = finished.folder / "tasks/RTE/task_teacher/model"
     assert "are not those of BoolQ" in refused("evaluate", classifier, "--task", "BoolQ", "--data", tiny.superglue)
     assert "did you mean RTE?" in refused("evaluate", classifier, "--task", "RTEE", "--data", tiny.superglue)
     assert "test.jsonl: no such file" in refused(
@@ -157,7 +159,7 @@ def test_predict_refuses_before_the_model_is_loaded(refused, finished, tiny, tmp
     monkeypatch.setattr("glmd.evaluation.scoring.load_classifier", lambda *_: pytest.fail("loaded"))
     rows = tmp_path / "rows.jsonl"
     row = '{"premise": "a", "hypothesis": "b"'
-    common = ("predict", finished.folder / "tasks/RTE/teacher/model", "--task", "RTE", "--file", rows)
+    common = ("predict", finished.folder / "tasks/RTE/task_teacher/model", "--task", "RTE", "--file", rows)
     rows.write_text(row + ', "idx": 1}\n')
     for output, says in ((tmp_path / "rows.jsonl", "exists already"), (rows / "below.jsonl", "is a file")):
         assert f"--output {output}: {says}; choose another" in refused(*common, "--output", output)
@@ -177,7 +179,7 @@ def test_predict_refuses_before_the_model_is_loaded(refused, finished, tiny, tmp
 
 def test_predict_numbers_rows_without_idx(glmd, finished, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"premise": "a", "hypothesis": "b"}\n\n' * 3)
-    classifier, output = finished.folder / "tasks/RTE/teacher/model", tmp_path / "out.jsonl"
+    classifier, output = finished.folder / "tasks/RTE/task_teacher/model", tmp_path / "out.jsonl"
     common = ("--task", "RTE", "--max-length", "32", "--file", tmp_path / "rows.jsonl")
     assert "answers to 3 examples" in glmd("predict", classifier, *common, "--output", output)
     assert [json.loads(line)["idx"] for line in output.read_text().splitlines()] == [0, 1, 2]

@@ -88,7 +88,7 @@ def test_masked_lms_of_other_families_distil_to_the_end(name, casting, models, t
             *(["tasks.RTE.definition=" + str(_roberta_rte(tmp_path))] if casting == "cloze" else []),
         )
     )
-    row = next(row for row in results["rows"] if row["stage"] == "labels")
+    row = next(row for row in results["rows"] if row["stage"] == "task_soft_labels")
     student = tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student"
     task = str(_roberta_rte(tmp_path)) if casting == "cloze" else "RTE"
     scores = evaluate_folder(str(student), task, str(tiny.superglue), "val", max_length=48, batch_size=5)
@@ -101,7 +101,7 @@ def _roberta_rte(folder):
     path.write_text(
         "name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: '{premise}'\n"
         "text_pair: '{hypothesis}'\nlabels: [entailment, not_entailment]\nmetrics: [accuracy]\nmax_length: 48\n"
-        "cloze: {text: 'light {blank} .', text_pair: '{premise} {hypothesis}', words: [dark, green]}\n"
+        "cloze: {text: 'light {blank} .', text_pair: '{premise} {hypothesis}', verbalizers: [dark, green]}\n"
     )
     return path
 

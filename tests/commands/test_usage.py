@@ -34,11 +34,11 @@ def test_the_line_is_that_of_the_folders_head(models, tmp_path, name, says):
         config = transformers.BertConfig(vocab_size=100, **sizes)
         folder = tmp_path / name
         getattr(transformers, name)(config).save_pretrained(folder)
-    assert says in usage(folder) and "trust_remote_code" not in usage(folder), "it has the ordinary tokenizer"
+    assert says in usage(folder) and "trust_remote_code" not in usage(folder), "it has the stock tokenizer"
 
 
 def test_a_compressed_decoder_that_transformers_cannot_open_alone_is_trusted_in_its_line(models, tmp_path, monkeypatch):
-    """Of some model types transformers has no tokenizer class: there the ordinary tokenizer does not open by itself."""
+    """Of some model types transformers has no tokenizer class: there the stock tokenizer does not open by itself."""
     from glmd.commands.compress import compress_model
 
     monkeypatch.setattr("glmd.commands.compress.check_exports", lambda folders: None)

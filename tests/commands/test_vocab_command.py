@@ -147,7 +147,10 @@ def test_unknown_tokens_are_no_coverage(tiny, tmp_path, caplog):
     assert 0 < curve.unknown < 1 and curve.points[0].coverage == pytest.approx(1 - curve.unknown)
     table = curve_table(curve)
     assert f"{curve.unknown:.2%} are unknown to the tokenizer, whatever is kept" in table
-    assert [cell.strip() for cell in table.splitlines()[2].split("|")[3:5]] == [f"{1 - curve.unknown:.2%}", "0.00%"]
+    assert [grid_point.strip() for grid_point in table.splitlines()[2].split("|")[3:5]] == [
+        f"{1 - curve.unknown:.2%}",
+        "0.00%",
+    ]
     assert json.loads(curve_json(curve))["unknown"] == curve.unknown
 
 

@@ -1,4 +1,4 @@
-"""Order, corruption and padding as functions of (seed, epoch, example id) alone."""
+"""Order, masking and padding as functions of (seed, epoch, example id) alone."""
 
 import dataclasses
 import pickle
@@ -17,7 +17,7 @@ from transformers import AddedToken
 
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
-from glmd.data.masking import IGNORED, Corruption, corruption_for
+from glmd.data.masking import IGNORED, Masking, masking_for
 from glmd.data.sampling import StepPlan, evaluation_batches, example_order, step_batches
 from glmd.data.token_store import TokenStore, build_token_store
 from glmd.errors import ConfigError, DataError
@@ -43,13 +43,13 @@ def store(tiny: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def blocks(store: TokenStore, tokenizer: Any) -> BlockDataset:
-    corruption = corruption_for(tokenizer, 0.3, seed=7)
+    masking = masking_for(tokenizer, 0.3, seed=7)
     total = store.num_blocks(10)
-    return BlockDataset(store, tokenizer, max_length=12, blocks=range(total), corruption=corruption)
+    return BlockDataset(store, tokenizer, max_length=12, blocks=range(total), masking=masking)
 
 
-def corruption(probability: float = 0.15, seed: int = 0) -> Corruption:
-    return Corruption(probability, MASK, SPECIAL, ORDINARY, seed)
+def masking(probability: float = 0.15, seed: int = 0) -> Masking:
+    return Masking(probability, MASK, SPECIAL, ORDINARY, seed)
 
 
 STRATEGIES = ("random", "batch_rebalance", "group_by_length")
@@ -161,18 +161,18 @@ def test_steps_of_like_length_come_in_another_order_in_every_epoch_not_from_long
         assert 6 < rises < 18, "of 24"
 
 
-# Corruption
+# Masking
 
 
 def test_corruption_is_a_function_of_seed_epoch_and_id_alone() -> None:
     ids = np.resize(ORDINARY, 64)
     expected = {
-        (seed, key): corruption(seed=seed)(ids, key) for seed in (0, 1) for key in ((0, 0), (0, 1), (1, 0), (1, 1))
+        (seed, key): masking(seed=seed)(ids, key) for seed in (0, 1) for key in ((0, 0), (0, 1), (1, 0), (1, 1))
     }
     np.random.seed(5)
-    for (seed, key), (corrupted, labels) in reversed(expected.items()):
-        again = corruption(seed=seed)(ids.copy(), key)
-        assert np.array_equal(again[0], corrupted) and np.array_equal(again[1], labels)
+    for (seed, key), (masked, labels) in reversed(expected.items()):
+        again = masking(seed=seed)(ids.copy(), key)
+        assert np.array_equal(again[0], masked) and np.array_equal(again[1], labels)
     assert len({tuple(labels) for _, labels in expected.values()}) == len(expected)
 
 
@@ -181,25 +181,25 @@ def test_a_tokens_corruption_does_not_depend_on_what_follows_in_other_examples(b
     blocks[0, 1]
     again = blocks[2, 5]
     assert np.array_equal(first["input_ids"], again["input_ids"])
-    assert not np.array_equal(first["lm_labels"], blocks[3, 5]["lm_labels"]), "another epoch, another corruption"
+    assert not np.array_equal(first["lm_labels"], blocks[3, 5]["lm_labels"]), "another epoch, another masking"
 
 
 def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
     n = 200_000
     ids = np.random.default_rng(0).choice(ORDINARY, n)
-    corrupted, labels = corruption(0.15)(ids, (0, 0))
+    masked, labels = masking(0.15)(ids, (0, 0))
     chosen = labels != IGNORED
 
     def near(count: int, total: int, share: float) -> bool:
         return abs(count - share * total) < 5 * (share * (1 - share) * total) ** 0.5
 
-    masked, stayed = corrupted[chosen] == MASK, corrupted[chosen] == ids[chosen]
+    masked, stayed = masked[chosen] == MASK, masked[chosen] == ids[chosen]
     total = int(chosen.sum())
     assert near(total, n, 0.15)
     assert near(int(masked.sum()), total, 0.8)
     # A random token is the old one once in len(ORDINARY) draws.
     assert near(int(stayed.sum()), total, 0.1 + 0.1 / len(ORDINARY))
-    drawn = Counter(corrupted[chosen][~masked & ~stayed].tolist())
+    drawn = Counter(masked[chosen][~masked & ~stayed].tolist())
     assert set(drawn) == set(ORDINARY.tolist())
     assert all(near(count, sum(drawn.values()), 1 / len(ORDINARY)) for count in drawn.values())
 
@@ -208,25 +208,25 @@ def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stay
 @given(st.lists(st.integers(0, V - 1), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 99))
 def test_labels_lie_where_a_token_was_chosen_and_special_tokens_never_are(ids: list[int], p: float, seed: int) -> None:
     before = np.array(ids)
-    corrupted, labels = corruption(p, seed)(before, (0, seed))
+    masked, labels = masking(p, seed)(before, (0, seed))
     chosen = labels != IGNORED
     assert np.array_equal(labels[chosen], before[chosen])
-    assert np.array_equal(corrupted[~chosen], before[~chosen])
+    assert np.array_equal(masked[~chosen], before[~chosen])
     assert not np.isin(before[chosen], SPECIAL).any()
-    assert np.isin(corrupted[chosen], [MASK, *ORDINARY]).all()
+    assert np.isin(masked[chosen], [MASK, *ORDINARY]).all()
     assert before.tolist() == ids, "the stored tokens stay"
 
 
 def test_the_corruption_of_a_tokenizer_knows_its_special_ids(tokenizer: Any) -> None:
-    assert corruption_for(tokenizer, 0.0, seed=0) is None
-    made = corruption_for(tokenizer, 0.4, seed=2)
+    assert masking_for(tokenizer, 0.0, seed=0) is None
+    made = masking_for(tokenizer, 0.4, seed=2)
     assert made is not None and (made.probability, made.mask_id, made.seed) == (0.4, tokenizer.mask_token_id, 2)
     assert made.special_ids.tolist() == sorted(tokenizer.all_special_ids)
-    assert made.ordinary_ids.tolist() == list(range(5, len(tokenizer)))
+    assert made.replacement_ids.tolist() == list(range(5, len(tokenizer)))
 
 
 def test_epochs_take_a_fixed_number_of_maskings_in_turn(tokenizer: Any) -> None:
-    free, fixed = (corruption_for(tokenizer, 0.4, 2, number) for number in (None, 3))
+    free, fixed = (masking_for(tokenizer, 0.4, 2, number) for number in (None, 3))
     assert free is not None and fixed is not None
     ids = np.arange(5, 45)
     for epoch in range(7):
@@ -241,7 +241,7 @@ def test_epochs_take_a_fixed_number_of_maskings_in_turn(tokenizer: Any) -> None:
 
 
 def test_a_block_is_the_corpus_between_cls_and_sep(store: TokenStore, tokenizer: Any) -> None:
-    data = BlockDataset(store, tokenizer, max_length=12, blocks=range(3, 9), corruption=None)
+    data = BlockDataset(store, tokenizer, max_length=12, blocks=range(3, 9), masking=None)
     assert len(data) == 6
     example = data[0, 2]
     ids = [tokenizer.cls_token_id, *store.tokens[50:60].tolist(), tokenizer.sep_token_id]
@@ -278,7 +278,7 @@ def test_a_task_example_is_a_pair_with_its_label_and_truncation_is_counted(token
 def test_a_corrupted_task_example_keeps_its_stored_tokens(tokenizer: Any) -> None:
     examples = [TaskExample(0, ((words(tokenizer, 20), None),), 1)]
     clean = TaskDataset(examples, tokenizer, max_length=32)[0, 0]["input_ids"]
-    data = TaskDataset(examples, tokenizer, max_length=32, corruption=corruption_for(tokenizer, 0.5, seed=0))
+    data = TaskDataset(examples, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     for epoch in range(3):
         example = data[epoch, 0]
         chosen = example["lm_labels"] != IGNORED
@@ -314,7 +314,7 @@ def test_the_choices_of_an_example_are_rows_of_the_batch_one_after_another(token
 def test_each_choice_is_corrupted_by_draws_of_its_own(tokenizer: Any) -> None:
     texts = ((words(tokenizer, 20), None),) * 2
     examples = [TaskExample(0, texts, 0, choices=("a", "b"))]
-    data = TaskDataset(examples, tokenizer, max_length=32, corruption=corruption_for(tokenizer, 0.5, seed=0))
+    data = TaskDataset(examples, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     first, second = data[0, 0]["lm_labels"]
     assert not np.array_equal(first, second)
     assert np.array_equal(first, data[0, 0]["lm_labels"][0]), "and the same ones whenever it is asked for"
@@ -407,7 +407,7 @@ def test_a_verbalizer_is_one_known_token(tokenizer: Any) -> None:
     assert verbalizer_ids(task(yes, no), tokenizer) == tuple(tokenizer.convert_tokens_to_ids([yes, no]))
     assert verbalizer_ids(load_task("RTE"), tokenizer) == ()
     for wrong in (f"{yes}{no}", "Ω", "[MASK]", "[PAD]"):
-        with pytest.raises(ConfigError, match=f"task RTE: cloze.words: {re.escape(repr(wrong))} is not one word"):
+        with pytest.raises(ConfigError, match=f"task RTE: cloze.verbalizers: {re.escape(repr(wrong))} is not one word"):
             verbalizer_ids(task(yes, wrong), tokenizer)
     with pytest.raises(ConfigError, match="are one token to the tokenizer"):
         verbalizer_ids(task(yes, yes.upper()), tokenizer)
@@ -496,7 +496,7 @@ def test_evaluation_sees_each_example_once_over_all_ranks(blocks: BlockDataset, 
             assert len(batch["example_id"]) <= batch_size
             seen += batch["example_id"].tolist()
             first = blocks[0, int(batch["example_id"][0])]["input_ids"]
-            assert batch["input_ids"][0, : len(first)].tolist() == first.tolist(), "the corruption of epoch 0"
+            assert batch["input_ids"][0, : len(first)].tolist() == first.tolist(), "the masking of epoch 0"
     assert sorted(seen) == list(range(len(blocks)))
 
 

@@ -23,7 +23,7 @@ TASKS = ("RTE", "BoolQ")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "world"
-    world.build_world(folder)
+    world.build_synthetic(folder)
     return folder
 
 
@@ -111,15 +111,13 @@ def shires(folder: Path) -> dict[str, str]:
 def test_the_bytes_do_not_depend_on_the_hash_seed(folder, tmp_path):
     for hash_seed in ("1", "2"):
         place = tmp_path / hash_seed
-        code = (
-            f"from pathlib import Path; from glmd.data.synthetic import build_world; build_world(Path({str(place)!r}))"
-        )
+        code = f"from glmd.data.synthetic import build_synthetic, Path; build_synthetic(Path({str(place)!r}))"
         subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
         assert contents(place) == contents(folder)
 
 
 def test_another_seed_gives_another_world(folder, tmp_path):
-    world.build_world(tmp_path / "other", seed=1)
+    world.build_synthetic(tmp_path / "other", seed=1)
     ours, others = contents(folder), contents(tmp_path / "other")
     assert ours.keys() == others.keys()
     assert [name for name in ours if ours[name] == others[name]] == ["tokenizer/tokenizer_config.json"]
@@ -127,7 +125,7 @@ def test_another_seed_gives_another_world(folder, tmp_path):
 
 def test_building_again_leaves_the_whole_world_untouched(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    world.build_world(folder)
+    world.build_synthetic(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -135,15 +133,15 @@ def test_building_again_leaves_the_whole_world_untouched(folder):
 @pytest.mark.parametrize("name", ["corpus.txt", "tokenizer/vocab.txt", "manifest.json"])
 def test_a_damaged_or_foreign_folder_is_refused_by_name(tmp_path, name):
     place = tmp_path / "world"
-    world.build_world(place)
+    world.build_synthetic(place)
     (place / name).write_text("something else")
     with pytest.raises(DataError, match=str(place)):
-        world.build_world(place)
+        world.build_synthetic(place)
 
 
 def test_a_world_of_another_seed_is_refused(folder):
     with pytest.raises(DataError, match="seed 5"):
-        world.build_world(folder, seed=5)
+        world.build_synthetic(folder, seed=5)
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -153,7 +151,7 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(world, "_write_world", fail)
     with pytest.raises(DiskError, match="disk full"):
-        world.build_world(tmp_path / "world")
+        world.build_synthetic(tmp_path / "world")
     assert list(tmp_path.iterdir()) == []
 
 

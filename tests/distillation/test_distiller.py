@@ -75,12 +75,12 @@ def teacher() -> OnlineTeacher:
 
 
 def batch(length: int = 7) -> Batch:
-    """Rows of 7, 4, 2 and 5 tokens, padded to `length`; about a third of the tokens are corrupted."""
+    """Rows of 7, 4, 2 and 5 tokens, padded to `length`; about a third of the tokens are masked."""
     generator = torch.Generator().manual_seed(0)
     valid = torch.arange(7) < torch.tensor([7, 4, 2, 5])[:, None]
     ids = torch.randint(5, V, (4, 7), generator=generator)
-    corrupted = (torch.rand(4, 7, generator=generator) < 0.4) & valid
-    labels = torch.randint(5, V, (4, 7), generator=generator).masked_fill(~corrupted, -100)
+    masked = (torch.rand(4, 7, generator=generator) < 0.4) & valid
+    labels = torch.randint(5, V, (4, 7), generator=generator).masked_fill(~masked, -100)
     padding = (0, length - 7)
     return {
         "input_ids": functional.pad(ids * valid, padding),

@@ -24,7 +24,7 @@ Write = Callable[[str, str], Path]
 
 
 def batch() -> dict[str, Tensor]:
-    """3 rows of 4, 2 and 3 tokens; 3 tokens were corrupted; one row has no label."""
+    """3 rows of 4, 2 and 3 tokens; 3 tokens were masked; one row has no label."""
     return {
         "input_ids": torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0], [2, 9, 3, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
@@ -89,7 +89,11 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
         ("pretraining: [{signal: task_logits, loss: mse}]", "[0].signal 'task_logits'", "lm_logits"),
         ("task_lm: [{signal: 3, loss: mse}]", "[0].signal 3", "task_logits"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergance}]", "[0].loss 'kl_divergance'", "did you mean kl_div"),
-        ("task_soft_labels: [{signal: task_labels, loss: mse}]", "[0].loss 'mse' does not fit task_labels", "hard_cross"),
+        (
+            "task_soft_labels: [{signal: task_labels, loss: mse}]",
+            "[0].loss 'mse' does not fit task_labels",
+            "hard_cross",
+        ),
         ("task_lm: [{signal: lm_logits, loss: mse, temperature: 2}]", "[0].temperature has no effect", "weight"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temprature: 2}]", "[0].temprature", "temperature?"),
         ("task_soft_labels: [{signal: task_logits, loss: mse, tokens: all}]", "[0].tokens has no effect", "weight"),
@@ -130,7 +134,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
 
 def test_lm_labels_speak_of_masked_tokens_only() -> None:
     term = parse_term({"signal": "lm_labels", "loss": "hard_cross_entropy"}, "here", "pretraining")
-    assert term == LABELS and term.needs_corruption
+    assert term == LABELS and term.needs_masking
     assert token_mask(term, batch()).sum() == 3
 
 
@@ -158,8 +162,8 @@ def test_count_positions_counts_pads_for_lm_logits_alone() -> None:
 def test_an_objective_knows_what_it_uses_and_whether_it_needs_corruption() -> None:
     assert Objective((WORDS, TASK)).uses("task_logits", "task_labels")
     assert not Objective((WORDS,)).uses("task_logits", "lm_labels")
-    assert not Objective((WORDS, TASK, TASK_LABELS)).needs_corruption
-    assert Objective((WORDS, MASKED)).needs_corruption and Objective((LABELS,)).needs_corruption
+    assert not Objective((WORDS, TASK, TASK_LABELS)).needs_masking
+    assert Objective((WORDS, MASKED)).needs_masking and Objective((LABELS,)).needs_masking
 
 
 # Means and weights

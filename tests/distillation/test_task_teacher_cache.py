@@ -16,7 +16,7 @@ import glmd.training.trainer
 from glmd.cli import main
 from glmd.config import TeacherConfig
 from glmd.data.batches import Batch, Collate
-from glmd.data.masking import corruption_for
+from glmd.data.masking import masking_for
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.cached_teacher import CachedTeacher, digests, packed, unpacked
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
@@ -130,8 +130,8 @@ def test_every_example_of_shuffled_batches_gets_its_own_answer(
     form, tiny, language_model, tokenizer, words, vocabulary, tmp_path, monkeypatch
 ):
     """Over three epochs of three maskings, in micro-batches of either of two ranks, begun in the middle."""
-    masked = corruption_for(tokenizer, 0.3, 0, 3) if form in ("pairs", "choices") else None
-    data, live = dataset(form, tokenizer, words, corruption=masked), teacher_of(form, tiny, language_model, vocabulary)
+    masked = masking_for(tokenizer, 0.3, 0, 3) if form in ("pairs", "choices") else None
+    data, live = dataset(form, tokenizer, words, masking=masked), teacher_of(form, tiny, language_model, vocabulary)
     monkeypatch.setattr("glmd.distillation.teacher_cache.SHARD_BYTES", data.longest * 16 * 2 * 7)  # seven examples
     cache = make(cache_of(tmp_path / "cache", data, form, maskings=3 if masked else 1), live)
     assert cache.num_shards > 3
@@ -286,13 +286,13 @@ def test_cached_passes_have_the_live_ones_loss_curves_and_seeds_and_cells_ask_no
     place = f"teacher.cache={tmp_path / 'cache'}"
     cached = run(tiny.config(tmp_path / "run", *both, place))
     assert set(asked) == {"cache"}
-    for stage in ("words", "/labels"):
+    for stage in ("/task_lm", "/task_soft_labels"):
         ours, theirs = losses(tmp_path / "run", stage), losses(tmp_path / "live", stage)
         assert len(ours) == 6 and ours != theirs and np.allclose(ours, theirs, rtol=1e-3, atol=0)
     rows = [{row["stage"]: row for row in results["rows"]} for results in (cached, live)]
-    for before in ("words_before", "words"):
+    for before in ("lm_scores_before", "lm_scores"):
         assert rows[0]["task_lm"][before] == pytest.approx(rows[1]["task_lm"][before], rel=1e-3)
-    assert rows[0]["labels"]["agreement"] == rows[1]["labels"]["agreement"]
+    assert rows[0]["task_soft_labels"]["agreement"] == rows[1]["task_soft_labels"]["agreement"]
     asked.clear()
     grown = ("seeds=[0, 1]", "sweep.task_soft_labels.learning_rate=[1e-3, 1e-2]", "controls.full_vocabulary=true")
     run(tiny.config(tmp_path / "run", *both, place, *grown))
@@ -314,7 +314,7 @@ def test_the_teacher_answers_val_once_for_all_seeds_cells_and_controls(tiny, tru
     place = f"teacher.cache={tmp_path / 'cache'}"
     stages = "teacher.cached_stages=[task_soft_labels]"
     run(tiny.config(tmp_path / "run", *RUN[2:], place, stages, "seeds=[0, 1, 2]", "method=kd"))
-    teacher = str(tmp_path / "run/tasks/RTE/teacher/model")
+    teacher = str(tmp_path / "run/tasks/RTE/task_teacher/model")
     assert loaded.count(teacher) == 2, "to make the cache, and to answer val; not for every seed"
 
 
@@ -363,7 +363,9 @@ def test_a_stage_left_out_asks_the_live_teacher(tiny, trusting, tmp_path, asked)
     assert set(asked) == {"live", "cache"}
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tasks"}
     assert not (tmp_path / "cache/tasks/RTE/task_lm").exists()
-    record = json.loads((tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/stage.json").read_text())["inputs"]["teacher.cache"]
+    record = json.loads((tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/stage.json").read_text())["inputs"][
+        "teacher.cache"
+    ]
     assert record == "float32"
 
 
@@ -374,7 +376,7 @@ def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     import glmd.pipeline.run
 
     glmd.pipeline.run.make_cache(tiny.config(place / "run", *RUN, f"teacher.cache={place / 'cache'}"))
-    return place / "cache", place / "run/tasks/RTE/teacher/model"
+    return place / "cache", place / "run/tasks/RTE/task_teacher/model"
 
 
 @pytest.mark.parametrize(
@@ -435,9 +437,7 @@ def test_a_disk_too_small_for_all_caches_together_is_refused_before_the_first(ti
     monkeypatch.setattr(Trainer, "run", stop)
     # 62 blocks of 16 tokens in two maskings, of 32 bytes a token, are some 65 kB, and the first pass 20 kB.
     monkeypatch.setattr("glmd.distillation.teacher_cache.shutil.disk_usage", lambda path: usage(10**6, 0, 70_000))
-    with pytest.raises(
-        RunError, match=r"MB for .*task_lm.*MB for .*cache are needed and 0.07 MB free; give another"
-    ):
+    with pytest.raises(RunError, match=r"MB for .*task_lm.*MB for .*cache are needed and 0.07 MB free; give another"):
         run(tiny.config(tmp_path / "run", *RUN, f"teacher.cache={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists()
 
@@ -462,7 +462,7 @@ def test_a_complete_cache_on_a_disk_that_cannot_be_written_is_read(made, tiny, t
 
 
 def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tmp_path, monkeypatch, caplog):
-    """Not again for every seed, cell and arm: of a terabyte that would be hours. A later run finds what is damaged."""
+    """Not again for every seed and grid point: of a terabyte that would be hours. A later run finds what is damaged."""
     import glmd.distillation.teacher_cache
 
     cache, read = shutil.copytree(made[0], tmp_path / "cache"), []

@@ -19,7 +19,7 @@ from glmd.cli import main
 from glmd.config import TeacherConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
-from glmd.data.masking import corruption_for
+from glmd.data.masking import masking_for
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.data.token_store import TokenStore, build_token_store
 from glmd.distillation.cached_teacher import CachedTeacher, _Header
@@ -67,9 +67,9 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 @pytest.fixture
 def blocks(store: TokenStore, tokenizer: Any) -> Callable[..., BlockDataset]:
     def blocks_of(*, held_out: bool = False, seed: int = 0, num_maskings: int | None = MASKINGS) -> BlockDataset:
-        total, corruption = store.num_blocks(10), corruption_for(tokenizer, 0.3, seed, num_maskings)
+        total, masking = store.num_blocks(10), masking_for(tokenizer, 0.3, seed, num_maskings)
         part = range(total - 5, total) if held_out else range(total - 5)
-        return BlockDataset(store, tokenizer, max_length=12, blocks=part, corruption=corruption)
+        return BlockDataset(store, tokenizer, max_length=12, blocks=part, masking=masking)
 
     return blocks_of
 
@@ -298,7 +298,7 @@ def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp
     ours, theirs = losses(tmp_path / "cached"), losses(tmp_path / "live")
     assert len(ours) == 24 and max(theirs) > 1.1 * min(theirs)
     assert ours != theirs and np.allclose(ours, theirs, rtol=1e-3, atol=0)
-    for before in ("words_before", "words"):
+    for before in ("lm_scores_before", "lm_scores"):
         got, expected = (result["rows"][0][before] for result in (cached, live))
         assert got == pytest.approx(expected, rel=1e-3)
 

@@ -19,7 +19,7 @@ from glmd.data.token_store import build_token_store
 from glmd.evaluation.bits_per_byte import naming_bits, score_text, text_bits, windows
 from glmd.vocabulary.build import build_vocabulary
 from glmd.vocabulary.slicing import slice_model
-from glmd.vocabulary.tokenizer import compress_tokenizer, load_tokenizer, ordinary_tokenizer, save_tokenizer
+from glmd.vocabulary.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer, stock_tokenizer
 
 DECODERS = ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM"]
 TEXTS = [TEXT, "a", "under the river " * 20, "  two\tspaces, 猫!\nand a line"]
@@ -118,7 +118,7 @@ def test_merging_words_makes_no_student_better(name, models):
     assert scores["exact_bits_per_byte"] == pytest.approx(
         scores["mapped_bits_per_byte"] + scores["naming_bits_per_byte"]
     )
-    tokens = len(np.concatenate(ordinary_tokenizer(tokenizer)(texts, add_special_tokens=False)["input_ids"]))
+    tokens = len(np.concatenate(stock_tokenizer(tokenizer)(texts, add_special_tokens=False)["input_ids"]))
     assert scores["bits_per_byte"] == pytest.approx(tokens * math.log2(vocabulary.size) / size)
     assert scores["tokens_per_byte"] * size == pytest.approx(tokens) and tokens > len(source)
     assert scores["restored"] == 1.0
@@ -141,7 +141,7 @@ def test_the_ordinary_tokenizer_is_what_stock_transformers_makes_of_the_folder(m
         _, tokenizer, _ = compressed(models, name)
         save_tokenizer(tokenizer, tmp_path / name)
         stock = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / name)
-        assert ordinary_tokenizer(tokenizer)(TEXTS)["input_ids"] == stock(TEXTS)["input_ids"]
+        assert stock_tokenizer(tokenizer)(TEXTS)["input_ids"] == stock(TEXTS)["input_ids"]
         assert stock(TEXTS)["input_ids"] != tokenizer(TEXTS)["input_ids"]
 
 
@@ -158,7 +158,7 @@ def test_text_of_blocks_is_the_documents_of_the_corpus(models, tmp_path):
     for name in DECODERS:
         tokenizer = load_tokenizer(models / name)
         store = build_token_store(tmp_path / name, [str(tmp_path / "corpus.txt")], tokenizer)
-        data = BlockDataset(store, tokenizer, max_length=9, blocks=range(1), corruption=None)
+        data = BlockDataset(store, tokenizer, max_length=9, blocks=range(1), masking=None)
         data.blocks = range(store.num_blocks(data.block_length))
         assert block_texts(data, tokenizer) == list(read_documents([str(tmp_path / "corpus.txt")]))
 

@@ -19,7 +19,7 @@ from glmd.data.batches import Collate
 from glmd.distillation.teacher import OnlineTeacher, unsound_examples
 from glmd.errors import NumericsError
 from glmd.evaluation.bits_per_byte import text_bits
-from glmd.evaluation.scoring import predict, score_words
+from glmd.evaluation.scoring import predict, score_lm
 from glmd.losses.finite import examples_of_tokens, require_finite, spoiled
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import TaskExample
@@ -85,7 +85,7 @@ def test_scores_of_words_that_are_not_finite_are_refused(tiny: Any, accelerator:
     teacher = OnlineTeacher(BertForMaskedLM(student.config), None, Vocabulary.identity(len(tokenizer)))
     student.cls.predictions.bias.data[3] = NAN
     with pytest.raises(NumericsError, match=r"student and teacher: the predictions of example 0"):
-        score_words(student, teacher, data, Collate(0), token_map=np.arange(len(tokenizer)), accelerator=accelerator)
+        score_lm(student, teacher, data, Collate(0), token_map=np.arange(len(tokenizer)), accelerator=accelerator)
 
 
 def test_bits_that_are_not_finite_are_refused(accelerator: Accelerator) -> None:

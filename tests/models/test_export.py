@@ -14,12 +14,12 @@ from glmd.commands.verify import verify_folder
 from glmd.errors import ModelError, RunError
 from glmd.models.card import PROBE, ModelCard, card_text
 from glmd.models.export import _probe, check_exports, export_model
-from glmd.vocabulary.tokenizer import load_tokenizer, ordinary_tokenizer
+from glmd.vocabulary.tokenizer import load_tokenizer, stock_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 FOLDERS = (
     "pretraining/student",
-    "tasks/RTE/teacher/model",
+    "tasks/RTE/task_teacher/model",
     "tasks/RTE/seed-0/task_lm/student",
     "tasks/RTE/seed-0/task_soft_labels/student",
     "tasks/RTE/seed-0/hard_labels/student",
@@ -135,7 +135,7 @@ def test_a_stranger_refuses_a_folder_that_would_give_other_logits(finished, tmp_
     change_weights(folder, drop_bias)
     assert "weights missing or unknown" in answer(folder) and "classifier.bias" in answer(folder)
     folder = copies(finished, tmp_path, "wordy")
-    shutil.copy(finished.folder / "tasks/RTE/teacher/model/tokenizer.json", folder)
+    shutil.copy(finished.folder / "tasks/RTE/task_teacher/model/tokenizer.json", folder)
     change_json(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
     assert "the tokenizer has 86 tokens, the model 51 rows" in answer(folder)
 
@@ -179,7 +179,7 @@ def test_a_card_names_hub_models_and_no_local_paths(tmp_path):
 
 def test_a_card_says_how_to_load_the_exact_tokenizer_without_glmd(finished):
     remote = 'AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)'
-    student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/teacher/model"
+    student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/task_teacher/model"
     assert f"tokenizer = {remote}  # runs tokenization_glmd.py of the folder\n" in (student / "README.md").read_text()
     assert (student / "tokenization_glmd.py").is_file()
     assert "trust_remote_code" not in (teacher / "README.md").read_text()
@@ -227,8 +227,8 @@ def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished,
     texts = texts_of(finished)
     expected = says_of(source, load_tokenizer(source), texts)
     torch.testing.assert_close(says_of(output, tokenizer, texts), expected, rtol=0, atol=1e-6)
-    # With the ordinary tokenizer it would be another answer.
-    assert not torch.allclose(says_of(source, ordinary_tokenizer(load_tokenizer(source)), texts), expected, atol=1e-4)
+    # With the stock tokenizer it would be another answer.
+    assert not torch.allclose(says_of(source, stock_tokenizer(load_tokenizer(source)), texts), expected, atol=1e-4)
     assert [check.line() for check in verify_folder(output) if check.problem] == []
     card, before = ((folder / "README.md").read_text() for folder in (output, source))
     assert "- kind: expanded" in card and "- max_length: 32" in card
@@ -262,7 +262,7 @@ def test_a_stock_student_has_the_ordinary_tokenizer_alone(finished, tmp_path):
     assert not {"token_map.json", "source_tokenizer.json", "tokenization_glmd.py"} & {p.name for p in output.iterdir()}
     assert "auto_map" not in (output / "tokenizer_config.json").read_text()
     tokenizer, exact = AutoTokenizer.from_pretrained(output), load_tokenizer(source)
-    ordinary, texts = ordinary_tokenizer(exact), texts_of(finished)
+    ordinary, texts = stock_tokenizer(exact), texts_of(finished)
     assert not hasattr(tokenizer, "is_exact") and tokenizer.get_vocab() == exact.get_vocab()
     assert all(tokenizer(text)["input_ids"] == ordinary(text)["input_ids"] for text in texts)
     assert any(tokenizer(text)["input_ids"] != exact(text)["input_ids"] for text in texts), "else this shows nothing"
@@ -281,7 +281,7 @@ def test_another_form_names_the_same_base_model(finished, tmp_path, no_fresh_pro
 
 
 def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
-    student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/teacher/model"
+    student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/task_teacher/model"
     for source, kind, error, says in (
         (student, "expanded", ModelError, "BertForMaskedLM predicts words"),
         (student, "exact", RunError, "is a model folder already; give --kind stock or expanded"),
@@ -295,16 +295,16 @@ def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
 
 def test_a_run_tells_how_its_student_does_without_glmd(finished, tiny, capsys):
     folder = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
-    row = next(row for row in finished.results["rows"] if row["stage"] == "labels")
+    row = next(row for row in finished.results["rows"] if row["stage"] == "task_soft_labels")
     arguments = {"max_length": 32, "batch_size": 16}
-    ordinary = evaluate_folder(str(folder), "RTE", str(tiny.superglue), "val", **arguments, ordinary=True)
-    assert ordinary["accuracy"] == pytest.approx(row["ordinary"]["metrics"]["accuracy"])
+    ordinary = evaluate_folder(str(folder), "RTE", str(tiny.superglue), "val", **arguments, stock=True)
+    assert ordinary["accuracy"] == pytest.approx(row["stock"]["metrics"]["accuracy"])
     card = (folder / "README.md").read_text()
     assert f"| accuracy, by plain AutoTokenizer | {ordinary['accuracy']:.4f} |" in card
-    teacher = str(finished.folder / "tasks/RTE/teacher/model")
+    teacher = str(finished.folder / "tasks/RTE/task_teacher/model")
     command = ["evaluate", teacher, "--task", "RTE", "--data", str(tiny.superglue), "--max-length", "32"]
-    assert main([*command, "--tokenizer", "ordinary"]) == 2
-    assert "--tokenizer ordinary has no effect" in capsys.readouterr().err
+    assert main([*command, "--tokenizer", "stock"]) == 2
+    assert "--tokenizer stock has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart", "GPT2"])

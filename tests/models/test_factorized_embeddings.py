@@ -133,7 +133,7 @@ text_pair: "{{hypothesis}}"
 labels: [entailment, not_entailment]
 metrics: [accuracy]
 max_length: 32
-cloze: {{text: "{{hypothesis}} {{blank}} .", text_pair: "{{premise}}", words: [{words}]}}
+cloze: {{text: "{{hypothesis}} {{blank}} .", text_pair: "{{premise}}", verbalizers: [{words}]}}
 """
 
 
@@ -169,7 +169,11 @@ def narrow_runs(tiny, tmp_path_factory):
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_every_student_of_a_run_is_stock_and_states_its_width(narrow_runs, architecture, casting):
     folder, results = narrow_runs(architecture, casting)
-    kinds = {"pretraining": "MaskedLM", "tasks/RTE/seed-0/task_lm": "MaskedLM", "tasks/RTE/seed-0/task_soft_labels": "MaskedLM"}
+    kinds = {
+        "pretraining": "MaskedLM",
+        "tasks/RTE/seed-0/task_lm": "MaskedLM",
+        "tasks/RTE/seed-0/task_soft_labels": "MaskedLM",
+    }
     if casting == "head":
         kinds["tasks/RTE/seed-0/task_soft_labels"] = "SequenceClassification"
         kinds["tasks/COPA/seed-0/task_soft_labels"] = "MultipleChoice"
@@ -179,7 +183,7 @@ def test_every_student_of_a_run_is_stock_and_states_its_width(narrow_runs, archi
             f"{CLASSES[architecture]}For{kind}"
         ]
         assert f"- embedding_size: {E} (hidden_size {H})\n" in (student / "README.md").read_text()
-    labels = [row for row in results["rows"] if row["stage"] == "labels"]
+    labels = [row for row in results["rows"] if row["stage"] == "task_soft_labels"]
     assert len(labels) == len(kinds) - 2 and all(0 <= row["agreement"] <= 1 for row in labels)
 
 

@@ -48,8 +48,8 @@ def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(na
     """Its exports are proved in a fresh process, and opened here by the general class."""
     results = run(decoder_run(tiny, models, name, tmp_path / "run"))
     (row,) = results["rows"]
-    assert row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
-    assert "masked_accuracy" not in row["words"], "nothing is masked"
+    assert row["lm_scores"]["kl_divergence"] < row["lm_scores_before"]["kl_divergence"]
+    assert "masked_accuracy" not in row["lm_scores"], "nothing is masked"
     assert "| bits per byte | with the exact tokenizer | teacher's |" in " ".join(results_table(results).split())
     assert "student: pretraining, held-out corpus" in results_table(results)
     folder = tmp_path / "run/pretraining/student"
@@ -68,9 +68,7 @@ def test_bits_per_byte_of_a_run_are_those_of_its_folders_on_the_held_out_text(ti
     name = DECODERS[1]
     (row,) = run(decoder_run(tiny, models, name, tmp_path / "run"))["rows"]
     source = load_tokenizer(models / name)
-    data = BlockDataset(
-        open_token_store(tmp_path / "run/corpus"), source, max_length=16, blocks=range(1), corruption=None
-    )
+    data = BlockDataset(open_token_store(tmp_path / "run/corpus"), source, max_length=16, blocks=range(1), masking=None)
     total = data.store.num_blocks(data.block_length)
     data.blocks = range(total - 4, total)
     texts, measured = block_texts(data, source), {}
@@ -78,11 +76,11 @@ def test_bits_per_byte_of_a_run_are_those_of_its_folders_on_the_held_out_text(ti
         model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
         measured[folder.name] = score_text(model, tokenizer, texts, max_length=16, accelerator=Accelerator(cpu=True))
     student = measured["student"]
-    assert {key: row["words"][key] for key in student} == pytest.approx(student, rel=1e-5)
-    assert row["words"]["teacher_bits_per_byte"] == pytest.approx(measured[name]["bits_per_byte"], rel=1e-5)
+    assert {key: row["lm_scores"][key] for key in student} == pytest.approx(student, rel=1e-5)
+    assert row["lm_scores"]["teacher_bits_per_byte"] == pytest.approx(measured[name]["bits_per_byte"], rel=1e-5)
     assert (
-        row["words_before"].keys() >= student.keys()
-        and row["words_before"]["bits_per_byte"] != student["bits_per_byte"]
+        row["lm_scores_before"].keys() >= student.keys()
+        and row["lm_scores_before"]["bits_per_byte"] != student["bits_per_byte"]
     )
 
 
@@ -93,15 +91,13 @@ def test_a_model_that_scales_its_logits_is_distilled_from_a_cache_and_exported_a
     """What a run measures of the student is what stock transformers computes of its folder."""
     config = decoder_run(tiny, models, name, tmp_path / "run", f"teacher.cache={tmp_path / 'cache'}")
     (row,) = run(config)["rows"]
-    assert row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
+    assert row["lm_scores"]["kl_divergence"] < row["lm_scores_before"]["kl_divergence"]
     folder = tmp_path / "run/pretraining/student"
     student, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(models / name).eval()
     vocabulary = Vocabulary.load(tmp_path / "run/vocabulary")
     source = load_tokenizer(models / name)
-    data = BlockDataset(
-        open_token_store(tmp_path / "run/corpus"), source, max_length=16, blocks=range(1), corruption=None
-    )
+    data = BlockDataset(open_token_store(tmp_path / "run/corpus"), source, max_length=16, blocks=range(1), masking=None)
     total = data.store.num_blocks(data.block_length)
     data.blocks = range(total - 4, total)
     kl = []
@@ -110,7 +106,7 @@ def test_a_model_that_scales_its_logits_is_distilled_from_a_cache_and_exported_a
         ours = student(input_ids=torch.from_numpy(vocabulary.token_map)[ids]).logits[0].log_softmax(-1)
         theirs = teacher(input_ids=ids).logits[0][:, vocabulary.kept_ids].log_softmax(-1)
         kl += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
-    assert row["words"]["kl_divergence"] == pytest.approx(np.mean(kl), rel=2e-3)  # the cache holds 16 bits
+    assert row["lm_scores"]["kl_divergence"] == pytest.approx(np.mean(kl), rel=2e-3)  # the cache holds 16 bits
     assert len(tokenizer) == student.config.vocab_size
 
 
@@ -140,7 +136,7 @@ def test_the_loss_is_that_of_whole_models_at_every_position(name, models, tmp_pa
     for parameter in student.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     store = build_token_store(tmp_path / "store", [str(models / "corpus.txt")], tokenizer)
-    data = BlockDataset(store, tokenizer, max_length=16, blocks=range(300), corruption=None)
+    data = BlockDataset(store, tokenizer, max_length=16, blocks=range(300), masking=None)
     last = store.num_blocks(data.block_length) - 1
     data.blocks = range(last + 1)
     batch = Collate(0)([data[0, i] for i in (0, 3, last)])  # the last block is a short one
@@ -205,7 +201,7 @@ def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, mod
         ),
         ("task_lm.mlm_probability=0.2", "task_lm.mlm_probability is 0.2; a causal teacher reads whole text"),
         ("pretraining.mlm_probability=0.15", "pretraining.mlm_probability is 0.15; a causal teacher reads whole text"),
-        ("method=glmd-masked-only", "method glmd-masked-only speaks of corrupted tokens; a causal teacher has none"),
+        ("method=glmd-masked-only", "method glmd-masked-only speaks of masked tokens; a causal teacher has none"),
         ("method=kd", "tasks is empty and method kd has no pretraining"),
     ],
 )
@@ -345,10 +341,10 @@ def test_a_decoder_without_a_pad_token_learns_tasks_to_the_end(tiny, models, tru
     tasks = f"tasks={{COPA: {{train: {rows}, val: {rows}}}}}"
     more = ["casting=cloze", "pretraining.max_steps=1", f"teacher={teacher}", *lengths]
     results = run(decoder_run(tiny, models, "GPT2LMHeadModel", tmp_path / "run", tasks, *more))
-    row = next(row for row in results["rows"] if row["stage"] == "labels")
+    row = next(row for row in results["rows"] if row["stage"] == "task_soft_labels")
     folder = tmp_path / "run/tasks/COPA/seed-0/task_soft_labels/student"
-    for ordinary, scores in ((False, row), (True, row["ordinary"])):
-        again = evaluate_folder(str(folder), "COPA", str(rows), "val", max_length=40, batch_size=1, ordinary=ordinary)
+    for stock, scores in ((False, row), (True, row["stock"])):
+        again = evaluate_folder(str(folder), "COPA", str(rows), "val", max_length=40, batch_size=1, stock=stock)
         assert again["accuracy"] == scores["metrics"]["accuracy"]
 
 
@@ -359,9 +355,9 @@ def test_a_teacher_in_half_precision_is_the_one_that_from_pretrained_gives(
     from glmd.pipeline.workbench import Workbench
 
     seen = []
-    real = Workbench.word_teacher
+    real = Workbench.lm_teacher
     monkeypatch.setattr(
-        Workbench, "word_teacher", lambda self, model, *rest: (seen.append(model), real(self, model, *rest))[1]
+        Workbench, "lm_teacher", lambda self, model, *rest: (seen.append(model), real(self, model, *rest))[1]
     )
     name = models / "LlamaForCausalLM"
     run(
@@ -384,9 +380,11 @@ def test_a_fine_tuned_causal_teacher_serves_another_run(tiny, models, trusting, 
     more = ["casting=cloze", "pretraining.max_steps=1", *lengths, "controls.hard_labels=false"]
     more += [f"tasks={{COPA: {{train: {rows}, val: {rows}}}}}"]
     first = run(decoder_run(tiny, models, "LlamaForCausalLM", tmp_path / "a", *more))
-    teacher = f"teacher.tasks.COPA={tmp_path / 'a/tasks/COPA/teacher/model'}"
+    teacher = f"teacher.tasks.COPA={tmp_path / 'a/tasks/COPA/task_teacher/model'}"
     second = run(decoder_run(tiny, models, "LlamaForCausalLM", tmp_path / "b", *more, teacher))
-    scores = [next(row for row in each["rows"] if row["stage"] == "labels")["agreement"] for each in (first, second)]
+    scores = [
+        next(row for row in each["rows"] if row["stage"] == "task_soft_labels")["agreement"] for each in (first, second)
+    ]
     assert scores[0] == scores[1]
 
 
@@ -402,7 +400,7 @@ def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trus
     definition.write_text(
         "name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: '{premise}'\n"
         "text_pair: '{hypothesis}'\nlabels: [entailment, not_entailment]\nmetrics: [accuracy]\nmax_length: 60\n"
-        "cloze: {text: '{hypothesis} ? {blank}', text_pair: '{premise}', words: [light, dark]}\n"
+        "cloze: {text: '{hypothesis} ? {blank}', text_pair: '{premise}', verbalizers: [light, dark]}\n"
     )
     config = decoder_run(
         tiny, models, "GPT2LMHeadModel", tmp_path / "run", f"tasks={{RTE: {{definition: {definition}}}}}",
@@ -411,7 +409,7 @@ def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trus
     )  # fmt: skip
     results = run(config)
     rows = {row["stage"]: row for row in results["rows"]}
-    assert rows["task_lm"]["words"]["kl_divergence"] != rows["task_lm"]["words_before"]["kl_divergence"]
+    assert rows["task_lm"]["lm_scores"]["kl_divergence"] != rows["task_lm"]["lm_scores_before"]["kl_divergence"]
     folder = tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student"
     model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     assert type(model).__name__ == "GPT2LMHeadModel"

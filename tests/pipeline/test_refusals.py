@@ -106,7 +106,7 @@ def test_a_setting_that_cannot_be_is_refused_without_weights(refusal, bare_teach
 
 def test_uncorrupted_input_is_refused_where_only_corrupted_tokens_are_distilled(refusal, bare_teacher):
     message = refusal("method=glmd-masked-only", "pretraining.mlm_probability=0", teacher=bare_teacher)
-    assert "pretraining.mlm_probability is 0, but method glmd-masked-only speaks of corrupted tokens" in message
+    assert "pretraining.mlm_probability is 0, but method glmd-masked-only speaks of masked tokens" in message
 
 
 def test_a_cache_that_nothing_reads_or_that_lies_in_its_run_is_refused(refusal, bare_teacher, tmp_path):
@@ -263,7 +263,7 @@ def test_a_training_file_that_nothing_learns_from_is_refused(refusal, tiny, fini
     rows = tiny.superglue / "RTE" / "train.jsonl"
     message = refusal(
         f"tasks.RTE={{inputs: {rows}, train: {rows}}}",
-        f"teacher.tasks.RTE={finished.folder / 'tasks/RTE/teacher/model'}",
+        f"teacher.tasks.RTE={finished.folder / 'tasks/RTE/task_teacher/model'}",
         "controls.hard_labels=false",
         teacher=tiny.teacher,
     )
@@ -417,18 +417,18 @@ def test_two_matrices_that_the_config_calls_one_are_refused(refusal, tiny, tmp_p
 
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_classifier_given_as_the_teacher_is_refused_with_its_place(refusal, finished, command):
-    classifier = finished.folder / "tasks/RTE/teacher/model"
+    classifier = finished.folder / "tasks/RTE/task_teacher/model"
     message = refusal(teacher=classifier, command=command)
     assert f"{classifier} holds a BertForSequenceClassification, which predicts no words" in message
     assert message.endswith(f"teacher=BASE teacher.tasks.RTE={classifier}")
 
 
 def test_classes_without_names_are_said_to_be_taken_in_the_tasks_order(finished, tiny, tmp_path, caplog):
-    folder = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "classifier")
+    folder = shutil.copytree(finished.folder / "tasks/RTE/task_teacher/model", tmp_path / "classifier")
     names = {0: "LABEL_0", 1: "LABEL_1"}
     change_config(folder, id2label=names, label2id={name: i for i, name in names.items()})
     words = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"teacher.tasks.RTE={folder}"]
-    for name, times in ((folder, 1), (finished.folder / "tasks/RTE/teacher/model", 0)):
+    for name, times in ((folder, 1), (finished.folder / "tasks/RTE/task_teacher/model", 0)):
         caplog.clear()
         assert main([*words[:-1], f"teacher.tasks.RTE={name}"]) == 0
         assert caplog.text.count("they are taken to be those of RTE in this order: entailment, not_entail") == times
@@ -438,7 +438,7 @@ def test_classes_without_names_are_said_to_be_taken_in_the_tasks_order(finished,
 def test_a_fine_tuned_teacher_whose_head_is_not_in_its_file_is_refused(refusal, finished, tmp_path, command):
     from safetensors.torch import load_file, save_file
 
-    folder = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "classifier")
+    folder = shutil.copytree(finished.folder / "tasks/RTE/task_teacher/model", tmp_path / "classifier")
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("classifier.bias")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glmd.cli import main
-from glmd.config import dump_config, load_config
+from glmd.config_file import dump_config, load_config
 from glmd.errors import ConfigError, GlmdError, ModelError, RunError
 from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run import run
@@ -75,14 +75,19 @@ def without_times(value):
 
 def test_a_run_leaves_these_files_and_no_others(finished):
     task = "tasks/RTE/seed-0"
-    models = {"pretraining/student", f"{task}/words/student", f"{task}/labels/student", f"{task}/hard_labels/student"}
+    models = {
+        "pretraining/student",
+        f"{task}/task_lm/student",
+        f"{task}/task_soft_labels/student",
+        f"{task}/hard_labels/student",
+    }
     expected = {"config.yaml", "lock", "log.jsonl", "results.json", "exports_checked.json"}
     expected |= {"corpus/manifest.json", "corpus/tokens.bin"}
     expected |= {f"vocabulary/{name}" for name in listing(finished.folder / "vocabulary")}
     expected |= {f"{folder}/{name}" for folder in models for name in STOCK | EXACT}
-    expected |= {f"tasks/RTE/teacher/model/{name}" for name in STOCK}
+    expected |= {f"tasks/RTE/task_teacher/model/{name}" for name in STOCK}
     expected |= {f"{folder.removesuffix('/student')}/stage.json" for folder in models}
-    expected |= {"vocabulary/stage.json", "tasks/RTE/teacher/stage.json"}
+    expected |= {"vocabulary/stage.json", "tasks/RTE/task_teacher/stage.json"}
     assert listing(finished.folder) == expected
 
 
@@ -108,18 +113,18 @@ def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
 def test_word_prediction_comes_nearer_to_the_teacher(finished):
     for stage in ("pretraining", "task_lm"):
         row = row_of(finished.results, stage)
-        assert 0 < row["words"]["kl_divergence"] < row["words_before"]["kl_divergence"]
+        assert 0 < row["lm_scores"]["kl_divergence"] < row["lm_scores_before"]["kl_divergence"]
 
 
 def test_the_log_has_every_interval_of_every_stage(finished):
     task = "tasks/RTE/seed-0"
     assert [(row["stage"], row["step"], row["max_steps"]) for row in log_rows(finished.folder)] == [
-        ("tasks/RTE/teacher", 3, 3),
+        ("tasks/RTE/task_teacher", 3, 3),
         ("pretraining", 2, 6),
         ("pretraining", 4, 6),
         ("pretraining", 6, 6),
-        (f"{task}/words", 3, 3),
-        (f"{task}/labels", 3, 3),
+        (f"{task}/task_lm", 3, 3),
+        (f"{task}/task_soft_labels", 3, 3),
         (f"{task}/hard_labels", 6, 6),
     ]
     assert all(np.isfinite(row["loss"]) and row["learning_rate"] > 0 for row in log_rows(finished.folder))
@@ -153,7 +158,7 @@ def test_scores_are_those_of_the_exported_folders(finished, tiny):
     """Batches, padding and token map of the run against none of them."""
     val = read_split(load_task("RTE"), str(tiny.superglue), "val", require_labels=True)
     labels = np.array([each.label for each in val])
-    teacher = answers(finished.folder / "tasks/RTE/teacher/model", val)
+    teacher = answers(finished.folder / "tasks/RTE/task_teacher/model", val)
     assert row_of(finished.results, "task_teacher", "teacher")["metrics"]["accuracy"] == (teacher == labels).mean()
     for name, system in (("labels", "student"), ("hard_labels", "hard labels")):
         row = row_of(finished.results, name, system)
@@ -191,11 +196,13 @@ def test_watching_a_run_otherwise_changes_no_stage(finished, tiny, trusting, tmp
 def test_a_further_seed_adds_its_stages_and_no_others(finished, tiny, trusting, tmp_path):
     folder = finished.copy(tmp_path / "run")
     results = run(tiny.config(folder, "seeds=[0,1]"))
-    added = {f"tasks/RTE/seed-1/{name}" for name in ("words", "labels", "hard_labels")}
+    added = {f"tasks/RTE/seed-1/{name}" for name in ("task_lm", "task_soft_labels", "hard_labels")}
     assert stages(folder) - stages(finished.folder) == added
     assert [row for row in results["rows"] if row["seed"] == 0] == finished.results["rows"]
     assert {name: each for name, each in weights(folder).items() if "seed-1" not in name} == weights(finished.folder)
-    first, second = (weights(folder)[f"tasks/RTE/seed-{seed}/task_soft_labels/student/model.safetensors"] for seed in (0, 1))
+    first, second = (
+        weights(folder)[f"tasks/RTE/seed-{seed}/task_soft_labels/student/model.safetensors"] for seed in (0, 1)
+    )
     assert first != second
 
 
@@ -295,8 +302,8 @@ def test_an_elastic_run_goes_on_with_other_processes_in_the_same_global_batches(
     record = json.loads((folder / LABELS / "stage.json").read_text())
     assert record["inputs"]["processes"] == 2 and record["inputs"]["stage"]["gradient_accumulation_steps"] == 1
     # 24 examples, in batches of 8 on each of two processes: one process takes both in a step.
-    assert row_of(results, "labels")["training"]["steps"] == 2
-    assert row_of(finished.results, "labels")["training"]["steps"] == 3
+    assert row_of(results, "task_soft_labels")["training"]["steps"] == 2
+    assert row_of(finished.results, "task_soft_labels")["training"]["steps"] == 3
 
 
 def test_an_elastic_run_is_asked_only_for_the_stages_that_are_still_to_come(finished, tiny, tmp_path):
@@ -354,16 +361,22 @@ def test_check_knows_by_how_many_processes_a_run_was_begun(
     said = capsys.readouterr()
     assert answer in said.out + said.err
     if answer in said.out:
-        assert " 16 " in next(line for line in said.out.splitlines() if "task_soft_labels" in line), "a batch of two ranks"
+        assert " 16 " in next(line for line in said.out.splitlines() if "task_soft_labels" in line), (
+            "a batch of two ranks"
+        )
 
 
 def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trusting, tmp_path):
-    named = shutil.copytree(finished.folder / "tasks/RTE/teacher/model", tmp_path / "named")
+    named = shutil.copytree(finished.folder / "tasks/RTE/task_teacher/model", tmp_path / "named")
     config = tiny.config(tmp_path / "run", f"teacher.tasks.RTE={named}", "controls.hard_labels=false")
     run(config)
     content = (named / "model.safetensors").read_bytes()
     (named / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    for stage, key in (("teacher", "start"), ("seed-0/task_lm", "classifier"), ("seed-0/task_soft_labels", "classifier")):
+    for stage, key in (
+        ("teacher", "start"),
+        ("seed-0/task_lm", "classifier"),
+        ("seed-0/task_soft_labels", "classifier"),
+    ):
         place = tmp_path / "run/tasks/RTE" / stage
         with pytest.raises(RunError) as refused:
             run(config)
@@ -393,7 +406,7 @@ def flip(path: Path) -> None:
         ("vocabulary", "vocabulary.safetensors", flip, "has changed"),
         ("pretraining", "student/model.safetensors", cut_short, "bytes, not"),
         ("pretraining", "student", shutil.rmtree, "is missing"),
-        ("tasks/RTE/teacher", "model/model.safetensors", flip, "has changed"),
+        ("tasks/RTE/task_teacher", "model/model.safetensors", flip, "has changed"),
         ("tasks/RTE/seed-0/task_lm", "student/config.json", Path.unlink, "is missing"),
         ("tasks/RTE/seed-0/task_soft_labels", "student/token_map.json", cut_short, "bytes, not"),
         ("tasks/RTE/seed-0/task_soft_labels", "student/export_probe.json", Path.unlink, "is missing"),
@@ -444,7 +457,7 @@ def test_each_result_of_a_finished_run_is_hashed_once(finished, tiny, tmp_path, 
     results = {path for path in listing(folder) if path.count("/") and path.startswith(("voc", "pre", "tasks"))}
     results = {path for path in results if not path.endswith(("README.md", "stage.json"))}
     assert {path for name, path in hashed if name == "file_sha256"} == {str(folder / path) for path in results}
-    starts = ("pretraining/student", "tasks/RTE/seed-0/task_lm/student", "tasks/RTE/teacher/model")
+    starts = ("pretraining/student", "tasks/RTE/seed-0/task_lm/student", "tasks/RTE/task_teacher/model")
     models = {path for name, path in hashed if name == "model_fingerprint"}
     assert models == {str(tiny.teacher), *(str(folder / start) for start in starts)}
 
@@ -585,7 +598,7 @@ LABELS, WORDS = "tasks/RTE/seed-0/task_soft_labels", "tasks/RTE/seed-0/task_lm"
 )
 def test_every_method_runs_its_terms(tiny, trusting, tmp_path, method, expected):
     results = run(tiny.config(tmp_path / "run", f"method={method}", "controls.hard_labels=false"))
-    logged = {row["stage"]: row for row in log_rows(tmp_path / "run") if row["stage"] != "tasks/RTE/teacher"}
+    logged = {row["stage"]: row for row in log_rows(tmp_path / "run") if row["stage"] != "tasks/RTE/task_teacher"}
     is_glmd = method.startswith("glmd")
     assert set(logged) == {LABELS} | ({"pretraining"} if method != "kd" else set()) | ({WORDS} if is_glmd else set())
     for stage, terms in expected.items():
@@ -593,7 +606,7 @@ def test_every_method_runs_its_terms(tiny, trusting, tmp_path, method, expected)
         assert set(losses) == terms
         assert all(np.isfinite(value) and value > 0 for value in losses.values())
         assert logged[stage]["loss"] == pytest.approx(sum(losses.values()), rel=1e-6)
-    assert 0 <= row_of(results, "labels")["metrics"]["accuracy"] <= 1
+    assert 0 <= row_of(results, "task_soft_labels")["metrics"]["accuracy"] <= 1
 
 
 def test_selection_by_validation_exports_the_best_epoch(tiny, trusting, tmp_path):
@@ -606,7 +619,7 @@ def test_selection_by_validation_exports_the_best_epoch(tiny, trusting, tmp_path
     )
     longer = ("task_soft_labels.num_train_epochs=4", "task_soft_labels.learning_rate=1e-2")
     results = run(tiny.config(tmp_path / "run", *options, *longer))
-    row = row_of(results, "labels")
+    row = row_of(results, "task_soft_labels")
     scores = {
         each["step"]: each["score"]
         for each in log_rows(tmp_path / "run")
@@ -623,12 +636,12 @@ def test_a_named_teacher_distils_unlabeled_examples(tiny, finished, trusting, tm
     train = tmp_path / "unlabeled.jsonl"
     rows = [json.loads(line) for line in (tiny.superglue / "RTE/train.jsonl").read_text().splitlines()]
     train.write_text("".join(json.dumps({key: row[key] for key in ("premise", "hypothesis")}) + "\n" for row in rows))
-    named = finished.folder / "tasks/RTE/teacher/model"
+    named = finished.folder / "tasks/RTE/task_teacher/model"
     config = tiny.config(
         tmp_path / "run", f"teacher.tasks.RTE={named}", f"tasks.RTE.train={train}", "controls.hard_labels=false"
     )
     results = run(config)
-    assert not (tmp_path / "run/tasks/RTE/teacher/model").exists()
+    assert not (tmp_path / "run/tasks/RTE/task_teacher/model").exists()
     row = row_of(results, "task_teacher", "teacher")
     assert "training" not in row
     assert row["metrics"] == row_of(finished.results, "task_teacher", "teacher")["metrics"]
@@ -660,7 +673,7 @@ def test_bf16_between_float32_runs_of_one_process_keeps_weights_in_float32(tiny,
     results = run(tiny.config(tmp_path / "bf16", *options))
     tensors = load_file(tmp_path / "bf16/pretraining/student/model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    words, expected = (row_of(each, "pretraining")["words"]["kl_divergence"] for each in (results, pretrained[0]))
+    words, expected = (row_of(each, "pretraining")["lm_scores"]["kl_divergence"] for each in (results, pretrained[0]))
     assert words == pytest.approx(expected, rel=0.02) and words != expected
     run(tiny.config(tmp_path / "float32", "tasks={}"))
     assert weights(tmp_path / "float32")[PRETRAINED] == weights(pretrained[1])[PRETRAINED]
@@ -756,7 +769,7 @@ def test_a_run_killed_at_any_change_on_disk_ends_in_the_same_weights(finished, t
     assert listing(tmp_path / "run") == listing(finished.folder)
     results = json.loads((tmp_path / "run/results.json").read_text())
     for row, expected in zip(results["rows"], finished.results["rows"], strict=True):
-        for key in ("metrics", "agreement", "words", "words_before", "parameters"):
+        for key in ("metrics", "agreement", "lm_scores", "lm_scores_before", "parameters"):
             assert row.get(key) == expected.get(key)
 
 
@@ -766,7 +779,7 @@ def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(
     for name, part in (("inputs", rows[:16]), ("val", rows[16:])):
         unlabeled = [{key: row[key] for key in ("premise", "hypothesis")} for row in part]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unlabeled))
-    named = finished.folder / "tasks/RTE/teacher/model"
+    named = finished.folder / "tasks/RTE/task_teacher/model"
     results = run(
         tiny.config(
             tmp_path / "run",
@@ -778,7 +791,7 @@ def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(
             "task_soft_labels.num_train_epochs=3",
         )
     )
-    row = row_of(results, "labels")
+    row = row_of(results, "task_soft_labels")
     assert "metrics" not in row and "constant" not in row
     assert row["selection"] == "nearest to the teacher on val inputs"
     assert row["inputs"] == {"examples": 16, "labeled": 0}
@@ -797,7 +810,7 @@ def test_the_teacher_and_the_control_learn_from_train_when_the_student_has_input
     rows = (tiny.superglue / "RTE/train.jsonl").read_text().splitlines()
     inputs.write_text("".join(line + "\n" for line in rows[:8]))
     results = run(tiny.config(tmp_path / "run", f"tasks.RTE.inputs={inputs}"))
-    teacher = "tasks/RTE/teacher/model/model.safetensors"
+    teacher = "tasks/RTE/task_teacher/model/model.safetensors"
     assert weights(tmp_path / "run")[teacher] == weights(finished.folder)[teacher]
     steps = {row["stage"]: row["training"]["steps"] for row in results["rows"]}
     assert steps["task_lm"] == steps["labels"] == 1 and steps["task_teacher"] == 3

@@ -87,12 +87,12 @@ def test_a_kill_while_the_world_is_made_leaves_no_part_of_it_for_ever(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from glmd.data import synthetic as world
-    from glmd.pipeline.run import _build_world
+    from glmd.pipeline.run import _build_synthetic
 
-    (folder.path / ".world-x1y2z3" / "superglue").mkdir(parents=True)  # what a kill -9 leaves
-    monkeypatch.setattr(world, "build_world", Path.mkdir)
-    assert _build_world(folder.path) == folder.path / "world"
-    assert [path.name for path in folder.path.iterdir()] == ["world"]
+    (folder.path / ".synthetic-x1y2z3" / "superglue").mkdir(parents=True)  # what a kill -9 leaves
+    monkeypatch.setattr(world, "build_synthetic", Path.mkdir)
+    assert _build_synthetic(folder.path) == folder.path / "synthetic"
+    assert [path.name for path in folder.path.iterdir()] == ["synthetic"]
 
 
 def test_the_lock_names_process_and_host(folder: RunFolder) -> None:

@@ -74,12 +74,17 @@ def test_every_task_runs_on_its_real_files(shared, tiny, teacher, trusting, tmp_
         *(f"{key}={json.dumps(value)}" for key, value in stages.items()),
     )
     results = run(config)
-    scored = {row["task"]: row for row in results["rows"] if (row["system"], row["stage"]) == ("student", "labels")}
+    scored = {
+        row["task"]: row for row in results["rows"] if (row["system"], row["stage"]) == ("student", "task_soft_labels")
+    }
     assert set(scored) == set(FILES)
     for row in scored.values():
         assert row["metrics"] and all(0 <= value <= 1 for value in row["metrics"].values())
     for task, row in scored.items():
-        student, output = str(tmp_path / f"run/tasks/{task}/seed-0/task_soft_labels/student"), tmp_path / f"{task}.predictions"
+        student, output = (
+            str(tmp_path / f"run/tasks/{task}/seed-0/task_soft_labels/student"),
+            tmp_path / f"{task}.predictions",
+        )
         arguments = [student, "--task", task, "--max-length", "256"]
         file = tasks[task]["val"]
         assert main(["predict", *arguments, "--file", file, "--output", str(output)]) == 0

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, LlamaConfig
 
 from glmd.cli import main
-from glmd.config import StageConfig, load_config
+from glmd.config import StageConfig
+from glmd.config_file import load_config
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term, load_method
 from glmd.distillation.teacher import OnlineTeacher
@@ -252,7 +253,7 @@ def config_alone(tmp_path):
     config = bert(2, V)
     config.architectures = ["BertForMaskedLM"]
     config.save_pretrained(tmp_path / "teacher")
-    data = ["data.world=false", "data.corpus=[absent]", "data.superglue=absent"]
+    data = ["data.synthetic=false", "data.corpus=[absent]", "data.superglue=absent"]
     return [*data, f"output_dir={tmp_path / 'run'}", f"teacher={tmp_path}/teacher"]
 
 

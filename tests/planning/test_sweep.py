@@ -5,7 +5,8 @@ import json
 import pytest
 
 from glmd.cli import main
-from glmd.config import cell_name, load_config
+from glmd.config import grid_point_name
+from glmd.config_file import load_config
 from glmd.errors import ConfigError
 from glmd.pipeline.run import run
 from glmd.planning.places import stage_places
@@ -29,23 +30,25 @@ def swept(tiny, tmp_path_factory):
 
 def test_cells_share_all_that_they_have_in_common(swept, finished):
     folder, results = swept
-    shared = {stage for stage in stages(finished.folder) if not stage.endswith("labels")}
-    cells = [f"{TASK}/task_soft_labels.learning_rate={rate}/seed-0" for rate in ("0.001", "0.05")]
-    assert stages(folder) == shared | {f"{cell}/{stage}" for cell in cells for stage in ("labels", "hard_labels")}
-    rows = [(row["stage"], row.get("cell")) for row in results["rows"]]
+    shared = {stage for stage in stages(finished.folder) if not stage.endswith(("task_soft_labels", "hard_labels"))}
+    grid_points = [f"{TASK}/task_soft_labels.learning_rate={rate}/seed-0" for rate in ("0.001", "0.05")]
+    assert stages(folder) == shared | {
+        f"{grid_point}/{stage}" for grid_point in grid_points for stage in ("task_soft_labels", "hard_labels")
+    }
+    rows = [(row["stage"], row.get("grid_point")) for row in results["rows"]]
     assert len(rows) == len(stages(folder)) - 1, "a row for every stage but the vocabulary's, none twice"
-    assert ("labels", {"task_soft_labels.learning_rate": 0.05}) in rows and ("task_lm", None) in rows
+    assert ("task_soft_labels", {"task_soft_labels.learning_rate": 0.05}) in rows and ("task_lm", None) in rows
 
 
 def test_a_cell_is_the_run_with_its_settings(swept, finished):
     """The tiny run's own learning rate is one of the two."""
-    for stage in ("labels", "hard_labels"):
+    for stage in ("task_soft_labels", "hard_labels"):
         path = f"{stage}/student/model.safetensors"
-        cell, other = (
+        grid_point, other = (
             (swept[0] / TASK / f"task_soft_labels.learning_rate={rate}/seed-0" / path).read_bytes()
             for rate in ("0.001", "0.05")
         )
-        assert cell == (finished.folder / TASK / "seed-0" / path).read_bytes() != other
+        assert grid_point == (finished.folder / TASK / "seed-0" / path).read_bytes() != other
 
 
 def test_a_further_value_trains_its_cells_alone(swept, tiny, trusting, tmp_path, monkeypatch):
@@ -57,19 +60,24 @@ def test_a_further_value_trains_its_cells_alone(swept, tiny, trusting, tmp_path,
     real = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self, *rest: trained.append(self.stage) or real(self, *rest))
     results = run(tiny.config(folder, "sweep.task_soft_labels.learning_rate=[1e-3, 5e-2, 1e-2]"))
-    assert trained == [f"{TASK}/task_soft_labels.learning_rate=0.01/seed-0/{each}" for each in ("labels", "hard_labels")]
-    assert sum("cell" in row for row in results["rows"]) == 6
+    assert trained == [
+        f"{TASK}/task_soft_labels.learning_rate=0.01/seed-0/{each}" for each in ("task_soft_labels", "hard_labels")
+    ]
+    assert sum("grid_point" in row for row in results["rows"]) == 6
 
 
 def test_cells_of_the_first_pass_have_a_first_pass_each(tiny, trusting, tmp_path):
     axes = "{task_lm: {max_steps: [1, 2]}, task_soft_labels: {num_train_epochs: [1.0, 2.0]}}"
     folder = tmp_path / "run"
     results = run(tiny.config(folder, f"sweep={axes}", "controls.hard_labels=false", "pretraining.max_steps=2"))
-    steps = {"task_lm": [], "labels": []}
+    steps = {"task_lm": [], "task_soft_labels": []}
     for row in results["rows"]:
         if row["stage"] in steps:
-            steps[row["stage"]].append((*row["cell"].values(), row["training"]["steps"]))
-    assert steps == {"task_lm": [(1, 1), (2, 2)], "labels": [(1, 1.0, 3), (1, 2.0, 6), (2, 1.0, 3), (2, 2.0, 6)]}
+            steps[row["stage"]].append((*row["grid_point"].values(), row["training"]["steps"]))
+    assert steps == {
+        "task_lm": [(1, 1), (2, 2)],
+        "task_soft_labels": [(1, 1.0, 3), (1, 2.0, 6), (2, 1.0, 3), (2, 2.0, 6)],
+    }
     first = f"{TASK}/task_lm.max_steps=2,task_soft_labels.num_train_epochs=1.0/seed-0/task_soft_labels"
     record = json.loads((folder / first / "stage.json").read_text())
     from glmd.models.loading import model_fingerprint
@@ -78,10 +86,11 @@ def test_cells_of_the_first_pass_have_a_first_pass_each(tiny, trusting, tmp_path
     assert record["inputs"]["start"] == model_fingerprint(str(words)), "each from its own first pass"
 
 
-def scored(system: str, cell: dict, accuracy: float, **more) -> dict:
+def scored(system: str, grid_point: dict, accuracy: float, **more) -> dict:
     return {
-        "system": system, "task": "RTE", "stage": "labels", "seed": more.pop("seed", 0), "split": "val",
-        "selection": "last", "casting": "head", "metrics": {"accuracy": accuracy}, "agreement": 0.5, "cell": cell,
+        "system": system, "task": "RTE", "stage": "task_soft_labels", "seed": more.pop("seed", 0), "split": "val",
+        "selection": "last", "casting": "head", "metrics": {"accuracy": accuracy}, "agreement": 0.5,
+        "grid_point": grid_point,
         "constant": {"accuracy": 0.5},
     } | more  # fmt: skip
 
@@ -94,7 +103,7 @@ PARAMETERS = {"teacher": {"total": 1, "vocabulary": 1, "body": 0}}
 
 def line_of(text: str, first: str) -> list[str]:
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {first} "))
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+    return [grid_point.strip() for grid_point in line.strip("|").split("|")][1:]
 
 
 def test_the_table_has_the_best_mean_of_a_system_and_every_cell_below():
@@ -106,7 +115,7 @@ def test_the_table_has_the_best_mean_of_a_system_and_every_cell_below():
     text = results_table({"rows": rows, "parameters": PARAMETERS})
     assert line_of(text, "student (distilled)") == ["0.750 ± 0.000"]
     assert line_of(text, "control: same student, hard labels only") == ["0.600"]
-    assert "the best of 2 cells, chosen on val by score; below all, it with a *" in text
+    assert "the best of 2 grid points, chosen on val by score; below all, it with a *" in text
     assert line_of(text, "student: labels.learning_rate=1e-05")[0].startswith("0.700 ± 0.28")
     assert line_of(text, "student: labels.learning_rate=0.0001")[0] == "0.750 ± 0.000 *"
     assert line_of(text, "hard labels: labels.learning_rate=0.0001")[0] == "0.400"
@@ -131,22 +140,27 @@ def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_tea
 def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, tmp_path):
     axes = "{task_lm: {max_steps: [4, 5]}, task_soft_labels: {per_device_train_batch_size: [8, 16, 32]}}"
     config = tiny.config(tmp_path / "run", f"sweep={axes}", "tasks.RTE={num_train_epochs: 9, learning_rate: 0.5}")
-    assert len(config.cells) == 6 and config.cells[1] == {
+    assert len(config.grid_points) == 6 and config.grid_points[1] == {
         "task_lm.max_steps": 4,
         "task_soft_labels.per_device_train_batch_size": 16,
     }
-    words, labels = (config.stage(name, "RTE", config.cells[1]) for name in ("task_lm", "task_soft_labels"))
+    words, labels = (config.stage(name, "RTE", config.grid_points[1]) for name in ("task_lm", "task_soft_labels"))
     assert (words.max_steps, words.num_train_epochs, words.learning_rate) == (4, None, 0.5)
     assert (labels.per_device_train_batch_size, labels.num_train_epochs) == (16, 9)
-    assert load_config(tiny.root / "run.yaml").cells == [{}]
+    assert load_config(tiny.root / "run.yaml").grid_points == [{}]
 
 
 def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
     """In another order, or with 1 for 1.0: its folders are found again."""
-    first = tiny.config(tmp_path / "run", "sweep={task_soft_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}")
+    first = tiny.config(
+        tmp_path / "run", "sweep={task_soft_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}"
+    )
     other = "sweep={task_soft_labels: {learning_rate: [0.001, 1.0], num_train_epochs: [1.0, 2.0]}}"
-    assert first.cells == tiny.config(tmp_path / "run", other).cells
-    assert cell_name(first.cells[0]) == "task_soft_labels.learning_rate=0.001,task_soft_labels.num_train_epochs=1.0"
+    assert first.grid_points == tiny.config(tmp_path / "run", other).grid_points
+    assert (
+        grid_point_name(first.grid_points[0])
+        == "task_soft_labels.learning_rate=0.001,task_soft_labels.num_train_epochs=1.0"
+    )
 
 
 def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting, tmp_path):
@@ -156,11 +170,14 @@ def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting
     results = run(config)
     planned = {place.relative_to(tmp_path / "run").as_posix() for place, _ in stage_places(make_plan(config))}
     assert planned == stages(tmp_path / "run") - {"vocabulary"}
-    cells = {
-        stage: [row["cell"] for row in results["rows"] if row["stage"] == stage] for stage in ("labels", "hard_labels")
+    grid_points = {
+        stage: [row["grid_point"] for row in results["rows"] if row["stage"] == stage]
+        for stage in ("task_soft_labels", "hard_labels")
     }
-    assert len(cells["labels"]) == 4 and cells["hard_labels"] == [{"task_lm.max_steps": n} for n in (1, 2)]
-    assert {each["system"] for each in results["best_cells"]} == {"student", "hard labels"}
+    assert len(grid_points["task_soft_labels"]) == 4 and grid_points["hard_labels"] == [
+        {"task_lm.max_steps": n} for n in (1, 2)
+    ]
+    assert {each["system"] for each in results["best_grid_points"]} == {"student", "hard labels"}
     assert "control: same student, hard labels only" in results_table(results)
 
 
@@ -185,7 +202,10 @@ def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
     assert next(line for line in out.splitlines() if line.startswith("RTE task_soft_labels")).endswith(
         "learning_rate=0.001,max_steps=7"
     )
-    assert "sweep     4 cells: task_soft_labels.learning_rate [0.001, 0.05], task_soft_labels.max_steps [7, 9]" in out
+    assert (
+        "sweep     4 grid_points: task_soft_labels.learning_rate [0.001, 0.05], task_soft_labels.max_steps [7, 9]"
+        in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,15 +213,24 @@ def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
     [
         ("sweep.task_teacher.learning_rate=[1, 2]", "sweep.task_teacher is no stage that can be swept; task_lm and"),
         ("sweep.task_soft_labels.learning_rte=[1, 2]", "no setting that can be swept; did you mean learning_rate?"),
-        ("sweep.task_soft_labels.max_length=[16, 32]", "sweep.task_soft_labels.max_length is no setting that can be swept"),
+        (
+            "sweep.task_soft_labels.max_length=[16, 32]",
+            "sweep.task_soft_labels.max_length is no setting that can be swept",
+        ),
         ("sweep.task_soft_labels.learning_rate=[1e-3]", "must list two or more values, got [0.001]"),
         ("sweep.task_soft_labels.learning_rate=[1e-3, 0.001]", "has a value twice"),
         ("sweep.task_soft_labels.num_train_epochs=[1, 1.0]", "has a value twice: [1, 1.0]"),
         ("sweep.task_soft_labels.weight_decay=[0, -0.0]", "has a value twice"),
         ("sweep={task_soft_labels: {}}", "sweep.task_soft_labels names no setting; name one, or remove it"),
-        (f"sweep.task_soft_labels={ {key: [0.1, 0.2] for key in MANY} }", "sweep: a cell's folder would have a name of"),
+        (
+            f"sweep.task_soft_labels={ {key: [0.1, 0.2] for key in MANY} }",
+            "sweep: a grid point's folder would have a name of",
+        ),
         ("sweep.task_soft_labels.learning_rate=1e-3", "sweep.task_soft_labels.learning_rate must be a list, got 0.001"),
-        ("sweep.task_soft_labels.learning_rate=[1e-3, -1]", "sweep.task_soft_labels.learning_rate must be above 0, got -1"),
+        (
+            "sweep.task_soft_labels.learning_rate=[1e-3, -1]",
+            "sweep.task_soft_labels.learning_rate must be above 0, got -1",
+        ),
         (
             "sweep.task_soft_labels.learning_rate=[1e-3, fast]",
             "sweep.task_soft_labels.learning_rate must be a number, got 'fast'",

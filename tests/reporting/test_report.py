@@ -10,7 +10,7 @@ from glmd.reporting.report import load_results, markdown_table, results_table
 
 
 def scored(system: str, seed: int, accuracy: float, **more) -> dict:
-    stage = {"teacher": "task_teacher", "hard labels": "hard_labels"}.get(system, "labels")
+    stage = {"teacher": "task_teacher", "hard labels": "hard_labels"}.get(system, "task_soft_labels")
     row = {"system": system, "task": "RTE", "stage": stage, "seed": seed, "split": "val", "selection": "last"} | {
         "casting": "head"
     }
@@ -99,13 +99,16 @@ def test_inputs_of_the_student_alone_are_told_with_their_labels(labeled, says):
 def test_the_table_of_a_run_holds_its_results(finished):
     text = results_table(finished.results)
     by_stage = {row["stage"]: row for row in finished.results["rows"]}
-    for stage, name in (("labels", "student (distilled)"), ("hard_labels", "control: same student, hard labels only")):
+    for stage, name in (
+        ("task_soft_labels", "student (distilled)"),
+        ("hard_labels", "control: same student, hard labels only"),
+    ):
         assert cells(text, name) == [f"{by_stage[stage]['metrics']['accuracy']:.3f}"]
-    plain = by_stage["labels"]["ordinary"]
+    plain = by_stage["task_soft_labels"]["stock"]
     assert cells(text, "student, read by plain AutoTokenizer") == [f"{plain['metrics']['accuracy']:.3f}"]
     assert cells(text, "... read by plain AutoTokenizer") == [f"{plain['agreement']:.3f}"]
     words = by_stage["pretraining"]
-    kl = f"{words['words_before']['kl_divergence']:.3f} → {words['words']['kl_divergence']:.3f}"
+    kl = f"{words['lm_scores_before']['kl_divergence']:.3f} → {words['lm_scores']['kl_divergence']:.3f}"
     assert cells(text, "student: pretraining, held-out corpus")[0] == kl
     # Inputs of the task pass are whole: there are no masked words to guess.
     assert cells(text, "student: RTE words pass, val inputs")[2:] == ["–", "–"]

@@ -105,7 +105,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "tokenizing": (glmd.data.corpus, "encode_texts"),
     "vocabulary": (glmd.pipeline.run, "build_vocabulary"),
     "caching": (glmd.distillation.teacher_cache, "save_file"),
-    "scoring": (glmd.pipeline.workbench, "score_words"),
+    "scoring": (glmd.pipeline.workbench, "score_lm"),
     "exporting": (glmd.pipeline.workbench, "export_model"),
     "proving": (glmd.pipeline.workbench, "check_exports"),
 }

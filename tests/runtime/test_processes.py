@@ -60,13 +60,13 @@ def masked_tokens_of_batches(run: Path, tiny) -> list[int]:
     from transformers import AutoTokenizer
 
     from glmd.data.blocks import BlockDataset
-    from glmd.data.masking import corruption_for
+    from glmd.data.masking import masking_for
     from glmd.data.sampling import StepPlan
     from glmd.data.token_store import open_token_store
 
     tokenizer, store = AutoTokenizer.from_pretrained(tiny.teacher), open_token_store(run / "corpus")
     blocks = range(store.num_blocks(14) - 4)  # the last four are held out
-    data = BlockDataset(store, tokenizer, max_length=16, blocks=blocks, corruption=corruption_for(tokenizer, 0.02, 0))
+    data = BlockDataset(store, tokenizer, max_length=16, blocks=blocks, masking=masking_for(tokenizer, 0.02, 0))
     plans = [StepPlan(len(blocks), 2, 1, rank, 2, 0) for rank in range(2)]
     return [
         sum(int((data[key]["lm_labels"] >= 0).sum()) for key in keys)
@@ -91,7 +91,7 @@ def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
     # AdamW and clipping hide a wrong scale of the gradients: with a large epsilon, and no clipping, it shows.
     shared += [f"{stage}.{key}" for stage in stages for key in ("adam_epsilon=1e-2", "max_grad_norm=1000")]
     shared += ["controls.hard_labels=false"]
-    named = tmp_path / "one/tasks/RTE/teacher/model"
+    named = tmp_path / "one/tasks/RTE/task_teacher/model"
     size = "per_device_train_batch_size"
     one = [*shared, *(f"{stage}.{size}=4" for stage in stages)]
     expected = run(tiny.config(tmp_path / "one", *one))
@@ -110,7 +110,7 @@ def test_two_processes_do_the_work_of_one(tiny, trusting, tmp_path):
 def assert_same_run(place: Path, one: Path, results: dict[str, Any], expected: dict[str, Any]) -> None:
     """The students and scores of a run of several processes are those of one."""
     ours, theirs = weights(place), weights(one)
-    assert ours.keys() == {name for name in theirs if not name.startswith("tasks/RTE/teacher")}
+    assert ours.keys() == {name for name in theirs if not name.startswith("tasks/RTE/task_teacher")}
     for name, tensor in ours.items():
         error = (tensor - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1)
         assert error < 1e-6, f"{name} differs by {error:.1e}"
@@ -119,7 +119,7 @@ def assert_same_run(place: Path, one: Path, results: dict[str, Any], expected: d
         twin = rows[row["stage"]]
         for key in ("metrics", "agreement", "examples"):
             assert row.get(key) == twin.get(key)
-        for key in ("words", "words_before"):
+        for key in ("lm_scores", "lm_scores_before"):
             assert row.get(key, {}) == pytest.approx(twin.get(key, {}), rel=1e-5)
     assert results["rows"][-1]["examples"] == 11
 
@@ -137,7 +137,7 @@ def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, t
     one, two = tmp_path / "one", tmp_path / "two"
     alone = [f"{stage}.{size}=4" for stage in stages]
     run(tiny.config(one / "run", *shared, f"teacher.cache={one / 'cache'}", *alone))
-    shared.append(f"teacher.tasks.RTE={one / 'run/tasks/RTE/teacher/model'}")
+    shared.append(f"teacher.tasks.RTE={one / 'run/tasks/RTE/task_teacher/model'}")
 
     real = TeacherCache.write_shard
     written: list[int] = []
@@ -161,7 +161,7 @@ def test_two_processes_share_the_work_of_a_cache_and_read_their_own_rows(tiny, t
     launch(arguments)
     logs = [(place / "run/log.jsonl").read_text().splitlines() for place in (one, two)]
     rows = [[row for line in log if "loss" in (row := json.loads(line))] for log in logs]
-    losses = [[row["loss"] for row in log if not row["stage"].endswith("/teacher")] for log in rows]
+    losses = [[row["loss"] for row in log if not row["stage"].endswith("/task_teacher")] for log in rows]
     assert len(losses[0]) == 30 + 6 + 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 

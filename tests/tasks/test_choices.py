@@ -51,7 +51,7 @@ def test_a_run_on_choices_leaves_a_stock_multiple_choice_model_with_the_scores_o
     from transformers import AutoModelForMultipleChoice
 
     folder, results = chosen
-    row = next(row for row in results["rows"] if (row["system"], row["stage"]) == ("student", "labels"))
+    row = next(row for row in results["rows"] if (row["system"], row["stage"]) == ("student", "task_soft_labels"))
     model = AutoModelForMultipleChoice.from_pretrained(folder / STUDENT)
     tokenizer = load_tokenizer(folder / STUDENT)
     answers, labels = [], []

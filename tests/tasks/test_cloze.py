@@ -26,7 +26,7 @@ max_length: 32
 cloze:
   text: "{{hypothesis}} {{blank}} ."
   text_pair: "{{premise}}"
-  words: [{words}]
+  verbalizers: [{words}]
 """
 
 
@@ -78,7 +78,7 @@ def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_
     answers = {}
     for (system, stage), place in {
         ("teacher", "task_teacher"): "teacher/model",
-        ("student", "labels"): "seed-0/task_soft_labels/student",
+        ("student", "task_soft_labels"): "seed-0/task_soft_labels/student",
         ("hard labels", "hard_labels"): "seed-0/hard_labels/student",
     }.items():
         given = answers[system] = np.array(stock_answers(folder / "tasks/RTE" / place, examples, rare_words))
@@ -86,8 +86,8 @@ def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_
         assert row["metrics"] == {"accuracy": pytest.approx((given == labels).mean())}
         assert row["casting"] == "cloze"
     agreement = (answers["student"] == answers["teacher"]).mean()
-    assert row_of(results, "student", "labels")["agreement"] == pytest.approx(agreement)
-    assert "words" in row_of(results, "student", "task_lm")
+    assert row_of(results, "student", "task_soft_labels")["agreement"] == pytest.approx(agreement)
+    assert "lm_scores" in row_of(results, "student", "task_lm")
 
 
 def test_the_words_of_the_labels_are_kept_though_nothing_holds_them(cloze_run, tiny, rare_words):
@@ -111,7 +111,7 @@ def test_evaluate_asks_a_masked_lm_in_a_blank(cloze_run, tiny, capsys):
     folder, results, definition = cloze_run
     student = folder / "tasks/RTE/seed-0/task_soft_labels/student"
     assert main(["evaluate", str(student), "--task", str(definition), "--data", str(tiny.superglue)]) == 0
-    accuracy = row_of(results, "student", "labels")["metrics"]["accuracy"]
+    accuracy = row_of(results, "student", "task_soft_labels")["metrics"]["accuracy"]
     scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert scores["casting"] == "cloze" and scores["accuracy"] == f"{accuracy:.4f}"
 
@@ -128,8 +128,8 @@ def test_a_word_that_the_students_vocabulary_dropped_is_refused(cloze_run, tiny,
     definition.write_text(RTE.format(words=f"{gone}, {rare_words[0]}"))
     student = folder / "tasks/RTE/seed-0/task_soft_labels/student"
     assert main(["evaluate", str(student), "--task", str(definition), "--data", str(tiny.superglue)]) == 2
-    assert f"cloze.words: '{gone}' was dropped from this vocabulary, which reads '" in capsys.readouterr().err
-    teacher = folder / "tasks/RTE/teacher/model"
+    assert f"cloze.verbalizers: '{gone}' was dropped from this vocabulary, which reads '" in capsys.readouterr().err
+    teacher = folder / "tasks/RTE/task_teacher/model"
     assert main(["evaluate", str(teacher), "--task", str(definition), "--data", str(tiny.superglue)]) == 0
 
 
@@ -175,7 +175,7 @@ def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
             at = tokenizer.mask_token_id == inputs["input_ids"][0]
             scores.append(log_probabilities[at].gather(1, torch.tensor(ids)[:, None]).sum().item())
         right += int(np.argmax(scores)) == row["label"]
-    assert row_of(results, "student", "labels")["metrics"]["accuracy"] == pytest.approx(right / 16)
+    assert row_of(results, "student", "task_soft_labels")["metrics"]["accuracy"] == pytest.approx(right / 16)
 
 
 def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_one_scores_best(
@@ -217,7 +217,7 @@ def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_
         answers.append(int(np.argmax(scores)) == 0)
     assert len(set(answers)) == 2, "else this shows little"
     right = np.mean([answer == row["label"] for answer, row in zip(answers, rows, strict=True)])
-    assert row_of(results, "student", "labels")["metrics"]["accuracy"] == pytest.approx(right)
+    assert row_of(results, "student", "task_soft_labels")["metrics"]["accuracy"] == pytest.approx(right)
     output, arguments = tmp_path / "WSC.jsonl", ("--task", "WSC", "--max-length", "64")
     assert main(["predict", str(folder), *arguments, "--file", str(wsc), "--output", str(output)]) == 0
     assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == list(map(str, answers))
@@ -258,7 +258,7 @@ def test_terms_of_words_and_labels_share_one_masked_lm(tiny, trusting, tmp_path,
     definition.write_text(RTE.format(words=", ".join(rare_words)))
     options = ("casting=cloze", f"tasks.RTE.definition={definition}", f"method={method}", "data.corpus=[]")
     results = run(tiny.config(tmp_path / "run", *options, "controls.hard_labels=false"))
-    losses = row_of(results, "student", "labels")["training"]["losses"]
+    losses = row_of(results, "student", "task_soft_labels")["training"]["losses"]
     assert set(losses) == {"task_logits.kl_divergence", "lm_logits.kl_divergence"}
     assert all(np.isfinite(value) and value > 0 for value in losses.values())
 
@@ -292,10 +292,12 @@ def test_text_that_the_ordinary_tokenizer_cuts_too_small_costs_a_figure_and_no_r
 
     monkeypatch.setattr(Workbench, "val_data", too_long)
     results = run(tiny.config(tmp_path / "run", "casting=cloze", f"tasks.RTE.definition={cloze_run[2]}"))
-    row = row_of(results, "student", "labels")
-    assert "ordinary" not in row and row["metrics"]
+    row = row_of(results, "student", "task_soft_labels")
+    assert "stock" not in row and row["metrics"]
     assert "RTE: not scored by plain AutoTokenizer" in caplog.text
-    assert "plain AutoTokenizer" not in (tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student/README.md").read_text()
+    assert (
+        "plain AutoTokenizer" not in (tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student/README.md").read_text()
+    )
 
 
 def test_a_task_without_a_cloze_form_is_refused(tiny, tmp_path, capsys):

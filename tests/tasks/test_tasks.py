@@ -162,7 +162,7 @@ def test_a_task_of_your_own_is_a_path(make_task):
         ({**PICK_FROM, "asks_first": True, "labels": [0, 0]}, "labels must be two or more and differ; got 0, 0"),
         ({**PICK_FROM, "labels": [0, 1]}, "labels has no effect beside choices"),
         (
-            {"cloze": {"text": "{claim} {proof} {blank}", "words": ["a", "b"], "mean_over_tokens": True}},
+            {"cloze": {"text": "{claim} {proof} {blank}", "verbalizers": ["a", "b"], "mean_over_tokens": True}},
             "cloze.mean_over_tokens has no effect on words of one token",
         ),
     ],

@@ -26,7 +26,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 import glmd.training.trainer
 from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
-from glmd.data.masking import Corruption
+from glmd.data.masking import Masking
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
@@ -59,12 +59,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Rows:
-    """Random sentences of 3 to 8 tokens with labels, a fifth of the tokens corrupted."""
+    """Random sentences of 3 to 8 tokens with labels, a fifth of the tokens masked."""
 
     def __init__(self, count: int = 18) -> None:
         rng = np.random.default_rng(0)
         self.rows = [rng.integers(5, V, int(rng.integers(3, 9))) for _ in range(count)]
-        self.corruption = Corruption(0.3, 4, np.arange(5), np.arange(5, V), seed=1)
+        self.masking = Masking(0.3, 4, np.arange(5), np.arange(5, V), seed=1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +74,7 @@ class Rows:
         return np.array([len(row) for row in self.rows])
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        ids, labels = self.corruption(self.rows[key[1]], key)
+        ids, labels = self.masking(self.rows[key[1]], key)
         return {"input_ids": ids, "lm_labels": labels, "labels": key[1] % C, "example_id": key[1]}
 
 
@@ -494,7 +494,7 @@ def test_rows_of_steps_that_are_run_again_are_dropped_and_others_stay(tmp_path: 
         train(tmp_path, teacher=teacher_that(die, 7))  # in step 4; the checkpoint is of step 2
     log = tmp_path / "log.jsonl"
     assert [row["step"] for row in log_rows(tmp_path)] == [1, 2, 3]
-    other = json.dumps({"stage": "tasks/RTE/words", "step": 9, "loss": 1.0})
+    other = json.dumps({"stage": "tasks/RTE/task_lm", "step": 9, "loss": 1.0})
     log.write_text(other + "\n" + log.read_text(encoding="utf-8") + '{"stage": "pretrai', encoding="utf-8")
     seen: list[list[int]] = []
     with pytest.raises(Killed):
