@@ -226,13 +226,13 @@ def _import_everything(*, spare_proof: bool) -> None:
     import transformers
     from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
 
+    import glmd.pipeline.exports
     import glmd.pipeline.run
-    import glmd.pipeline.workbench
 
     assert all((AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM))
     assert transformers.BertForSequenceClassification is not None
     if spare_proof:
-        glmd.pipeline.workbench.check_exports = lambda folders: None  # type: ignore[attr-defined]
+        glmd.pipeline.exports.check_exports = lambda folders: None  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

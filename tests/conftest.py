@@ -165,7 +165,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> FinishedRu
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the proof of its exports: a process of six seconds, which `finished` and test_export have."""
-    monkeypatch.setattr("glmd.pipeline.workbench.check_exports", lambda folders: None)
+    monkeypatch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def train(
             outputs = replace(outputs, head_bias=outputs.head_bias * spoil)
         return outputs
 
-    def score() -> float:
+    def score(_: Distiller) -> float:
         if trainer.progress.step == dies_at and rank == 1:
             os.kill(os.getpid(), 9)
         return -abs(trainer.progress.step - (5.0 if apart and rank == 1 else 3.0))

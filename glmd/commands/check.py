@@ -2,13 +2,13 @@
 
 from glmd.config import FLOAT16_HEADS
 from glmd.planning.plan import Plan
-from glmd.planning.stages import PlannedStage, planned_stages
+from glmd.planning.stages import Stage, lines
 
 
 def describe(plan: Plan, world_size: int) -> str:
     """The plan for a person: models and how they split, stages with steps, examples and tokens at most."""
     config = plan.config
-    lines = [
+    text = [
         f"teacher   {config.teacher.model or 'trained here from scratch'}",
         f"method    {config.method}",
         f"weights   {_precision(plan)}",
@@ -19,14 +19,14 @@ def describe(plan: Plan, world_size: int) -> str:
     for name, model, words in sides:
         p = plan.parameters[name]
         counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
-        lines.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
+        text.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
     swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
-    lines += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
-    lines += [_stage_line(stage, world_size) for stage in planned_stages(plan)]
+    text += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
+    text += [_stage_line(stage, world_size) for stage, *_ in lines(plan, world_size) if not stage.is_control]
     controls = [name for name, on in vars(config.controls).items() if on]
-    lines += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
-    lines += [f"sweep     {len(config.grid_points)} grid_points: {', '.join(swept)}"] if swept else []
-    return "\n".join([*lines, f"output    {config.output_dir}"])
+    text += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
+    text += [f"sweep     {len(config.grid_points)} grid_points: {', '.join(swept)}"] if swept else []
+    return "\n".join([*text, f"output    {config.output_dir}"])
 
 
 def _precision(plan: Plan) -> str:
@@ -38,10 +38,9 @@ def _precision(plan: Plan) -> str:
     return f"{said}; {FLOAT16_HEADS}" if config.mixed_precision == "fp16" else said
 
 
-def _stage_line(planned: PlannedStage, world_size: int) -> str:
-    stage, length, examples = planned.settings, planned.length, planned.examples
-    steps, batch = stage.steps(examples or 0, world_size), stage.global_batch_size(world_size)
-    shown = f"{examples:,}" if examples is not None else "corpus"
-    return f"{planned.name:<20}{steps:>9,}{batch:>7}{length:>8}{shown:>10}{steps * batch * length:>17,}" + (
-        f"  {planned.swept}" if planned.swept else ""
-    )
+def _stage_line(stage: Stage, world_size: int) -> str:
+    settings, examples = stage.training, len(stage.examples)
+    steps, batch = settings.steps(examples, world_size), settings.global_batch_size(world_size)
+    shown = f"{examples:,}" if stage.task is not None else "corpus"
+    figures = f"{steps:>9,}{batch:>7}{stage.length:>8}{shown:>10}{steps * batch * stage.length:>17,}"
+    return f"{stage.name:<20}{figures}" + (f"  {stage.swept}" if stage.swept else "")

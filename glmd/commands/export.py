@@ -7,7 +7,7 @@ import torch
 
 from glmd.config_file import load_config
 from glmd.errors import ModelError, RunError
-from glmd.models.card import BY_PLAIN, ModelCard, told_by_card
+from glmd.models.card import ModelCard, told_by_card
 from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
 from glmd.models.loading import load_model_as_saved, load_source_tokenizer
 from glmd.public import public
@@ -47,9 +47,8 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
         model, tokenizer, step = _of_checkpoint(source)
         origin = f"the student after step {step}"
     base_model, facts, metrics = told_by_card(source)
-    # What it scored holds for the reading that it was scored by.
-    by_plain = kind == "stock"
-    metrics = {name.removesuffix(BY_PLAIN): v for name, v in metrics.items() if name.endswith(BY_PLAIN) == by_plain}
+    if kind == "stock":  # what it scored holds for its exact tokenizer
+        metrics = {}
     facts |= {"origin": origin, "kind": kind}
     if kind == "expanded":
         facts.pop("kept tokens", None)

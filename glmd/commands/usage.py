@@ -9,8 +9,8 @@ from typing import Any
 from glmd.config import RunConfig
 from glmd.models.card import opens_plainly
 from glmd.models.loading import load_model_config
-from glmd.planning.places import grid_point_place
 from glmd.planning.rules import task_of
+from glmd.planning.stages import pass_path
 from glmd.reporting.report import best_rows
 from glmd.vocabulary.tokenization_glmd import TOKEN_MAP_FILE
 from glmd.vocabulary.tokenizer import load_tokenizer
@@ -36,8 +36,8 @@ def _folders(config: RunConfig, results: dict[str, Any]) -> dict[str | None, lis
     found: dict[str | None, list[Path]] = {}
     for row in best_rows(results["rows"]):
         if (row["system"], row["stage"]) == ("student", "task_soft_labels"):
-            place = grid_point_place(root / "tasks" / row["task"], row.get("grid_point", {}), row["seed"])
-            found.setdefault(row["task"], []).append(place / "task_soft_labels" / "student")
+            path = pass_path("task_soft_labels", row["task"], row["seed"], row.get("grid_point", {}))
+            found.setdefault(row["task"], []).append(root / path / "student")
     return found
 
 

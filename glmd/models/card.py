@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 PROBE = "export_probe.json"
-BY_PLAIN = ", by plain AutoTokenizer"  # ends the name of what was scored so
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class ModelCard:
     exact_tokenizer: bool = False  # the tokenizer maps dropped tokens and needs trust_remote_code (or glmd) to do so
     auto_class: str = "AutoModelForMaskedLM"
     opens_plainly: bool = True  # AutoTokenizer opens an exact folder without trust_remote_code, as the stock one
+    task: str | None = None  # whose answers the model gives
 
 
 def card_text(card: ModelCard) -> str:
@@ -52,6 +52,9 @@ def card_text(card: ModelCard) -> str:
             "With glmd installed, `import glmd.tokenizer` stands for `trust_remote_code`. "
             + _WITHOUT[card.opens_plainly],
         ]
+        if card.task is not None:
+            command = f"glmd evaluate THIS_FOLDER --task {card.task} --data ... --tokenizer stock"
+            lines += ["", f"`{command}` measures how it reads text with the stock tokenizer."]
     return "\n".join(lines) + "\n"
 
 

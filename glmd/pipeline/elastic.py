@@ -6,8 +6,8 @@ from pathlib import Path
 from glmd.config import StageConfig
 from glmd.errors import RunError
 from glmd.pipeline.run_folder import begun_with, is_complete
-from glmd.planning.places import stage_places
 from glmd.planning.plan import Plan
+from glmd.planning.stages import stages
 
 
 def require_shareable(plan: Plan, begun: int, processes: int) -> None:
@@ -15,8 +15,8 @@ def require_shareable(plan: Plan, begun: int, processes: int) -> None:
 
     Stages that are complete are not asked. Raises ConfigError.
     """
-    for stage in _to_come(plan):
-        stage.spread(begun, processes)
+    for settings in _to_come(plan, begun):
+        settings.spread(begun, processes)
 
 
 def processes_of(plan: Plan, launched: int | None) -> tuple[int, list[str]]:
@@ -38,10 +38,12 @@ def processes_of(plan: Plan, launched: int | None) -> tuple[int, list[str]]:
         return number, [f"{how}, and goes on with as many"]
     require_shareable(plan, number, launched or number)
     # Every step of every stage has to be shared out evenly.
-    steps = [stage.gradient_accumulation_steps * number for stage in _to_come(plan)]
+    steps = [settings.gradient_accumulation_steps * number for settings in _to_come(plan, number)]
     others = [str(each) for each in range(1, math.gcd(*steps) + 1) if math.gcd(*steps) % each == 0]
     return number, [f"{how}, and goes on with {', '.join(others)}" if steps else f"{how}, and is complete"]
 
 
-def _to_come(plan: Plan) -> list[StageConfig]:
-    return [stage for place, stage in stage_places(plan) if not is_complete(place)]
+def _to_come(plan: Plan, processes: int) -> list[StageConfig]:
+    folder = Path(plan.config.output_dir)
+    found = [(stage.settings, folder / stage.path) for stage in stages(plan, processes)]
+    return [settings for settings, place in found if settings is not None and not is_complete(place)]

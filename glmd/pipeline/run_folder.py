@@ -1,7 +1,7 @@
 """A run on disk: one folder, one run at a time, and a record of every stage that says what it was made from.
 
     with run_folder.lock():
-        result = run_folder.stage(place, inputs, work)     # runs `work` once, ever
+        result = run_folder.complete(place, inputs, work)     # runs `work` once, ever
 
 Only the main process reads and writes records; all ranks decide alike.
 """
@@ -127,7 +127,7 @@ class RunFolder:
         """A stage's folder as it is called in logs: tasks/RTE/seed-0/task_lm."""
         return place.relative_to(self.path).as_posix()
 
-    def stage(self, place: Path, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def complete(self, place: Path, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """`work()`, or its recorded result if the stage is complete.
 
         inputs: everything the result depends on. A stage that was begun from other inputs is refused with a

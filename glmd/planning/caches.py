@@ -1,33 +1,30 @@
 """Which caches of a teacher's answers a plan has, what they are made from, and what they take on disk.
 
     print(describe_cache(plan, sources))       # for `glmd check`: refuses another's cache and a disk too small
-    cache = task_cache(plan, "task_lm", "RTE", seed=0, teacher_hash=..., classifier_hash=...)
+    cache = task_cache(plan, stage, teacher_hash=..., classifier_hash=...)     # of a stage that is cached
 
 The corpus has one cache in the folder `teacher.cache`, each stage of a task one below it.
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glmd.config import RunConfig, StageConfig
+from glmd.config import RunConfig
 from glmd.config_file import differences
 from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.corpus import read_documents
 from glmd.data.masking import masking_for
 from glmd.data.token_store import TokenStore, encode_texts, open_token_store
-from glmd.distillation.objective import LM_SIGNALS
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
 from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
-from glmd.planning.rules import cached_stages, kept_words
-from glmd.tasks.cloze import verbalizer_ids
+from glmd.planning.rules import cached_stages
+from glmd.planning.stages import Stage, stages
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import TaskExample
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
@@ -38,7 +35,7 @@ LATER = ("corpus.tokens", "blocks.training", "blocks.held_out")
 
 
 def corpus_cache(
-    plan: Plan, training: BlockDataset, held_out: BlockDataset, *, teacher_hash: str, tokens: str | None
+    plan: Plan, training: BlockDataset, held_out: BlockDataset, *, teacher_hash: str | None, tokens: str | None
 ) -> TeacherCache:
     """The corpus in every masking that training sees, and the held-out blocks."""
     made_from = _corpus_made_from(plan) | {"teacher": teacher_hash}
@@ -64,48 +61,42 @@ def require_own_cache(plan: Plan, teacher_hash: str | None) -> None:
         raise RunError(stale(expected.folder, changed))
 
 
-def task_cache(
-    plan: Plan, name: str, task: str, seed: int, *, teacher_hash: str | None, classifier_hash: str | None
-) -> TeacherCache:
+def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier_hash: str | None) -> TeacherCache:
     """A task's inputs in every masking, and val where the stage compares words there.
 
-    name: of the stage. Hashes are those of the pretrained and the fine-tuned teacher, None where they are yet to be
-    trained: sizes do not depend on them.
+    Hashes are those of the pretrained and the fine-tuned teacher, None where they are yet to be trained: sizes do not
+    depend on them.
     """
-    stage, planned = inputs_stage(plan, name, task), plan.tasks[task]
-    words, classes = name in kept_words([name], plan.method), len(planned.task.labels)
-    length = stage.max_length or planned.task.max_length
-    masking = masking_for(plan.tokenizer, stage.mlm_probability or 0.0, seed, stage.num_maskings)
-    data = task_dataset(plan, task, planned.inputs, length)
-    data.masking = masking
-    parts = [(data, stage.num_maskings or 1)]
-    if name == "task_lm":
-        parts.append((task_dataset(plan, task, planned.val, length), 1))
+    planned, objective = stage.task, stage.objective
+    assert planned is not None and objective is not None, "a pass over a task"
+    task, (probability, maskings) = planned.task, stage.masking
+    data = task_dataset(plan, task.name, planned.inputs, stage.length)
+    data.masking = masking_for(plan.tokenizer, probability, stage.seed, maskings)
+    parts = [(data, maskings or 1)]
+    if stage.kind == "task_lm":
+        parts.append((task_dataset(plan, task.name, planned.val, stage.length), 1))
     made_from = {
         # In a blank the fine-tuned model predicts words by a head of its own.
-        "teacher": teacher_hash if words and planned.task.casting == "head" else None,
+        "teacher": teacher_hash if stage.asks_words and task.casting == "head" else None,
         "classifier": classifier_hash,
         "tokenizer": tokenizer_fingerprint(plan.tokenizer),
         "inputs": [each.fingerprint() for each, _ in parts],
-        "max_length": length,
-        "masking": _masking(stage, seed),
+        "max_length": stage.length,
+        "masking": _masking(probability, maskings, stage.seed),
     }
-    num_classes = classes if plan.method[name].uses("task_logits") else None
-    return _cache(
-        plan, task_cache_folder(plan, name, task, seed), parts, made_from, words=words, num_classes=num_classes
-    )
+    num_classes = len(task.labels) if objective.uses("task_logits") else None
+    folder = stage_cache_folder(plan, stage)
+    return _cache(plan, folder, parts, made_from, words=stage.asks_words, num_classes=num_classes)
 
 
-def task_dataset(
-    plan: Plan, task: str, examples: Sequence[TaskExample], length: int, tokenizer: Any = None
-) -> TaskDataset:
-    """A task's examples as they are; in a student's own ids with a tokenizer that gives them."""
+def task_dataset(plan: Plan, task: str, examples: Sequence[TaskExample], length: int) -> TaskDataset:
+    """A task's examples as they are, in the teacher's ids."""
     planned = plan.tasks[task]
     return TaskDataset(
         examples,
-        tokenizer or plan.tokenizer,
+        plan.tokenizer,
         max_length=length,
-        verbalizers=planned.verbalizers if tokenizer is None else verbalizer_ids(planned.task, tokenizer),
+        verbalizers=planned.verbalizers,
         mean_over_tokens=planned.task.mean_over_tokens,
         is_causal=is_causal(plan.teacher_config),
     )
@@ -119,25 +110,26 @@ def held_out_blocks(tokens: int, blocks: int, length: int, wanted: int) -> int:
     return min(wanted, blocks // 5)
 
 
-def inputs_stage(plan: Plan, name: str, task: str) -> StageConfig:
-    """A stage's settings as they make its inputs, which no grid point of a sweep changes.
-
-    Inputs of task_soft_labels are masked for terms that compare LM logits, and for no others.
-    """
-    stage = plan.config.stage(name, task)
-    is_clean = name == "task_soft_labels" and not plan.method[name].uses(*LM_SIGNALS)
-    return replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
-
-
 def cache_folder(config: RunConfig) -> Path:
     assert config.teacher.cache is not None, "asked for by the config"
     return Path(config.teacher.cache)
 
 
-def task_cache_folder(plan: Plan, name: str, task: str, seed: int) -> Path:
-    """One for all seeds, unless each has maskings of its own."""
-    masked = inputs_stage(plan, name, task).mlm_probability
-    return cache_folder(plan.config) / TASKS / task / name / (f"seed-{seed}" if masked else "")
+def stage_cache_folder(plan: Plan, stage: Stage) -> Path:
+    """Of a task one for all seeds, unless each has maskings of its own."""
+    folder = cache_folder(plan.config)
+    if stage.task is None:
+        return folder
+    return folder / TASKS / stage.task.task.name / stage.kind / (f"seed-{stage.seed}" if stage.masking[0] else "")
+
+
+def read_caches(plan: Plan, found: Iterable[Stage]) -> dict[Path, Stage]:
+    """The folder of each cache that the stages read, with the first of them: seeds and grid points share it."""
+    folders: dict[Path, Stage] = {}
+    for stage in found:
+        if stage.cached:
+            folders.setdefault(stage_cache_folder(plan, stage), stage)
+    return folders
 
 
 def cached_stages_of(plan: Plan) -> list[str]:
@@ -155,21 +147,20 @@ def describe_cache(plan: Plan, sources: Sequence[str]) -> str:
     teacher_hash = model_fingerprint(str(teacher.model), teacher.revision) if is_known else None
     require_own_cache(plan, teacher_hash)
     lines, to_come = [], 0.0
-    if "pretraining" in cached_stages_of(plan):
-        text, size = _corpus_size(plan, sources)
-        lines.append(f"corpus, {text}")
-        there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-        to_come += max(0.0, size - there)
-    found = {}
-    for name, task, seed in itertools.product(cached_stages_of(plan), plan.tasks, plan.config.seeds):
-        if name != "pretraining" and task_cache_folder(plan, name, task, seed) not in found:
-            named = teacher.tasks.get(task)
-            hashes = {"classifier_hash": model_fingerprint(named) if named else None, "teacher_hash": teacher_hash}
-            cache = found[task_cache_folder(plan, name, task, seed)] = task_cache(plan, name, task, seed, **hashes)
-            _require_own(cache, unknown=[key.removesuffix("_hash") for key, value in hashes.items() if value is None])
-            tokens = f"{cache.num_tokens:,} tokens of {cache.token_bytes} bytes, " if cache.width else ""
-            lines.append(f"{cache.folder.relative_to(folder)}, {tokens}{gigabytes(cache.num_bytes)}")
-            to_come += cache.bytes_to_come
+    for stage in read_caches(plan, stages(plan, 1)).values():
+        if stage.task is None:
+            text, size = _corpus_size(plan, sources)
+            lines.append(f"corpus, {text}")
+            there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+            to_come += max(0.0, size - there)
+            continue
+        named = teacher.tasks.get(stage.task.task.name)
+        hashes = {"classifier_hash": model_fingerprint(named) if named else None, "teacher_hash": teacher_hash}
+        cache = task_cache(plan, stage, **hashes)
+        _require_own(cache, unknown=[key.removesuffix("_hash") for key, value in hashes.items() if value is None])
+        tokens = f"{cache.num_tokens:,} tokens of {cache.token_bytes} bytes, " if cache.width else ""
+        lines.append(f"{cache.folder.relative_to(folder)}, {tokens}{gigabytes(cache.num_bytes)}")
+        to_come += cache.bytes_to_come
     free = free_bytes(folder)
     lines.append(f"{gigabytes(to_come)} to come, {gigabytes(free)} free")
     if to_come > free:
@@ -186,15 +177,15 @@ def _corpus_made_from(plan: Plan) -> dict[str, Any]:
         # A corpus may move; of a data set of the hub the tokens tell whether it is the same.
         "corpus": {"files": hashlib.sha256(contents.encode()).hexdigest()},
         "blocks": {"max_length": stage.max_length},
-        "masking": _masking(stage, plan.config.seeds[0]),
+        "masking": _masking(stage.mlm_probability or 0.0, stage.num_maskings, plan.config.seeds[0]),
     }
 
 
-def _masking(stage: StageConfig, seed: int) -> dict[str, Any]:
+def _masking(probability: float, maskings: int | None, seed: int) -> dict[str, Any]:
     return {
-        "mlm_probability": stage.mlm_probability or 0.0,
-        "num_maskings": stage.num_maskings or 1,
-        "seed": seed if stage.mlm_probability else None,
+        "mlm_probability": probability,
+        "num_maskings": maskings or 1,
+        "seed": seed if probability else None,
     }
 
 

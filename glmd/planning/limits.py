@@ -10,13 +10,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from glmd.config import StageConfig
 from glmd.data.blocks import block_frame
 from glmd.errors import ConfigError, ModelError, counted
 from glmd.planning.caches import estimated_tokens, held_out_blocks, store_of
 from glmd.planning.plan import Plan
-from glmd.planning.run_cost import Layout, each_once, fitting_batch, stages_with_controls
-from glmd.planning.stages import PlannedStage, planned_stages
+from glmd.planning.run_cost import Layout, each_once, fitting_batch
+from glmd.planning.stages import Stage, lines
 from glmd.planning.step_cost import counted as rehearsed
 from glmd.runtime.memory import USABLE, forward_bytes
 
@@ -41,12 +40,15 @@ def require_sizes(plan: Plan, sources: Sequence[str], *, processes: int = 1) -> 
     sources: the corpus. processes: that share a step.
     """
     _require_workers(plan.config.dataloader_num_workers)
-    for stage in planned_stages(plan):
+    for stage, *_ in lines(plan, processes):
+        if stage.is_control:  # has the batches of the pass that it is compared with
+            continue
         if stage.task is None:
             _require_corpus_sizes(plan, stage, sources, processes)
             continue
-        name = f"{stage.task.task.name} has {counted(stage.examples or 0, 'training example')}"
-        _require_batches(stage, stage.examples or 0, name, processes)
+        number = len(stage.examples)
+        name = f"{stage.task.task.name} has {counted(number, 'training example')}"
+        _require_batches(stage, number, name, processes)
         scored = max(len(stage.task.val), len(stage.task.inputs))
         _require_eval_batch(stage, scored, f"{stage.task.task.name} has {counted(scored, 'example')} to score")
 
@@ -59,7 +61,7 @@ def _require_workers(number: int) -> None:
         raise ConfigError(f"dataloader_num_workers: {found}; give at most {most}")
 
 
-def _require_corpus_sizes(plan: Plan, stage: PlannedStage, sources: Sequence[str], processes: int) -> None:
+def _require_corpus_sizes(plan: Plan, stage: Stage, sources: Sequence[str], processes: int) -> None:
     known = _corpus_blocks(plan, sources, stage.length)
     if known is None:
         return
@@ -73,9 +75,9 @@ def _require_corpus_sizes(plan: Plan, stage: PlannedStage, sources: Sequence[str
     _require_eval_batch(stage, blocks, corpus)
 
 
-def _require_batches(stage: PlannedStage, examples: int, there: str, processes: int) -> None:
+def _require_batches(stage: Stage, examples: int, there: str, processes: int) -> None:
     """Refuse a micro-batch that holds an example twice, and a step that does so beyond a small one."""
-    settings = stage.settings
+    settings = stage.training
     batch, accumulated = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     if batch > max(SMALL_BATCH, examples):
         found = f"per_device_train_batch_size of {stage.name} is {batch:,}"
@@ -87,8 +89,8 @@ def _require_batches(stage: PlannedStage, examples: int, there: str, processes: 
         raise ConfigError(f"{found}, but {there}; give at most {max(1, most):,}")
 
 
-def _require_eval_batch(stage: PlannedStage, examples: int, there: str) -> None:
-    batch = stage.settings.per_device_eval_batch_size
+def _require_eval_batch(stage: Stage, examples: int, there: str) -> None:
+    batch = stage.training.per_device_eval_batch_size
     if batch > max(SMALL_EVAL, examples):
         found = f"per_device_eval_batch_size of {stage.name} is {batch:,}"
         raise ConfigError(f"{found}, but {there}; give at most {max(SMALL_EVAL, examples):,}")
@@ -116,12 +118,12 @@ def _corpus_blocks(plan: Plan, sources: Sequence[str], length: int) -> tuple[int
 def require_room(plan: Plan, layout: Layout) -> None:
     """Refuse batches that the memory of this machine cannot take. Raises ConfigError with the largest that fits."""
     count = each_once(rehearsed)
-    for stage, objective in stages_with_controls(plan, layout.devices):
-        settings, choices = stage.settings, _choices(stage)
+    for stage, *_ in lines(plan, layout.devices):
+        settings, choices = stage.training, _choices(stage)
         shown = f"of {stage.name} is"
         remedy = f"this machine has {layout.usable / USABLE / 1e9:.3g} GB; `glmd plan` counts for another"
         evaluated = int(layout.usable // (forward_bytes(plan.teacher_config, stage.length) * choices))
-        if _largest_scored(stage, settings) > max(1, evaluated):
+        if _largest_scored(stage) > max(1, evaluated):
             found = f"per_device_eval_batch_size {shown} {settings.per_device_eval_batch_size:,}"
             raise ConfigError(
                 f"{found}, of which about {evaluated:,} fit: {remedy}; give at most {max(1, evaluated):,}"
@@ -130,7 +132,7 @@ def require_room(plan: Plan, layout: Layout) -> None:
         if batch * choices * _kept_bytes(plan, stage) < SUSPICIOUS * layout.usable:
             continue
         try:
-            fits = fitting_batch(plan, stage, objective, layout, count)
+            fits = fitting_batch(plan, stage, layout, count)
         except ModelError:  # of an architecture that cannot be rehearsed the hidden states are all that is known
             fits = int(layout.usable // (choices * _kept_bytes(plan, stage)))
         if batch > fits:
@@ -138,19 +140,18 @@ def require_room(plan: Plan, layout: Layout) -> None:
             raise ConfigError(f"{found}; give at most {fits:,}" if fits else f"{found}; shorten max_length")
 
 
-def _choices(stage: PlannedStage) -> int:
+def _choices(stage: Stage) -> int:
     return max((len(each.texts) for each in stage.task.inputs), default=1) if stage.task is not None else 1
 
 
-def _largest_scored(stage: PlannedStage, settings: StageConfig) -> int:
+def _largest_scored(stage: Stage) -> int:
     """Texts of the largest batch that is scored: no larger than the data."""
-    batch = settings.per_device_eval_batch_size
+    batch = stage.training.per_device_eval_batch_size
     return batch if stage.task is None else min(batch, max(len(stage.task.val), len(stage.task.inputs)))
 
 
-def _kept_bytes(plan: Plan, stage: PlannedStage) -> int:
+def _kept_bytes(plan: Plan, stage: Stage) -> int:
     """What the backward of a text needs at least: what each layer was given, in half precision."""
-    trains_teacher = stage.kind in ("teacher", "task_teacher")
-    config = (plan.teacher_config if trains_teacher else plan.student_config).get_text_config()
+    config = (plan.teacher_config if stage.trains_teacher else plan.student_config).get_text_config()
     width = getattr(config, "hidden_size", 1)
     return 2 * stage.length * (width if isinstance(width, int) else 1) * (int(config.num_hidden_layers) + 1)

@@ -7,27 +7,23 @@ Bytes at the peaks and FLOPs are counted on a rehearsal of each stage's step; th
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from glmd.config import GridPoint, RunConfig
 from glmd.data.token_store import TokenStore, open_token_store
-from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, ModelError, RunError
-from glmd.planning.places import control_budget, control_grid_point, lm_grid_point
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
-from glmd.planning.stages import PlannedStage, planned_stages
+from glmd.planning.stages import Stage, lines
 from glmd.planning.step_cost import Cast, Count, chunk_bytes, counted, timed
 from glmd.runtime.memory import USABLE, memory_of_this_machine
 
 Sharding = Literal["none", "fsdp"]
-LEARNS_FROM_LABELS = {"teacher": MASKED_LM, "task_teacher": HARD_LABELS, "hard_labels": HARD_LABELS}
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def run_cost(plan: Plan, layout: Layout, *, measure: bool = False) -> RunCost:
     Raises ConfigError for one that does not, ModelError for an architecture that cannot be counted without weights.
     """
     count, clock = each_once(counted), each_once(timed) if measure else None
-    stages = [_stage_cost(plan, layout, *each, count, clock) for each in stages_with_controls(plan, layout.devices)]
+    stages = [_stage_cost(plan, layout, line, count, clock) for line in lines(plan, layout.devices)]
     store = _store(plan)
     disk = _disk(plan, store)
     disk["checkpoints, at most"] = max(stage.checkpoints for stage in stages)
@@ -116,14 +112,14 @@ def run_cost(plan: Plan, layout: Layout, *, measure: bool = False) -> RunCost:
 def _stage_cost(
     plan: Plan,
     layout: Layout,
-    stage: PlannedStage,
-    objective: Objective,
+    line: list[Stage],
     count: Callable[..., Count],
     clock: Callable[..., tuple[float, float]] | None,
 ) -> StageCost:
-    settings, cast, seconds = stage.settings, _cast(plan, stage, objective), None
+    stage, runs = line[0], len(line)
+    settings, cast, seconds = stage.training, _cast(plan, stage), None
     batch, accumulated = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    choices = [len(each.texts) for each in _examples(stage)] or [1]
+    choices = [len(each.texts) for each in stage.examples] or [1]
     share = sum(choices) / len(choices) / max(choices)  # the fullest micro-batch fills the memory, the mean takes time
     shape = {"length": stage.length, "choices": max(choices)}
     once, twice = (count(cast, examples=n, **shape, fused_attention=layout.is_gpu) for n in (batch, 2 * batch))
@@ -135,8 +131,7 @@ def _stage_cost(
             raise ConfigError(f"--measure: {found}; give a smaller per_device_train_batch_size, or leave --measure out")
         micro_batch, update = clock(cast, examples=batch, **shape)
         seconds = accumulated * share * micro_batch + update
-    steps, texts = settings.steps(stage.examples or 0, layout.devices), settings.global_batch_size(layout.devices)
-    runs = _runs(plan.config, stage.kind)
+    steps, texts = settings.steps(len(stage.examples), layout.devices), settings.global_batch_size(layout.devices)
     kept = settings.save_total_limit + 1 + (plan.config.selection != "last")  # one more while it is written
     return StageCost(
         name=" ".join(filter(None, (stage.name, stage.swept))),
@@ -154,11 +149,9 @@ def _stage_cost(
     )
 
 
-def fitting_batch(
-    plan: Plan, stage: PlannedStage, objective: Objective, layout: Layout, count: Callable[..., Count]
-) -> int:
+def fitting_batch(plan: Plan, stage: Stage, layout: Layout, count: Callable[..., Count]) -> int:
     """The largest per_device_train_batch_size of a stage that fits, counted on batches of one and two texts."""
-    cast, choices = _cast(plan, stage, objective), max((len(each.texts) for each in _examples(stage)), default=1)
+    cast, choices = _cast(plan, stage), max((len(each.texts) for each in stage.examples), default=1)
     shape = {"length": stage.length, "choices": choices, "fused_attention": layout.is_gpu}
     once, twice = (count(cast, examples=n, **shape) for n in (1, 2))
     return _fitting(cast, once, twice, 1, choices * stage.length, layout)
@@ -194,65 +187,25 @@ def each_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def stages_with_controls(plan: Plan, devices: int) -> Iterator[tuple[PlannedStage, Objective]]:
-    """Every stage and what it learns, that of the control on hard labels behind the passes that it is compared with."""
-    words = None
-    for stage in planned_stages(plan):
-        yield stage, LEARNS_FROM_LABELS.get(stage.kind) or plan.method[stage.kind]
-        words = stage.settings if stage.kind == "task_lm" else words
-        if stage.kind == "task_soft_labels" and plan.config.controls.hard_labels:
-            assert stage.task is not None, "a pass over a task's examples"
-            budget = control_budget(stage.settings, words, stage.examples or 0, devices)
-            yield replace(stage, kind="hard_labels", settings=budget, examples=len(stage.task.train)), HARD_LABELS
-
-
-def _runs(config: RunConfig, kind: str) -> int:
-    """How often a stage is run: in each seed, and a second pass after each of the first ones that a sweep makes."""
-    if kind in ("teacher", "task_teacher", "pretraining"):
-        return 1
-    part = {
-        "task_lm": lm_grid_point,
-        "task_soft_labels": lambda grid_point: grid_point,
-        "hard_labels": control_grid_point,
-    }[kind]
-    trained, lines = (
-        {repr(each(grid_point)) for grid_point in config.grid_points} for each in (part, _line_grid_point(kind))
-    )
-    return len(config.seeds) * len(trained) // len(lines)
-
-
-def _line_grid_point(kind: str) -> Callable[[GridPoint], GridPoint]:
-    """What of a grid point the lines of a stage differ by: those of the control follow the second pass."""
-    own = "task_lm." if kind == "task_lm" else "task_soft_labels."
-    return lambda grid_point: {key: value for key, value in grid_point.items() if key.startswith(own)}
-
-
-def _examples(stage: PlannedStage) -> list[Any]:
-    if stage.task is None:
-        return []
-    return stage.task.train if stage.kind in LEARNS_FROM_LABELS else stage.task.inputs
-
-
-def _cast(plan: Plan, stage: PlannedStage, objective: Objective) -> Cast:
-    config, task = plan.config, stage.task
-    trains_teacher = stage.kind in ("teacher", "task_teacher")
-    asks_teacher = objective.uses("lm_logits", "task_logits") and not trains_teacher
+def _cast(plan: Plan, stage: Stage) -> Cast:
+    config, task, objective = plan.config, stage.task, stage.objective
+    assert objective is not None, "the stage trains"
     form: Any = None
     if task is not None:
         form = "words" if task.task.casting == "cloze" else "choices" if task.task.is_choice else "classes"
     return Cast(
         objective,
-        plan.teacher_config if trains_teacher else plan.student_config,
+        plan.teacher_config if stage.trains_teacher else plan.student_config,
         plan.source_size,
-        plan.teacher_config if asks_teacher else None,
+        plan.teacher_config if objective.uses("lm_logits", "task_logits") else None,
         config.teacher.dtype,
         merge_dropped=config.vocabulary.teacher_mass == "merge",
-        is_cached=stage.kind in cached_stages(config, plan.method),
+        is_cached=stage.cached,
         form=form,
         num_labels=len(task.task.labels) if task is not None else 0,
-        masked=stage.settings.mlm_probability or (0.15 if stage.kind == "teacher" else 0.0),
+        masked=stage.masking[0],
         mixed_precision=config.mixed_precision,
-        gradient_checkpointing=stage.settings.gradient_checkpointing,
+        gradient_checkpointing=stage.training.gradient_checkpointing,
     )
 
 

@@ -1,55 +1,229 @@
-"""A plan for a person to read, as `glmd check` prints it: models, stages, steps.
+"""The stages of a run, in the order in which they are run: the one place where they are enumerated.
 
-print(describe(make_plan(config), world_size=1))
+    for stage in stages(plan, processes=1): ...     # check prints them, plan costs them, run completes them
+
+A stage is known by its path, that of its folder in the run folder. Nothing is loaded here.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from glmd.config import StageConfig, grid_point_name
-from glmd.planning.plan import Plan, TaskPlan
-from glmd.planning.rules import task_stages
+from glmd.config import GridPoint, StageConfig, grid_point_name
+from glmd.distillation.objective import HARD_LABELS, LM_SIGNALS, MASKED_LM, Objective
+from glmd.planning.plan import Plan
+from glmd.planning.rules import cached_stages
+from glmd.planning.task_plan import TaskPlan
+from glmd.tasks.tasks import TaskExample
+
+Kind = Literal["teacher", "vocabulary", "task_teacher", "pretraining", "task_lm", "task_soft_labels", "hard_labels"]
+Variant = Literal["teacher", "student", "full vocabulary"]
+PASSES = ("task_lm", "task_soft_labels", "hard_labels")  # the stages of a task's student, in their order
+TEACHER = "teacher"  # path of the pretrained teacher: a stage where it is trained here, else the model that is named
+# Settings that say how many updates a stage has.
+LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
-class PlannedStage:
-    """A stage of a run as it is planned. examples: None on a corpus, which is not counted yet."""
+class Stage:
+    """A unit of work of a run.
 
-    kind: str  # teacher, task_teacher, pretraining, task_lm, task_soft_labels
-    settings: StageConfig
-    length: int  # tokens of a text, at most
+    settings: None where nothing is trained: for the vocabulary, a named teacher of a task, a student without
+        pretraining. objective: None for the vocabulary and a student without pretraining.
+    variant: whose vocabulary its model has. "full vocabulary" is the control with the teacher's.
+    grid_point: what of the sweep's it depends on. cached: it reads the teacher's outputs from `teacher.cache`.
+    start: path of the stage whose model it begins from; None where it makes its own, of the teacher's layers.
+    teacher: path of the stage whose model it learns from; None where it learns from labels alone.
+    """
+
+    kind: Kind
+    path: str
+    settings: StageConfig | None
+    objective: Objective | None
+    seed: int
+    variant: Variant = "student"
     task: TaskPlan | None = None
-    examples: int | None = None
-    swept: str = ""  # what the grid point of a sweep changes
+    grid_point: GridPoint = field(default_factory=dict)
+    start: str | None = None
+    teacher: str | None = None
+    cached: bool = False
 
     @property
     def name(self) -> str:
+        """For people: RTE task_lm."""
         return self.kind if self.task is None else f"{self.task.task.name} {self.kind}"
 
+    @property
+    def system(self) -> str:
+        """What the results call it."""
+        return "hard labels" if self.is_control else self.variant
 
-def planned_stages(plan: Plan) -> Iterator[PlannedStage]:
-    """Every stage in order, but for seeds and controls."""
-    config = plan.config
+    @property
+    def is_control(self) -> bool:
+        """Whether it is the student that learns the labels alone."""
+        return self.kind == "hard_labels"
+
+    @property
+    def trains_teacher(self) -> bool:
+        return self.variant == "teacher"
+
+    @property
+    def leaves_language_model(self) -> bool:
+        """Else it leaves a model of its task."""
+        return self.kind in ("teacher", "pretraining", "task_lm")
+
+    @property
+    def own_grid_point(self) -> GridPoint:
+        """What of the grid point changes its settings; the control follows the second pass."""
+        own = "task_lm." if self.kind == "task_lm" else "task_soft_labels."
+        return {key.removeprefix(own): value for key, value in self.grid_point.items() if key.startswith(own)}
+
+    @property
+    def swept(self) -> str:
+        """The same for people."""
+        return grid_point_name(self.own_grid_point)
+
+    @property
+    def examples(self) -> list[TaskExample]:
+        """What is trained on; empty on a corpus, which is not counted yet."""
+        if self.task is None:
+            return []
+        return self.task.train if self.trains_teacher or self.is_control else self.task.inputs
+
+    @property
+    def asks_words(self) -> bool:
+        """Whether the teacher's words are asked for; pretraining and task_lm are scored by them at least."""
+        return self.kind in ("pretraining", "task_lm") or self.uses("lm_logits")
+
+    def uses(self, *signals: str) -> bool:
+        """Whether its objective does."""
+        return self.objective is not None and self.objective.uses(*signals)
+
+    @property
+    def training(self) -> StageConfig:
+        """The settings of a stage that trains."""
+        assert self.settings is not None, f"{self.path} trains nothing"
+        return self.settings
+
+    @property
+    def masking(self) -> tuple[float, int | None]:
+        """Share of masked tokens, and the number of maskings, which no grid point of a sweep changes.
+
+        Labels are learned from clean inputs, unless words are compared beside them.
+        """
+        is_clean = self.kind in ("task_soft_labels", "hard_labels") and not self.uses(*LM_SIGNALS)
+        return (0.0, None) if is_clean else (self.training.mlm_probability or 0.0, self.training.num_maskings)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text, at most."""
+        length = self.training.max_length
+        return length or (self.task.task.max_length if self.task is not None else 0)
+
+
+def stages(plan: Plan, processes: int) -> Iterator[Stage]:
+    """Every stage once, each after those that it begins from and learns from.
+
+    processes: that the batch sizes speak of; the control has as many updates as they make of the passes.
+    """
+    config, cached, seed = plan.config, cached_stages(plan.config, plan.method), plan.config.seeds[0]
     if config.teacher.pretraining is not None:
-        yield PlannedStage("teacher", config.teacher.pretraining, config.teacher.pretraining.max_length or 0)
-    stages = {name: task_stages(config, plan.method, name) for name in plan.tasks}
+        settings = config.teacher.pretraining
+        settings = replace(settings, mlm_probability=settings.mlm_probability or 0.15)
+        yield Stage("teacher", TEACHER, settings, MASKED_LM, seed, "teacher")
+    yield Stage("vocabulary", "vocabulary", None, None, seed, teacher=TEACHER)
     for name, task in plan.tasks.items():
-        stage = stages[name].pop("task_teacher")
-        if name not in config.teacher.tasks:
-            length = stage.max_length or task.task.max_length
-            yield PlannedStage("task_teacher", stage, length, task, len(task.train))
-    if "pretraining" in plan.method:
-        yield PlannedStage("pretraining", config.pretraining, config.pretraining.max_length or 0)
-    for name, task in plan.tasks.items():
-        for each in stages[name]:
-            # A first pass is shared by the grid points that differ in the second alone.
-            grid_points = [
-                {key: value for key, value in grid_point.items() if key.startswith(f"{each}.")}
-                for grid_point in config.grid_points
-            ]
-            for number, grid_point in enumerate(grid_points):
-                if grid_point not in grid_points[:number]:
-                    stage = config.stage(each, name, grid_point)
-                    length = stage.max_length or task.task.max_length
-                    swept = grid_point_name(grid_point).replace(f"{each}.", "")
-                    yield PlannedStage(each, stage, length, task, len(task.inputs), swept)
+        named = name in config.teacher.tasks
+        settings_of_teacher = None if named else config.stage("task_teacher", name)
+        path = task_teacher_path(name)
+        yield Stage("task_teacher", path, settings_of_teacher, HARD_LABELS, seed, "teacher", task, start=TEACHER)
+    variants: list[Variant] = ["student"]
+    if config.controls.full_vocabulary:
+        variants.append("full vocabulary")
+    for variant in variants:
+        objective = plan.method.get("pretraining")
+        yield Stage(
+            "pretraining",
+            f"{_root(variant)}pretraining",
+            config.pretraining if objective is not None else None,
+            objective,
+            seed,
+            variant,
+            teacher=TEACHER,
+            cached="pretraining" in cached,
+        )
+    for task, variant in itertools.product(plan.tasks.values(), variants):
+        seen = set()
+        for each_seed, grid_point in itertools.product(config.seeds, config.grid_points):
+            for stage in _passes(plan, task, variant, each_seed, grid_point, processes):
+                if stage.path not in seen:
+                    seen.add(stage.path)
+                    yield stage
+
+
+def _passes(
+    plan: Plan, task: TaskPlan, variant: Variant, seed: int, grid_point: GridPoint, processes: int
+) -> Iterator[Stage]:
+    """The passes of a student over a task, and the control on hard labels from the same start."""
+    config, method, name = plan.config, plan.method, task.task.name
+    cached, teacher, pretrained = cached_stages(config, method), task_teacher_path(name), f"{_root(variant)}pretraining"
+    settings = {kind: config.stage(kind, name, grid_point) for kind in PASSES if kind in method}
+    # Grid points that differ in the second pass alone share the first.
+    first = {key: value for key, value in grid_point.items() if key.startswith("task_lm.")}
+    start = pretrained
+    kinds: dict[Kind, GridPoint] = {"task_lm": first, "task_soft_labels": grid_point}
+    for kind, point in kinds.items():
+        if kind in method:
+            path = pass_path(kind, name, seed, point, variant)
+            is_cached = kind in cached
+            yield Stage(
+                kind, path, settings[kind], method[kind], seed, variant, task, point, start, teacher, is_cached
+            )  # fmt: skip
+            start = path
+    if config.controls.hard_labels and variant == "student":
+        # Of the first pass the control has but the number of updates.
+        point = {
+            key: value
+            for key, value in grid_point.items()
+            if key.startswith("task_soft_labels.") or key.partition(".")[2] in LENGTH_KEYS
+        }
+        path = pass_path("hard_labels", name, seed, point, variant)
+        steps = sum(each.steps(len(task.inputs), processes) for each in settings.values())
+        longer = replace(settings["task_soft_labels"], max_steps=steps, num_train_epochs=None)
+        yield Stage("hard_labels", path, longer, HARD_LABELS, seed, variant, task, point, pretrained)
+
+
+def _root(variant: Variant) -> str:
+    return "controls/full_vocabulary/" if variant == "full vocabulary" else ""
+
+
+def task_teacher_path(task: str) -> str:
+    return f"tasks/{task}/task_teacher"
+
+
+def pass_path(kind: str, task: str, seed: int, grid_point: GridPoint, variant: Variant = "student") -> str:
+    """tasks/RTE/seed-0/task_lm; of a sweep the grid point stands before the seed."""
+    name = grid_point_name(grid_point)
+    return f"{_root(variant)}tasks/{task}/{f'{name}/' if name else ''}seed-{seed}/{kind}"
+
+
+def lines(plan: Plan, processes: int) -> list[list[Stage]]:
+    """What a table of the plan has a line for: the stages that train alike, but for seed and start, in order.
+
+    The control with the full vocabulary has none: it is the same stages again.
+    """
+    found: dict[tuple[str, StageConfig], list[Stage]] = {}
+    for stage in stages(plan, processes):
+        if stage.settings is not None and stage.variant != "full vocabulary":
+            found.setdefault((stage.name, stage.settings), []).append(stage)
+    tasks = list(plan.tasks)
+
+    def place(line: list[Stage]) -> tuple[int, int]:
+        """Passes in order of their task and kind, behind all else as it comes."""
+        stage = line[0]
+        if stage.task is None or stage.kind not in PASSES:
+            return -1, -1
+        return tasks.index(stage.task.task.name), PASSES.index(stage.kind)
+
+    return sorted(found.values(), key=place)

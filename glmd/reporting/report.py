@@ -55,43 +55,41 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def best_grid_points(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a sweep: system, task and the cell of each that the table shows."""
-    best = _best_cells(results["rows"])
-    return [{"system": system, "task": task, "grid_point": cell} for (system, task), cell in best.items()]
+    """Of a sweep: system, task and the grid point of each that the table shows."""
+    best = _best_of_sweep(results["rows"])
+    return [{"system": system, "task": task, "grid_point": point} for (system, task), point in best.items()]
 
 
 def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a sweep the rows of the best cells; else all."""
-    best = _best_cells(rows)
+    """Of a sweep the rows of the best grid points; else all."""
+    best = _best_of_sweep(rows)
     return [row for row in rows if _is_of(row, best)]
 
 
-def _best_cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Of a sweep: for each system and task the cell whose mean over seeds is the highest; the first of equals."""
+def _best_of_sweep(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of a sweep: for each system and task the grid point whose mean over seeds is the highest; the first of equals."""
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
-    cells = {}
+    points = {}
     for row in rows:
         if "grid_point" in row and "agreement" in row:
             name = json.dumps(row["grid_point"])
-            cells[name] = row["grid_point"]
+            points[name] = row["grid_point"]
             values.setdefault((row["system"], row["task"]), {}).setdefault(name, []).append(_merit(row))
-    return {
-        key: cells[max(of_cell, key=lambda name: statistics.mean(of_cell[name]))] for key, of_cell in values.items()
-    }
+    return {key: points[max(scores, key=lambda name: statistics.mean(scores[name]))] for key, scores in values.items()}
 
 
 def _is_by_agreement(row: dict[str, Any]) -> bool:
-    """Whether a cell is chosen by agreement with the teacher: labels are not looked at, or there are none."""
+    """Whether a grid point is chosen by agreement with the teacher: labels are not looked at, or there are none."""
     return row["selection"] == NEAREST or "metrics" not in row
 
 
 def _merit(row: dict[str, Any]) -> float:
-    """What a cell is chosen by: agreement, or the task's first metric."""
+    """What a grid point is chosen by: agreement, or the task's first metric."""
     return float(row["agreement"] if _is_by_agreement(row) else next(iter(row["metrics"].values())))
 
 
 def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> bool:
-    """Whether a row belongs to its system's best cell; a first pass may be shared by several."""
+    """Whether a row belongs to its system's best grid point; a first pass may be shared by several."""
     chosen = best.get((row["system"], row["task"]), {})
     return row.get("grid_point", {}).items() <= chosen.items()
 
@@ -105,23 +103,23 @@ def _sweep_note(rows: list[dict[str, Any]]) -> str:
     by = "agreement with the teacher" if all(ways) else "score"
     if any(ways) and not all(ways):
         by += ", or by agreement with the teacher where labels are not looked at or not there"
-    return f" For each system and task the best of {count} cells, chosen on val by {by}; below all, it with a *."
+    return f" For each system and task the best of {count} grid points, chosen on val by {by}; below all, it with a *."
 
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
-    """Every cell of a sweep: mean and standard deviation of each system's scores and agreement."""
+    """Every grid point of a sweep: mean and standard deviation of each system's scores and agreement."""
     swept = [row for row in rows if "grid_point" in row and "agreement" in row]
-    best = _best_cells(rows)
+    best = _best_of_sweep(rows)
     columns = list(dict.fromkeys((row["task"], m) for row in swept for m in (*row.get("metrics", ()), "agreement")))
     body = []
-    for system, cell in dict.fromkeys((row["system"], json.dumps(row["grid_point"])) for row in swept):
-        found = [row for row in swept if (row["system"], json.dumps(row["grid_point"])) == (system, cell)]
+    for system, point in dict.fromkeys((row["system"], json.dumps(row["grid_point"])) for row in swept):
+        found = [row for row in swept if (row["system"], json.dumps(row["grid_point"])) == (system, point)]
         cells = []
         for task, metric in columns:
             of_task = [row.get("metrics", {}) | row for row in found if row["task"] == task]
-            star = " *" if any(json.dumps(best.get((system, task))) == cell for _ in of_task) else ""
+            star = " *" if any(json.dumps(best.get((system, task))) == point for _ in of_task) else ""
             cells.append(_mean([row[metric] for row in of_task if metric in row]) + star)
-        settings = ", ".join(f"{key.removeprefix('task_')}={value}" for key, value in json.loads(cell).items())
+        settings = ", ".join(f"{key}={value}" for key, value in json.loads(point).items())
         body.append([f"{system}: {settings}", *cells])
     header = ["sweep", *(f"{task} {metric}" for task, metric in columns)]
     return markdown_table(header, body) if body else ""
@@ -143,15 +141,6 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
         body.append([_LABELS[system], *cells])
     students = [row for row in scored if row["system"] == "student"]
     body.append(["student's agreement with the teacher", *_agreement(students, columns)])
-    without = [row | row["stock"] for row in students if "stock" in row]
-    if without:
-        cells = [
-            _mean([row["metrics"][metric] for row in without if row["task"] == task and "metrics" in row])
-            for task, metric in columns
-        ]
-        at = next(i for i, row in enumerate(body) if row[0] == _LABELS["student"]) + 1
-        body.insert(at, ["student, read by plain AutoTokenizer", *cells])
-        body.append(["... read by plain AutoTokenizer", *_agreement(without, columns)])
     constant = {(row["task"], metric): value for row in scored for metric, value in row.get("constant", {}).items()}
     body.append(["best constant answer", *(_mean([constant[c]] if c in constant else []) for c in columns)])
     seeds = sorted({row["seed"] for row in scored if row["system"] == "student"})

@@ -52,7 +52,7 @@ from glmd.training.state import (
 
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], TeacherOutputs]
-Evaluate = Callable[[], float]  # a score of the student as it stands, higher is better
+Evaluate = Callable[[Distiller], float]  # a score of the student as it stands, higher is better
 
 
 @dataclass
@@ -303,7 +303,7 @@ class Trainer:
 
     def _keep_best(self, distiller: Distiller) -> None:
         assert self.evaluate is not None
-        score = self.evaluate()
+        score = self.evaluate(distiller)
         self.log.write({"stage": self.stage, "step": self.progress.step, "score": score})
         if not math.isfinite(score):
             raise NumericsError(

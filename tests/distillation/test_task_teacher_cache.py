@@ -303,12 +303,12 @@ def test_cached_passes_have_the_live_ones_loss_curves_and_seeds_and_cells_ask_no
 
 
 def test_the_teacher_answers_val_once_for_all_seeds_cells_and_controls(tiny, trusting, tmp_path, monkeypatch):
-    import glmd.pipeline.task_stages
+    import glmd.pipeline.teachers
 
     loaded: list[str] = []
-    real = glmd.pipeline.task_stages.load_classifier
+    real = glmd.pipeline.teachers.load_classifier
     monkeypatch.setattr(
-        "glmd.pipeline.task_stages.load_classifier",
+        "glmd.pipeline.teachers.load_classifier",
         lambda name, *rest, **o: loaded.append(name) or real(name, *rest, **o),
     )
     place = f"teacher.cache={tmp_path / 'cache'}"

@@ -1,6 +1,7 @@
 """Exported folders: stock transformers loads them to the same logits, in any process; what does not is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 
 from glmd.cli import main
-from glmd.commands.evaluate import evaluate_folder
 from glmd.commands.export import export_folder
 from glmd.commands.verify import verify_folder
 from glmd.errors import ModelError, RunError
@@ -293,18 +293,18 @@ def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_run_tells_how_its_student_does_without_glmd(finished, tiny, capsys):
-    folder = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
-    row = next(row for row in finished.results["rows"] if row["stage"] == "task_soft_labels")
-    arguments = {"max_length": 32, "batch_size": 16}
-    ordinary = evaluate_folder(str(folder), "RTE", str(tiny.superglue), "val", **arguments, stock=True)
-    assert ordinary["accuracy"] == pytest.approx(row["stock"]["metrics"]["accuracy"])
-    card = (folder / "README.md").read_text()
-    assert f"| accuracy, by plain AutoTokenizer | {ordinary['accuracy']:.4f} |" in card
-    teacher = str(finished.folder / "tasks/RTE/task_teacher/model")
-    command = ["evaluate", teacher, "--task", "RTE", "--data", str(tiny.superglue), "--max-length", "32"]
-    assert main([*command, "--tokenizer", "stock"]) == 2
+def test_a_card_says_how_its_student_is_scored_without_glmd_and_the_command_does_so(finished, tiny, capsys):
+    task = finished.folder / "tasks/RTE"
+    card = (task / "seed-0/task_soft_labels/student/README.md").read_text()
+    (command,) = re.findall(r"`glmd (evaluate THIS_FOLDER [^`]+)`", card)
+    words = command.replace("...", str(tiny.superglue)).split()
+    folders = {"student": task / "seed-0/task_soft_labels/student", "teacher": task / "task_teacher/model"}
+    found = {name: [word.replace("THIS_FOLDER", str(folder)) for word in words] for name, folder in folders.items()}
+    assert main([*found["student"], "--max-length", "32"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main([*found["teacher"], "--max-length", "32"]) == 2
     assert "--tokenizer stock has no effect" in capsys.readouterr().err
+    assert "--tokenizer stock" not in (folders["teacher"] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart", "GPT2"])

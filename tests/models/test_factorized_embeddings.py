@@ -158,7 +158,7 @@ def narrow_runs(tiny, tmp_path_factory):
             settings = [f"student.architecture={architecture}", f"student.config.embedding_size={E}"]
             settings += [f"casting={casting}", f"tasks={json.dumps(tasks)}", "controls.hard_labels=false"]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("glmd.pipeline.workbench.check_exports", lambda folders: None)
+                patch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
                 made[folder] = run(tiny.config(folder, *settings))
         return folder, made[folder]
 

@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glmd.cli import main
-from glmd.config_file import dump_config, load_config
+from glmd.config_file import load_config
 from glmd.errors import ConfigError, GlmdError, ModelError, RunError
+from glmd.pipeline.context import Context
 from glmd.pipeline.elastic import require_shareable
-from glmd.pipeline.run import run
+from glmd.pipeline.run import _context, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
-from glmd.pipeline.workbench import Workbench
-from glmd.planning.places import stage_places
 from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
 from glmd.tasks.tasks import load_task, read_split
@@ -101,10 +100,10 @@ def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
         ("teacher", "task_teacher", "RTE", 0),
         ("student", "pretraining", None, 0),
         ("student", "task_lm", "RTE", 0),
-        ("student", "labels", "RTE", 0),
+        ("student", "task_soft_labels", "RTE", 0),
         ("hard labels", "hard_labels", "RTE", 0),
     ]
-    for stage, steps in (("pretraining", 6), ("task_lm", 3), ("labels", 3)):
+    for stage, steps in (("pretraining", 6), ("task_lm", 3), ("task_soft_labels", 3)):
         assert row_of(finished.results, stage)["training"]["steps"] == steps
     # The control has had the updates of both passes.
     assert row_of(finished.results, "hard_labels", "hard labels")["training"]["steps"] == 3 + 3
@@ -160,7 +159,7 @@ def test_scores_are_those_of_the_exported_folders(finished, tiny):
     labels = np.array([each.label for each in val])
     teacher = answers(finished.folder / "tasks/RTE/task_teacher/model", val)
     assert row_of(finished.results, "task_teacher", "teacher")["metrics"]["accuracy"] == (teacher == labels).mean()
-    for name, system in (("labels", "student"), ("hard_labels", "hard labels")):
+    for name, system in (("task_soft_labels", "student"), ("hard_labels", "hard labels")):
         row = row_of(finished.results, name, system)
         given = answers(finished.folder / "tasks/RTE/seed-0" / name / "student", val)
         assert row["metrics"]["accuracy"] == (given == labels).mean()
@@ -206,25 +205,25 @@ def test_a_further_seed_adds_its_stages_and_no_others(finished, tiny, trusting, 
     assert first != second
 
 
-def test_a_stage_whose_inputs_changed_is_refused_field_by_field(tiny, trusting, tmp_path):
-    """The config is the same; what it names is not."""
+def lost_config(finished, folder: Path) -> Path:
+    """A finished run that is known by the records of its stages alone: their inputs are compared, not the config."""
+    (finished.copy(folder) / "config.yaml").unlink()
+    return folder
+
+
+def test_a_stage_whose_inputs_changed_is_refused_field_by_field(finished, tiny, tmp_path):
+    """What the config names is another: a task's examples, the teacher's weights."""
     teacher = shutil.copytree(tiny.teacher, tmp_path / "teacher")
     superglue = shutil.copytree(tiny.superglue, tmp_path / "superglue")
-    places = (f"teacher={teacher}", f"data.superglue={superglue}", "data.corpus=[]", "method=kd")
-    config = tiny.config(tmp_path / "run", *places, "controls.hard_labels=false")
-    run(config)
     rows = (superglue / "RTE/train.jsonl").read_text()
     (superglue / "RTE/train.jsonl").write_text(rows.replace("not_entailment", "entailment", 1))
-    with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tasks.RTE: '\w+' -> '\w+'\)"):
-        run(config)
-    (superglue / "RTE/train.jsonl").write_text(rows)
-    weights_of_teacher = teacher / "model.safetensors"
-    old = weights_of_teacher.read_bytes()
-    weights_of_teacher.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
-    with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(teacher: '\w+' -> '\w+'\)"):
-        run(config)
-    weights_of_teacher.write_bytes(old)
-    run(config)
+    flip(teacher / "model.safetensors")
+    folder = lost_config(finished, tmp_path / "run")
+    for place, key in ((f"data.superglue={superglue}", "tasks.RTE"), (f"teacher={teacher}", "teacher")):
+        with pytest.raises(RunError, match=rf"vocabulary was made from other inputs \({key}: '\w+' -> '\w+'\)"):
+            run(tiny.config(folder, place))
+        (folder / "config.yaml").unlink()
+    assert run(tiny.config(folder)) == finished.results
 
 
 def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is_complete(tiny, trusting, tmp_path):
@@ -290,7 +289,7 @@ def begun_with(folder: Path, processes: int) -> None:
 def test_a_stage_begun_by_another_number_of_processes_is_refused_with_both(finished, tiny, trusting, tmp_path):
     folder = finished.copy(tmp_path / "run")
     begun_with(folder, 2)
-    with pytest.raises(RunError, match=r"teacher was made from other inputs \(processes: 2 -> 1\)"):
+    with pytest.raises(RunError, match=r"task_teacher was made from other inputs \(processes: 2 -> 1\)"):
         run(tiny.config(folder))
 
 
@@ -331,13 +330,7 @@ def test_an_elastic_run_with_processes_that_cannot_share_its_batches_is_refused_
     accelerator = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type="MULTI_CPU")
     plan = make_plan(tiny.config(folder, "elastic=true"))
     with pytest.raises(ConfigError, match="elastic: the 3 micro-batches of a step cannot be shared by 2 processes"):
-        Workbench(plan, RunFolder(folder), accelerator)
-
-
-def test_the_planned_places_are_where_the_stages_lie(finished, tiny):
-    records = {path.parent: json.loads(path.read_text()) for path in finished.folder.rglob("stage.json")}
-    trained = {place for place, record in records.items() if "training" in record["result"]}
-    assert {place for place, _ in stage_places(make_plan(tiny.config(finished.folder)))} == trained != set()
+        Context(plan, RunFolder(folder), accelerator)
 
 
 @pytest.mark.parametrize(
@@ -366,29 +359,23 @@ def test_check_knows_by_how_many_processes_a_run_was_begun(
         )
 
 
-def test_students_of_another_fine_tuned_teacher_are_refused(finished, tiny, trusting, tmp_path):
-    named = shutil.copytree(finished.folder / "tasks/RTE/task_teacher/model", tmp_path / "named")
-    config = tiny.config(tmp_path / "run", f"teacher.tasks.RTE={named}", "controls.hard_labels=false")
-    run(config)
-    content = (named / "model.safetensors").read_bytes()
-    (named / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    for stage, key in (
-        ("teacher", "start"),
-        ("seed-0/task_lm", "classifier"),
-        ("seed-0/task_soft_labels", "classifier"),
-    ):
-        place = tmp_path / "run/tasks/RTE" / stage
-        with pytest.raises(RunError) as refused:
-            run(config)
-        assert f"{place} was made from other inputs ({key}: '" in str(refused.value)
-        assert str(refused.value).endswith(f"change them back, or delete {place} to make it anew")
-        shutil.rmtree(place)
-        if stage == "seed-0/task_lm":  # what the second pass starts from has changed as well
-            key = "start"
-    run(config)
-
-
 # --- A damaged one ------------------------------------------------------------------------------------------------
+
+
+def test_passes_over_a_task_depend_on_their_fine_tuned_teacher(finished, tiny, tmp_path):
+    named, folder = tmp_path / "named", lost_config(finished, tmp_path / "run")
+    shutil.copytree(finished.folder / "tasks/RTE/task_teacher/model", named)
+    config, found = tiny.config(folder, f"teacher.tasks.RTE={named}"), []
+    for _ in range(2):
+        with _context(config) as context:
+            found.append({stage.path: context.inputs(stage) for stage in context.stages})
+        flip(named / "model.safetensors")
+    changed = {
+        path: [key for key, value in inputs.items() if value != found[1][path][key]]
+        for path, inputs in found[0].items()
+    }
+    passes = {path: ["classifier"] for path in changed if "seed-0" in path}
+    assert changed == passes | {"vocabulary": [], "pretraining": [], "tasks/RTE/task_teacher": ["start"]}
 
 
 def cut_short(path: Path) -> None:
@@ -413,9 +400,7 @@ def flip(path: Path) -> None:
         ("tasks/RTE/seed-0/hard_labels", "student", shutil.rmtree, "is missing"),
     ],
 )
-def test_a_damaged_result_is_refused_and_made_anew_once_its_stage_is_deleted(
-    finished, tiny, trusting, tmp_path, stage, name, damage, found
-):
+def test_a_damaged_result_is_refused_with_the_folder_to_delete(finished, tiny, tmp_path, stage, name, damage, found):
     folder = finished.copy(tmp_path / "run")
     place = folder / stage
     damage(place / name)
@@ -425,7 +410,12 @@ def test_a_damaged_result_is_refused_and_made_anew_once_its_stage_is_deleted(
     assert message.startswith(f"{place} is not what the complete stage left ({name}")
     assert found in message and message.endswith(f"delete {place} to make it anew")
     assert "\n" not in message
-    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("stage", ["vocabulary", "pretraining", "tasks/RTE/seed-0/task_lm"])
+def test_a_stage_that_was_deleted_is_made_anew(finished, tiny, trusting, tmp_path, stage):
+    folder = finished.copy(tmp_path / "run")
+    shutil.rmtree(folder / stage)
     assert without_times(run(tiny.config(folder))) == without_times(finished.results)
     assert weights(folder) == weights(finished.folder) and listing(folder) == listing(finished.folder)
 
@@ -462,46 +452,24 @@ def test_each_result_of_a_finished_run_is_hashed_once(finished, tiny, tmp_path, 
     assert models == {str(tiny.teacher), *(str(folder / start) for start in starts)}
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["{", "", "{}", "[]", "7", "\xff", '{"complete": true, "inputs": {}}', '{"complete": false, "inputs": 3}',
-     '{"complete": true, "inputs": {}, "result": {}, "files": {"student/config.json": 1}}'],
-)  # fmt: skip
-def test_an_unreadable_record_of_a_stage_is_refused_with_the_folder_to_delete(tiny, trusting, tmp_path, text):
-    path = tmp_path / "run/vocabulary/stage.json"
-    config = tiny.config(tmp_path / "run", "tasks={}")
-    path.parent.mkdir(parents=True)
-    (tmp_path / "run/config.yaml").write_text(dump_config(config))
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RunError) as refused:
-        run(config)
-    message = str(refused.value)
-    assert message.startswith(f"{path} cannot be read (") and "\n" not in message
-    assert message.endswith(f"; delete {path.parent} to make the stage anew")
-
-
-def test_a_task_whose_definition_changed_is_refused(finished, tiny, trusting, tmp_path):
+def test_a_task_whose_definition_changed_is_refused(finished, tiny, tmp_path):
     """The config names the same file; lengths, metrics and labels in it are others."""
-    definition = tmp_path / "rte.yaml"
-    text = (Path(__file__).parents[2] / "configs/tasks/RTE.yaml").read_text().partition("cloze:")[0]
-    definition.write_text(text)
-    stages = [f"{stage}.max_length=null" for stage in ("task_teacher", "task_lm", "task_soft_labels")]
-    short = text.replace("max_length: 256", "max_length: 32")
-    definition.write_text(short)
-    options = (f"tasks.RTE.definition={definition}", "data.corpus=[]", "method=kd", "controls.hard_labels=false")
-    config = tiny.config(tmp_path / "run", *options, *stages)
-    run(config)
-    for changed in (
-        short.replace("max_length: 32", "max_length: 16"),
-        short.replace("[accuracy]", "[accuracy, macro_f1]"),
-        short.replace("[entailment, not_entailment]", "[not_entailment, entailment]"),
+    definition, folder = tmp_path / "rte.yaml", lost_config(finished, tmp_path / "run")
+    text = (Path(__file__).parents[2] / "configs/tasks/RTE.yaml").read_text()
+    for old, new in (
+        ("max_length: 256", "max_length: 16"),
+        ("[accuracy]", "[accuracy, macro_f1]"),
+        ("[entailment, not_entailment]", "[not_entailment, entailment]"),
     ):
-        assert changed != short
-        definition.write_text(changed)
+        assert old in text
+        definition.write_text(text.replace(old, new))
         with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tasks.RTE: '\w+' -> '\w+'\)"):
-            run(config)
-    definition.write_text(short)
-    run(config)
+            run(tiny.config(folder, f"tasks.RTE.definition={definition}"))
+        (folder / "config.yaml").unlink()
+    definition.write_text(text)
+    assert without_times(run(tiny.config(folder, f"tasks.RTE.definition={definition}"))) == without_times(
+        finished.results
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "teacher: [1", "unknown_key: 3"])
@@ -531,7 +499,7 @@ def test_a_folder_where_a_file_is_written_is_refused_by_name(finished, tiny, tru
 @pytest.mark.parametrize("text", ["{", "[1]", "7", ""])
 def test_a_damaged_list_of_proved_exports_has_them_all_proved_again(finished, tiny, tmp_path, monkeypatch, text):
     folder, proved = finished.copy(tmp_path / "run"), []
-    monkeypatch.setattr("glmd.pipeline.workbench.check_exports", proved.extend)
+    monkeypatch.setattr("glmd.pipeline.exports.check_exports", proved.extend)
     record = folder / "exports_checked.json"
     whole = json.loads(record.read_text())
     record.write_text(text)
@@ -570,7 +538,7 @@ def pretrained(tiny, tmp_path_factory):
     """(results, folder) of a run that only pretrains."""
     config = tiny.config(tmp_path_factory.mktemp("pretrained") / "run", "tasks={}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glmd.pipeline.workbench.check_exports", lambda folders: None)
+        patch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
         return run(config), Path(config.output_dir)
 
 
@@ -583,24 +551,13 @@ LABELS, WORDS = "tasks/RTE/seed-0/task_soft_labels", "tasks/RTE/seed-0/task_lm"
     ("method", "expected"),
     [
         ("kd", {LABELS: {"task_logits.cross_entropy", "task_labels.hard_cross_entropy"}}),
-        ("pd", {"pretraining": {"lm_labels.hard_cross_entropy"}, LABELS: {"task_logits.cross_entropy"}}),
         ("hard", {"pretraining": {"lm_labels.hard_cross_entropy"}, LABELS: {"task_labels.hard_cross_entropy"}}),
-        ("glmd-masked-only", {stage: {"lm_logits.kl_divergence"} for stage in ("pretraining", WORDS)}),
-        ("glmd-mse", {stage: {"lm_logits.mse"} for stage in ("pretraining", WORDS)}),
-        (
-            "glmd-hard",
-            {
-                "pretraining": {"lm_logits.kl_divergence", "lm_labels.hard_cross_entropy"},
-                LABELS: {"task_logits.kl_divergence", "task_labels.hard_cross_entropy"},
-            },
-        ),
     ],
 )
-def test_every_method_runs_its_terms(tiny, trusting, tmp_path, method, expected):
+def test_a_method_without_words_or_without_a_teacher_runs_its_terms(tiny, trusting, tmp_path, method, expected):
     results = run(tiny.config(tmp_path / "run", f"method={method}", "controls.hard_labels=false"))
     logged = {row["stage"]: row for row in log_rows(tmp_path / "run") if row["stage"] != "tasks/RTE/task_teacher"}
-    is_glmd = method.startswith("glmd")
-    assert set(logged) == {LABELS} | ({"pretraining"} if method != "kd" else set()) | ({WORDS} if is_glmd else set())
+    assert set(logged) == set(expected)
     for stage, terms in expected.items():
         losses = {key: value for key, value in logged[stage].items() if "." in key}
         assert set(losses) == terms
@@ -658,7 +615,7 @@ def test_the_full_vocabulary_control_is_the_whole_method_with_every_word(finishe
         f"controls/full_vocabulary/{stage}" for stage in ("pretraining", WORDS, LABELS)
     }
     assert [row["stage"] for row in results["rows"] if row["system"] == "full vocabulary"] == [
-        "pretraining", "task_lm", "labels",
+        "pretraining", "task_lm", "task_soft_labels",
     ]  # fmt: skip
     student = control / LABELS / "student"
     assert json.loads((student / "config.json").read_text())["vocab_size"] == 86
@@ -710,11 +667,11 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(
 # bytes of a tensor file. Prints how many children were killed before one came to the end.
 KILLED_CHILDREN = """
 import os, sys
-import glmd.training.checkpoint, glmd.pipeline.run, glmd.pipeline.workbench, glmd.data.corpus, glmd.training.trainer
-from glmd.config import load_config
+import glmd.training.checkpoint, glmd.pipeline.run, glmd.pipeline.exports, glmd.data.corpus, glmd.training.trainer
+from glmd.config_file import load_config
 import transformers
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
-glmd.pipeline.workbench.check_exports = lambda folders: None
+glmd.pipeline.exports.check_exports = lambda folders: None
 config = load_config(sys.argv[1], sys.argv[2:])
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
@@ -813,19 +770,18 @@ def test_the_teacher_and_the_control_learn_from_train_when_the_student_has_input
     teacher = "tasks/RTE/task_teacher/model/model.safetensors"
     assert weights(tmp_path / "run")[teacher] == weights(finished.folder)[teacher]
     steps = {row["stage"]: row["training"]["steps"] for row in results["rows"]}
-    assert steps["task_lm"] == steps["labels"] == 1 and steps["task_teacher"] == 3
+    assert steps["task_lm"] == steps["task_soft_labels"] == 1 and steps["task_teacher"] == 3
     assert steps["hard_labels"] == 2, "as many updates as both passes"
 
 
 def test_a_corpus_is_read_once_to_know_it_by(tiny, tmp_path, monkeypatch):
     """Of many processes one does it, for the plan and for the store alike."""
     import glmd.data.corpus
-    from glmd.pipeline.run import _pipeline
 
     real, read = glmd.data.corpus._sha256, []
     monkeypatch.setattr("glmd.data.corpus._sha256", lambda path: read.append(path.name) or real(path))
-    with _pipeline(tiny.config(tmp_path / "run")) as pipeline:
-        pipeline._begin()
+    with _context(tiny.config(tmp_path / "run")):
+        pass
     assert read.count("corpus.txt") == 1
 
 
@@ -839,13 +795,13 @@ def test_results_are_on_disk_before_the_exports_are_proved_and_say_so(finished, 
     def refuse(folders: list[Path]) -> None:
         raise ModelError(f"{folders[0]}: its output differs")
 
-    monkeypatch.setattr("glmd.pipeline.workbench.check_exports", refuse)
+    monkeypatch.setattr("glmd.pipeline.exports.check_exports", refuse)
     with pytest.raises(ModelError, match="its output differs"):
         run(tiny.config(folder))
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr()
     assert "| student" in said.out and "the exports are not verified yet" in said.err
-    monkeypatch.setattr("glmd.pipeline.workbench.check_exports", lambda folders: None)
+    monkeypatch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
     results = run(tiny.config(folder))
     assert results["exports_verified"] and json.loads((folder / "results.json").read_text()) == results
     assert main(["report", str(folder)]) == 0 and "verified" not in capsys.readouterr().err

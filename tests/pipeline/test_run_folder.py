@@ -38,10 +38,26 @@ def test_a_kill_between_a_stages_end_and_the_removal_of_its_checkpoints_leaves_n
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", die)
         with pytest.raises(Killed):
-            folder.stage(place, {"seed": 0}, work)
+            folder.complete(place, {"seed": 0}, work)
     assert (place / "checkpoints").exists()
-    folder.stage(place, {"seed": 0}, lambda: pytest.fail("the stage is complete"))
+    folder.complete(place, {"seed": 0}, lambda: pytest.fail("the stage is complete"))
     assert not (place / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "", "{}", "[]", "7", "\xff", '{"complete": true, "inputs": {}}', '{"complete": false, "inputs": 3}',
+     '{"complete": true, "inputs": {}, "result": {}, "files": {"student/config.json": 1}}'],
+)  # fmt: skip
+def test_an_unreadable_record_of_a_stage_is_refused_with_the_folder_to_delete(folder: RunFolder, text: str) -> None:
+    path = folder.path / "vocabulary/stage.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunError) as refused:
+        folder.complete(path.parent, {}, lambda: pytest.fail("its record is unknown"))
+    message = str(refused.value)
+    assert message.startswith(f"{path} cannot be read (") and "\n" not in message
+    assert message.endswith(f"; delete {path.parent} to make the stage anew")
 
 
 STEADY = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}
@@ -66,7 +82,7 @@ def test_an_interrupted_stage_may_get_longer_where_no_step_knows_how_many_there_
     def train(max_steps: int, work: Callable[[], dict[str, Any]], **changes: float) -> None:
         settings = stage | {"max_steps": max_steps} | changes
         inputs = {"stage": settings, "terms": [{"weight": weight}], "selection": "last"}
-        folder.stage(folder.path / "pretraining", inputs, work)
+        folder.complete(folder.path / "pretraining", inputs, work)
 
     folder.path.mkdir()
     (folder.path / "pretraining").mkdir()

@@ -1,7 +1,5 @@
 """A sweep trains every combination of its values, shares what they have in common, and tells the best from the rest."""
 
-import json
-
 import pytest
 
 from glmd.cli import main
@@ -9,8 +7,6 @@ from glmd.config import grid_point_name
 from glmd.config_file import load_config
 from glmd.errors import ConfigError
 from glmd.pipeline.run import run
-from glmd.planning.places import stage_places
-from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
 
 TASK = "tasks/RTE"
@@ -28,7 +24,7 @@ def swept(tiny, tmp_path_factory):
     return folder, run(tiny.config(folder, RATES))
 
 
-def test_cells_share_all_that_they_have_in_common(swept, finished):
+def test_grid_points_share_all_that_they_have_in_common(swept, finished):
     folder, results = swept
     shared = {stage for stage in stages(finished.folder) if not stage.endswith(("task_soft_labels", "hard_labels"))}
     grid_points = [f"{TASK}/task_soft_labels.learning_rate={rate}/seed-0" for rate in ("0.001", "0.05")]
@@ -40,7 +36,7 @@ def test_cells_share_all_that_they_have_in_common(swept, finished):
     assert ("task_soft_labels", {"task_soft_labels.learning_rate": 0.05}) in rows and ("task_lm", None) in rows
 
 
-def test_a_cell_is_the_run_with_its_settings(swept, finished):
+def test_a_grid_point_is_the_run_with_its_settings(swept, finished):
     """The tiny run's own learning rate is one of the two."""
     for stage in ("task_soft_labels", "hard_labels"):
         path = f"{stage}/student/model.safetensors"
@@ -51,7 +47,7 @@ def test_a_cell_is_the_run_with_its_settings(swept, finished):
         assert grid_point == (finished.folder / TASK / "seed-0" / path).read_bytes() != other
 
 
-def test_a_further_value_trains_its_cells_alone(swept, tiny, trusting, tmp_path, monkeypatch):
+def test_a_further_value_trains_its_grid_points_alone(swept, tiny, trusting, tmp_path, monkeypatch):
     import shutil
 
     from glmd.training.trainer import Trainer
@@ -64,26 +60,6 @@ def test_a_further_value_trains_its_cells_alone(swept, tiny, trusting, tmp_path,
         f"{TASK}/task_soft_labels.learning_rate=0.01/seed-0/{each}" for each in ("task_soft_labels", "hard_labels")
     ]
     assert sum("grid_point" in row for row in results["rows"]) == 6
-
-
-def test_cells_of_the_first_pass_have_a_first_pass_each(tiny, trusting, tmp_path):
-    axes = "{task_lm: {max_steps: [1, 2]}, task_soft_labels: {num_train_epochs: [1.0, 2.0]}}"
-    folder = tmp_path / "run"
-    results = run(tiny.config(folder, f"sweep={axes}", "controls.hard_labels=false", "pretraining.max_steps=2"))
-    steps = {"task_lm": [], "task_soft_labels": []}
-    for row in results["rows"]:
-        if row["stage"] in steps:
-            steps[row["stage"]].append((*row["grid_point"].values(), row["training"]["steps"]))
-    assert steps == {
-        "task_lm": [(1, 1), (2, 2)],
-        "task_soft_labels": [(1, 1.0, 3), (1, 2.0, 6), (2, 1.0, 3), (2, 2.0, 6)],
-    }
-    first = f"{TASK}/task_lm.max_steps=2,task_soft_labels.num_train_epochs=1.0/seed-0/task_soft_labels"
-    record = json.loads((folder / first / "stage.json").read_text())
-    from glmd.models.loading import model_fingerprint
-
-    words = folder / TASK / "task_lm.max_steps=2/seed-0/task_lm/student"
-    assert record["inputs"]["start"] == model_fingerprint(str(words)), "each from its own first pass"
 
 
 def scored(system: str, grid_point: dict, accuracy: float, **more) -> dict:
@@ -106,7 +82,7 @@ def line_of(text: str, first: str) -> list[str]:
     return [grid_point.strip() for grid_point in line.strip("|").split("|")][1:]
 
 
-def test_the_table_has_the_best_mean_of_a_system_and_every_cell_below():
+def test_the_table_has_the_best_mean_of_a_system_and_every_grid_point_below():
     rows = [
         scored("student", LOW, 0.9), scored("student", LOW, 0.5, seed=1),  # 0.7, with the best seed of all
         scored("student", HIGH, 0.75), scored("student", HIGH, 0.75, seed=1),
@@ -116,10 +92,10 @@ def test_the_table_has_the_best_mean_of_a_system_and_every_cell_below():
     assert line_of(text, "student (distilled)") == ["0.750 ± 0.000"]
     assert line_of(text, "control: same student, hard labels only") == ["0.600"]
     assert "the best of 2 grid points, chosen on val by score; below all, it with a *" in text
-    assert line_of(text, "student: labels.learning_rate=1e-05")[0].startswith("0.700 ± 0.28")
-    assert line_of(text, "student: labels.learning_rate=0.0001")[0] == "0.750 ± 0.000 *"
-    assert line_of(text, "hard labels: labels.learning_rate=0.0001")[0] == "0.400"
-    assert line_of(text, "hard labels: labels.learning_rate=1e-05")[0] == "0.600 *"
+    assert line_of(text, "student: task_soft_labels.learning_rate=1e-05")[0].startswith("0.700 ± 0.28")
+    assert line_of(text, "student: task_soft_labels.learning_rate=0.0001")[0] == "0.750 ± 0.000 *"
+    assert line_of(text, "hard labels: task_soft_labels.learning_rate=0.0001")[0] == "0.400"
+    assert line_of(text, "hard labels: task_soft_labels.learning_rate=1e-05")[0] == "0.600 *"
 
 
 def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_teacher():
@@ -137,7 +113,7 @@ def test_without_a_look_at_labels_the_best_student_is_the_one_nearest_to_the_tea
     assert "chosen on val by agreement with the teacher;" in results_table({"rows": bare, "parameters": PARAMETERS})
 
 
-def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, tmp_path):
+def test_grid_points_are_every_combination_and_win_over_the_tasks_own_settings(tiny, tmp_path):
     axes = "{task_lm: {max_steps: [4, 5]}, task_soft_labels: {per_device_train_batch_size: [8, 16, 32]}}"
     config = tiny.config(tmp_path / "run", f"sweep={axes}", "tasks.RTE={num_train_epochs: 9, learning_rate: 0.5}")
     assert len(config.grid_points) == 6 and config.grid_points[1] == {
@@ -150,7 +126,7 @@ def test_cells_are_every_combination_and_win_over_the_tasks_own_settings(tiny, t
     assert load_config(tiny.root / "run.yaml").grid_points == [{}]
 
 
-def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
+def test_a_grid_point_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
     """In another order, or with 1 for 1.0: its folders are found again."""
     first = tiny.config(
         tmp_path / "run", "sweep={task_soft_labels: {num_train_epochs: [1, 2], learning_rate: [1e-3, 1]}}"
@@ -161,24 +137,6 @@ def test_a_cell_is_the_same_however_its_sweep_is_written(tiny, tmp_path):
         grid_point_name(first.grid_points[0])
         == "task_soft_labels.learning_rate=0.001,task_soft_labels.num_train_epochs=1.0"
     )
-
-
-def test_the_control_is_trained_again_only_for_what_it_depends_on(tiny, trusting, tmp_path):
-    """Of the first pass it has but the number of updates."""
-    axes = "{task_lm: {learning_rate: [1e-3, 1e-2], max_steps: [1, 2]}}"
-    config = tiny.config(tmp_path / "run", f"sweep={axes}", "pretraining.max_steps=1")
-    results = run(config)
-    planned = {place.relative_to(tmp_path / "run").as_posix() for place, _ in stage_places(make_plan(config))}
-    assert planned == stages(tmp_path / "run") - {"vocabulary"}
-    grid_points = {
-        stage: [row["grid_point"] for row in results["rows"] if row["stage"] == stage]
-        for stage in ("task_soft_labels", "hard_labels")
-    }
-    assert len(grid_points["task_soft_labels"]) == 4 and grid_points["hard_labels"] == [
-        {"task_lm.max_steps": n} for n in (1, 2)
-    ]
-    assert {each["system"] for each in results["best_grid_points"]} == {"student", "hard labels"}
-    assert "control: same student, hard labels only" in results_table(results)
 
 
 def test_report_says_when_the_run_has_grown_since(swept, tmp_path, capsys):
@@ -193,7 +151,7 @@ def test_report_says_when_the_run_has_grown_since(swept, tmp_path, capsys):
     assert "the run has grown since (seeds: [0] -> [0, 1]); `glmd run` completes the table" in capsys.readouterr().err
 
 
-def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
+def test_check_prints_the_lines_of_a_sweep(tiny, tmp_path, capsys):
     assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", RATES,
                  "sweep.task_soft_labels.max_steps=[7, 9]"]) == 0  # fmt: skip
     out = capsys.readouterr().out

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 import glmd.cli
 import glmd.data.corpus
 import glmd.distillation.teacher_cache
+import glmd.pipeline.exports
 import glmd.pipeline.run
-import glmd.pipeline.workbench
 import glmd.reporting.report
 import glmd.runtime.interrupts
 import glmd.training.trainer
@@ -103,11 +103,11 @@ def test_a_signal_to_the_group_saves_the_step_with_loader_workers(
 
 PLACES: dict[str, tuple[Any, str]] = {
     "tokenizing": (glmd.data.corpus, "encode_texts"),
-    "vocabulary": (glmd.pipeline.run, "build_vocabulary"),
+    "vocabulary": (glmd.pipeline.run_stage, "build_vocabulary"),
     "caching": (glmd.distillation.teacher_cache, "save_file"),
-    "scoring": (glmd.pipeline.workbench, "score_lm"),
-    "exporting": (glmd.pipeline.workbench, "export_model"),
-    "proving": (glmd.pipeline.workbench, "check_exports"),
+    "scoring": (glmd.pipeline.scores, "score_lm"),
+    "exporting": (glmd.pipeline.exports, "export_model"),
+    "proving": (glmd.pipeline.exports, "check_exports"),
 }
 
 

@@ -226,7 +226,8 @@ def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_
 def test_candidates_that_become_equal_in_the_students_vocabulary_are_told(tiny, tmp_path, caplog):
     from types import SimpleNamespace
 
-    from glmd.pipeline.workbench import Workbench
+    from glmd.pipeline.data import warn_of_equal_candidates
+    from glmd.planning.stages import Stage
 
     tokenizer = load_tokenizer(tiny.teacher)
     first, second, third = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and len(word) == 4)[:3]
@@ -238,12 +239,17 @@ def test_candidates_that_become_equal_in_the_students_vocabulary_are_told(tiny, 
     task = load_task("COPA", "cloze")
     val = read_split(task, str(tmp_path / "copa.jsonl"), "val", require_labels=True)
     token_map = np.arange(len(tokenizer))
-    arm = SimpleNamespace(vocabulary=SimpleNamespace(token_map=token_map))
-    bench = SimpleNamespace(tokenizer=tokenizer)
-    Workbench.warn_of_equal_candidates(bench, SimpleNamespace(task=task, val=val), arm)
+    stage = Stage("task_lm", "a", None, None, 0, task=SimpleNamespace(task=task, val=val))
+
+    def warn() -> None:
+        vocabulary = SimpleNamespace(token_map=token_map)
+        plan = SimpleNamespace(tokenizer=tokenizer)
+        warn_of_equal_candidates(SimpleNamespace(plan=plan, said=set(), vocabulary=lambda stage: vocabulary), stage)
+
+    warn()
     assert not caplog.records
     token_map[tokenizer.convert_tokens_to_ids(second)] = tokenizer.convert_tokens_to_ids(first)
-    Workbench.warn_of_equal_candidates(bench, SimpleNamespace(task=task, val=val), arm)
+    warn()
     assert "COPA: in 1 of 3 val examples candidates that the teacher tells apart are equal" in caplog.text
 
 
@@ -275,29 +281,6 @@ def test_a_blank_that_does_not_fit_is_refused_before_anything_is_trained(tiny, t
     assert main(["check", *arguments, f"tasks.RTE.definition={definition}"]) == 2
     message = capsys.readouterr().err
     assert "too many for max_length 8; give a larger" in message and "/RTE/train.jsonl:" in message
-
-
-def test_text_that_the_ordinary_tokenizer_cuts_too_small_costs_a_figure_and_no_run(
-    cloze_run, tiny, trusting, rare_words, tmp_path, caplog, monkeypatch
-):
-    from glmd.errors import DataError
-    from glmd.pipeline.workbench import Workbench
-
-    real = Workbench.val_data
-
-    def too_long(self, task, stage, tokenizer=None):
-        if tokenizer is not None:
-            raise DataError("row 1: the text around the blank has 40 tokens, too many")
-        return real(self, task, stage)
-
-    monkeypatch.setattr(Workbench, "val_data", too_long)
-    results = run(tiny.config(tmp_path / "run", "casting=cloze", f"tasks.RTE.definition={cloze_run[2]}"))
-    row = row_of(results, "student", "task_soft_labels")
-    assert "stock" not in row and row["metrics"]
-    assert "RTE: not scored by plain AutoTokenizer" in caplog.text
-    assert (
-        "plain AutoTokenizer" not in (tmp_path / "run/tasks/RTE/seed-0/task_soft_labels/student/README.md").read_text()
-    )
 
 
 def test_a_task_without_a_cloze_form_is_refused(tiny, tmp_path, capsys):

@@ -60,25 +60,25 @@ def test_weights_of_half_precision_are_not_trained(dtype: torch.dtype) -> None:
 def test_a_run_of_a_half_precision_teacher_trains_float32_and_scores_what_teaches(
     tiny: Any, half_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import glmd.pipeline.task_stages
+    import glmd.pipeline.teachers
     from glmd.pipeline.run import run
 
     loaded: list[tuple[str, torch.dtype]] = []
-    real = glmd.pipeline.task_stages.load_classifier
+    real = glmd.pipeline.teachers.load_classifier
 
     def load(name: str, *rest: Any, **options: Any) -> Any:
         model = real(name, *rest, **options)
         loaded.append((Path(name).parent.name, *dtypes(model)))
         return model
 
-    monkeypatch.setattr("glmd.pipeline.task_stages.load_classifier", load)
+    monkeypatch.setattr("glmd.pipeline.teachers.load_classifier", load)
     run(
         tiny.config(tmp_path / "run", f"teacher={half_teacher}", "teacher.dtype=bfloat16", "controls.hard_labels=false")
     )
     written = sorted((tmp_path / "run").rglob("model.safetensors"))
     assert len(written) == 4, "the task's teacher, and the student after each stage"
     assert {tensor.dtype for path in written for tensor in load_file(path).values()} == {torch.float32}
-    asked = [dtype for folder, dtype in loaded if folder == "teacher"]
+    asked = [dtype for folder, dtype in loaded if folder == "task_teacher"]
     assert len(asked) >= 3 and set(asked) == {torch.bfloat16}, "scored, asked and compared with in one precision"
 
 

@@ -606,7 +606,7 @@ def test_a_checkpoint_before_the_first_update_is_gone_on_from(tmp_path: Path) ->
 
 
 def test_the_speed_is_that_of_training_without_scoring_and_saving(tmp_path: Path) -> None:
-    def evaluate() -> float:
+    def evaluate(_: Distiller) -> float:
         time.sleep(0.5)
         return 0.0
 
@@ -722,7 +722,7 @@ def test_a_stage_that_gets_longer_ends_in_the_bits_of_one_begun_so(
     def to_the_end(folder: Path, steps: int, call: int = -1) -> Weights:
         distiller = distiller_of(Objective((MASKED_LABELS, Term("lm_logits", "kl_divergence"))))
         settings = settings_of(max_steps=steps, lr_scheduler_type="constant", warmup_ratio=0.0)
-        evaluate = None if scores is None else lambda: scores[trainer.progress.step]
+        evaluate = None if scores is None else lambda _: scores[trainer.progress.step]
         trainer = trainer_of(folder, settings, evaluate=evaluate)
         trainer.run(distiller, teacher_that(die, call), Rows(), Collate(0))
         return weights_of(distiller)
@@ -744,7 +744,8 @@ def train_and_select(
     """A run of 7 steps scored by `scores`; also the weights at each evaluation."""
     distiller, seen = distiller_of(), {}
 
-    def evaluate() -> float:
+    def evaluate(scored: Distiller) -> float:
+        assert scored is distiller
         distiller.eval()
         step = trainer.progress.step
         seen[step] = weights_of(distiller)

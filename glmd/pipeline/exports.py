@@ -1,0 +1,75 @@
+"""The folders that a run leaves: models with their cards, each proved once in a fresh process."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glmd.models.card import PROBE, ModelCard
+from glmd.models.export import check_exports, export_model
+from glmd.models.loading import auto_class_name
+from glmd.pipeline.context import Context
+from glmd.pipeline.rows import selection_of
+from glmd.planning.stages import Kind, Stage
+from glmd.runtime.processes import on_main
+from glmd.storage import write_atomically
+from glmd.version import __version__
+
+# Title of a card, and what the model was made from.
+_TOLD: dict[Kind, tuple[str, str]] = {
+    "teacher": ("Teacher trained from scratch", "masked words of the corpus"),
+    "task_teacher": ("Teacher fine-tuned on {task}", "the labels of {task}"),
+    "pretraining": ("Student", "the teacher's word prediction on the corpus"),
+    "task_lm": ("Student", "the fine-tuned teacher's word prediction on {task}"),
+    "task_soft_labels": ("Student for {task}", "the fine-tuned teacher's answers on {task}"),
+    "hard_labels": ("Student for {task}", "the labels of {task}, as a control"),
+}
+
+
+def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[str, float]) -> None:
+    """Write the model of a stage with its card."""
+    config, tokenizer = context.config, context.tokenizer(stage)
+    base, task = config.teacher.model, stage.task.task.name if stage.task is not None else None
+    sources = [Path(each).name if Path(each).exists() else each for each in config.data.corpus]
+    facts = {
+        "teacher": "trained from scratch" if base is None else Path(base).name if Path(base).exists() else base,
+        "method": config.method,
+        "data": ", ".join(sources) or "a generated world of facts",
+        "glmd": __version__,
+        "seed": str(stage.seed),
+    }
+    if not stage.leaves_language_model:
+        facts["max_length"] = str(stage.length)
+    if not stage.leaves_language_model and not stage.trains_teacher:
+        facts |= {"checkpoint": selection_of(config, stage), "scored on": f"{task} val"}
+    title, made_from = (text.format(task=task) for text in _TOLD[stage.kind])
+    card = ModelCard(
+        title,
+        base or "",
+        f"Made by glmd from {made_from}.",
+        facts,
+        dict(metrics),
+        exact_tokenizer=tokenizer is not context.plan.tokenizer,
+        auto_class=auto_class_name(model),
+        task=None if stage.leaves_language_model else task,
+    )
+    folder = context.folder(stage) / ("model" if stage.trains_teacher else "student")
+    on_main(lambda: export_model(model, tokenizer, folder, card=card))
+
+
+def prove_exports(context: Context) -> None:
+    """Prove every exported folder of the run in a fresh process, each once."""
+    root = context.run_folder.path
+    record = root / "exports_checked.json"
+    try:
+        proved = dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: then all are proved again
+        proved = {}
+    stamps = {}
+    for place, files in context.run_folder.left.items():
+        for probe in [place / name for name in files if Path(name).name == PROBE]:
+            stamp = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+            stamps[probe.parent.relative_to(root).as_posix()] = stamp
+    check_exports([root / name for name, stamp in sorted(stamps.items()) if proved.get(name) != stamp])
+    write_atomically(record, json.dumps(proved | stamps, indent=1))

@@ -1,0 +1,41 @@
+"""The rows of results.json: what a stage found, with what it is called in the table."""
+
+from typing import Any
+
+import numpy as np
+
+from glmd.config import RunConfig
+from glmd.evaluation.metrics import score
+from glmd.planning.stages import Stage
+from glmd.reporting.report import NEAREST
+
+
+def row_of(config: RunConfig, stage: Stage, result: dict[str, Any]) -> dict[str, Any]:
+    """The row of a stage that leaves a model."""
+    planned = stage.task
+    if planned is None:
+        return {"system": stage.system, "stage": "pretraining", "task": None, "seed": stage.seed, **result}
+    task = planned.task
+    row = {"system": stage.system, "task": task.name, "stage": stage.kind, "seed": stage.seed, "split": "val"}
+    row |= {"casting": task.casting, "selection": selection_of(config, stage)}
+    row |= {"grid_point": stage.grid_point} | result if stage.grid_point else result
+    if planned.is_scored:
+        # What one answer to everything scores; with choices, one position.
+        answers = range(len(task.labels) or min(len(example.choices) for example in planned.val))
+        constants = [score(task, np.full(len(planned.val), answer), planned.val) for answer in answers]
+        row["constant"] = {name: max(each[name] for each in constants) for name in task.metrics}
+    if _learns_from_teacher(stage) and planned.has_own_inputs:
+        labeled = sum(example.label is not None for example in planned.inputs)
+        row["inputs"] = {"examples": len(planned.inputs), "labeled": labeled}
+    return row
+
+
+def selection_of(config: RunConfig, stage: Stage) -> str:
+    """How the checkpoint of a stage was chosen, in words."""
+    if config.selection == "agreement" and _learns_from_teacher(stage):
+        return NEAREST
+    return "best on val" if config.selection == "best" else "last"
+
+
+def _learns_from_teacher(stage: Stage) -> bool:
+    return not stage.trains_teacher and not stage.is_control

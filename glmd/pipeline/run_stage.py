@@ -1,0 +1,163 @@
+"""The work of one stage: its models, its data, training, scores, export.
+
+    result = run_stage(context, stage)
+
+The stages that it begins from and learns from are complete.
+"""
+
+import gc
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from glmd.config import TeacherConfig
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import LM_SIGNALS
+from glmd.distillation.teacher import TeacherOutputs
+from glmd.models.heads import split_parameters
+from glmd.models.loading import compared_embeddings, load_language_model
+from glmd.models.student import build_student
+from glmd.pipeline.context import Context
+from glmd.pipeline.data import token_counts, training_data
+from glmd.pipeline.exports import export_stage
+from glmd.pipeline.scores import score_task, score_words, teacher_answers, teacher_bits
+from glmd.pipeline.teacher_caches import cached_teacher
+from glmd.pipeline.teachers import live_teacher, load_fine_tuned
+from glmd.planning.stages import TEACHER, Stage
+from glmd.runtime.processes import on_main
+from glmd.tasks.loading import load_classifier
+from glmd.training.fsdp import is_sharded
+from glmd.training.trainer import Evaluate, Teacher, Trainer
+from glmd.vocabulary.build import build_vocabulary
+from glmd.vocabulary.renumbering import named_ids
+from glmd.vocabulary.slicing import vocabulary_axes
+
+
+def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
+    """Do the work of a stage, and return what it found, for its record and its row of the results."""
+    if stage.kind == "vocabulary":
+        on_main(lambda: choose_vocabulary(context, stage))
+        return {}
+    if stage.kind == "task_teacher" and stage.settings is None:
+        assert stage.task is not None, "a stage of a task"
+        settings = context.config.stage("task_teacher", stage.task.task.name)
+        return score_task(context, replace(stage, settings=settings), load_fine_tuned(context, stage))
+    language_model, task_model = start(context, stage)
+    model = language_model if stage.leaves_language_model else task_model
+    result: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    if not stage.trains_teacher and stage.kind != "task_lm":
+        result["parameters"] = split_parameters(model, set(vocabulary_axes(model.config, type(model))))
+    if stage.settings is not None:
+        teacher = load_teacher(context, stage)
+        compared = teacher if stage.leaves_language_model else None  # whose words the model's are scored against
+        bits = {} if compared is None else teacher_bits(context, stage, compared)
+        if compared is not None:
+            result["lm_scores_before"] = score_words(context, stage, model, compared)
+        elif not stage.trains_teacher:
+            teacher_answers(context, stage)  # now, while nothing else fills the memory
+        result["training"] = train(context, stage, language_model, task_model, teacher)
+        if compared is not None:
+            result["lm_scores"] = metrics = score_words(context, stage, model, compared) | bits
+    if not stage.leaves_language_model:
+        scores = score_task(context, stage, model)
+        shown = {"agreement with the teacher": scores["agreement"]} if "agreement" in scores else {}
+        metrics = scores.get("metrics", {}) | shown
+        if stage.trains_teacher and context.config.teacher.dtype != "float32":
+            # The folder's own scores are on its card, those of the table are of the precision that it teaches in.
+            export_stage(context, stage, model, metrics)
+            return result | score_task(context, stage, load_fine_tuned(context, stage))
+        result |= scores
+    export_stage(context, stage, model, metrics)
+    return result
+
+
+def choose_vocabulary(context: Context, stage: Stage) -> None:
+    """The tokens that students keep, by their count in corpus and tasks and by the teacher's embeddings."""
+    assert stage.teacher is not None, "whose embeddings are compared"
+    settings = context.config.vocabulary
+    model = load_language_model(replace(context.language_model(stage.teacher), dtype="float32"))
+    embeddings = compared_embeddings(model, settings.similarity)
+    ids = named_ids(model.config, getattr(model, "generation_config", None))
+    counts = token_counts(context)
+    built = build_vocabulary(context.plan.tokenizer, embeddings, counts, keep_ids=ids, **settings.choice)
+    built.save(context.folder(stage))
+
+
+def start(context: Context, stage: Stage) -> tuple[Any, Any]:
+    """(language model, task model) as they are before training; None for one that nothing is asked of."""
+    if stage.kind == "teacher":
+        from transformers import BertForMaskedLM
+
+        torch.manual_seed(stage.seed)
+        return BertForMaskedLM(context.plan.teacher_config), None
+    if stage.start is None:
+        assert stage.teacher is not None, "whose layers a student is made of"
+        # Read in float32 whatever the teacher will run in, so that copied weights are not rounded.
+        source = load_language_model(replace(context.language_model(stage.teacher), dtype="float32"))
+        student = build_student(source, context.vocabulary(stage), context.config.student, seed=stage.seed)
+        del source
+        gc.collect()  # models hold themselves in cycles, and the teacher is loaded next
+        return student, None
+    name, task_model, teacher = context.model(stage.start), None, context.config.teacher
+    if stage.task is not None and (not stage.leaves_language_model or stage.uses("task_logits", "task_labels")):
+        remote = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+        torch.manual_seed(stage.seed)
+        options: dict[str, Any] = remote if stage.start == TEACHER else {}
+        task_model = load_classifier(name, stage.task.task, new_head=True, **options)
+    if not stage.leaves_language_model and not stage.uses(*LM_SIGNALS):
+        return None, task_model
+    is_cloze = task_model is not None and stage.task is not None and stage.task.task.casting == "cloze"
+    return task_model if is_cloze else load_language_model(TeacherConfig(name)), task_model
+
+
+def load_teacher(context: Context, stage: Stage) -> Teacher | None:
+    """What a stage learns from, and is scored against, live or from the cache; None where nothing is asked of it."""
+    if stage.teacher is None or not (stage.asks_words or stage.uses("task_logits")):
+        return None
+    return cached_teacher(context, stage) if stage.cached else live_teacher(context, stage, context.vocabulary(stage))
+
+
+def train(
+    context: Context, stage: Stage, language_model: Any, task_model: Any, teacher: Teacher | None
+) -> dict[str, Any]:
+    """Train the given student in place, from the stage's newest checkpoint if there is one."""
+    accelerator, token_map = context.accelerator, context.vocabulary(stage).token_map
+    assert is_sharded(accelerator) == context.is_sharded, "Accelerate has lost its state"
+    assert stage.objective is not None, "the stage trains"
+    distiller = Distiller(stage.objective, token_map, language_model=language_model, classifier=task_model)
+    trainer = Trainer(
+        accelerator,
+        context.folder(stage),
+        stage.path,
+        stage.training.spread(context.processes, accelerator.num_processes),
+        stage.seed,
+        context.log,
+        context.config.dataloader_num_workers,
+        evaluation(context, stage, teacher),
+    )
+    result = trainer.run(distiller, teacher or _silent, training_data(context, stage), context.collate)
+    accelerator.free_memory()
+    return asdict(result)
+
+
+def evaluation(context: Context, stage: Stage, teacher: Teacher | None) -> Evaluate | None:
+    """What ranks the checkpoints of a stage of a task; None keeps the last one."""
+    selection = context.config.selection
+    if selection == "last" or stage.task is None:
+        return None
+    if stage.leaves_language_model and stage.uses(*LM_SIGNALS):
+        assert teacher is not None, "a pass over words has a teacher"
+        return lambda distiller: -score_words(context, stage, distiller.language_model, teacher)["kl_divergence"]
+    if selection == "best":
+        metric = stage.task.task.metrics[0]
+        return lambda distiller: float(score_task(context, stage, distiller.student)["metrics"][metric])
+    if stage.trains_teacher or stage.is_control:
+        return None
+    return lambda distiller: float(score_task(context, stage, distiller.student)["agreement"])
+
+
+def _silent(_: Any) -> TeacherOutputs:
+    """The teacher of stages that have none."""
+    return TeacherOutputs()

@@ -1,0 +1,141 @@
+"""The caches of teachers' outputs that a run reads: refused, made, opened.
+
+refuse_stale(context, path)               # once the teacher at this path is known, before anything else is trained
+teacher = cached_teacher(context, stage)
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+from tqdm import tqdm
+
+from glmd.distillation.cached_teacher import CachedTeacher
+from glmd.distillation.teacher_cache import LESS, TeacherCache, free_bytes, gigabytes
+from glmd.errors import RunError
+from glmd.pipeline.context import Context
+from glmd.pipeline.data import corpus_blocks
+from glmd.pipeline.teachers import first_teacher
+from glmd.planning.caches import (
+    cache_folder,
+    corpus_cache,
+    read_caches,
+    require_own_cache,
+    stage_cache_folder,
+    task_cache,
+)
+from glmd.planning.stages import TEACHER, Stage
+from glmd.runtime.processes import on_main, together
+from glmd.vocabulary.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_foreign(context: Context) -> None:
+    """Refuse a cache of the corpus that is of something else, by what is known before the corpus is read."""
+    if any(stage.task is None for stage in to_come(context)):
+        teacher_hash = context.fingerprint(TEACHER) if context.config.teacher.model is not None else None
+        on_main(lambda: require_own_cache(context.plan, teacher_hash))
+
+
+def refuse_stale(context: Context, teacher: str) -> None:
+    """Refuse what is kept of this teacher and is of something else, and a disk too small for one of its caches."""
+    found = [stage for stage in to_come(context) if stage.teacher == teacher]
+    caches = [_cache(context, stage) for stage in read_caches(context.plan, found).values()]
+    on_main(lambda: [cache.missing(whole=False) for cache in caches])
+
+
+def require_room(context: Context, reading: Iterable[Stage]) -> None:
+    """Refuse a disk that cannot take the caches of corpus and tasks together, before the first is made."""
+    found = read_caches(context.plan, reading).values()
+    if all(stage.task is None for stage in found):  # that of the corpus alone is weighed when it is begun
+        return
+    caches = [_cache(context, stage, sizes_alone=True) for stage in found]
+
+    def require() -> None:
+        needed = {str(cache.folder): cache.bytes_to_come for cache in caches}
+        free = free_bytes(cache_folder(context.config))
+        if sum(needed.values()) > free:
+            parts = ", ".join(f"{gigabytes(size)} for {folder}" for folder, size in needed.items() if size)
+            raise RunError(f"teacher.cache: {parts} are needed and {gigabytes(free)} free; {LESS}")
+
+    on_main(require)
+
+
+def make_caches(context: Context, teacher: str) -> None:
+    """All that stages will read of this teacher, ahead of them."""
+    for stage in read_caches(context.plan, context.stages).values():
+        if stage.teacher == teacher:
+            _complete(context, stage, _cache(context, stage))
+
+
+def cached_teacher(context: Context, stage: Stage) -> CachedTeacher:
+    """The teacher of a stage from disk; its cache is made where it is not there, and compared with its sums once."""
+    folder, vocabulary, language_model = stage_cache_folder(context.plan, stage), context.vocabulary(stage), None
+    if folder not in context.opened:
+        cache = _cache(context, stage)
+        _complete(context, stage, cache)
+        context.opened[folder] = cache.open()
+    if stage.asks_words:
+        # The head's rows are those of the fine-tuned embeddings where they are tied. The model itself is not kept.
+        language_model = first_teacher(context, stage, vocabulary).language_model
+    merges, device = context.config.vocabulary.teacher_mass == "merge", context.accelerator.device
+    return CachedTeacher(context.opened[folder], language_model, vocabulary, merge_dropped=merges, device=device)
+
+
+def to_come(context: Context) -> list[Stage]:
+    """The stages that will read a cache."""
+    return [stage for stage in context.stages if stage.cached and not context.is_complete(stage)]
+
+
+def _cache(context: Context, stage: Stage, *, sizes_alone: bool = False) -> TeacherCache:
+    """What the cache of a stage is to hold. sizes_alone: its teachers may be yet to be trained."""
+    teacher_hash = None if sizes_alone else context.fingerprint(TEACHER)
+    if stage.task is not None:
+        classifier_hash = None if sizes_alone else context.fingerprint(context.classifier(stage))
+        return task_cache(context.plan, stage, teacher_hash=teacher_hash, classifier_hash=classifier_hash)
+    parts = corpus_blocks(context, stage), corpus_blocks(context, stage, held_out=True)
+    return corpus_cache(context.plan, *parts, teacher_hash=teacher_hash, tokens=context.tokens)
+
+
+def _complete(context: Context, stage: Stage, cache: TeacherCache) -> None:
+    """Make what is missing of a cache, whole shards shared out over the ranks."""
+    rank, world_size = context.accelerator.process_index, context.accelerator.num_processes
+
+    def missing(*, whole: bool) -> list[int]:
+        # Half a cache has shards of the size that it was begun with.
+        found, cache.rows_per_shard = on_main(lambda: (cache.missing(whole=whole), cache.rows_per_shard))
+        return list(found)
+
+    # A complete one is not locked: its disk may be read-only, and other runs read it too.
+    if not missing(whole=False) and not missing(whole=True):
+        return
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(cache.lock()))
+        wanted = missing(whole=True)
+        if not wanted:
+            return
+        on_main(cache.begin)
+        _say_how_often_read(context, stage, cache)
+        together(lambda: _write_shards(context, stage, cache, wanted[rank::world_size]))
+        on_main(cache.finish)
+
+
+def _write_shards(context: Context, stage: Stage, cache: TeacherCache, numbers: Sequence[int]) -> None:
+    if not numbers:
+        return
+    teacher = first_teacher(context, stage, Vocabulary.identity(len(context.plan.tokenizer)))
+    batch_size = stage.training.per_device_eval_batch_size
+    for number in tqdm(numbers, desc="teacher.cache", unit="shard", disable=None):
+        cache.write_shard(number, teacher, context.collate, batch_size=batch_size)
+
+
+def _say_how_often_read(context: Context, stage: Stage, cache: TeacherCache) -> None:
+    if stage.task is not None:  # seeds and grid points share those of tasks
+        return
+    (data, maskings), settings = cache.parts[0], stage.training
+    assert settings.max_steps is not None, "checked by config"
+    epochs = settings.max_steps * settings.global_batch_size(context.processes) / len(data)
+    if epochs <= maskings:
+        found = f"{epochs:.2g} epochs of {maskings} maskings are less than what is asked of the teacher for it"
+        logger.info("teacher.cache: %s; it pays with further students, or more steps", found)

@@ -1,0 +1,52 @@
+"""The teacher of a stage, live: models that a stage has left, or that were named, as one callable."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from glmd.distillation.teacher import Ensemble, OnlineTeacher
+from glmd.models.loading import load_language_model
+from glmd.pipeline.context import Context
+from glmd.planning.stages import TEACHER, Stage
+from glmd.tasks.loading import load_classifier
+from glmd.vocabulary.vocabulary import Vocabulary
+
+
+def live_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> OnlineTeacher | Ensemble:
+    """What a stage learns from, for students of a vocabulary; to fill a cache, of all source tokens."""
+    first, config = first_teacher(context, stage, vocabulary), context.config.teacher
+    if stage.task is not None or stage.teacher != TEACHER or not config.ensemble:
+        return first
+    configs = [replace(config, model=each, revision=None, ensemble=[]) for each in config.ensemble]
+    return Ensemble([first, *(_online(context, load_language_model(each), None, vocabulary) for each in configs)])
+
+
+def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> OnlineTeacher:
+    """The same without the further ones of `teacher.ensemble`."""
+    teacher, classifier, language_model = stage.teacher, None, None
+    assert teacher is not None, "the stage learns from a teacher"
+    if teacher != TEACHER:
+        assert context.stage(teacher).variant != "student", "a teacher reads and predicts all source tokens"
+    if stage.task is not None:
+        classifier = load_fine_tuned(context, stage)
+    if stage.asks_words:
+        # In a blank the fine-tuned model has predicted words itself; else it gets the LM head that it began with.
+        is_cloze = stage.task is not None and stage.task.task.casting == "cloze"
+        language_model = classifier if is_cloze else load_language_model(context.language_model(teacher))
+    return _online(context, language_model, classifier, vocabulary)
+
+
+def load_fine_tuned(context: Context, stage: Stage) -> Any:
+    """The fine-tuned teacher of a stage in the precision that it teaches in, and is scored in."""
+    assert stage.task is not None, "a stage of a task"
+    dtype = getattr(torch, context.config.teacher.dtype)
+    return load_classifier(context.model(context.classifier(stage)), stage.task.task, dtype=dtype)
+
+
+def _online(context: Context, language_model: Any, classifier: Any, vocabulary: Vocabulary) -> OnlineTeacher:
+    for model in (language_model, classifier):
+        if model is not None:
+            model.to(context.accelerator.device)
+    merges = context.config.vocabulary.teacher_mass == "merge"
+    return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges)

@@ -1,0 +1,173 @@
+"""What a plan refuses of models and lengths: teachers that are not one another's, weights, positions, settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from glmd.config import RunConfig
+from glmd.distillation.objective import Objective
+from glmd.errors import ConfigError, ModelError
+from glmd.models.heads import is_causal
+from glmd.planning.rules import task_of, task_stages
+from glmd.planning.task_plan import TaskPlan
+from glmd.tasks.dataset import TaskDataset
+
+
+def require_text_model(config: Any, name: str) -> None:
+    """Refuse an encoder-decoder, and a model of several parts, whose layers and vocabulary are those of a part."""
+    if getattr(config, "is_encoder_decoder", False) and not is_causal(config):
+        raise ConfigError(f"teacher.model {name}: holds an encoder-decoder; these are not distilled yet")
+    for name_of in ("vocab_size", "num_hidden_layers"):
+        if not isinstance(getattr(config, name_of, None), int):
+            raise ConfigError(
+                f"teacher.model {name}: {type(config).__name__} has no {name_of} of its own; a model of text alone "
+                "is needed"
+            )
+
+
+def require_named_teachers(
+    config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], tokenizer: Any
+) -> None:
+    """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
+    from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
+    from glmd.tasks.loading import require_task_head, warn_of_unnamed_classes
+
+    on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
+    for name, model in config.teacher.tasks.items():
+        field = f"teacher.tasks.{name}"
+        require_model(model, field=field)
+        model_config = load_model_config(model)
+        require_task_head(model_config, task_of(config, name), model)
+        warn_of_unnamed_classes(model_config, task_of(config, name), f"{field}: {model}")
+        theirs = load_source_tokenizer(model, words=not is_causal(model_config))
+        _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
+        require_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
+
+
+def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> None:
+    """Refuse a further teacher that does not predict the same words from the same ids."""
+    from glmd.models.heads import final_linear
+    from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
+
+    for model in config.teacher.ensemble:
+        field = f"teacher.ensemble: {model}"
+        require_model(model, field="teacher.ensemble")
+        model_config = load_model_config(model)
+        if is_causal(model_config) != is_causal(teacher_config):
+            raise ConfigError(f"{field}: one of it and teacher.model predicts the next word, the other masked ones")
+        theirs = load_source_tokenizer(model, words=not is_causal(model_config))
+        _require_same_tokenizer(tokenizer, theirs, field)
+        require_lengths(config, {"pretraining": Objective(())}, {}, field, model_config)
+        final_linear(model_on_meta(field, model_config))
+
+
+def _require_same_tokenizer(ours: Any, theirs: Any, where: str) -> None:
+    from glmd.vocabulary.tokenizer import tokenizer_fingerprint
+
+    if tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):
+        raise ConfigError(
+            f"{where}: its tokenizer ({len(theirs)} tokens) differs from the teacher's ({len(ours)} tokens); "
+            "both must give the same ids for the same text"
+        )
+
+
+def require_weight_files(config: RunConfig) -> None:
+    """Refuse weights that are absent, cut short or another model's, by the heads of their files."""
+    from glmd.models.weight_headers import require_language_model
+    from glmd.tasks.loading import require_task_model
+
+    teacher = config.teacher
+    if teacher.model is not None:
+        options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+        require_language_model(teacher.model, field="teacher.model", tasks=list(config.tasks), **options)
+    for name, model in teacher.tasks.items():
+        require_task_model(model, task_of(config, name))
+    for model in teacher.ensemble:
+        require_language_model(model, field="teacher.ensemble")
+
+
+def require_lengths(
+    config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], name: str, model_config: Any
+) -> None:
+    """Refuse sequences longer than the positions of a model that reads the corpus, if the method has one, and tasks."""
+    from glmd.models.loading import model_positions
+
+    positions = model_positions(model_config)
+    if positions is None:
+        return
+    for key, length in stage_lengths(config, method, tasks).items():
+        if length > positions:
+            raise ConfigError(f"{key} is {length}, {name} has {positions} positions; give at most {positions}")
+
+
+def stage_lengths(config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan]) -> dict[str, int]:
+    """The key of each stage's length, and how many tokens it reads at once."""
+    lengths = {"pretraining.max_length": config.pretraining.max_length or 0} if "pretraining" in method else {}
+    for task, plan in tasks.items():
+        stages = task_stages(config, method, task).items()
+        lengths |= {f"{key}.max_length of {task}": stage.max_length or plan.task.max_length for key, stage in stages}
+    return lengths
+
+
+def require_blanks(
+    config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], tokenizer: Any, *, causal: bool
+) -> None:
+    """Refuse examples whose blank does not fit into a stage's length."""
+    if config.casting == "head":
+        return
+    for name, plan in tasks.items():
+        stages = task_stages(config, method, name).values()
+        shortest = min(stage.max_length or plan.task.max_length for stage in stages)
+        for examples in (plan.train, plan.inputs, plan.val):
+            if examples:
+                TaskDataset(examples, tokenizer, max_length=shortest, is_causal=causal)
+
+
+def require_checkpointing(config: RunConfig, method: dict[str, Objective], teacher: Any, student: Any) -> None:
+    """Refuse `gradient_checkpointing` for an architecture whose layers cannot be run again."""
+    stages = {"pretraining": config.pretraining}
+    if config.teacher.pretraining is not None:
+        stages["teacher.pretraining"] = config.teacher.pretraining
+    for task in config.tasks:
+        stages |= {f"{name} of {task}": stage for name, stage in task_stages(config, method, task).items()}
+    for name, stage in stages.items():
+        model = teacher if name.startswith(("teacher", "task_teacher")) else student
+        if stage.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"gradient_checkpointing of {name} has no effect: {type(model).__name__} cannot run its layers again; "
+                "remove it"
+            )
+
+
+def require_vocabulary_effects(
+    config: RunConfig, method: dict[str, Objective], teacher: Any, *, is_whole: bool
+) -> None:
+    """Refuse settings of the vocabulary that this teacher or method makes nothing of."""
+    from glmd.models.loading import compared_embeddings
+
+    settings = config.vocabulary
+    try:
+        compared_embeddings(teacher, settings.similarity)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    if settings.teacher_mass == "merge" and (
+        is_whole or not any(objective.uses("lm_logits") for objective in method.values())
+    ):
+        why = "every token is kept" if is_whole else f"method {config.method} distils no words"
+        raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")
+    for name, default in (("within_class", False), ("similarity", "input"), ("corpus_weights", [])):
+        if is_whole and getattr(settings, name) != default:
+            raise ConfigError(f"vocabulary.{name} has no effect: every token is kept; remove it")
+
+
+def model_on_meta(name: str, model_config: Any) -> Any:
+    """A language model of this config, without memory for its weights."""
+    import torch
+
+    from glmd.models.loading import language_model_class
+
+    try:
+        with torch.device("meta"):
+            return language_model_class(model_config).from_config(model_config)
+    except Exception as error:  # whatever the code of an architecture makes of a config that it does not fit
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name}: no language model can be made of its config ({reason})") from None

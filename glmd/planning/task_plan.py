@@ -1,0 +1,79 @@
+"""A task of a run, with its examples read in."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from glmd.config import RunConfig
+from glmd.distillation.objective import Objective
+from glmd.errors import ConfigError, DataError
+from glmd.evaluation.metrics import require_metrics, score
+from glmd.planning.rules import learns_from_train, task_of
+from glmd.tasks.tasks import Task, TaskExample, read_split
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """A task with its examples.
+
+    train: what the teacher and the control learn from; empty where nothing does. inputs: what the student learns
+        from, the training examples unless others are named. val: what all are scored on, with all labels or none.
+    """
+
+    task: Task
+    train: list[TaskExample]
+    inputs: list[TaskExample]
+    val: list[TaskExample]
+    verbalizers: tuple[int, ...] = ()  # ids of the words for the labels, where the task is asked as words in a blank
+
+    @property
+    def is_scored(self) -> bool:
+        return self.val[0].is_labeled
+
+    @property
+    def has_own_inputs(self) -> bool:
+        return self.inputs is not self.train
+
+    def fingerprint(self) -> str:
+        splits = [self.train, self.val, *([self.inputs] if self.has_own_inputs else [])]
+        rows = [[(e.texts, e.label, e.group, e.choices, e.answers) for e in split] for split in splits]
+        return hashlib.sha256(json.dumps([asdict(self.task), self.verbalizers, rows]).encode()).hexdigest()
+
+
+def plan_task(
+    config: RunConfig, name: str, method: dict[str, Objective], source: str | None, verbalizers: tuple[int, ...]
+) -> TaskPlan:
+    """Read a task's examples. Raises GlmdError for what is not there, or cannot be learned from or scored.
+
+    source: of the tasks that have no files of their own.
+    """
+    task, files = task_of(config, name), config.tasks[name]
+    require_metrics(task)
+    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].uses("task_labels")
+    train: list[TaskExample] = []
+    if learns_from_train(config, name):
+        needs_labels = name not in config.teacher.tasks or config.controls.hard_labels or uses_labels
+        train = read_split(task, _source(files, source, "train"), "train", require_labels=needs_labels, training=True)
+    elif files.get("train"):
+        raise ConfigError(f"tasks.{name}.train has no effect beside inputs and a named teacher; remove it")
+    inputs = train
+    if own_inputs:
+        inputs = read_split(task, own_inputs, "train", require_labels=uses_labels, training=True)
+    val_source = _source(files, source, "val")
+    val = read_split(task, val_source, "val", require_labels=config.selection == "best")
+    unlabeled = [not example.is_labeled for example in val]
+    if any(unlabeled) and not all(unlabeled):
+        found = f"{sum(unlabeled)} of {len(val)} rows of {name} val have no label"
+        raise DataError(f"{val_source}: {found}; give all or none")
+    if not all(unlabeled):
+        score(task, np.zeros(len(val), dtype=np.int64), val)  # what cannot be scored is refused now, not after training
+    return TaskPlan(task, train, inputs, val, verbalizers)
+
+
+def _source(files: dict[str, Any], source: str | None, split: str) -> str:
+    found = files.get(split) or source
+    assert found is not None, "checked before"
+    return str(found)

@@ -1,0 +1,57 @@
+"""One stage at a time: what it begins from and learns from may be any other stage."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from glmd.models.loading import model_fingerprint
+from glmd.pipeline.run import _context, complete
+
+CONTROL = "controls/full_vocabulary"
+LABELS = f"{CONTROL}/tasks/RTE/seed-0/task_soft_labels"
+
+
+@pytest.fixture
+def context(finished, tiny, tmp_path):
+    """Of a finished run that gets the control with the full vocabulary, whose stages are run as they are asked for."""
+    with _context(tiny.config(finished.copy(tmp_path / "run"), "controls.full_vocabulary=true")) as context:
+        yield context
+
+
+def complete_to(context, path):
+    for stage in context.stages:
+        result = complete(context, stage)
+        if stage.path == path:
+            return result
+    raise AssertionError(path)
+
+
+def test_a_stage_begins_from_the_stage_that_is_its_start_and_learns_from_the_one_that_is_its_teacher(context, finished):
+    """A student that began as its own teacher is at no distance from it; another one is, and moves.
+
+    The assistant of TAKD is such a stage: nothing but the description is new.
+    """
+    assistant, found = f"{CONTROL}/pretraining", {}
+    of_teacher = complete_to(context, assistant)["lm_scores"]["kl_divergence"]
+    for name, start in (("twin", assistant), ("second", "pretraining")):
+        stage = replace(context.stage(start), path=f"more/{name}", start=start, teacher=assistant)
+        context.stages.append(stage)
+        result = found[name] = complete(context, stage)
+        record = json.loads((context.folder(stage) / "stage.json").read_text())["inputs"]
+        assert record["start"] == model_fingerprint(context.model(start))
+        assert record["teacher"] == model_fingerprint(context.model(assistant))
+    before = {name: result["lm_scores_before"]["kl_divergence"] for name, result in found.items()}
+    assert abs(before["twin"]) < 1e-6 < 0.01 < before["second"] < of_teacher
+    student = next(row for row in finished.results["rows"] if row["stage"] == "pretraining")["lm_scores"]
+    assert before["second"] != student["kl_divergence"], "which is its distance from the pretrained teacher"
+    assert found["second"]["lm_scores"]["kl_divergence"] != before["second"]
+
+
+def test_a_pass_over_a_task_is_compared_with_the_stage_that_is_its_teacher(context):
+    with_teacher = complete_to(context, LABELS)
+    stage = context.stage(LABELS)
+    still = replace(stage.training, learning_rate=1e-12)
+    twin = replace(stage, path="more/twin", start=LABELS, teacher=LABELS, settings=still)
+    context.stages.append(twin)
+    assert complete(context, twin)["agreement"] == 1.0 > with_teacher["agreement"]
