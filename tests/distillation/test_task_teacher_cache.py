@@ -437,7 +437,7 @@ def test_a_disk_too_small_for_all_caches_together_is_refused_before_the_first(ti
     monkeypatch.setattr(Trainer, "run", stop)
     # 62 blocks of 16 tokens in two maskings, of 32 bytes a token, are some 65 kB, and the first pass 20 kB.
     monkeypatch.setattr("glmd.distillation.teacher_cache.shutil.disk_usage", lambda path: usage(10**6, 0, 70_000))
-    with pytest.raises(RunError, match=r"MB for .*task_lm.*MB for .*cache are needed and 0.07 MB free; give another"):
+    with pytest.raises(RunError, match=r"MB for .*cache, .*MB for .*task_lm, .* are needed and 0.07 MB free; give another"):
         run(tiny.config(tmp_path / "run", *RUN, f"teacher.cache={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists()
 

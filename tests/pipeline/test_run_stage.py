@@ -37,7 +37,7 @@ def test_a_stage_begins_from_the_stage_that_is_its_start_and_learns_from_the_one
     for name, start in (("twin", assistant), ("second", "pretraining")):
         stage = replace(context.stage(start), path=f"more/{name}", start=start, teacher=assistant)
         context.stages.append(stage)
-        result = found[name] = complete(context, stage)
+        found[name] = complete(context, stage)
         record = json.loads((context.folder(stage) / "stage.json").read_text())["inputs"]
         assert record["start"] == model_fingerprint(context.model(start))
         assert record["teacher"] == model_fingerprint(context.model(assistant))
