@@ -29,7 +29,7 @@ from glmd.tasks.tasks import load_task, read_split
 from glmd.training.trainer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
-STRATEGIES = ("random", "batch_rebalance", "group_by_length")
+STRATEGIES = ("random", "group_by_length")
 
 
 def share_of_pads(batches: Sequence[np.ndarray]) -> float:

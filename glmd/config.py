@@ -62,9 +62,8 @@ class StageConfig:
     num_train_epochs: float | None = None
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    # Texts of like length together, for fewer pads: batch_rebalance shares each step's out to its micro-batches and
-    # processes by length and trains on the same; group_by_length also chooses each step's of like length.
-    train_sampling_strategy: Literal["random", "batch_rebalance", "group_by_length"] = "random"
+    # group_by_length: each step's texts are of like length, for fewer pads
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     gradient_checkpointing: bool = False  # run each layer again in the backward: less memory, more time, the same bits
     learning_rate: float = 2e-5
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -129,11 +128,6 @@ class StageConfig:
     def spread(self, begun_with: int, processes: int) -> "StageConfig":
         """The same micro-batches in the same global batches for another number of processes, by accumulation."""
         total = self.gradient_accumulation_steps * begun_with
-        _require(
-            total > 1 or self.train_sampling_strategy != "batch_rebalance",
-            "train_sampling_strategy batch_rebalance has no effect: a step is one micro-batch of one process; give "
-            "group_by_length, or more gradient_accumulation_steps",
-        )
         _require(
             total % processes == 0,
             f"elastic: the {total} micro-batches of a step cannot be shared by {processes} processes; "

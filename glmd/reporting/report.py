@@ -105,7 +105,7 @@ def _sweep_note(rows: list[dict[str, Any]]) -> str:
     by = "agreement with the teacher" if all(ways) else "score"
     if any(ways) and not all(ways):
         by += ", or by agreement with the teacher where labels are not looked at or not there"
-    return f" For each system and task the best of {count} cells, chosen on val by {by}; below all, it with a *."
+    return f" For each system and task the best of {count} grid points, chosen on val by {by}; below all, it with a *."
 
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:

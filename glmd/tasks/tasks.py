@@ -48,7 +48,7 @@ class Cloze:
     text_pair: str | None = None  # the one without the blank loses its end at max_length
     verbalizers: tuple[
         str, ...
-    ] = ()  # what fills the blank for each label: one token each. Candidates fill it themselves
+    ] = ()  # what fills the blank for each label: one token each; candidates fill it themselves
     mean_over_tokens: bool = False  # a candidate's score: the mean of its tokens' log-probabilities, not their sum
 
 

@@ -86,7 +86,7 @@ def test_a_batch_to_evaluate_beyond_the_memory_is_refused_with_one_that_fits(fin
     student = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     with pytest.raises(ConfigError, match="--batch-size 0: give at least 1"):
         evaluate_folder(student, "RTE", tiny.superglue, batch_size=0)
-    monkeypatch.setattr("glmd.evaluation.scoring.memory_of_this_machine", lambda: 1e5)
+    monkeypatch.setattr("glmd.commands.evaluate.memory_of_this_machine", lambda: 1e5)
     with pytest.raises(ConfigError, match=r"--batch-size 1,000,000,000: of 32 tokens about 10 fit; give at most 10"):
         evaluate_folder(student, "RTE", tiny.superglue, batch_size=10**9)
     assert evaluate_folder(student, "RTE", tiny.superglue, batch_size=10)["examples"] == 12

@@ -445,7 +445,7 @@ def test_each_result_of_a_finished_run_is_hashed_once(finished, tiny, tmp_path, 
     import glmd.training.checkpoint
 
     folder, hashed = finished.copy(tmp_path / "run"), []
-    for module, name in ((glmd.training.checkpoint, "file_sha256"), (glmd.pipeline.run_folder, "model_fingerprint")):
+    for module, name in ((glmd.storage, "file_sha256"), (glmd.pipeline.run_folder, "model_fingerprint")):
         real = getattr(module, name)
         monkeypatch.setattr(
             module,
@@ -557,7 +557,7 @@ def test_a_corpus_that_is_another_when_it_is_built_again_is_refused(finished, ti
     """As a data set of the hub may be: all that is known of it beforehand is its name."""
     folder = finished.copy(tmp_path / "run")
     shutil.rmtree(folder / "corpus")
-    monkeypatch.setattr("glmd.data.corpus.read_documents", lambda *_, **__: iter(["abcd . " * 200] * 5))
+    monkeypatch.setattr("glmd.data.token_store.read_documents", lambda *_, **__: iter(["abcd . " * 200] * 5))
     with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tokens: '\w+' -> '\w+'\)"):
         run(tiny.config(folder))
 
