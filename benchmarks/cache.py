@@ -38,6 +38,7 @@ from glmd.models.heads import final_linear
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import TaskExample, load_task
 from glmd.training.trainer import Teacher, make_optimizer
@@ -83,7 +84,7 @@ def pairs(blocks: BlockDataset, tokenizer: Any, length: int) -> TaskDataset:
     starts = range(0, len(words) - 2 * half, 2 * half)
     texts = [(" ".join(words[i : i + half]), " ".join(words[i + half : i + 2 * half])) for i in starts]
     examples = [TaskExample(i, (pair,), 0) for i, pair in enumerate(texts)]
-    return TaskDataset(examples, tokenizer, max_length=length)
+    return TaskDataset(examples, task_form(load_task("RTE"), causal=False), tokenizer, max_length=length)
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:

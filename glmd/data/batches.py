@@ -32,7 +32,7 @@ class Collate:
     pad_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        fill = {"input_ids": self.pad_id, "lm_labels": IGNORED, "blank_ids": IGNORED}
+        fill = {"input_ids": self.pad_id, "lm_labels": IGNORED, "cloze_ids": IGNORED}
         batch: Batch = {}
         for name, first in examples[0].items():
             if isinstance(first, int):

@@ -23,13 +23,13 @@ from glmd.distillation.teacher import TeacherOutputs, sliced_head
 from glmd.errors import DataError
 from glmd.losses.logits import NOT_SCALED
 from glmd.models.heads import logit_scaling
-from glmd.tasks.heads import choice_logits
+from glmd.tasks.forms import choice_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
 DIGEST = 16  # bytes of an example's name
 GROUP = 64  # numbers of a hidden state that share a scale in 8 bits
 # Columns that a teacher reads: of each row of an example, and of the example.
-ROW_COLUMNS = ("input_ids", "token_type_ids", "blank_ids")
+ROW_COLUMNS = ("input_ids", "token_type_ids", "cloze_ids")
 EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
 # bfloat16 has no twin in numpy; its bits, and float16's, are read as whole numbers.
 BITS = {"F16": np.int16, "BF16": np.int16, "I8": np.int8, "F32": np.float32}

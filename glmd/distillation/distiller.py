@@ -18,7 +18,7 @@ from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
 from glmd.models.heads import LinearMap, backbone, run_backbone, run_head, share_backbone
-from glmd.tasks.heads import run_task_head
+from glmd.tasks.forms import TaskLogits, class_logits
 
 
 class Distiller(nn.Module):
@@ -27,6 +27,7 @@ class Distiller(nn.Module):
     language_model: the student with its LM head; needed by word signals.
     classifier: the student with its task head; needed by task signals. A task of words in a blank has none of its
         own: then it is the language model.
+    task_logits: of the classifier, by the task's form.
     token_map: (V,) source id -> student id.
     """
 
@@ -37,8 +38,10 @@ class Distiller(nn.Module):
         *,
         language_model: nn.Module | None = None,
         classifier: nn.Module | None = None,
+        task_logits: TaskLogits = class_logits,
     ) -> None:
         super().__init__()
+        self.task_logits = task_logits
         self.objective = objective
         self.language_model = language_model if objective.uses(*LM_SIGNALS) else None
         self.classifier = classifier if objective.uses("task_logits", "task_labels") else None
@@ -84,7 +87,7 @@ class Distiller(nn.Module):
 
             sums |= run_head(self.language_model, outputs, final_linear=word_sums)
         if self.classifier is not None:
-            logits = run_task_head(self.classifier, outputs, inputs, batch, self.token_map)
+            logits = self.task_logits(self.classifier, outputs, inputs, batch, self.token_map)
             tasks = [term for term in self.objective.terms if term.signal not in LM_SIGNALS]
             sums |= {term.name: _task_sum(term, batch, teacher, logits) for term in tasks}
         return torch.stack([sums[term.name] for term in self.objective.terms])

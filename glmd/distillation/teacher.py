@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.logits import NOT_SCALED, LogitScaling
 from glmd.models.heads import final_linear, hidden_before_final_linear, logit_scaling, run_backbone, share_backbone
-from glmd.tasks.heads import run_task_head
+from glmd.tasks.forms import TaskLogits, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
 
@@ -47,7 +47,9 @@ class OnlineTeacher:
         vocabulary: Vocabulary,
         *,
         merge_dropped: bool = False,
+        task_logits: TaskLogits = class_logits,
     ) -> None:
+        self.task_logits = task_logits
         if language_model is not None and classifier not in (None, language_model):
             share_backbone(classifier, language_model)
         self.language_model, self.classifier = language_model, classifier
@@ -80,7 +82,7 @@ class OnlineTeacher:
         if self.language_model is not None:
             hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
         if self.classifier is not None:
-            task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
+            task_logits = self.task_logits(self.classifier, outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
         return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits, self.scaling)
 

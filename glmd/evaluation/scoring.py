@@ -20,9 +20,7 @@ from glmd.distillation.teacher import TeacherOutputs, model_inputs
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence, merge_words
 from glmd.models.heads import LinearMap, final_linear, hidden_before_final_linear, run_backbone
-from glmd.models.probes import one_choice_each
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.heads import choice_logits, run_task_head
 from glmd.tasks.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -46,18 +44,13 @@ def predict(
     name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
     """
     classifier.eval()
+    own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
     ids: list[int] = []
     rows: list[list[float]] = []
     for batch in _share(dataset, collate, accelerator, batch_size):
         ids += batch["example_id"].tolist()
         inputs = _student_inputs(batch, token_map)
-        if "blank_ids" in batch:
-            own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
-            logits = run_task_head(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
-        elif "num_choices" in batch:
-            logits = choice_logits(classifier(**one_choice_each(inputs)).logits, batch["num_choices"])
-        else:
-            logits = classifier(**inputs).logits
+        logits = dataset.form.logits(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
         table = logits.float().tolist()
         counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
         rows += [row[:count] for row, count in zip(table, counts, strict=True)]

@@ -25,12 +25,14 @@ from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import DataError
 from glmd.evaluation.metrics import score
 from glmd.models.card import BY_PLAIN
+from glmd.models.heads import is_causal
 from glmd.models.loading import load_language_model
 from glmd.pipeline.workbench import Arm, Workbench
 from glmd.planning.caches import task_cache_folder
 from glmd.planning.places import control_budget, control_grid_point, grid_point_place, lm_grid_point
 from glmd.planning.plan import TaskPlan
 from glmd.reporting.report import NEAREST, concerns
+from glmd.tasks.forms import task_form
 from glmd.tasks.loading import load_classifier
 from glmd.training.trainer import Teacher
 
@@ -46,7 +48,8 @@ class TaskStages:
     def __init__(self, bench: Workbench, task: TaskPlan, teacher: TeacherConfig, rows: list[dict[str, Any]]) -> None:
         self.bench, self.config, self.run_folder = bench, bench.config, bench.run_folder
         self.task, self.name, self.teacher, self.rows = task, task.task.name, teacher, rows
-        self.is_cloze = task.task.casting == "cloze"
+        self.form = task_form(task.task, causal=is_causal(bench.plan.teacher_config))
+        self.is_cloze = not self.form.has_own_head
         place = self.run_folder.path / "tasks" / self.name / "task_teacher"
         self.named = self.config.teacher.tasks.get(self.name)
         self.classifier = self.named or str(place / "model")  # the fine-tuned teacher
@@ -74,6 +77,7 @@ class TaskStages:
                 self.bench.train_data(self.task, self.task.train, stage, seed),
                 self.bench.identity_map,
                 classifier=model,
+                logits=self.form.logits,
                 evaluate=self._chooser(by_labels=lambda: self._main_metric(model, stage, None)),
             )
             scores = self.bench.score_task(model, self.task, stage, None)
@@ -172,6 +176,7 @@ class TaskStages:
                 arm.vocabulary.token_map,
                 language_model=student,
                 classifier=head,
+                logits=self.form.logits,
                 teacher=live,
                 evaluate=self._chooser(by_labels=nearness, by_teacher=nearness),
             )
@@ -231,6 +236,7 @@ class TaskStages:
                 arm.vocabulary.token_map,
                 language_model=language_model,
                 classifier=student,
+                logits=self.form.logits,
                 teacher=live,
                 evaluate=self._chooser(
                     by_labels=lambda: self._main_metric(student, stage, arm),
@@ -287,7 +293,7 @@ class TaskStages:
         language_model = None
         if words:  # in a blank the fine-tuned model has predicted words itself
             language_model = model if self.is_cloze else load_language_model(self.teacher)
-        return self.bench.teacher(language_model, model, arm)
+        return self.bench.teacher(language_model, model, arm, self.form.logits)
 
     def _teacher(self, name: str, arm: Arm, seed: int, *, words: bool) -> Teacher:
         """The fine-tuned teacher of a stage, from `teacher.cache` where the stage reads it."""

@@ -47,6 +47,7 @@ from glmd.runtime.processes import on_main, together
 from glmd.storage import write_atomically
 from glmd.tasks.cloze import candidate_ids
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import class_logits
 from glmd.tasks.tasks import TaskExample
 from glmd.training.fsdp import is_sharded
 from glmd.training.log import RunLog
@@ -202,14 +203,16 @@ class Workbench:
 
     # Models
 
-    def teacher(self, language_model: Any, classifier: Any, arm: Arm | None) -> OnlineTeacher:
+    def teacher(
+        self, language_model: Any, classifier: Any, arm: Arm | None, logits: Any = class_logits
+    ) -> OnlineTeacher:
         """A live teacher for students with the arm's vocabulary; without an arm with its own."""
         for model in (language_model, classifier):
             if model is not None:
                 model.to(self.accelerator.device)
         vocabulary = arm.vocabulary if arm is not None else Vocabulary.identity(len(self.tokenizer))
         merges = self.config.vocabulary.teacher_mass == "merge"
-        return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges)
+        return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)
 
     def cached_teacher(self, outputs: CachedOutputs, language_model: Any, arm: Arm) -> CachedTeacher:
         """The same from disk. language_model: None where no words are compared."""
@@ -335,12 +338,15 @@ class Workbench:
         *,
         language_model: Any = None,
         classifier: Any = None,
+        logits: Any = class_logits,
         teacher: Teacher | None = None,
         evaluate: Callable[[], float] | None = None,
     ) -> dict[str, Any]:
         """Train the given student in place, from the stage's newest checkpoint if there is one."""
         assert is_sharded(self.accelerator) == self.is_sharded, "Accelerate has lost its state"
-        distiller = Distiller(objective, token_map, language_model=language_model, classifier=classifier)
+        distiller = Distiller(
+            objective, token_map, language_model=language_model, classifier=classifier, task_logits=logits
+        )
         name = self.run_folder.name(place)
         workers = self.config.dataloader_num_workers
         stage = stage.spread(self.processes, self.accelerator.num_processes)

@@ -27,8 +27,8 @@ from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, kept_words
-from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import TaskExample
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
 
@@ -103,11 +103,9 @@ def task_dataset(
     planned = plan.tasks[task]
     return TaskDataset(
         examples,
+        task_form(planned.task, causal=is_causal(plan.teacher_config)),
         tokenizer or plan.tokenizer,
         max_length=length,
-        verbalizers=planned.verbalizers if tokenizer is None else verbalizer_ids(planned.task, tokenizer),
-        mean_over_tokens=planned.task.mean_over_tokens,
-        is_causal=is_causal(plan.teacher_config),
     )
 
 

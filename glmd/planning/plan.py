@@ -24,6 +24,7 @@ from glmd.models.heads import is_causal, split_parameters
 from glmd.planning.rules import cached_stages, for_teacher, kept_words, learns_from_train, resolve, task_of, task_stages
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import Task, TaskExample, read_split
 from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
@@ -227,15 +228,16 @@ def _check_named_teachers(
 ) -> None:
     """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
     from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
-    from glmd.tasks.loading import require_task_head, warn_of_unnamed_classes
+    from glmd.tasks.forms import warn_of_unnamed_classes
 
     on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
     for name, model in config.teacher.tasks.items():
         field = f"teacher.tasks.{name}"
         require_model(model, field=field)
         model_config = load_model_config(model)
-        require_task_head(model_config, task_of(config, name), model)
-        warn_of_unnamed_classes(model_config, task_of(config, name), f"{field}: {model}")
+        form = task_form(task_of(config, name), causal=is_causal(model_config))
+        form.require(model_config, model)
+        warn_of_unnamed_classes(model_config, form, f"{field}: {model}")
         theirs = load_source_tokenizer(model, words=not is_causal(model_config))
         _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         _check_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
@@ -342,14 +344,15 @@ def _check_blanks(
     config: RunConfig, method: dict[str, Objective], tasks: dict[str, TaskPlan], tokenizer: Any, *, causal: bool
 ) -> None:
     """Refuse examples whose blank does not fit into a stage's length."""
-    if config.casting == "head":
-        return
     for name, plan in tasks.items():
+        form = task_form(plan.task, causal=causal)
+        if form.has_own_head:
+            continue
         stages = task_stages(config, method, name).values()
         shortest = min(stage.max_length or plan.task.max_length for stage in stages)
         for examples in (plan.train, plan.inputs, plan.val):
             if examples:
-                TaskDataset(examples, tokenizer, max_length=shortest, is_causal=causal)
+                TaskDataset(examples, form, tokenizer, max_length=shortest)
 
 
 def kept_size(settings: VocabularyConfig, tokenizer: Any, *, texts: Sequence[str] = (), ids: Iterable[int] = ()) -> int:

@@ -15,6 +15,7 @@ from glmd.config import RunConfig, StageConfig
 from glmd.distillation.objective import LM_SIGNALS, Objective, load_method
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError
+from glmd.tasks.forms import CASTINGS, task_form
 from glmd.tasks.tasks import Task, load_task
 
 
@@ -114,7 +115,7 @@ def _check_maskings(config: RunConfig) -> None:
 
 def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
     """The config for a causal teacher, which predicts the next word of whole text: nothing is masked."""
-    if config.tasks and config.casting != "cloze":
+    if any(task_form(task_of(config, name), causal=True).has_own_head for name in config.tasks):
         raise ConfigError(
             f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
         )
@@ -136,6 +137,8 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
     import torch
 
     teacher, data, vocabulary = config.teacher, config.data, config.vocabulary
+    if config.casting not in CASTINGS:
+        raise ConfigError(f"casting must be one of {', '.join(CASTINGS)}; got {config.casting!r}")
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("mixed_precision fp16 has no effect without a GPU; give bf16 or no")
     _require_trackers(config.report_to)

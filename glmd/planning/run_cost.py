@@ -19,12 +19,14 @@ from glmd.data.token_store import TokenStore, open_token_store
 from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, ModelError, RunError
+from glmd.models.heads import is_causal
 from glmd.planning.places import control_budget, control_grid_point, lm_grid_point
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
 from glmd.planning.stages import PlannedStage, planned_stages
 from glmd.planning.step_cost import Cast, Count, chunk_bytes, counted, timed
 from glmd.runtime.memory import USABLE, memory_of_this_machine
+from glmd.tasks.forms import task_form
 
 Sharding = Literal["none", "fsdp"]
 LEARNS_FROM_LABELS = {"teacher": MASKED_LM, "task_teacher": HARD_LABELS, "hard_labels": HARD_LABELS}
@@ -237,9 +239,7 @@ def _cast(plan: Plan, stage: PlannedStage, objective: Objective) -> Cast:
     config, task = plan.config, stage.task
     trains_teacher = stage.kind in ("teacher", "task_teacher")
     asks_teacher = objective.uses("lm_logits", "task_logits") and not trains_teacher
-    form: Any = None
-    if task is not None:
-        form = "words" if task.task.casting == "cloze" else "choices" if task.task.is_choice else "classes"
+    form = task_form(task.task, causal=is_causal(plan.teacher_config)) if task is not None else None
     return Cast(
         objective,
         plan.teacher_config if trains_teacher else plan.student_config,
@@ -249,7 +249,6 @@ def _cast(plan: Plan, stage: PlannedStage, objective: Objective) -> Cast:
         merge_dropped=config.vocabulary.teacher_mass == "merge",
         is_cached=stage.kind in cached_stages(config, plan.method),
         form=form,
-        num_labels=len(task.task.labels) if task is not None else 0,
         masked=stage.settings.mlm_probability or (0.15 if stage.kind == "teacher" else 0.0),
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=stage.settings.gradient_checkpointing,

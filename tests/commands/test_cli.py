@@ -65,7 +65,7 @@ def test_check_prints_the_plan_and_touches_nothing(glmd, tiny, tmp_path, monkeyp
     def never(*_, **__):
         raise AssertionError("check loads no weights")
 
-    monkeypatch.setattr("glmd.models.loading._require_complete", never)
+    monkeypatch.setattr("glmd.models.loading.require_complete", never)
     run = tmp_path / "run"
     text = glmd("check", tiny.root / "run.yaml", f"output_dir={run}", "seeds=[0,1]", "tasks.RTE.max_steps=5")
     lines = plan_lines(text)

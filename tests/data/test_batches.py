@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, class_form, cloze_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
@@ -257,7 +257,7 @@ def test_a_task_example_is_a_pair_with_its_label_and_truncation_is_counted(token
         TaskExample(i, ((words(tokenizer, a), words(tokenizer, b)),), i % 2) for i, (a, b) in enumerate(lengths)
     ]
     examples[0] = TaskExample(0, examples[0].texts, None)
-    data = TaskDataset(examples, tokenizer, max_length=12)  # three special tokens, nine words
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=12)  # three special tokens, nine words
     assert data.truncated == 3
     assert [len(data[0, i]["input_ids"]) for i in range(5)] == [8, 12, 12, 12, 12]
     assert [data[0, i]["labels"] for i in range(5)] == [IGNORED, 1, 0, 1, 0]
@@ -267,8 +267,8 @@ def test_a_task_example_is_a_pair_with_its_label_and_truncation_is_counted(token
 
 def test_a_corrupted_task_example_keeps_its_stored_tokens(tokenizer: Any) -> None:
     examples = [TaskExample(0, ((words(tokenizer, 20), None),), 1)]
-    clean = TaskDataset(examples, tokenizer, max_length=32)[0, 0]["input_ids"]
-    data = TaskDataset(examples, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
+    clean = TaskDataset(examples, class_form(), tokenizer, max_length=32)[0, 0]["input_ids"]
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     for epoch in range(3):
         example = data[epoch, 0]
         chosen = example["lm_labels"] != IGNORED
@@ -291,7 +291,7 @@ def choosing(tokenizer: Any, *counts: int) -> list[TaskExample]:
 
 def test_the_choices_of_an_example_are_rows_of_the_batch_one_after_another(tokenizer: Any) -> None:
     examples = choosing(tokenizer, 2, 3, 1)
-    data = TaskDataset(examples, tokenizer, max_length=32)
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=32)
     assert len(data) == 3
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in (1, 2, 0)])
     expected = [tokenizer(*examples[i].texts[choice])["input_ids"] for i in (1, 2, 0) for choice in range((2, 3, 1)[i])]
@@ -304,7 +304,7 @@ def test_the_choices_of_an_example_are_rows_of_the_batch_one_after_another(token
 def test_each_choice_is_corrupted_by_draws_of_its_own(tokenizer: Any) -> None:
     texts = ((words(tokenizer, 20), None),) * 2
     examples = [TaskExample(0, texts, 0, choices=("a", "b"))]
-    data = TaskDataset(examples, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     first, second = data[0, 0]["lm_labels"]
     assert not np.array_equal(first, second)
     assert np.array_equal(first, data[0, 0]["lm_labels"][0]), "and the same ones whenever it is asked for"
@@ -318,7 +318,10 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
     ordinary = words(tokenizer, 4)
     first, second, third, _ = ordinary.split()
     data = TaskDataset(
-        asked(tokenizer, f"{first} {BLANK} .", None, (second, f"{third} {first}")), tokenizer, max_length=16
+        asked(tokenizer, f"{first} {BLANK} .", None, (second, f"{third} {first}")),
+        cloze_form(),
+        tokenizer,
+        max_length=16,
     )
     batch = Collate(tokenizer.pad_token_id)([data[0, 0]])
     number = tokenizer.convert_tokens_to_ids
@@ -328,7 +331,7 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
         [cls, number(first), mask, mask, dot, sep],
     ]
     none = IGNORED
-    assert batch["blank_ids"].tolist() == [
+    assert batch["cloze_ids"].tolist() == [
         [none, none, number(second), none, none, none],
         [none, none, number(third), number(first), none, none],
     ]
@@ -338,11 +341,12 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
 @pytest.mark.parametrize("blank_first", [True, False])
 def test_of_a_pair_only_the_text_without_the_blank_is_cut(tokenizer: Any, blank_first: bool) -> None:
     blank, other = f"{words(tokenizer, 4)} {BLANK} .", words(tokenizer, 20)
+    two = words(tokenizer, 2).split()
     examples = asked(tokenizer, *((blank, other) if blank_first else (other, blank)))
-    data = TaskDataset(examples, tokenizer, max_length=14, verbalizers=(7, 9))
+    data = TaskDataset(examples, cloze_form(*two), tokenizer, max_length=14)
     row = data[0, 0]
     assert len(row["input_ids"]) == 14 and data.truncated == 1
-    assert (row["blank_ids"] == 0).sum() == 1 and row["verbalizers"].tolist() == [7, 9]
+    assert (row["cloze_ids"] == 0).sum() == 1 and row["verbalizers"].tolist() == tokenizer.convert_tokens_to_ids(two)
     segment = row["token_type_ids"][row["input_ids"] == tokenizer.mask_token_id]
     assert segment.tolist() == [0 if blank_first else 1]
     ids = [token for token in row["input_ids"] if token not in tokenizer.all_special_ids]
@@ -362,10 +366,10 @@ def test_a_blank_that_is_cut_off_is_refused_by_its_line(tokenizer: Any, text: st
     fine, long = asked(tokenizer, f"a {BLANK}", pair and "b"), asked(tokenizer, text, pair)
     long = [dataclasses.replace(long[0], where="rows.jsonl:8")]
     if pair and len(pair) > 2:
-        assert TaskDataset([*fine, *long], tokenizer, max_length=12).truncated == 1
+        assert TaskDataset([*fine, *long], cloze_form(), tokenizer, max_length=12).truncated == 1
         return
     with pytest.raises(DataError, match=r"^rows.jsonl:8: .* max_length 12; give a larger") as caught:
-        TaskDataset([*fine, *long, *fine], tokenizer, max_length=12)
+        TaskDataset([*fine, *long, *fine], cloze_form(), tokenizer, max_length=12)
     assert "\n" not in str(caught.value)
 
 
@@ -383,8 +387,8 @@ def test_a_text_with_a_mask_token_of_its_own_is_refused_in_a_blank_and_not_under
     tokenizer: Any, text: str, pair: str | None, choices: tuple[str, ...]
 ) -> None:
     with pytest.raises(DataError, match=r"^example 0 \(idx 31\): the text holds \[MASK\], which the model would take"):
-        TaskDataset(asked(tokenizer, text, pair, choices), tokenizer, max_length=12)
-    assert TaskDataset(asked(tokenizer, "a [MASK]", "b"), tokenizer, max_length=12).rows
+        TaskDataset(asked(tokenizer, text, pair, choices), cloze_form(), tokenizer, max_length=12)
+    assert TaskDataset(asked(tokenizer, "a [MASK]", "b"), class_form(), tokenizer, max_length=12).rows
 
 
 def test_a_verbalizer_is_one_known_token(tokenizer: Any) -> None:
@@ -409,12 +413,12 @@ def test_a_blank_stands_where_its_words_would_whatever_the_mask_token_does_to_sp
     tokenizer = FAMILIES[family]()
     tokenizer.add_special_tokens({"mask_token": AddedToken("<gap>", lstrip=lstrip, special=True)})
     words = ("light dark", "quickest")
-    data = TaskDataset(asked(tokenizer, f"the cat {BLANK} sang.", None, words), tokenizer, max_length=40)
+    data = TaskDataset(asked(tokenizer, f"the cat {BLANK} sang.", None, words), cloze_form(), tokenizer, max_length=40)
     for row, choice in zip(data.rows, words, strict=True):
         running = tokenizer(f"the cat {choice} sang.")["input_ids"]
-        filled = np.where(row["blank_ids"] >= 0, row["blank_ids"], row["input_ids"])
+        filled = np.where(row["cloze_ids"] >= 0, row["cloze_ids"], row["input_ids"])
         assert filled.tolist() == running
-        assert (row["input_ids"] == tokenizer.mask_token_id).sum() == (row["blank_ids"] >= 0).sum() > 0
+        assert (row["input_ids"] == tokenizer.mask_token_id).sum() == (row["cloze_ids"] >= 0).sum() > 0
 
 
 @pytest.mark.parametrize("family", ["roberta", "xlm-r"])
@@ -494,7 +498,7 @@ def test_evaluation_sees_each_example_once_over_all_ranks(blocks: BlockDataset, 
 def test_evaluation_of_a_task_takes_texts_of_like_length_together(tokenizer: Any, batch_size: int, world: int) -> None:
     rng, words = np.random.default_rng(0), [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) == 4]
     examples = [TaskExample(i, ((" ".join(rng.choice(words, int(rng.integers(1, 12)))), None),), 0) for i in range(20)]
-    data, seen, padded = TaskDataset(examples, tokenizer, max_length=16), [], 0
+    data, seen, padded = TaskDataset(examples, class_form(), tokenizer, max_length=16), [], 0
     for rank in range(world):
         for batch in evaluation_batches(data, Collate(0), batch_size=batch_size, rank=rank, world_size=world):
             seen += batch["example_id"].tolist()

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections import namedtuple
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import class_form, cloze_form
 
 import glmd.training.trainer
 from glmd.cli import main
@@ -25,7 +27,8 @@ from glmd.errors import ConfigError, DataError, NumericsError, RunError
 from glmd.models.loading import load_language_model
 from glmd.pipeline.run import run
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import BLANK, TaskExample
+from glmd.tasks.forms import TaskForm, task_form
+from glmd.tasks.tasks import BLANK, TaskExample, load_task
 from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -76,12 +79,16 @@ def examples_of(form: str, words: list[str]) -> list[TaskExample]:
     return [*found, replace(found[0], example_id=29, label=1)]
 
 
-def dataset(form: str, tokenizer: Any, words: list[str], **options: Any) -> TaskDataset:
+def task_form_of(form: str, words: Sequence[str] = ("light", "dark")) -> TaskForm:
     if form == "labels in a blank":
-        options["verbalizers"] = tokenizer.convert_tokens_to_ids(words[:2])
+        return cloze_form(*words[:2])
     if form == "candidates in a blank":
-        options["mean_over_tokens"] = True
-    return TaskDataset(examples_of(form, words), tokenizer, max_length=24, **options)
+        return cloze_form(mean=True)
+    return class_form() if form == "pairs" else task_form(load_task("COPA"), causal=False)
+
+
+def dataset(form: str, tokenizer: Any, words: list[str], **options: Any) -> TaskDataset:
+    return TaskDataset(examples_of(form, words), task_form_of(form, words), tokenizer, max_length=24, **options)
 
 
 def teacher_of(form: str, tiny: Any, language_model: Any, vocabulary: Vocabulary) -> OnlineTeacher:
@@ -91,9 +98,8 @@ def teacher_of(form: str, tiny: Any, language_model: Any, vocabulary: Vocabulary
     torch.manual_seed(1)
     own = {"pairs": BertForSequenceClassification, "choices": BertForMultipleChoice}.get(form)
     classifier = own.from_pretrained(tiny.teacher) if own is not None else language_model
-    return OnlineTeacher(
-        load_language_model(TeacherConfig(str(tiny.teacher))) if own else classifier, classifier, vocabulary
-    )
+    words = load_language_model(TeacherConfig(str(tiny.teacher))) if own else classifier
+    return OnlineTeacher(words, classifier, vocabulary, task_logits=task_form_of(form).logits)
 
 
 def cache_of(folder: Path, data: TaskDataset, form: str, *, words: bool = True, maskings: int = 1) -> TeacherCache:
@@ -180,7 +186,7 @@ def test_whatever_a_teacher_reads_is_in_the_name_and_padding_is_not(form, tokeni
     assert names[29] == names[0] and len(set(names)) == 29
     assert [digests(COLLATE([data[0, i]]))[0] for i in range(30)] == names
     batch = COLLATE([data[0, 5]])
-    columns = ["input_ids", *(name for name in ("token_type_ids", "blank_ids", "verbalizers") if name in batch)]
+    columns = ["input_ids", *(name for name in ("token_type_ids", "cloze_ids", "verbalizers") if name in batch)]
     others = [batch | {name: batch[name] + (batch[name] == batch[name].flatten()[0])} for name in columns]
     if "mean_over_tokens" in batch:
         others.append({name: each for name, each in batch.items() if name != "mean_over_tokens"})
@@ -228,7 +234,7 @@ def test_a_teacher_answers_on_its_device_and_is_given_the_batch_as_the_loader_ma
     cached = CachedTeacher(make(cache_of(tmp_path / "cache", data, "pairs"), live).open(), None, vocabulary)
     cached.device = torch.device("meta")
     assert cached(COLLATE([data[0, 3]])).task_logits.device.type == "meta"
-    seen, far = [], OnlineTeacher(None, live.classifier.to("meta"), vocabulary)
+    seen, far = [], OnlineTeacher(None, live.classifier.to("meta"), vocabulary, task_logits=live.task_logits)
     with monkeypatch.context() as patch:
         patch.setattr("glmd.distillation.teacher.run_backbone", lambda _, inputs: seen.append(inputs) or stop())
         with pytest.raises(Stop):
@@ -329,7 +335,7 @@ def test_a_task_cache_is_made_ahead_with_its_teacher_and_read_by_the_run(
         chosen = list(dict.fromkeys(tokens))[:2]
         text = 'name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: "{premise}"\n'
         text += 'text_pair: "{hypothesis}"\nlabels: [entailment, not_entailment]\nmetrics: [accuracy]\nmax_length: 32\n'
-        text += f'cloze:\n  text: "{{hypothesis}} {{blank}} ."\n  text_pair: "{{premise}}"\n  words: {chosen}\n'
+        text += f'cloze:\n  text: "{{hypothesis}} {{blank}} ."\n  text_pair: "{{premise}}"\n  verbalizers: {chosen}\n'
         definition.write_text(text)
         given += ["casting=cloze", f"tasks.RTE.definition={definition}"]
     assert main(["cache", *given]) == 0

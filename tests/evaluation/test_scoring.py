@@ -8,12 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from families import class_form
 from transformers import BertConfig, BertForMultipleChoice, BertForSequenceClassification, BertTokenizer
 
 from glmd.data.batches import Collate
 from glmd.evaluation.scoring import predict
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import TaskExample
+from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import TaskExample, load_task
 
 
 @pytest.fixture
@@ -42,7 +44,8 @@ def test_logits_are_in_the_rows_order_and_those_of_each_row_alone(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     model: Any = (BertForMultipleChoice if choices else BertForSequenceClassification)(config).eval()
-    data = TaskDataset(examples, tokenizer, max_length=32)
+    form = task_form(load_task("COPA"), causal=False) if choices else class_form()
+    data = TaskDataset(examples, form, tokenizer, max_length=32)
     got = predict(model, data, Collate(0), token_map=None, accelerator=accelerator, batch_size=batch_size)
     assert len(got) == len(examples)
     with torch.no_grad():

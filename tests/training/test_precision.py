@@ -78,7 +78,7 @@ def test_a_run_of_a_half_precision_teacher_trains_float32_and_scores_what_teache
     written = sorted((tmp_path / "run").rglob("model.safetensors"))
     assert len(written) == 4, "the task's teacher, and the student after each stage"
     assert {tensor.dtype for path in written for tensor in load_file(path).values()} == {torch.float32}
-    asked = [dtype for folder, dtype in loaded if folder == "teacher"]
+    asked = [dtype for folder, dtype in loaded if folder == "task_teacher"]
     assert len(asked) >= 3 and set(asked) == {torch.bfloat16}, "scored, asked and compared with in one precision"
 
 
