@@ -313,7 +313,7 @@ class RunConfig:
     task_teacher: StageConfig = field(default_factory=_task_defaults)
     task_lm: StageConfig = field(default_factory=_task_defaults)
     task_soft_labels: StageConfig = field(default_factory=_task_defaults)
-    # How tasks are put to a model: head, to a task head; cloze, to a language model that fills in tokens (the paper's form)
+    # How tasks are put to a model: head, to a task head; cloze, to a language model that fills it in (the paper's form)
     casting: str = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     # stage -> setting -> values: every combination is trained from one pretrained student, with every seed
