@@ -177,11 +177,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
     weights = {id(p): p for model in models.values() if model is not None for p in model.parameters()}
     memory = {"live": sum(p.numel() * p.element_size() for p in weights.values())}
-    head = teachers["live"](batches[0]).head_weight
+    head = teachers["live"](batches[0]).head
     for name, each in teachers.items():
         if isinstance(each, CachedTeacher):
             index = each.outputs.names.nbytes + each.outputs.order.nbytes
-            memory[name] = index + (head.numel() * head.element_size() if head is not None else 0)
+            memory[name] = index + (head.weight.nbytes if head is not None else 0)
     bound = ratio("live", "floor")
     print(f"{arguments.model}: {arguments.stage}, H {width or '-'}, {arguments.dtype}; ", end="")
     print(f"student of {student.config.num_hidden_layers} layers, {vocabulary.size} words")

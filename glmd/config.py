@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glmd.errors import ConfigError
-from glmd.strict_yaml import build, coerce, suggestion
+from glmd.errors import ConfigError, suggestion
+from glmd.strict_yaml import build, coerce
 
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
 GridPoint = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value

@@ -1,7 +1,9 @@
 """The errors a user is meant to read: one line that names the place, what was given and what would work."""
 
+import difflib
 import errno
 import re
+from collections.abc import Iterable
 
 
 class GlmdError(Exception):
@@ -57,3 +59,11 @@ def disk_error(error: Exception) -> int | None:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """`1 block`, `2 blocks`, `1,000 examples`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean x?` where a known name is close, else the list of known names."""
+    known = sorted(known)
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else f"; known: {', '.join(known)}"

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from glmd.distillation.teacher import TeacherOutputs, sliced_head
 from glmd.errors import DataError
-from glmd.losses.logits import NOT_SCALED
-from glmd.models.heads import logit_scaling
+from glmd.losses.head import Head
 from glmd.tasks.heads import choice_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -136,14 +135,9 @@ class CachedTeacher:
         device: torch.device | str = "cpu",
     ) -> None:
         self.outputs, self.device = outputs, torch.device(device)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.merged_into: Tensor | None = None
-        self.scaling = NOT_SCALED
+        self.head: Head | None = None
         if language_model is not None:
-            self.scaling = logit_scaling(language_model.config)
-            parts = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
-            self.weight, self.bias, self.merged_into = (None if part is None else part.to(device) for part in parts)
+            self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped).to(device)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Look up each example of a batch, best one in host memory. Raises DataError for one that is not there."""
@@ -156,16 +150,16 @@ class CachedTeacher:
                 raise DataError(f"teacher.cache holds no text that is {text} of this batch; delete it") from None
         kept = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
         hidden = logits = None
-        if self.weight is not None:
+        if self.head is not None:
             parts = {name: torch.from_numpy(kept[name]) for name in ("hidden_states", "scales") if name in kept}
             parts["hidden_states"] = parts["hidden_states"].view(self.outputs.dtype)
-            hidden = unpacked({name: self._moved(part) for name, part in parts.items()}, self.weight.dtype)
+            hidden = unpacked({name: self._moved(part) for name, part in parts.items()}, self.head.weight.dtype)
         if "task_logits" in kept:
             flat = torch.from_numpy(kept["task_logits"])
             is_choice = "num_choices" in batch
             table = choice_logits(flat[:, None], batch["num_choices"].cpu()) if is_choice else flat.view(len(found), -1)
             logits = self._moved(table)
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, logits, self.scaling)
+        return TeacherOutputs(hidden, self.head, logits)
 
     def _moved(self, part: Tensor) -> Tensor:
         """To the device without waiting for it: a copy from pageable memory would."""

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from glmd.config import STAGES
 from glmd.distillation.schedules import scheduled_weight
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, suggestion
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES
-from glmd.strict_yaml import coerce, load_yaml, named_file, suggestion
+from glmd.strict_yaml import coerce, load_yaml, named_file
 
 Signal = Literal["lm_logits", "lm_labels", "task_logits", "task_labels"]
 

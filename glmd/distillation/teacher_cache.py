@@ -39,7 +39,7 @@ from glmd.config_file import differences
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.distillation.cached_teacher import DIGEST, GROUP, CachedOutputs, digests, example_spans, packed, unpacked
-from glmd.distillation.teacher import TeacherOutputs, unsound_examples
+from glmd.distillation.teacher import Said, TeacherOutputs, unsound_examples
 from glmd.errors import DiskError, ModelError, RunError
 from glmd.losses.finite import not_finite
 from glmd.storage import file_sha256, write_atomically, write_problem
@@ -170,9 +170,7 @@ class TeacherCache:
                 write_atomically(self.folder / f"{name}.json", json.dumps(record))
         self._write_manifest({})
 
-    def write_shard(
-        self, number: int, teacher: Callable[[Batch], TeacherOutputs], collate: Collate, *, batch_size: int
-    ) -> None:
+    def write_shard(self, number: int, teacher: Callable[[Batch], Said], collate: Collate, *, batch_size: int) -> None:
         """Ask the teacher for the examples of one shard. It is on disk whole, or not at all.
 
         Raises ModelError where 16 bits cannot hold the hidden states, RunError where the disk refuses.
@@ -185,7 +183,9 @@ class TeacherCache:
         for start in range(0, len(rows), batch_size):
             batch = collate([self._example(row) for row in rows[start : start + batch_size]])
             names += digests(batch)
-            parts, numbers = self._kept(teacher(batch), batch, getattr(teacher, "name", "the teacher"))
+            outputs = teacher(batch)
+            assert isinstance(outputs, TeacherOutputs), "several teachers are not kept"
+            parts, numbers = self._kept(outputs, batch, getattr(teacher, "name", "the teacher"))
             for name, part in parts.items():
                 said.setdefault(name, []).append(part.cpu())
             for name, each in numbers.items():

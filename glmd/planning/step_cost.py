@@ -112,14 +112,12 @@ class Step:
             return TeacherOutputs()
         if not self.cast.is_cached:
             return self.teacher(batch)
-        hidden, weight, device = None, self.teacher.weight, batch["input_ids"].device
-        if weight is not None:
-            hidden = weight.new_empty(int(batch["attention_mask"].sum()), weight.shape[1])
+        hidden, head, device = None, self.teacher.head, batch["input_ids"].device
+        if head is not None:
+            hidden = head.weight.new_empty(int(batch["attention_mask"].sum()), head.weight.shape[1])
         classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.num_labels
         answers = torch.zeros(len(batch["example_id"]), classes, device=device)
-        return TeacherOutputs(
-            hidden, weight, self.teacher.bias, self.teacher.merged_into, answers, self.teacher.scaling
-        )
+        return TeacherOutputs(hidden, head, answers)
 
     def learn(self, batch: Batch, outputs: TeacherOutputs) -> None:
         """The student's forward, the loss and the backward."""
@@ -198,11 +196,11 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         chunk = chunk_bytes(cast, tokens, words, fused_attention)
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
         loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
-    head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
+    head = None if step.teacher is None else step.teacher.head
     whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
     return Count(
         teacher=_bytes(whole),
-        head=sum(each.nbytes for each in head if each is not None),
+        head=0 if head is None else sum(each.nbytes for each in (head.weight, head.bias) if each is not None),
         student=student,
         student_gathered=_gathered(step.distiller),
         optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glmd.models.heads import LinearMap, run_head
+from glmd.losses.head import Head
+from glmd.models.heads import run_head
 from glmd.models.probes import one_choice_each
 
 
@@ -28,7 +29,7 @@ def run_task_head(
     num_choices = batch.get("num_choices")
     if "blank_ids" in batch:
         logits = run_head(
-            model, outputs, final_linear=lambda hidden, linear: _blank_scores(batch, token_map, hidden, linear)
+            model, outputs, final_linear=lambda hidden, head: _blank_scores(batch, token_map, hidden, head)
         )
     else:
         logits = run_head(model, outputs, inputs=inputs if num_choices is None else one_choice_each(inputs))
@@ -36,17 +37,17 @@ def run_task_head(
     return scores
 
 
-def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: LinearMap) -> Tensor:
+def _blank_scores(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, head: Head) -> Tensor:
     """From hidden states (R, S, H): (B, C) logits of the verbalizers, or (R, 1) log-probabilities of the candidates."""
     is_blank = batch["blank_ids"] >= 0
     in_blank = hidden[is_blank]
     if "verbalizers" in batch:
         words = batch["verbalizers"] if token_map is None else token_map[batch["verbalizers"]]
-        logits = (in_blank[:, None] * linear.weight[words]).sum(-1)
-        return linear.scaling(logits if linear.bias is None else logits + linear.bias[words])
+        logits = (in_blank[:, None] * head.weight[words]).sum(-1)
+        return head.scaling(logits if head.bias is None else logits + head.bias[words])
     ids = batch["blank_ids"][is_blank]
     words = ids if token_map is None else token_map[ids]
-    logits = linear.logits(in_blank)
+    logits = head.logits(in_blank)
     of_tokens = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, words[:, None])
     rows = is_blank.nonzero()[:, 0]
     sums = of_tokens.new_zeros(len(hidden), 1).index_add(0, rows, of_tokens)

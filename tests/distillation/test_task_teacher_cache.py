@@ -151,7 +151,7 @@ def test_every_example_of_shuffled_batches_gets_its_own_answer(
                 for logits, twin in zip(got.task_logits, expected, strict=True):
                     assert torch.equal(logits[: twin.task_logits.shape[1]], twin.task_logits[0])
                 torch.testing.assert_close(got.task_logits, whole.task_logits, atol=1e-5, rtol=1e-5)
-                assert torch.equal(got.head_weight, whole.head_weight)
+                assert torch.equal(got.head.weight, whole.head.weight)
                 seen += len(batch["example_id"])
     assert seen == 2 * 5 * 2 * 4
 
@@ -161,7 +161,7 @@ def test_task_logits_alone_need_no_model(form, tiny, language_model, tokenizer, 
     cache = make(cache_of(tmp_path / "cache", data, form, words=False), live)
     batch = COLLATE([data[0, i] for i in (3, 0, 7)])
     got = CachedTeacher(cache.open(), None, vocabulary)(batch)
-    assert got.hidden_states is None and got.head_weight is None
+    assert got.hidden_states is None and got.head is None
     torch.testing.assert_close(got.task_logits, live(batch).task_logits, atol=1e-5, rtol=1e-5)
 
 

@@ -126,7 +126,8 @@ def test_every_token_of_shuffled_batches_gets_its_own_row(
             got, expected = teacher(batch), live(batch)
             # Stored from texts by themselves, so that the twin's sums are taken in the same order.
             assert torch.equal(got.hidden_states, row_by_row(model, batch).half().float())
-            assert torch.equal(got.head_weight, expected.head_weight) and torch.equal(got.head_bias, expected.head_bias)
+            assert torch.equal(got.head.weight, expected.head.weight)
+            assert torch.equal(got.head.bias, expected.head.bias)
             torch.testing.assert_close(got.hidden_states, expected.hidden_states, atol=1e-5, rtol=1e-3)
 
 
@@ -141,8 +142,8 @@ def test_dropped_words_are_merged_as_by_the_live_teacher(cache, model, blocks, v
     teacher = CachedTeacher(make(cache, model).open(), model, vocabulary, merge_dropped=True)
     live = OnlineTeacher(model, None, vocabulary, merge_dropped=True)
     batch = COLLATE([blocks()[0, 0]])
-    for name in ("head_weight", "head_bias", "merged_into"):
-        assert torch.equal(getattr(teacher(batch), name), getattr(live(batch), name))
+    for name in ("weight", "bias", "merged_into"):
+        assert torch.equal(getattr(teacher(batch).head, name), getattr(live(batch).head, name))
 
 
 def test_a_text_that_the_cache_has_not_is_refused(cache, model, blocks, vocabulary):
