@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
 from glmd.data.batches import Batch
-from glmd.data.masking import IGNORED
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import LM_SIGNALS, Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import final_linear
@@ -151,12 +151,12 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
     if cast.masked:
-        batch["lm_labels"] = torch.full_like(ids, IGNORED)
+        batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     if cast.form is not None:
         batch["labels"] = torch.zeros_like(batch["example_id"])
     if cast.form == "words":
-        batch["blank_ids"] = torch.full_like(ids, IGNORED)
+        batch["blank_ids"] = torch.full_like(ids, IGNORED_LABEL)
         batch["blank_ids"][:, 1] = 1
     if choices > 1 or cast.form == "choices":
         batch["num_choices"] = torch.full((examples,), choices)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from glmd.data.blocks import block_frame
-from glmd.data.masking import IGNORED
 from glmd.errors import ConfigError, DataError
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.tasks import BLANK, Task, TaskExample
 
 
@@ -56,7 +56,7 @@ def continuations(
                 f"{place(example)}: nothing stands before the blank for a causal model to go on from; write text there"
             )
         cut.append(len(given) > room)
-        blank_ids = np.full(len(row), IGNORED, dtype=np.int32)
+        blank_ids = np.full(len(row), IGNORED_LABEL, dtype=np.int32)
         blank_ids[first_scored : first_scored + max(1, len(scored))] = scored or [0]
         rows.append({"input_ids": row, "blank_ids": blank_ids})
     return rows, cut

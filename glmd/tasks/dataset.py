@@ -9,8 +9,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glmd.data.batches import CHUNK, Key
-from glmd.data.masking import IGNORED, Masking, apply_masking
+from glmd.data.masking import Masking, apply_masking
 from glmd.errors import DataError
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.cloze import candidate_ids, continuations, place, refuse_masks, with_masks
 from glmd.tasks.tasks import BLANK, TaskExample
 
@@ -93,7 +94,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             if places.sum() != len(expected):
                 found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
                 raise DataError(f"{place(example)}: {found}; give a larger max_length")
-            row["blank_ids"] = np.full(len(places), IGNORED, dtype=np.int32)
+            row["blank_ids"] = np.full(len(places), IGNORED_LABEL, dtype=np.int32)
             row["blank_ids"][places] = expected
 
     def _owner(self, row: int) -> tuple[TaskExample, int]:
@@ -132,7 +133,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         example = self.examples[key[1]]
         rows = self.rows[self.first_row[key[1]] : self.first_row[key[1] + 1]]
-        numbers = {"labels": IGNORED if example.label is None else example.label, "example_id": key[1]}
+        numbers = {"labels": IGNORED_LABEL if example.label is None else example.label, "example_id": key[1]}
         if self.mean_over_tokens:
             numbers["mean_over_tokens"] = 1
         if not example.choices:
