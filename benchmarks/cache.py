@@ -125,18 +125,15 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     collate = Collate(tokenizer.pad_token_id or 0)
     width = final_linear(models["language_model"]).weight.shape[1] if is_words else None
 
-    def kept(bits: int) -> TeacherCache:
-        return TeacherCache(
-            folder / f"cache-{bits}",
-            ((data, 1),),
-            width=width,
-            num_classes=None if is_words else 2,
-            bits=bits,
-            dtype=arguments.dtype,
-            made_from={"model": arguments.model},
-        )
-
-    caches = {"16 bits": kept(16), "8 bits": kept(8)} if is_words else {"task logits": kept(16)}
+    kept = TeacherCache(
+        folder / "cache",
+        ((data, 1),),
+        width=width,
+        num_classes=None if is_words else 2,
+        dtype=arguments.dtype,
+        made_from={"model": arguments.model},
+    )
+    caches = {"16 bits" if is_words else "task logits": kept}
     teachers: dict[str, Teacher] = {"live": live}
     making = {name: make(cache, live, collate, arguments.batch) for name, cache in caches.items()}
     for name, cache in caches.items():

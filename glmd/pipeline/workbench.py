@@ -299,8 +299,7 @@ class Workbench:
         if name not in self.cached_stages:
             return None
         teacher, has_words = self.config.teacher, name in kept_words(self.cached_stages, self.plan.method)
-        stored = torch.int8 if teacher.cache_bits == 8 else STORED[teacher.dtype]
-        return str(stored if has_words else torch.float32).removeprefix("torch.")
+        return str(STORED[teacher.dtype] if has_words else torch.float32).removeprefix("torch.")
 
     def _say_how_often_read(self, cache: TeacherCache) -> None:
         (data, maskings), stage = cache.parts[0], self.config.pretraining

@@ -146,6 +146,20 @@ def test_dropped_words_are_merged_as_by_the_live_teacher(cache, model, blocks, v
         assert torch.equal(getattr(teacher(batch).head, name), getattr(live(batch).head, name))
 
 
+@pytest.mark.parametrize(("bits", "is_read"), [(16, True), (8, False)])
+def test_of_an_earlier_version_caches_in_16_bits_are_read_and_those_in_8_refused(cache, model, bits, is_read):
+    manifest = make(cache, model).folder / "manifest.json"
+    found = json.loads(manifest.read_text())
+    assert found["made_from"]["kept"] == {"hidden_size": 16, "bits": 16, "num_classes": None}
+    found["made_from"]["kept"]["bits"] = bits
+    manifest.write_text(json.dumps(found))
+    if is_read:
+        assert cache.missing() == []
+    else:
+        with pytest.raises(RunError, match=r"kept\.bits: 8 -> 16"):
+            cache.missing()
+
+
 def test_a_text_that_the_cache_has_not_is_refused(cache, model, blocks, vocabulary):
     """Another seed masks otherwise; without a number of maskings so does every further epoch."""
     teacher = CachedTeacher(make(cache, model).open(), model, vocabulary)
@@ -315,7 +329,7 @@ def test_a_cached_run_is_the_run_of_a_teacher_rounded_to_float16(tiny, trusting,
 
     def rounded(self: OnlineTeacher, batch: Batch) -> TeacherOutputs:
         hidden = row_by_row(self.language_model, batch)
-        return TeacherOutputs(hidden.half().float(), self.weight, self.bias)
+        return TeacherOutputs(hidden.half().float(), self.head)
 
     short = (*CACHED, "pretraining.per_device_eval_batch_size=1")
     run(tiny.config(tmp_path / "cached", *short, f"teacher.cache={tmp_path / 'cache'}"))
