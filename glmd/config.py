@@ -326,7 +326,6 @@ class RunConfig:
     # Which checkpoint of a task stage is kept: best looks at the labels of val; agreement only at how often the student
     # answers like the teacher there, and keeps the last one of the teacher and of the control.
     selection: Literal["last", "best", "agreement"] = "last"
-    gkd_compat: bool = False  # divide word losses by all positions, pads included, as the published code does
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of matrix products in training
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.

@@ -149,7 +149,7 @@ save_total_limit per_device_eval_batch_size"""
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
-    "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision deterministic
+    "": """output_dir method tasks casting sweep seeds selection mixed_precision deterministic
         dataloader_num_workers elastic report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages tasks scratch",
     "student.": "num_hidden_layers initialization config architecture",

@@ -178,7 +178,6 @@ class Workbench:
             "stage": asdict(stage) if stage is not None else None,
             "seed": seed,
             "terms": [asdict(term) for term in objective.terms] if objective is not None else [],
-            "gkd_compat": self.config.gkd_compat,
             "mixed_precision": self.config.mixed_precision,
             "selection": self.config.selection if task is not None else "last",
             "teacher": self.teacher_hash,

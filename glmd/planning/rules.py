@@ -23,7 +23,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
 
     Raises ConfigError naming the key.
     """
-    method = load_method(config.method, count_positions=config.gkd_compat)
+    method = load_method(config.method)
     asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
     _check_cache(config, method)
