@@ -126,18 +126,15 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     collate = Collate(tokenizer.pad_token_id or 0)
     width = final_linear(models["language_model"]).weight.shape[1] if is_words else None
 
-    def kept(bits: int) -> TeacherCache:
-        return TeacherCache(
-            folder / f"cache-{bits}",
-            ((data, 1),),
-            width=width,
-            num_classes=None if is_words else 2,
-            bits=bits,
-            dtype=arguments.dtype,
-            made_from={"model": arguments.model},
-        )
-
-    caches = {"16 bits": kept(16), "8 bits": kept(8)} if is_words else {"task logits": kept(16)}
+    kept = TeacherCache(
+        folder / "cache",
+        ((data, 1),),
+        width=width,
+        num_classes=None if is_words else 2,
+        dtype=arguments.dtype,
+        made_from={"model": arguments.model},
+    )
+    caches = {"16 bits" if is_words else "task logits": kept}
     teachers: dict[str, Teacher] = {"live": live}
     making = {name: make(cache, live, collate, arguments.batch) for name, cache in caches.items()}
     for name, cache in caches.items():
@@ -178,11 +175,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
     weights = {id(p): p for model in models.values() if model is not None for p in model.parameters()}
     memory = {"live": sum(p.numel() * p.element_size() for p in weights.values())}
-    head = teachers["live"](batches[0]).head_weight
+    head = teachers["live"](batches[0]).head
     for name, each in teachers.items():
         if isinstance(each, CachedTeacher):
             index = each.outputs.names.nbytes + each.outputs.order.nbytes
-            memory[name] = index + (head.numel() * head.element_size() if head is not None else 0)
+            memory[name] = index + (head.weight.nbytes if head is not None else 0)
     bound = ratio("live", "floor")
     print(f"{arguments.model}: {arguments.stage}, H {width or '-'}, {arguments.dtype}; ", end="")
     print(f"student of {student.config.num_hidden_layers} layers, {vocabulary.size} words")

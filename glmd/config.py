@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glmd.errors import ConfigError
-from glmd.strict_yaml import build, coerce, suggestion
+from glmd.errors import ConfigError, suggestion
+from glmd.strict_yaml import build, coerce
 
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
 GridPoint = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value
@@ -157,7 +157,6 @@ class TeacherConfig:
     cache: str | None = None
     # Stages that read from the cache; None: all that ask a teacher
     cached_stages: list[Literal["pretraining", "task_lm", "task_soft_labels"]] | None = None
-    cache_bits: Literal[16, 8] = 16  # of each number of a hidden state; 8 are lossy, and half the disk
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
     pretraining: StageConfig | None = None  # how `scratch` is trained
@@ -181,10 +180,9 @@ class TeacherConfig:
         named = [self.model, *self.ensemble]
         _require(len(set(named)) == len(named) and "" not in named, f"ensemble names a model twice or none: {named}")
         _require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
-        for name in ("cached_stages", "cache_bits"):
-            given = getattr(self, name) != getattr(type(self), name)
-            _require(not given or self.cache is not None, f"{name} has no effect without cache; give a folder there")
         stages = self.cached_stages
+        given = stages is not None
+        _require(not given or self.cache is not None, "cached_stages has no effect without cache; give a folder there")
         _require(stages != [], "cached_stages names no stage; name one, or remove cache")
         _require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
 
@@ -322,7 +320,6 @@ class RunConfig:
     # Which checkpoint of a task stage is kept: best looks at the labels of val; agreement only at how often the student
     # answers like the teacher there, and keeps the last one of the teacher and of the control.
     selection: Literal["last", "best", "agreement"] = "last"
-    gkd_compat: bool = False  # divide word losses by all positions, pads included, as the published code does
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of matrix products in training
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.

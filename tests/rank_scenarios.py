@@ -78,8 +78,8 @@ def train(
         spoil = act(rank, next(calls)) if act else None
         outputs = teacher(batch)
         if spoil is not None:
-            assert outputs.head_bias is not None
-            outputs = replace(outputs, head_bias=outputs.head_bias * spoil)
+            assert outputs.head is not None and outputs.head.bias is not None
+            outputs = replace(outputs, head=outputs.head._replace(bias=outputs.head.bias * spoil))
         return outputs
 
     def score() -> float:

@@ -71,7 +71,7 @@ def test_no_and_yes_are_words_and_true_is_a_truth_value(load):
     assert load("", "mixed_precision=no").mixed_precision == "no"
     assert parse_yaml("[no, yes, on, off, y, n]", "here") == ["no", "yes", "on", "off", "y", "n"]
     assert parse_yaml("[true, True, false, FALSE]", "here") == [True, True, False, False]
-    assert refusal(load, "gkd_compat: no\n").endswith("gkd_compat must be true or false, got 'no'")
+    assert refusal(load, "elastic: no\n").endswith("elastic must be true or false, got 'no'")
 
 
 def test_aliases_are_refused(load):

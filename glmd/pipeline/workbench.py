@@ -179,7 +179,6 @@ class Workbench:
             "stage": asdict(stage) if stage is not None else None,
             "seed": seed,
             "terms": [asdict(term) for term in objective.terms] if objective is not None else [],
-            "gkd_compat": self.config.gkd_compat,
             "mixed_precision": self.config.mixed_precision,
             "selection": self.config.selection if task is not None else "last",
             "teacher": self.teacher_hash,
@@ -302,8 +301,7 @@ class Workbench:
         if name not in self.cached_stages:
             return None
         teacher, has_words = self.config.teacher, name in kept_words(self.cached_stages, self.plan.method)
-        stored = torch.int8 if teacher.cache_bits == 8 else STORED[teacher.dtype]
-        return str(stored if has_words else torch.float32).removeprefix("torch.")
+        return str(STORED[teacher.dtype] if has_words else torch.float32).removeprefix("torch.")
 
     def _say_how_often_read(self, cache: TeacherCache) -> None:
         (data, maskings), stage = cache.parts[0], self.config.pretraining

@@ -215,7 +215,6 @@ def _cache(
         width=head_width(plan) if words else None,
         num_classes=num_classes,
         dtype=plan.config.teacher.dtype,
-        bits=plan.config.teacher.cache_bits,
         made_from=made_from,
     )
 

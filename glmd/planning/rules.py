@@ -24,7 +24,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
 
     Raises ConfigError naming the key.
     """
-    method = load_method(config.method, count_positions=config.gkd_compat)
+    method = load_method(config.method)
     asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
     _check_cache(config, method)
@@ -194,8 +194,6 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
         )
     if not cached:
         raise ConfigError(f"teacher.cache has no effect: method {config.method} asks the teacher nothing; remove it")
-    if config.teacher.cache_bits != 16 and not kept_words(cached, method):
-        raise ConfigError("teacher.cache_bits has no effect: only task logits are kept, in 32 bits; remove it")
     folder = Path(config.teacher.cache)
     problem = None if read_manifest(folder) else folder_problem(folder)  # a complete one is only read
     if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):

@@ -324,9 +324,7 @@ def _disk(plan: Plan, store: TokenStore | None) -> dict[str, float | None]:
     if "pretraining" in cached_stages(plan.config, plan.method):
         teacher = plan.config.teacher
         assert teacher.cache is not None, "a stage is cached somewhere"
-        cache = TeacherCache(
-            Path(teacher.cache), (), width=head_width(plan), dtype=teacher.dtype, bits=teacher.cache_bits, made_from={}
-        )
+        cache = TeacherCache(Path(teacher.cache), (), width=head_width(plan), dtype=teacher.dtype, made_from={})
         a_token = float(cache.token_bytes * (plan.config.pretraining.num_maskings or 1))
         disk["teacher.cache, corpus"] = store.num_tokens * a_token if store is not None else None
         disk["teacher.cache, a token"] = a_token

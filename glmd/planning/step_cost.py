@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
 from glmd.data.batches import Batch
-from glmd.data.masking import IGNORED
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import LM_SIGNALS, Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import final_linear
@@ -115,16 +115,14 @@ class Step:
             return TeacherOutputs()
         if not self.cast.is_cached:
             return self.teacher(batch)
-        hidden, weight, device = None, self.teacher.weight, batch["input_ids"].device
-        if weight is not None:
-            hidden = weight.new_empty(int(batch["attention_mask"].sum()), weight.shape[1])
+        hidden, head, device = None, self.teacher.head, batch["input_ids"].device
+        if head is not None:
+            hidden = head.weight.new_empty(int(batch["attention_mask"].sum()), head.weight.shape[1])
         answers = None
         if self.cast.form is not None:
             classes = int(batch["num_choices"][0]) if "num_choices" in batch else len(self.cast.form.task.labels)
             answers = torch.zeros(len(batch["example_id"]), classes, device=device)
-        return TeacherOutputs(
-            hidden, weight, self.teacher.bias, self.teacher.merged_into, answers, self.teacher.scaling
-        )
+        return TeacherOutputs(hidden, head, answers)
 
     def learn(self, batch: Batch, outputs: TeacherOutputs) -> None:
         """The student's forward, the loss and the backward."""
@@ -155,7 +153,7 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
     if cast.masked:
-        batch["lm_labels"] = torch.full_like(ids, IGNORED)
+        batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     if cast.form is not None:
         batch["labels"] = torch.zeros_like(batch["example_id"])
@@ -194,11 +192,11 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         chunk = chunk_bytes(cast, tokens, words, fused_attention)
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
         loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
-    head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
+    head = None if step.teacher is None else step.teacher.head
     whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
     return Count(
         teacher=_bytes(whole),
-        head=sum(each.nbytes for each in head if each is not None),
+        head=0 if head is None else sum(each.nbytes for each in (head.weight, head.bias) if each is not None),
         student=student,
         student_gathered=_gathered(step.distiller),
         optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps

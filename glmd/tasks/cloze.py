@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from glmd.data.blocks import block_frame
-from glmd.data.masking import IGNORED
 from glmd.errors import ConfigError, DataError
-from glmd.models.heads import LinearMap
+from glmd.losses.head import Head
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.rows import Rows, encoded, has_pairs
 from glmd.tasks.tasks import BLANK, Task, TaskExample
 
@@ -50,7 +50,7 @@ def cloze_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: i
         if places.sum() != len(expected):
             found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
             raise DataError(f"{place(example)}: {found}; give a larger max_length")
-        row["cloze_ids"] = np.full(len(places), IGNORED, dtype=np.int32)
+        row["cloze_ids"] = np.full(len(places), IGNORED_LABEL, dtype=np.int32)
         row["cloze_ids"][places] = expected
     return rows
 
@@ -94,7 +94,7 @@ def continuation_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_le
                 f"{place(example)}: nothing stands before the blank for a causal model to go on from; write text there"
             )
         cut.append(len(given) > room)
-        cloze_ids = np.full(len(row), IGNORED, dtype=np.int32)
+        cloze_ids = np.full(len(row), IGNORED_LABEL, dtype=np.int32)
         cloze_ids[first_scored : first_scored + max(1, len(scored))] = scored or [0]
         rows.append({"input_ids": row, "cloze_ids": cloze_ids})
     return Rows(rows, cut, {})
@@ -176,7 +176,7 @@ def with_masks(text: str, filling: list[int], tokenizer: Any) -> str:
     return re.sub(f" ?{BLANK}", tokenizer.mask_token * len(filling), text)
 
 
-def cloze_logits(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: LinearMap) -> Tensor:
+def cloze_logits(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: Head) -> Tensor:
     """From hidden states (R, S, H): (B, C) logits of the verbalizers, or (R, 1) log-probabilities of the candidates."""
     is_blank = batch["cloze_ids"] >= 0
     in_blank = hidden[is_blank]

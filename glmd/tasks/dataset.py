@@ -9,7 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glmd.data.batches import Key
-from glmd.data.masking import IGNORED, Masking, apply_masking
+from glmd.data.masking import Masking, apply_masking
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.forms import TaskForm
 from glmd.tasks.tasks import TaskExample
 
@@ -67,7 +68,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         example = self.examples[key[1]]
         rows = self.rows[self.first_row[key[1]] : self.first_row[key[1] + 1]]
-        label = IGNORED if example.label is None else example.label
+        label = IGNORED_LABEL if example.label is None else example.label
         numbers = {"labels": label, "example_id": key[1], **self.columns}
         if not example.choices:
             return apply_masking({**rows[0], **numbers}, key, self.masking)

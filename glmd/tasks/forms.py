@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.data.masking import IGNORED
-from glmd.errors import ConfigError, ModelError
+from glmd.errors import ConfigError, ModelError, suggestion
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.models.heads import run_head
 from glmd.models.loading import language_model_class
 from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
-from glmd.strict_yaml import suggestion
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, verbalizer_ids
 from glmd.tasks.rows import Rows, pair_rows
 from glmd.tasks.tasks import Task, TaskExample
@@ -174,7 +173,7 @@ class ClozeForm(TaskForm):
         self._require_architecture(config, name, "MaskedLM")
 
     def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
-        ids = torch.full((examples * choices, length), IGNORED)
+        ids = torch.full((examples * choices, length), IGNORED_LABEL)
         ids[:, 1] = 1
         columns = super().dummy(examples, choices, length) | {"cloze_ids": ids}
         if not self.task.is_choice:

@@ -23,8 +23,8 @@ from typing import Any
 
 from glmd.data.oddities import Oddities
 from glmd.data.tables import Place, Split, open_split
-from glmd.errors import ConfigError, DataError
-from glmd.strict_yaml import build, configs_root, load_yaml, named_file, suggestion
+from glmd.errors import ConfigError, DataError, suggestion
+from glmd.strict_yaml import build, configs_root, load_yaml, named_file
 from glmd.tasks.superglue import Form, checked, flat_rows
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from transformers import AddedToken
 
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
-from glmd.data.masking import IGNORED, Masking, masking_for
+from glmd.data.masking import Masking, masking_for
 from glmd.data.sampling import StepPlan, evaluation_batches, example_order, step_batches
 from glmd.data.token_store import TokenStore, build_token_store
 from glmd.errors import ConfigError, DataError
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.cloze import candidate_ids, verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import BLANK, Cloze, Task, TaskExample, load_task
@@ -178,7 +179,7 @@ def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stay
     n = 200_000
     ids = np.random.default_rng(0).choice(ORDINARY, n)
     read, labels = masking(0.15)(ids, (0, 0))
-    chosen = labels != IGNORED
+    chosen = labels != IGNORED_LABEL
 
     def near(count: int, total: int, share: float) -> bool:
         return abs(count - share * total) < 5 * (share * (1 - share) * total) ** 0.5
@@ -199,7 +200,7 @@ def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stay
 def test_labels_lie_where_a_token_was_chosen_and_special_tokens_never_are(ids: list[int], p: float, seed: int) -> None:
     before = np.array(ids)
     masked, labels = masking(p, seed)(before, (0, seed))
-    chosen = labels != IGNORED
+    chosen = labels != IGNORED_LABEL
     assert np.array_equal(labels[chosen], before[chosen])
     assert np.array_equal(masked[~chosen], before[~chosen])
     assert not np.isin(before[chosen], SPECIAL).any()
@@ -260,7 +261,7 @@ def test_a_task_example_is_a_pair_with_its_label_and_truncation_is_counted(token
     data = TaskDataset(examples, class_form(), tokenizer, max_length=12)  # three special tokens, nine words
     assert data.truncated == 3
     assert [len(data[0, i]["input_ids"]) for i in range(5)] == [8, 12, 12, 12, 12]
-    assert [data[0, i]["labels"] for i in range(5)] == [IGNORED, 1, 0, 1, 0]
+    assert [data[0, i]["labels"] for i in range(5)] == [IGNORED_LABEL, 1, 0, 1, 0]
     # Of a pair the longer sentence loses tokens.
     assert [int(data[0, i]["token_type_ids"].sum()) for i in range(5)] == [3, 3, 8, 5, 5]
 
@@ -271,7 +272,7 @@ def test_a_corrupted_task_example_keeps_its_stored_tokens(tokenizer: Any) -> Non
     data = TaskDataset(examples, class_form(), tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     for epoch in range(3):
         example = data[epoch, 0]
-        chosen = example["lm_labels"] != IGNORED
+        chosen = example["lm_labels"] != IGNORED_LABEL
         assert np.array_equal(np.where(chosen, example["lm_labels"], example["input_ids"]), clean)
         assert not chosen[0] and not chosen[-1], "[CLS] and [SEP] stay"
 
@@ -330,7 +331,7 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
         [cls, number(first), mask, dot, sep, tokenizer.pad_token_id],
         [cls, number(first), mask, mask, dot, sep],
     ]
-    none = IGNORED
+    none = IGNORED_LABEL
     assert batch["cloze_ids"].tolist() == [
         [none, none, number(second), none, none, none],
         [none, none, number(third), number(first), none, none],
@@ -447,7 +448,7 @@ def test_a_batch_is_padded_to_its_longest_example_and_the_mask_says_where() -> N
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[2, 9, 3, 1, 1], [2, 8, 7, 6, 3]],
         "token_type_ids": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
-        "lm_labels": [[2, 9, 3, IGNORED, IGNORED], [2, 8, 7, 6, 3]],
+        "lm_labels": [[2, 9, 3, IGNORED_LABEL, IGNORED_LABEL], [2, 8, 7, 6, 3]],
         "labels": [0, 1],
         "example_id": [10, 11],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],

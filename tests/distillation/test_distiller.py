@@ -365,8 +365,8 @@ def test_a_teacher_with_both_heads_reads_the_fine_tuned_backbone_and_learns_noth
     outputs = model(inputs)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert_same(outputs.task_logits, classifier(**given).logits.float())
-    assert outputs.hidden_states is not None and outputs.head_weight is not None
-    logits = outputs.hidden_states @ outputs.head_weight.T + outputs.head_bias
+    assert outputs.hidden_states is not None and outputs.head is not None
+    logits = outputs.head.logits(outputs.hidden_states)
     assert_same(logits, language_model(**given).logits[inputs["attention_mask"].bool()][:, KEPT])
     assert not any(p.requires_grad for m in (language_model, classifier) for p in m.parameters())
     assert not outputs.hidden_states.requires_grad and not language_model.training and not classifier.training

@@ -9,9 +9,10 @@ from families import cloze_form
 from torch import Tensor, nn
 
 from glmd.errors import ModelError
+from glmd.losses.head import Head
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import kl_divergence
-from glmd.models.heads import LinearMap, backbone, final_linear, hidden_before_final_linear, run_head, share_backbone
+from glmd.models.heads import backbone, final_linear, hidden_before_final_linear, run_head, share_backbone
 from glmd.models.probes import prove_language_model
 from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task
@@ -116,10 +117,8 @@ def test_the_distillation_loss_of_a_mobilebert_reaches_both_parts_of_its_final_m
     valid, generator = inputs["attention_mask"].bool(), torch.Generator().manual_seed(2)
     theirs, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (int(valid.sum()), V))
 
-    def loss_of(hidden: Tensor, linear: LinearMap) -> Tensor:
-        return linear_distillation_loss(
-            hidden[valid], linear.weight, theirs, weight, student_bias=linear.bias, temperature=3.0
-        )
+    def loss_of(hidden: Tensor, head: Head) -> Tensor:
+        return linear_distillation_loss(hidden[valid], head, theirs, Head(weight), temperature=3.0)
 
     ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
     expected = kl_divergence(model(**inputs).logits[valid], theirs @ weight.T, temperature=3.0).sum()
@@ -155,18 +154,12 @@ def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole
     """Student and teacher of the family; and a student equal to its teacher loses nothing."""
     teacher, student, inputs = model_of(name), model_of(name, seed=1), padded_inputs()
     valid = inputs["attention_mask"].bool()
-    head, theirs = final_linear(teacher), hidden_before_final_linear(teacher, backbone(teacher)(**inputs))[valid]
+    theirs = hidden_before_final_linear(teacher, backbone(teacher)(**inputs))[valid]
+    teacher_head = final_linear(teacher)
 
-    def loss_of(hidden: Tensor, linear: LinearMap) -> Tensor:
-        return linear_distillation_loss(
-            hidden[valid],
-            linear.weight,
-            theirs.detach(),
-            head.weight.detach(),
-            student_scaling=linear.scaling,
-            teacher_scaling=head.scaling,
-            temperature=3.0,
-        )
+    def loss_of(hidden: Tensor, head: Head) -> Tensor:
+        constant = teacher_head._replace(weight=teacher_head.weight.detach())
+        return linear_distillation_loss(hidden[valid], head, theirs.detach(), constant, temperature=3.0)
 
     for model in (student, teacher):
         ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
