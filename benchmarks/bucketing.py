@@ -25,11 +25,12 @@ from glmd.models.heads import run_backbone
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task, read_split
 from glmd.training.trainer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
-STRATEGIES = ("random", "batch_rebalance", "group_by_length")
+STRATEGIES = ("random", "group_by_length")
 
 
 def share_of_pads(batches: Sequence[np.ndarray]) -> float:
@@ -60,7 +61,8 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     """Print the rows of one task."""
     tokenizer, task = load_source_tokenizer(arguments.model), load_task(name)
     examples = read_split(task, arguments.data, arguments.split, require_labels=False)
-    data, collate = TaskDataset(examples, tokenizer, max_length=task.max_length), Collate(tokenizer.pad_token_id)
+    form = task_form(task, causal=False)
+    data, collate = TaskDataset(examples, form, tokenizer, max_length=task.max_length), Collate(tokenizer.pad_token_id)
     vocabulary = Vocabulary.identity(len(tokenizer))
     model = load_language_model(TeacherConfig(arguments.model))
     layers = max(1, model.config.num_hidden_layers // 2)
@@ -95,7 +97,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     _report(name, "training", steps, pads, train, clock)
 
     size = 64
-    part = TaskDataset(examples[: 3 * size], tokenizer, max_length=task.max_length)
+    part = TaskDataset(examples[: 3 * size], form, tokenizer, max_length=task.max_length)
     longest_first = list(evaluation_batches(part, collate, batch_size=size))
     ids = [range(first, min(first + size, len(part))) for first in range(0, len(part), size)]
     orders = {"rows' order": [collate([part[0, i] for i in each]) for each in ids], "longest first": longest_first}

@@ -38,6 +38,7 @@ from glmd.models.heads import final_linear
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import TaskExample, load_task
 from glmd.training.trainer import Teacher, make_optimizer
@@ -83,7 +84,7 @@ def pairs(blocks: BlockDataset, tokenizer: Any, length: int) -> TaskDataset:
     starts = range(0, len(words) - 2 * half, 2 * half)
     texts = [(" ".join(words[i : i + half]), " ".join(words[i + half : i + 2 * half])) for i in starts]
     examples = [TaskExample(i, (pair,), 0) for i, pair in enumerate(texts)]
-    return TaskDataset(examples, tokenizer, max_length=length)
+    return TaskDataset(examples, task_form(load_task("RTE"), causal=False), tokenizer, max_length=length)
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
@@ -125,18 +126,15 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     collate = Collate(tokenizer.pad_token_id or 0)
     width = final_linear(models["language_model"]).weight.shape[1] if is_words else None
 
-    def kept(bits: int) -> TeacherCache:
-        return TeacherCache(
-            folder / f"cache-{bits}",
-            ((data, 1),),
-            width=width,
-            num_classes=None if is_words else 2,
-            bits=bits,
-            dtype=arguments.dtype,
-            made_from={"model": arguments.model},
-        )
-
-    caches = {"16 bits": kept(16), "8 bits": kept(8)} if is_words else {"task logits": kept(16)}
+    kept = TeacherCache(
+        folder / "cache",
+        ((data, 1),),
+        width=width,
+        num_classes=None if is_words else 2,
+        dtype=arguments.dtype,
+        made_from={"model": arguments.model},
+    )
+    caches = {"16 bits" if is_words else "task logits": kept}
     teachers: dict[str, Teacher] = {"live": live}
     making = {name: make(cache, live, collate, arguments.batch) for name, cache in caches.items()}
     for name, cache in caches.items():
@@ -177,11 +175,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
     weights = {id(p): p for model in models.values() if model is not None for p in model.parameters()}
     memory = {"live": sum(p.numel() * p.element_size() for p in weights.values())}
-    head = teachers["live"](batches[0]).head_weight
+    head = teachers["live"](batches[0]).head
     for name, each in teachers.items():
         if isinstance(each, CachedTeacher):
             index = each.outputs.names.nbytes + each.outputs.order.nbytes
-            memory[name] = index + (head.numel() * head.element_size() if head is not None else 0)
+            memory[name] = index + (head.weight.nbytes if head is not None else 0)
     bound = ratio("live", "floor")
     print(f"{arguments.model}: {arguments.stage}, H {width or '-'}, {arguments.dtype}; ", end="")
     print(f"student of {student.config.num_hidden_layers} layers, {vocabulary.size} words")

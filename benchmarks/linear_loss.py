@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear
 from torch.utils.checkpoint import checkpoint
 
+from glmd.losses.head import Head
 from glmd.losses.linear import chunk_tokens, linear_distillation_loss
-from glmd.losses.rows import BLOCK_ROWS, EagerRows, RowTask
+from glmd.losses.rows import BLOCK_ROWS, EagerRows, LossSpec
 
 TEMPERATURE = 15.0
 NAIVE = "usual code: full logits, mask at the end"
@@ -127,9 +128,9 @@ def liger(inputs: Inputs) -> None:
 def ours(inputs: Inputs) -> None:
     linear_distillation_loss(
         inputs.student_hidden,
-        inputs.student_weight,
+        Head(inputs.student_weight),
         inputs.teacher_hidden,
-        inputs.teacher_weight,
+        Head(inputs.teacher_weight),
         token_weights=inputs.mask,
         temperature=TEMPERATURE,
     ).backward()
@@ -236,7 +237,7 @@ def compare_rows(k: int, rounds: int, clock: Callable[[], float]) -> None:
     """What stands between the products: blocks of rows, the chunk at once, and the same compiled, in bf16."""
     source = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(512, k, generator=source).bfloat16() for _ in range(2))
-    task = RowTask("kl_divergence", TEMPERATURE)
+    task = LossSpec("kl_divergence", TEMPERATURE)
 
     @torch.compile(dynamic=False)
     def formula(student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:

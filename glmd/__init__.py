@@ -32,7 +32,7 @@ _NAMES = {
     "evaluate_folder": "glmd.commands.evaluate",
     "evaluate_text": "glmd.commands.evaluate",
     "export_folder": "glmd.commands.export",
-    "load_config": "glmd.config",
+    "load_config": "glmd.config_file",
     "load_results": "glmd.reporting.report",
     "load_tokenizer": "glmd.vocabulary.tokenizer",
     "predict_file": "glmd.commands.evaluate",

@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glmd.errors import ConfigError
-from glmd.strict_yaml import build, coerce, suggestion
+from glmd.errors import ConfigError, suggestion
+from glmd.strict_yaml import build, coerce
 
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
 GridPoint = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value
@@ -62,9 +62,8 @@ class StageConfig:
     num_train_epochs: float | None = None
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    # Texts of like length together, for fewer pads: batch_rebalance shares each step's out to its micro-batches and
-    # processes by length and trains on the same; group_by_length also chooses each step's of like length.
-    train_sampling_strategy: Literal["random", "batch_rebalance", "group_by_length"] = "random"
+    # group_by_length: each step's texts are of like length, for fewer pads
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     gradient_checkpointing: bool = False  # run each layer again in the backward: less memory, more time, the same bits
     learning_rate: float = 2e-5
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -130,11 +129,6 @@ class StageConfig:
         """The same micro-batches in the same global batches for another number of processes, by accumulation."""
         total = self.gradient_accumulation_steps * begun_with
         _require(
-            total > 1 or self.train_sampling_strategy != "batch_rebalance",
-            "train_sampling_strategy batch_rebalance has no effect: a step is one micro-batch of one process; give "
-            "group_by_length, or more gradient_accumulation_steps",
-        )
-        _require(
             total % processes == 0,
             f"elastic: the {total} micro-batches of a step cannot be shared by {processes} processes; "
             f"launch a number that divides {total}",
@@ -163,7 +157,6 @@ class TeacherConfig:
     cache: str | None = None
     # Stages that read from the cache; None: all that ask a teacher
     cached_stages: list[Literal["pretraining", "task_lm", "task_soft_labels"]] | None = None
-    cache_bits: Literal[16, 8] = 16  # of each number of a hidden state; 8 are lossy, and half the disk
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
     pretraining: StageConfig | None = None  # how `scratch` is trained
@@ -187,10 +180,9 @@ class TeacherConfig:
         named = [self.model, *self.ensemble]
         _require(len(set(named)) == len(named) and "" not in named, f"ensemble names a model twice or none: {named}")
         _require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
-        for name in ("cached_stages", "cache_bits"):
-            given = getattr(self, name) != getattr(type(self), name)
-            _require(not given or self.cache is not None, f"{name} has no effect without cache; give a folder there")
         stages = self.cached_stages
+        given = stages is not None
+        _require(not given or self.cache is not None, "cached_stages has no effect without cache; give a folder there")
         _require(stages != [], "cached_stages names no stage; name one, or remove cache")
         _require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
 
@@ -319,8 +311,8 @@ class RunConfig:
     task_teacher: StageConfig = field(default_factory=_task_defaults)
     task_lm: StageConfig = field(default_factory=_task_defaults)
     task_soft_labels: StageConfig = field(default_factory=_task_defaults)
-    # How tasks are asked: a task head, or words in a blank of a model that stays a language model (the paper's form)
-    casting: Literal["head", "cloze"] = "head"
+    # How tasks are put to a model: head, to a task head; cloze, to a language model that fills it in (the paper's form)
+    casting: str = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     # stage -> setting -> values: every combination is trained from one pretrained student, with every seed
     sweep: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
@@ -328,7 +320,6 @@ class RunConfig:
     # Which checkpoint of a task stage is kept: best looks at the labels of val; agreement only at how often the student
     # answers like the teacher there, and keeps the last one of the teacher and of the control.
     selection: Literal["last", "best", "agreement"] = "last"
-    gkd_compat: bool = False  # divide word losses by all positions, pads included, as the published code does
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # of matrix products in training
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.

@@ -1,7 +1,9 @@
 """The errors a user is meant to read: one line that names the place, what was given and what would work."""
 
+import difflib
 import errno
 import re
+from collections.abc import Iterable
 
 
 class GlmdError(Exception):
@@ -57,3 +59,34 @@ def disk_error(error: Exception) -> int | None:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """`1 block`, `2 blocks`, `1,000 examples`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+# Names of 0.1.0, of keys, stages, signals and losses, and what they are called now.
+RENAMED = {
+    "initialisation": "initialization",
+    "task_words": "task_lm",
+    "task_labels": "task_soft_labels",
+    "word_logits": "lm_logits",
+    "word_labels": "lm_labels",
+    "centred_mse": "centered_mse",
+    "words": "verbalizers",
+    "world": "synthetic",
+}
+# Keys of 0.1.0 that are gone, each with one that it stood beside, and what is said of it.
+GONE = {
+    "cache_bits": ("cached_stages", "a cache keeps 16 bits of each number"),
+    "gkd_compat": ("method", "it is an option of a term, gkd_compat: true beside signal: lm_logits in a method's YAML"),
+}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean x?` where a known name is close, else the list of known names. Names of 0.1.0 lead to today's."""
+    known = sorted(known)
+    if RENAMED.get(name) in known:
+        return f"; it is called {RENAMED[name]} since 0.2"
+    beside, instead = GONE.get(name, ("", ""))
+    if beside in known:
+        return f"; it is gone since 0.2: {instead}"
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else f"; known: {', '.join(known)}"

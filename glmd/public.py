@@ -9,8 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from glmd.errors import ConfigError
-from glmd.strict_yaml import suggestion
+from glmd.errors import ConfigError, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
 

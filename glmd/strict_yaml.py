@@ -6,17 +6,15 @@ Duplicate keys, unknown keys, aliases and oversized files are errors; `1e-4` is 
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, suggestion
 
 MAX_BYTES = 1_000_000
 T = TypeVar("T")
@@ -100,14 +98,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is needed, got {_kind(value)}")
     return value
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean x?` where a known name is close, else the list of known names."""
-    known = sorted(known)
-    by_lower = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else f"; known: {', '.join(known)}"
 
 
 def build(cls: type[T], values: Any, where: str) -> T:

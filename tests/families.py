@@ -2,6 +2,7 @@
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from glmd.tasks.forms import TaskForm, task_form
+from glmd.tasks.tasks import load_task
 
 TEXT = (
     "the cat dog bird river mountain sing sang singing running light lighter dark green over under blue stone paper "
@@ -177,3 +181,15 @@ def make_models(root: Path) -> Path:
         model_class(config_class(vocab_size=len(tokenizer), **settings, **ids)).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
+
+
+def class_form() -> TaskForm:
+    """A task of two classes and two texts, under a classification head."""
+    return task_form(load_task("RTE"), causal=False)
+
+
+def cloze_form(*verbalizers: str, causal: bool = False, mean: bool = False) -> TaskForm:
+    """A task as a cloze: filled by these words for its two labels, or without them by each example's candidates."""
+    task = load_task("RTE" if verbalizers else "COPA", "cloze")
+    cloze = replace(task.cloze, verbalizers=verbalizers, mean_over_tokens=mean)
+    return task_form(replace(task, cloze=cloze), causal=causal)

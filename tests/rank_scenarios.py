@@ -78,8 +78,8 @@ def train(
         spoil = act(rank, next(calls)) if act else None
         outputs = teacher(batch)
         if spoil is not None:
-            assert outputs.head_bias is not None
-            outputs = replace(outputs, head_bias=outputs.head_bias * spoil)
+            assert outputs.head is not None and outputs.head.bias is not None
+            outputs = replace(outputs, head=outputs.head._replace(bias=outputs.head.bias * spoil))
         return outputs
 
     def score(_: Distiller) -> float:
@@ -114,7 +114,7 @@ def kill_rank_1(rank: int, call: int) -> None:
 
 def kill_rank_0_in_its_save(rank: int, call: int) -> None:
     if (rank, call) == (0, 7):  # in step 4, which is saved next; the checkpoint of step 2 is whole
-        glmd.storage.write_manifest = lambda folder: os.kill(os.getpid(), 9)
+        glmd.training.checkpoint.write_manifest = lambda folder: os.kill(os.getpid(), 9)
 
 
 def raise_on_rank_1(rank: int, call: int) -> None:

@@ -71,7 +71,7 @@ def test_no_and_yes_are_words_and_true_is_a_truth_value(load):
     assert load("", "mixed_precision=no").mixed_precision == "no"
     assert parse_yaml("[no, yes, on, off, y, n]", "here") == ["no", "yes", "on", "off", "y", "n"]
     assert parse_yaml("[true, True, false, FALSE]", "here") == [True, True, False, False]
-    assert refusal(load, "gkd_compat: no\n").endswith("gkd_compat must be true or false, got 'no'")
+    assert refusal(load, "elastic: no\n").endswith("elastic must be true or false, got 'no'")
 
 
 def test_aliases_are_refused(load):
@@ -151,7 +151,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
             "pretraining: {train_sampling_strategy: group_by_length}",
             "pretraining.train_sampling_strategy has no effect: the blocks of a corpus are of one length",
         ),
-        ("task_lm: {train_sampling_strategy: sorted}", "must be one of random, batch_rebalance, group_by_length"),
+        ("task_lm: {train_sampling_strategy: sorted}", "must be one of random, group_by_length"),
         ("pretraining: {num_maskings: 0}", "pretraining.num_maskings must be at least 1, got 0"),
         ("tasks: {RTE: {learning_rate: fast}}", "tasks.RTE.learning_rate must be a number, got 'fast'"),
         ("tasks: {RTE: {train: 3}}", "tasks.RTE.train must be text, got 3"),
@@ -166,7 +166,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         ("student: {initialization: lst}", "student.initialization must be one of uniform"),
         ("student: {initialization: [a]}", "student.initialization[0] must be a whole number, got 'a'"),
         ("student: {config: {vocab_size: 3}}", "student.config.vocab_size is set by glmd; remove it"),
-        ("data: {synthetic: true, corpus: [a]}", "world makes its own corpus and tasks"),
+        ("data: {synthetic: true, corpus: [a]}", "synthetic makes its own corpus and tasks"),
         ("selection: first", "selection must be one of last, best, agreement; got 'first'"),
         ("report_to: [csv]", "report_to[0] must be one of tensorboard, wandb, trackio; got 'csv'"),
         ("dataloader_num_workers: -1", "dataloader_num_workers must be at least 0, got -1"),
@@ -326,15 +326,6 @@ def test_differences_name_every_leaf_old_and_new():
     assert differences({"ab": 1}, {"ab": 2}, ignore=("a", "*.b")) == ["ab: 1 -> 2"]
 
 
-def test_one_micro_batch_cannot_be_rebalanced_and_several_can():
-    alone = StageConfig(max_steps=1, train_sampling_strategy="batch_rebalance")
-    message = refusal(alone.spread, 1, 1)
-    assert message.startswith("train_sampling_strategy batch_rebalance has no effect: a step is one micro-batch")
-    assert alone.spread(2, 2).gradient_accumulation_steps == 1
-    assert alone.spread(2, 1).gradient_accumulation_steps == 2
-    assert replace(alone, train_sampling_strategy="group_by_length").spread(1, 1)
-
-
 def test_a_learning_rate_beyond_reason_is_refused():
     StageConfig(max_steps=1, learning_rate=10.0)
     with pytest.raises(ConfigError, match="learning_rate must be at most 10, got 11"):
@@ -348,3 +339,25 @@ def test_a_folder_or_another_file_given_as_config_is_named_as_what_it_is(tmp_pat
             ConfigError, match=f"{path} is {what}; give a .yaml file, or the name of one in configs/runs"
         ):
             load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("task_words: {max_steps: 1}", "task_words is unknown; it is called task_lm since 0.2"),
+        ("task_labels: {max_steps: 1}", "task_labels is unknown; it is called task_soft_labels since 0.2"),
+        ("student: {initialisation: first}", "student.initialisation is unknown; it is called initialization since"),
+        ("data: {world: true}", "data.world is unknown; it is called synthetic since 0.2"),
+        ("teacher: {cache: c, cache_bits: 8}", "cache_bits is unknown; it is gone since 0.2: a cache keeps"),
+        ("gkd_compat: true", "gkd_compat is unknown; it is gone since 0.2: it is an option of a term"),
+        ("vocabulary: {teacher_mass: renormalise}", "must be one of renormalize, merge; got 'renormalise'"),
+        ("task_lm: {train_sampling_strategy: batch_rebalance}", "random, group_by_length; got 'batch_rebalance'"),
+        (
+            "sweep: {task_labels: {learning_rate: [1, 2]}}",
+            "sweep.task_labels is no stage that can be swept; task_lm and",
+        ),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_the_name_of_today(write, text, says):
+    message = refusal(load_config, write("run.yaml", f"output_dir: o\n{text}\n"))
+    assert says in message and "\n" not in message

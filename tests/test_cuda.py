@@ -210,7 +210,7 @@ def test_an_export_is_proved_where_products_are_rounded_to_tf32(tiny: Any, tmp_p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_says_what_plain_torch_says_and_the_same_twice(loss: str, dtype: torch.dtype) -> None:
     from glmd.losses.linear import triton_problem
-    from glmd.losses.rows import EagerRows, RowTask
+    from glmd.losses.rows import EagerRows, LossSpec
     from glmd.losses.triton_rows import TritonRows
 
     device = torch.device("cuda")
@@ -218,7 +218,7 @@ def test_the_kernel_says_what_plain_torch_says_and_the_same_twice(loss: str, dty
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(200, 30528, generator=generator).to(device, dtype) for _ in range(2))
     given = torch.arange(200, device=device) if loss == "hard_cross_entropy" else teacher
-    task = RowTask(loss, 1.0 if loss == "hard_cross_entropy" else 15.0)
+    task = LossSpec(loss, 1.0 if loss == "hard_cross_entropy" else 15.0)
     values, gradients = [], []
     for rows in (TritonRows(task), TritonRows(task), EagerRows(task, student, given)):
         gradient = student.clone()

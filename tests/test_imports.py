@@ -21,8 +21,8 @@ PACKAGE = Path(glmd.__file__).parent
 # The wings, lowest first; the modules of the top folder stand for themselves. Each may import what stands before it,
 # but not its neighbors between the same bars.
 WINGS = """
-version errors | runtime | storage strict_yaml losses | config public data | vocabulary | models | tasks | distillation
-| training evaluation | planning | reporting | pipeline | commands tokenizer | cli | __main__
+version errors | runtime | storage strict_yaml losses | config public | config_file data | vocabulary | models | tasks
+| distillation | training evaluation | planning | reporting | pipeline | commands tokenizer | cli | __main__
 """
 RANK = {name: rank for rank, group in enumerate(WINGS.split("|")) for name in group.split()}
 
@@ -149,13 +149,13 @@ save_total_limit per_device_eval_batch_size"""
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
-    "": """output_dir method tasks casting sweep seeds selection gkd_compat mixed_precision deterministic
+    "": """output_dir method tasks casting sweep seeds selection mixed_precision deterministic
         dataloader_num_workers elastic report_to""",
-    "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages cache_bits tasks scratch",
+    "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages tasks scratch",
     "student.": "num_hidden_layers initialization config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
     "corpus_weights",
-    "data.": "corpus text_field superglue world eval_blocks",
+    "data.": "corpus text_field superglue synthetic eval_blocks",
     "controls.": "hard_labels full_vocabulary",
     "teacher.pretraining.": STAGE,
     "pretraining.": STAGE,

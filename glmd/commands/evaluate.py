@@ -24,9 +24,9 @@ from glmd.models.probes import prove_causal, require_length
 from glmd.public import public
 from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.storage import write_problem
-from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.loading import load_classifier, require_task_head, warn_of_unnamed_classes
+from glmd.tasks.forms import task_form, warn_of_unnamed_classes
+from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import Task, TaskExample, load_task, read_split
 from glmd.vocabulary.tokenizer import load_tokenizer, require_fast, stock_tokenizer
 
@@ -140,8 +140,9 @@ def _task_for(model: str, task_name: str) -> Task:
             task = load_task(task_name, "cloze")
         except ConfigError as error:
             raise ModelError(f"{model}: is a language model without a task head ({error})") from None
-    require_task_head(config, task, model)
-    warn_of_unnamed_classes(config, task, model)
+    form = task_form(task, causal=is_causal(config))
+    form.require(config, model)
+    warn_of_unnamed_classes(config, form, model)
     return task
 
 
@@ -157,15 +158,8 @@ def _answers(
         tokenizer = stock_tokenizer(tokenizer)
     classifier = load_classifier(model, task)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    verbalizers = verbalizer_ids(task, tokenizer)
-    dataset = TaskDataset(
-        examples,
-        tokenizer,
-        max_length=max_length,
-        verbalizers=verbalizers,
-        mean_over_tokens=task.mean_over_tokens,
-        is_causal=is_causal(classifier.config),
-    )
+    form = task_form(task, causal=is_causal(classifier.config))
+    dataset = TaskDataset(examples, form, tokenizer, max_length=max_length)
     collate = Collate(tokenizer.pad_token_id or 0)  # a decoder may have none; what stands there is masked
     classifier.to(accelerator.device)
     # The folder's tokenizer gives the model's own ids, so there is nothing to map.

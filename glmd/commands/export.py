@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from glmd.config_file import load_config
-from glmd.errors import ModelError, RunError
+from glmd.errors import ModelError, RunError, suggestion
 from glmd.models.card import ModelCard, told_by_card
 from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
 from glmd.models.loading import load_model_as_saved, load_source_tokenizer
 from glmd.public import public
-from glmd.strict_yaml import suggestion
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.slicing import expand_model
 from glmd.vocabulary.tokenizer import (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glmd.data.masking import IGNORED
+from glmd.losses.labels import IGNORED_LABEL
 
 CHUNK = 1000  # texts that are tokenized at once: their ids are Python numbers for a moment, ten times the size
 Key = tuple[int, int]  # (epoch, example id)
@@ -32,7 +32,7 @@ class Collate:
     pad_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        fill = {"input_ids": self.pad_id, "lm_labels": IGNORED, "blank_ids": IGNORED}
+        fill = {"input_ids": self.pad_id, "lm_labels": IGNORED_LABEL, "cloze_ids": IGNORED_LABEL}
         batch: Batch = {}
         for name, first in examples[0].items():
             if isinstance(first, int):

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmd.data.jsonl import read_jsonl, read_lines
-from glmd.errors import DataError
-from glmd.strict_yaml import suggestion
+from glmd.errors import DataError, suggestion
 
 if TYPE_CHECKING:
     pass

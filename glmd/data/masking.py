@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-IGNORED = -100  # a position that a loss or a score leaves out
+from glmd.losses.labels import IGNORED_LABEL
 
 
 def random_generator(*counters: int) -> np.random.Generator:
@@ -37,7 +37,7 @@ class Masking:
         random_ids = self.replacement_ids[generator.integers(0, len(self.replacement_ids), len(input_ids))]
         masked = np.where(chosen & (action < 0.8), self.mask_id, input_ids)
         masked = np.where(chosen & (action >= 0.9), random_ids, masked)
-        return masked, np.where(chosen, input_ids, IGNORED)
+        return masked, np.where(chosen, input_ids, IGNORED_LABEL)
 
 
 def masking_for(tokenizer: Any, probability: float, seed: int, num_maskings: int | None = None) -> Masking | None:

@@ -27,8 +27,8 @@ def order_by_length(
     """An epoch's order, sorted so that batches hold examples of like length.
 
     order: (n,) example ids. lengths: of all examples. start: where the epoch's first whole batch begins. window: so
-    many batches are sorted together, longest first, and come in a drawn order; 1 leaves each batch its examples. The
-    examples before the first and behind the last whole batch, which share theirs with another epoch, stay.
+    many batches are sorted together, longest first, and come in a drawn order. The examples before the
+    first and behind the last whole batch, which share theirs with another epoch, stay.
     """
     whole = max(0, len(order) - start) // batch_size * batch_size
     result = order.copy()
@@ -84,7 +84,7 @@ class StepPlan:
         assert self.lengths is not None, "only a task's examples differ in length"
         size = self.global_batch_size
         # At least four windows an epoch, else one would run through the lengths.
-        window = 1 if self.strategy == "batch_rebalance" else min(WINDOW, max(1, self.num_examples // (4 * size)))
+        window = min(WINDOW, max(1, self.num_examples // (4 * size)))
         start, generator = -epoch * self.num_examples % size, random_generator(2, self.seed, epoch)
         return order_by_length(order, self.lengths, batch_size=size, start=start, window=window, generator=generator)
 

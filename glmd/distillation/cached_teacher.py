@@ -21,19 +21,17 @@ from torch import Tensor, nn
 
 from glmd.distillation.teacher import TeacherOutputs, sliced_head
 from glmd.errors import DataError
-from glmd.losses.logits import NOT_SCALED
-from glmd.models.heads import logit_scaling
-from glmd.tasks.heads import choice_logits
+from glmd.losses.head import Head
+from glmd.tasks.forms import choice_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
 DIGEST = 16  # bytes of an example's name
-GROUP = 64  # numbers of a hidden state that share a scale in 8 bits
 # Columns that a teacher reads: of each row of an example, and of the example.
-ROW_COLUMNS = ("input_ids", "token_type_ids", "blank_ids")
+ROW_COLUMNS = ("input_ids", "token_type_ids", "cloze_ids")
 EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
 # bfloat16 has no twin in numpy; its bits, and float16's, are read as whole numbers.
-BITS = {"F16": np.int16, "BF16": np.int16, "I8": np.int8, "F32": np.float32}
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+BITS = {"F16": np.int16, "BF16": np.int16, "F32": np.float32}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def example_spans(batch: Mapping[str, Tensor]) -> list[tuple[int, int]]:
@@ -62,30 +60,6 @@ def digests(batch: Mapping[str, Tensor]) -> list[bytes]:
     return names
 
 
-def packed(hidden: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """(N, H) hidden states as they are kept. In int8 each 64 numbers have a scale, their largest over 127."""
-    if dtype != torch.int8:
-        return {"hidden_states": hidden.to(dtype)}
-    groups = _grouped(hidden.float())
-    scales = groups.abs().amax(-1) / 127
-    steps = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
-    return {"hidden_states": steps.to(torch.int8).flatten(1)[:, : hidden.shape[1]].contiguous(), "scales": scales}
-
-
-def unpacked(kept: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """(N, H) hidden states from what `packed` made of them."""
-    hidden = kept["hidden_states"]
-    if "scales" not in kept:
-        return hidden.to(dtype)
-    whole = _grouped(hidden.float()) * kept["scales"][..., None]
-    return whole.flatten(1)[:, : hidden.shape[1]].to(dtype)
-
-
-def _grouped(hidden: Tensor) -> Tensor:
-    """(N, H) -> (N, G, 64), the last group filled up with zeros."""
-    return nn.functional.pad(hidden, (0, -hidden.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-
-
 class CachedOutputs:
     """What was said of many examples, memory-mapped, found by their digests."""
 
@@ -106,7 +80,7 @@ class CachedOutputs:
         return DTYPES[self.shards[0].fields["hidden_states"]["dtype"]]
 
     def __getitem__(self, digest: bytes) -> dict[str, np.ndarray]:
-        """`hidden_states` (N, H) bits, `scales` (N, G), `task_logits` (C,): what is kept of an example.
+        """`hidden_states` (N, H) bits, `task_logits` (C,): what is kept of an example.
 
         Raises KeyError for one that is not there.
         """
@@ -136,14 +110,9 @@ class CachedTeacher:
         device: torch.device | str = "cpu",
     ) -> None:
         self.outputs, self.device = outputs, torch.device(device)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.merged_into: Tensor | None = None
-        self.scaling = NOT_SCALED
+        self.head: Head | None = None
         if language_model is not None:
-            self.scaling = logit_scaling(language_model.config)
-            parts = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
-            self.weight, self.bias, self.merged_into = (None if part is None else part.to(device) for part in parts)
+            self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped).to(device)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Look up each example of a batch, best one in host memory. Raises DataError for one that is not there."""
@@ -156,16 +125,15 @@ class CachedTeacher:
                 raise DataError(f"teacher.cache holds no text that is {text} of this batch; delete it") from None
         kept = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
         hidden = logits = None
-        if self.weight is not None:
-            parts = {name: torch.from_numpy(kept[name]) for name in ("hidden_states", "scales") if name in kept}
-            parts["hidden_states"] = parts["hidden_states"].view(self.outputs.dtype)
-            hidden = unpacked({name: self._moved(part) for name, part in parts.items()}, self.weight.dtype)
+        if self.head is not None:
+            stored = torch.from_numpy(kept["hidden_states"]).view(self.outputs.dtype)
+            hidden = self._moved(stored).to(self.head.weight.dtype)
         if "task_logits" in kept:
             flat = torch.from_numpy(kept["task_logits"])
             is_choice = "num_choices" in batch
             table = choice_logits(flat[:, None], batch["num_choices"].cpu()) if is_choice else flat.view(len(found), -1)
             logits = self._moved(table)
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, logits, self.scaling)
+        return TeacherOutputs(hidden, self.head, logits)
 
     def _moved(self, part: Tensor) -> Tensor:
         """To the device without waiting for it: a copy from pageable memory would."""
@@ -204,7 +172,7 @@ class _Header:
                 shape=tuple(field["shape"]),
             )
             for name, field in self.fields.items()
-            if name in ("hidden_states", "scales", "task_logits")
+            if name in ("hidden_states", "task_logits")
         }
 
     def of_row(self, row: int) -> dict[str, np.ndarray]:

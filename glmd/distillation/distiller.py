@@ -4,8 +4,7 @@ The loss is computed inside this forward, and inside the call of the final linea
 weights: reading the LM head's weight outside trains wrongly under DDP, FSDP2 and ZeRO-3.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from glmd.distillation.objective import LM_SIGNALS, Objective, Term, token_mask
-from glmd.distillation.teacher import TeacherOutputs, model_inputs
+from glmd.distillation.teacher import Said, TeacherOutputs, model_inputs, of_each
+from glmd.losses.head import Head
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
-from glmd.models.heads import LinearMap, backbone, run_backbone, run_head, share_backbone
-from glmd.tasks.heads import run_task_head
+from glmd.models.heads import backbone, run_backbone, run_head, share_backbone
+from glmd.tasks.forms import TaskLogits, class_logits
 
 
 class Distiller(nn.Module):
@@ -27,6 +27,7 @@ class Distiller(nn.Module):
     language_model: the student with its LM head; needed by word signals.
     classifier: the student with its task head; needed by task signals. A task of words in a blank has none of its
         own: then it is the language model.
+    task_logits: of the classifier, by the task's form.
     token_map: (V,) source id -> student id.
     """
 
@@ -37,8 +38,10 @@ class Distiller(nn.Module):
         *,
         language_model: nn.Module | None = None,
         classifier: nn.Module | None = None,
+        task_logits: TaskLogits = class_logits,
     ) -> None:
         super().__init__()
+        self.task_logits = task_logits
         self.objective = objective
         self.language_model = language_model if objective.uses(*LM_SIGNALS) else None
         self.classifier = classifier if objective.uses("task_logits", "task_labels") else None
@@ -70,7 +73,7 @@ class Distiller(nn.Module):
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def forward(self, batch: Mapping[str, Tensor], teacher: TeacherOutputs) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor], said: Said) -> Tensor:
         """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order."""
         student = self.student
         inputs = model_inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
@@ -79,51 +82,48 @@ class Distiller(nn.Module):
         if self.language_model is not None:
             words = [term for term in self.objective.terms if term.signal in LM_SIGNALS]
 
-            def word_sums(hidden: Tensor, linear: LinearMap) -> dict[str, Tensor]:
-                return {term.name: self._word_sum(term, batch, teacher, hidden, linear) for term in words}
+            def word_sums(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+                return {term.name: self._word_sum(term, batch, of_each(said), hidden, head) for term in words}
 
             sums |= run_head(self.language_model, outputs, final_linear=word_sums)
         if self.classifier is not None:
-            logits = run_task_head(self.classifier, outputs, inputs, batch, self.token_map)
+            logits = self.task_logits(self.classifier, outputs, inputs, batch, self.token_map)
             tasks = [term for term in self.objective.terms if term.signal not in LM_SIGNALS]
-            sums |= {term.name: _task_sum(term, batch, teacher, logits) for term in tasks}
+            sums |= {term.name: _task_sum(term, batch, of_each(said)[0], logits) for term in tasks}
         return torch.stack([sums[term.name] for term in self.objective.terms])
 
     def _word_sum(
         self,
         term: Term,
         batch: Mapping[str, Tensor],
-        teacher: TeacherOutputs,
+        teachers: Sequence[TeacherOutputs],
         hidden: Tensor,
-        linear: LinearMap,
+        head: Head,
     ) -> Tensor:
         """A word term's sum from (B, S, H) hidden states before the student's final linear map."""
         if term.signal == "lm_labels":
             assert term.loss == "hard_cross_entropy" and not term.options, "the one loss on labels"
             chosen = token_mask(term, batch)
             labels = self.token_map[batch["lm_labels"][chosen]]
-            return linear_cross_entropy(hidden[chosen], linear.weight, labels, bias=linear.bias, scaling=linear.scaling)
-        if teacher.others:
-            # For the forward KL this has the gradient of the KL to the teachers' mean probability.
-            teachers = (replace(teacher, others=()), *teacher.others)
-            return torch.stack([self._word_sum(term, batch, each, hidden, linear) for each in teachers]).mean()
+            return linear_cross_entropy(hidden[chosen], head, labels)
         valid = batch["attention_mask"].bool()
         weights = token_mask(term, batch)[valid].float() if term.tokens == "masked" else None
-        assert teacher.hidden_states is not None and teacher.head_weight is not None, "the teacher has an LM head"
-        return linear_distillation_loss(
-            hidden[valid],
-            linear.weight,
-            teacher.hidden_states,
-            teacher.head_weight,
-            student_bias=linear.bias,
-            teacher_bias=teacher.head_bias,
-            student_scaling=linear.scaling,
-            teacher_scaling=teacher.head_scaling,
-            merged_into=teacher.merged_into,
-            token_weights=weights,
-            loss=term.loss,
-            **term.options,
-        )
+        sums = []
+        for each in teachers:
+            assert each.hidden_states is not None and each.head is not None, "the teacher has an LM head"
+            sums.append(
+                linear_distillation_loss(
+                    hidden[valid],
+                    head,
+                    each.hidden_states,
+                    each.head,
+                    loss=term.loss,
+                    token_weights=weights,
+                    **term.options,
+                )
+            )
+        # For the forward KL this has the gradient of the KL to the teachers' mean probability.
+        return torch.stack(sums).mean() if len(sums) > 1 else sums[0]
 
 
 def _task_sum(term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, logits: Tensor) -> Tensor:

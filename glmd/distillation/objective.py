@@ -17,10 +17,10 @@ from torch import Tensor
 
 from glmd.config import STAGES
 from glmd.distillation.schedules import scheduled_weight
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, suggestion
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES
-from glmd.strict_yaml import coerce, load_yaml, named_file, suggestion
+from glmd.strict_yaml import coerce, load_yaml, named_file
 
 Signal = Literal["lm_logits", "lm_labels", "task_logits", "task_labels"]
 
@@ -43,6 +43,7 @@ class Term:
     weight: float | dict[str, float] = 1.0  # a number, or {from: a, to: b} over the stage's progress
     tokens: Literal["all", "masked"] = "all"  # word signals: every non-pad token, or only the masked ones
     options: dict[str, Any] = field(default_factory=dict)  # keyword options of the loss, e.g. temperature
+    gkd_compat: bool = False  # lm_logits: divide by all B * S positions, pads included, as GLMD's published code does
 
     @property
     def name(self) -> str:
@@ -56,14 +57,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms of one stage.
-
-    count_positions: divide word losses by all B*S positions, pads included, as the published GLMD code does
-        (`gkd_compat`); otherwise by the tokens that take part.
-    """
+    """The terms of one stage."""
 
     terms: tuple[Term, ...]
-    count_positions: bool = False
 
     def uses(self, *signals: str) -> bool:
         return any(term.signal in signals for term in self.terms)
@@ -81,7 +77,7 @@ class Objective:
             return len(batch["example_id"])
         if term.signal == "task_labels":
             return int((batch["labels"] >= 0).sum())
-        if self.count_positions and term.signal == "lm_logits":
+        if term.gkd_compat:
             return batch["input_ids"].numel()
         return int(token_mask(term, batch).sum())
 
@@ -101,7 +97,7 @@ def token_mask(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
     return mask & (batch["lm_labels"] >= 0) if term.tokens == "masked" else mask
 
 
-def load_method(name: str, *, count_positions: bool = False) -> dict[str, Objective]:
+def load_method(name: str) -> dict[str, Objective]:
     """Stage -> objective, from a built-in method or a YAML of the user's.
 
     Raises ConfigError naming file, stage, term and key.
@@ -117,7 +113,7 @@ def load_method(name: str, *, count_positions: bool = False) -> dict[str, Object
         names = [term.name for term in parsed]
         if len(set(names)) < len(names):
             raise ConfigError(f"{path}: {stage} has a term twice ({', '.join(names)}); add their weights")
-        method[stage] = Objective(parsed, count_positions)
+        method[stage] = Objective(parsed)
     if not method:
         raise ConfigError(f"{path}: no stage; name at least one of {', '.join(STAGES)}")
     return method
@@ -137,7 +133,7 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     if loss not in SIGNALS[signal]:
         raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), SIGNALS[signal])}")
     options = _loss_options(SIGNALS[signal][loss])
-    own = {"weight"} | ({"tokens"} if signal == "lm_logits" else set())
+    own = {"weight"} | ({"tokens", "gkd_compat"} if signal == "lm_logits" else set())
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
             raise ConfigError(f"{where}.{key} has no effect on {signal} {loss}{suggestion(key, [*own, *options])}")
@@ -151,7 +147,8 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
-    return Term(signal, loss, weight, tokens, given)
+    gkd_compat = coerce(bool, values.get("gkd_compat", False), f"{where}.gkd_compat")
+    return Term(signal, loss, weight, tokens, given, gkd_compat)
 
 
 def _loss_options(function: Callable[..., Tensor]) -> dict[str, Any]:

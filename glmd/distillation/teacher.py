@@ -5,16 +5,16 @@ outputs = teacher(batch)      # TeacherOutputs
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from glmd.losses.finite import examples_of_tokens, spoiled
-from glmd.losses.logits import NOT_SCALED, LogitScaling
-from glmd.models.heads import final_linear, hidden_before_final_linear, logit_scaling, run_backbone, share_backbone
-from glmd.tasks.heads import run_task_head
+from glmd.losses.head import Head
+from glmd.models.heads import final_linear, hidden_before_final_linear, run_backbone, share_backbone
+from glmd.tasks.forms import TaskLogits, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
 
@@ -23,12 +23,12 @@ class TeacherOutputs:
     """What a batch's terms may ask of a teacher. N: non-pad tokens in row order, K: kept vocabulary, C: classes."""
 
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
-    head_weight: Tensor | None = None  # (K, H) the rows of the kept tokens; (K + D, H) with those to be merged
-    head_bias: Tensor | None = None  # (K,) or (K + D,)
-    merged_into: Tensor | None = None  # (D,) the student's word that each further row gives its probability to
+    head: Head | None = None  # of K tokens: the teacher's, sliced to those that are kept
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
-    head_scaling: LogitScaling = NOT_SCALED  # what the teacher does to the product of hidden states and head
-    others: tuple["TeacherOutputs", ...] = ()  # of further teachers, whose words count as much as this one's
+
+
+# What one teacher said, or several whose predictions count alike.
+Said = TeacherOutputs | tuple[TeacherOutputs, ...]
 
 
 class OnlineTeacher:
@@ -47,7 +47,9 @@ class OnlineTeacher:
         vocabulary: Vocabulary,
         *,
         merge_dropped: bool = False,
+        task_logits: TaskLogits = class_logits,
     ) -> None:
+        self.task_logits = task_logits
         if language_model is not None and classifier not in (None, language_model):
             share_backbone(classifier, language_model)
         self.language_model, self.classifier = language_model, classifier
@@ -55,14 +57,9 @@ class OnlineTeacher:
         for model in models:
             model.eval().requires_grad_(False)
         self.base = models[0]
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.merged_into: Tensor | None = None
-        self.scaling = NOT_SCALED if language_model is None else logit_scaling(language_model.config)
+        self.head: Head | None = None
         if language_model is not None:
-            self.weight, self.bias, self.merged_into = sliced_head(
-                language_model, vocabulary, merge_dropped=merge_dropped
-            )
+            self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
 
     @property
     def name(self) -> str:
@@ -80,48 +77,51 @@ class OnlineTeacher:
         if self.language_model is not None:
             hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
         if self.classifier is not None:
-            task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
+            task_logits = self.task_logits(self.classifier, outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
-        return TeacherOutputs(hidden, self.weight, self.bias, self.merged_into, task_logits, self.scaling)
+        return TeacherOutputs(hidden, self.head, task_logits)
 
 
 class Ensemble:
-    """Several teachers of one batch. The first is the one that students are compared with."""
+    """Several teachers of one batch. Students are scored against the first."""
 
     def __init__(self, teachers: Sequence[OnlineTeacher]) -> None:
         self.teachers = teachers
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
-        first, *others = (teacher(batch) for teacher in self.teachers)
-        return replace(first, others=tuple(others))
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[TeacherOutputs, ...]:
+        return tuple(teacher(batch) for teacher in self.teachers)
 
 
-def sliced_head(
-    language_model: nn.Module, vocabulary: Vocabulary, *, merge_dropped: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`head_weight`, `head_bias` and `merged_into` of a teacher for students with this vocabulary."""
-    linear, merged_into = final_linear(language_model), None
+def of_each(said: Said) -> tuple[TeacherOutputs, ...]:
+    """What each teacher said; of one, a tuple of one."""
+    return (said,) if isinstance(said, TeacherOutputs) else said
+
+
+def sliced_head(language_model: nn.Module, vocabulary: Vocabulary, *, merge_dropped: bool) -> Head:
+    """The head of a teacher for students with this vocabulary."""
+    head, merged_into = final_linear(language_model), None
     # Slicing the head renormalizes the probability over the kept tokens.
     rows = vocabulary.kept_ids
     if merge_dropped and not vocabulary.is_identity:
         rows = np.concatenate([rows, vocabulary.dropped_ids])
-        merged_into = torch.from_numpy(vocabulary.token_map[vocabulary.dropped_ids]).to(linear.weight.device)
-    chosen: Tensor | slice = torch.from_numpy(rows).to(linear.weight.device)
+        merged_into = torch.from_numpy(vocabulary.token_map[vocabulary.dropped_ids]).to(head.weight.device)
+    chosen: Tensor | slice = torch.from_numpy(rows).to(head.weight.device)
     if vocabulary.is_identity:
         chosen = slice(vocabulary.size)  # no copy
-    bias = linear.bias.detach()[chosen] if linear.bias is not None else None
-    return linear.weight.detach()[chosen], bias, merged_into
+    bias = head.bias.detach()[chosen] if head.bias is not None else None
+    return Head(head.weight.detach()[chosen], bias, head.scaling, merged_into)
 
 
-def unsound_examples(outputs: TeacherOutputs, batch: Mapping[str, Tensor]) -> list[int]:
-    """The examples of a batch of which a teacher said what is not finite. Reads all that it said."""
+def unsound_examples(said: Said, batch: Mapping[str, Tensor]) -> list[int]:
+    """The examples of a batch of which a teacher said what is not finite. Reads all that was said."""
     found: set[int] = set()
-    if outputs.hidden_states is not None:
-        bad = (~torch.isfinite(outputs.hidden_states).all(-1)).cpu()
-        found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
-    if outputs.task_logits is not None:
-        bad = torch.isnan(spoiled(outputs.task_logits, batch.get("num_choices"))).any(-1).cpu()
-        found |= set(batch["example_id"].cpu()[bad].tolist())
+    for outputs in of_each(said):
+        if outputs.hidden_states is not None:
+            bad = (~torch.isfinite(outputs.hidden_states).all(-1)).cpu()
+            found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
+        if outputs.task_logits is not None:
+            bad = torch.isnan(spoiled(outputs.task_logits, batch.get("num_choices"))).any(-1).cpu()
+            found |= set(batch["example_id"].cpu()[bad].tolist())
     return sorted(found)
 
 

@@ -12,7 +12,7 @@ Stored is what the final linear map sees: any temperature, vocabulary and studen
 the task logits, as they are. How an example is found again is told in `cached_teacher.py`.
 
 folder: manifest.json, and shard-00000.safetensors with `digests` (R, 16), `hidden_states` (N, H), `offsets` (R + 1,),
-in 8 bits `scales` (N, G), of tasks `task_logits` and `logit_offsets` (R + 1,).
+of tasks `task_logits` and `logit_offsets` (R + 1,).
 """
 
 import bisect
@@ -38,8 +38,8 @@ from glmd import storage
 from glmd.config_file import differences
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
-from glmd.distillation.cached_teacher import DIGEST, GROUP, CachedOutputs, digests, example_spans, packed, unpacked
-from glmd.distillation.teacher import TeacherOutputs, unsound_examples
+from glmd.distillation.cached_teacher import DIGEST, CachedOutputs, digests, example_spans
+from glmd.distillation.teacher import Said, TeacherOutputs, unsound_examples
 from glmd.errors import DiskError, ModelError, RunError
 from glmd.losses.finite import not_finite
 from glmd.storage import file_sha256, write_atomically, write_problem
@@ -50,15 +50,14 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 MANIFEST = "manifest.json"
 TASKS = "tasks"  # the folder, in that of the corpus, of the caches of tasks
-LESS = "give another disk, fewer num_maskings, teacher.cache_bits=8, fewer teacher.cached_stages, or no teacher.cache"
+LESS = "give another disk, fewer num_maskings, fewer teacher.cached_stages, or no teacher.cache"
 SHARD_BYTES = 256 << 20  # a shard is held in memory twice while it is written
 NARROW = 1024  # an H by which shards without hidden states are cut: what a kill loses is the teacher's time
 READERS = 8  # threads that compare shards: one core takes a sha256 of less than a disk gives
 # bfloat16 has 8 bits and the range of float32: kept as it is. float16 rounds float32 to 11 bits, eight times finer.
 STORED = {"float32": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# float16 rounds by 2**-11 at most; more is overflow, or values so small that its steps are coarse. In 8 bits half a
-# step of 64 numbers is at most 8/254 of their length.
-ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 1e-3, torch.int8: 3.2e-2}
+# float16 rounds by 2**-11 at most; more is overflow, or values so small that its steps are coarse.
+ROUNDING = 1e-3
 
 
 class TeacherCache:
@@ -66,8 +65,7 @@ class TeacherCache:
 
     parts: data sets, and how many of their maskings are kept. width: H, None where no hidden states are kept.
     num_classes: C of task logits, 0 where each choice has one; None where no task logits are kept. dtype: the
-    teacher's. bits: of a number of a hidden state. made_from: everything that the answers depend on; a cache of
-    something else is refused by these names.
+    teacher's. made_from: everything that the answers depend on; a cache of something else is refused by these names.
     """
 
     def __init__(
@@ -79,11 +77,10 @@ class TeacherCache:
         dtype: str,
         made_from: Mapping[str, Any],
         num_classes: int | None = None,
-        bits: int = 16,
     ) -> None:
         self.folder, self.parts, self.width, self.num_classes = folder, parts, width, num_classes
-        self.stored = torch.int8 if bits == 8 else STORED[dtype]
-        kept = {"hidden_size": width, "bits": bits if width else None, "num_classes": num_classes}
+        self.stored = STORED[dtype]
+        kept = {"hidden_size": width, "bits": 16 if width else None, "num_classes": num_classes}
         self.made_from = json.loads(json.dumps({**made_from, "dtype": dtype, "kept": kept}))
         self.ends = list(accumulate(len(data) * maskings for data, maskings in parts))
         self.num_tokens = sum(data.num_tokens * maskings for data, maskings in parts)
@@ -95,9 +92,7 @@ class TeacherCache:
     @property
     def token_bytes(self) -> int:
         """Of a token's hidden state on disk."""
-        if self.width is None:
-            return 0
-        return self.width + -(-self.width // GROUP) * 4 if self.stored == torch.int8 else self.width * 2
+        return 0 if self.width is None else self.width * 2
 
     @property
     def num_bytes(self) -> int:
@@ -170,9 +165,7 @@ class TeacherCache:
                 write_atomically(self.folder / f"{name}.json", json.dumps(record))
         self._write_manifest({})
 
-    def write_shard(
-        self, number: int, teacher: Callable[[Batch], TeacherOutputs], collate: Collate, *, batch_size: int
-    ) -> None:
+    def write_shard(self, number: int, teacher: Callable[[Batch], Said], collate: Collate, *, batch_size: int) -> None:
         """Ask the teacher for the examples of one shard. It is on disk whole, or not at all.
 
         Raises ModelError where 16 bits cannot hold the hidden states, RunError where the disk refuses.
@@ -185,7 +178,9 @@ class TeacherCache:
         for start in range(0, len(rows), batch_size):
             batch = collate([self._example(row) for row in rows[start : start + batch_size]])
             names += digests(batch)
-            parts, numbers = self._kept(teacher(batch), batch, getattr(teacher, "name", "the teacher"))
+            outputs = teacher(batch)
+            assert isinstance(outputs, TeacherOutputs), "several teachers are not kept"
+            parts, numbers = self._kept(outputs, batch, getattr(teacher, "name", "the teacher"))
             for name, part in parts.items():
                 said.setdefault(name, []).append(part.cpu())
             for name, each in numbers.items():
@@ -229,7 +224,7 @@ class TeacherCache:
         counts: dict[str, list[int]] = {}
         if self.width is not None:
             assert outputs.hidden_states is not None, "the teacher has an LM head"
-            parts |= self._stored(outputs.hidden_states)
+            parts["hidden_states"] = self._stored(outputs.hidden_states)
             lengths = batch["attention_mask"].sum(1).tolist()
             counts["offsets"] = [sum(lengths[first:stop]) for first, stop in example_spans(batch)]
         if self.num_classes is not None:
@@ -240,14 +235,13 @@ class TeacherCache:
             parts["task_logits"], counts["logit_offsets"] = logits[exists], numbers.tolist()
         return parts, counts
 
-    def _stored(self, hidden: Tensor) -> dict[str, Tensor]:
+    def _stored(self, hidden: Tensor) -> Tensor:
         """(N, H) as they are kept, proved to lose no more than rounding."""
-        kept = packed(hidden, self.stored)
-        exact = hidden.float()
+        kept, exact = hidden.to(self.stored), hidden.float()
         # Of each token, so that one of large values hides nobody's loss.
         lengths = exact.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        error = ((unpacked(kept, torch.float32) - exact).norm(dim=-1) / lengths).max()
-        if error > ROUNDING[self.stored] or torch.isnan(error):
+        error = ((kept.float() - exact).norm(dim=-1) / lengths).max()
+        if error > ROUNDING or torch.isnan(error):
             largest = exact.abs().max().item()
             found = f"the teacher's hidden states reach {largest:.3g} and lose {error.item():.1e} of their length"
             raise ModelError(

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from glmd.errors import ConfigError, DataError
-from glmd.strict_yaml import suggestion
+from glmd.errors import ConfigError, DataError, suggestion
 from glmd.tasks.tasks import Task, TaskExample
 
 # The tasks of the benchmark, and how many metrics each has there (arXiv:1905.00537, table 1). Its two diagnostic

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
-from glmd.distillation.teacher import TeacherOutputs, model_inputs
+from glmd.distillation.teacher import Said, model_inputs, of_each
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
-from glmd.losses.logits import kl_divergence, merge_words
-from glmd.models.heads import LinearMap, final_linear, hidden_before_final_linear, run_backbone
-from glmd.models.probes import one_choice_each
+from glmd.losses.logits import kl_divergence
+from glmd.models.heads import final_linear, hidden_before_final_linear, run_backbone
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.heads import choice_logits, run_task_head
 from glmd.tasks.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -46,18 +44,13 @@ def predict(
     name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
     """
     classifier.eval()
+    own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
     ids: list[int] = []
     rows: list[list[float]] = []
     for batch in _share(dataset, collate, accelerator, batch_size):
         ids += batch["example_id"].tolist()
         inputs = _student_inputs(batch, token_map)
-        if "blank_ids" in batch:
-            own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
-            logits = run_task_head(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
-        elif "num_choices" in batch:
-            logits = choice_logits(classifier(**one_choice_each(inputs)).logits, batch["num_choices"])
-        else:
-            logits = classifier(**inputs).logits
+        logits = dataset.form.logits(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
         table = logits.float().tolist()
         counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
         rows += [row[:count] for row, count in zip(table, counts, strict=True)]
@@ -73,7 +66,7 @@ def predict(
 @torch.no_grad()
 def score_lm(
     student: nn.Module,
-    teacher: Callable[[Batch], TeacherOutputs],
+    teacher: Callable[[Batch], Said],
     dataset: BlockDataset | TaskDataset,
     collate: Collate,
     *,
@@ -89,25 +82,20 @@ def score_lm(
     Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """
     student.eval()
-    linear = final_linear(student)
+    head = final_linear(student)
     to_student = torch.from_numpy(token_map).to(accelerator.device)
     totals = np.zeros(6)
     bad: set[int] = set()
     for batch in _share(dataset, collate, accelerator, batch_size):
-        outputs = teacher(batch)
+        outputs = of_each(teacher(batch))[0]
         hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
         valid = batch["attention_mask"].bool()
         labels = batch["lm_labels"][valid] if "lm_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
-        assert teacher_hidden is not None and outputs.head_weight is not None, "the teacher has an LM head"
-        teacher_head = LinearMap(outputs.head_weight, outputs.head_bias, outputs.head_scaling)
+        assert teacher_hidden is not None and outputs.head is not None, "the teacher has an LM head"
         for rows in torch.arange(len(student_hidden), device=student_hidden.device).split(ROWS):
-            ours, theirs = (
-                linear.logits(student_hidden[rows]).float(),
-                teacher_head.logits(teacher_hidden[rows]).float(),
-            )
-            if outputs.merged_into is not None:
-                theirs = merge_words(theirs, outputs.merged_into)
+            ours = head.logits(student_hidden[rows]).float()
+            theirs = outputs.head.logits(teacher_hidden[rows]).float()
             best, teacher_best, kl = ours.argmax(-1), theirs.argmax(-1), kl_divergence(ours, theirs)
             totals[:3] += [len(rows), kl.sum().item(), (best == teacher_best).sum().item()]
             if not np.isfinite(totals[1]):

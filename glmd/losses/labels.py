@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # of a position or example that a loss or a score leaves out
 
 
 def hard_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """A loss on logits straight from hidden states and final linear maps, never holding tokens x vocabulary.
 
-    loss = linear_distillation_loss(
-        student_hidden, head.weight, teacher_hidden, teacher_weight, temperature=15.0
-    )
+    loss = linear_distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, temperature=15.0)
 
 Over chunks of tokens it makes both logits, the loss and at once the gradient with respect to the student's
 logits, which goes into the gradients of hidden states and weight before the chunk is forgotten: four matrix
@@ -10,7 +8,6 @@ products in all, and memory that does not grow with the tokens. Recomputing the 
 checkpointing does, would take six. `linear_cross_entropy` is the same for labels, with three.
 """
 
-import difflib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -22,47 +19,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, suggestion
+from glmd.losses.head import Head
 from glmd.losses.labels import IGNORED_LABEL
-from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, check_temperature
-from glmd.losses.rows import FUSED, EagerRows, Rows, RowTask
+from glmd.losses.logits import LOGIT_LOSSES, LogitScaling, check_temperature
+from glmd.losses.rows import FUSED, EagerRows, LossSpec, Rows
 
 logger = logging.getLogger(__name__)
 
 
 def linear_distillation_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_head: Head,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_head: Head,
     *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_scaling: LogitScaling = NOT_SCALED,
-    teacher_scaling: LogitScaling = NOT_SCALED,
-    merged_into: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    temperature: float = 1.0,
     loss: str = "kl_divergence",
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of weight times `LOGIT_LOSSES[loss]` between the logits `scaling(hidden @ weight.T + bias)`.
+    """Sum over tokens of weight times `LOGIT_LOSSES[loss]` between the logits `head.logits(hidden)` of both models.
 
     student_hidden: (N, H), teacher_hidden: (N, H of the teacher) states before the final linear map.
-    student_weight: (K, H), teacher_weight: (K, H of the teacher). student_bias, teacher_bias: (K,).
-    merged_into: (D,) for a teacher of K + D words, whose last D each give their probability to one of the first K
-        (`merge_words`).
+    student_head: of K tokens, teacher_head: of K, or of K + D of which D are merged into them.
     token_weights: (N,); tokens of weight 0 are dropped before anything is computed.
 
-    Returns a scalar, differentiable once in the student's three tensors; the teacher is a constant.
+    Returns a scalar, differentiable once in the student's hidden states, weight and bias; the teacher is a constant.
     Matrix products run in bfloat16 where both factors are bfloat16 or autocast says so; everything between
     them, and the sum of the weight's gradient, in float32 (float64 where an input is). Float16 is widened to
     float32: the gradient of one logit lies near or below the smallest number it can hold. Without tokens the
     result is 0 and still reaches every gradient, so that no rank of a data-parallel run waits for another.
     """
     _check_loss(loss, temperature)
-    student = _Head(student_hidden, student_weight, student_bias, student_scaling)
-    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scaling)
-    _check_shapes(student, teacher, merged_into)
+    student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
+    _check_shapes(student, teacher)
     if token_weights is not None:
         if token_weights.shape != student_hidden.shape[:1] or token_weights.requires_grad:
             raise ValueError(
@@ -72,29 +62,22 @@ def linear_distillation_loss(
         kept = token_weights.nonzero().squeeze(-1)
         student, teacher = _at_tokens(student, kept), _at_tokens(teacher, kept)
         token_weights = token_weights[kept]
-    return _apply(student, _Task(teacher, loss, temperature, merged_into, token_weights, torch.is_grad_enabled()))
+    return _apply(student, _Comparison(teacher, loss, temperature, token_weights, torch.is_grad_enabled()))
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scaling: LogitScaling = NOT_SCALED,
-) -> Tensor:
-    """Sum over tokens of `hard_cross_entropy` of the logits `scaling(hidden @ weight.T + bias)`.
+def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Sum over tokens of `hard_cross_entropy` of the logits `head.logits(hidden)`.
 
-    hidden: (N, H), weight: (K, H), bias: (K,). labels: (N,) int64; tokens of label -100 are dropped.
+    hidden: (N, H), head: of K tokens. labels: (N,) int64; tokens of label -100 are dropped.
     Returns a scalar; precision and gradients are those of `linear_distillation_loss`.
     """
-    student = _Head(hidden, weight, bias, scaling)
-    _check_head("student", student)
+    student = _Side(hidden, head)
+    _check_side("student", student)
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be ({len(hidden)},) int64, got {tuple(labels.shape)} {labels.dtype}")
     kept = (labels != IGNORED_LABEL).nonzero().squeeze(-1)
-    task = _Task(labels[kept], "hard_cross_entropy", 1.0, None, None, torch.is_grad_enabled())
-    return _apply(_at_tokens(student, kept), task)
+    compared = _Comparison(labels[kept], "hard_cross_entropy", 1.0, None, torch.is_grad_enabled())
+    return _apply(_at_tokens(student, kept), compared)
 
 
 def chunk_tokens(num_tokens: int, vocabulary_size: int, device_type: str) -> int:
@@ -108,34 +91,32 @@ def chunk_tokens(num_tokens: int, vocabulary_size: int, device_type: str) -> int
     return min(most, -(-num_tokens // (64 * chunks)) * 64) or 1
 
 
-class _Head(NamedTuple):
+class _Side(NamedTuple):
     """What a model's logits are made of."""
 
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (K, H)
-    bias: Tensor | None  # (K,)
-    scaling: LogitScaling = NOT_SCALED
+    head: Head
 
 
-def _at_tokens(head: _Head, tokens: Tensor) -> _Head:
+def _at_tokens(side: _Side, tokens: Tensor) -> _Side:
     # Not index_select: its backward starts the threads anew for every row, 100 times slower on a busy CPU.
-    return head._replace(hidden=head.hidden[tokens])
+    return side._replace(hidden=side.hidden[tokens])
 
 
-class _Task(NamedTuple):
-    """What to compute from the student's logits."""
+class _Comparison(NamedTuple):
+    """What the student's logits are compared with, and how."""
 
-    teacher: _Head | Tensor  # or labels (N,)
+    teacher: _Side | Tensor  # or labels (N,)
     loss: str
     temperature: float
-    merged_into: Tensor | None  # (D,) of a teacher of K + D words
     token_weights: Tensor | None  # (N,)
     needs_gradient: bool
 
 
-def _apply(student: _Head, task: _Task) -> Tensor:
+def _apply(student: _Side, compared: _Comparison) -> Tensor:
     apply: Callable[..., Tensor] = _LinearLoss.apply
-    return apply(student.hidden, student.weight, student.bias, student.scaling, task)
+    head = student.head
+    return apply(student.hidden, head.weight, head.bias, head.scaling, compared)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -143,11 +124,11 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: LogitScaling, task: _Task
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: LogitScaling, compared: _Comparison
     ) -> Tensor:
         # needs_input_grad looks at the tensors alone; it stays true under no_grad.
-        needed = [needed and task.needs_gradient for needed in ctx.needs_input_grad[:3]]
-        total, gradients = _sum_and_gradients(_Head(hidden, weight, bias, scaling), task, needed)
+        needed = [needed and compared.needs_gradient for needed in ctx.needs_input_grad[:3]]
+        total, gradients = _sum_and_gradients(_Side(hidden, Head(weight, bias, scaling)), compared, needed)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return total
@@ -170,28 +151,28 @@ def _graph_is_kept() -> bool:
     return tell is None or bool(tell())
 
 
-def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def _sum_and_gradients(student: _Side, compared: _Comparison, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The loss sum, and its gradients for the student's three tensors, None where not `needed`."""
-    num_tokens, hidden_dtype, factor = len(student.hidden), student.hidden.dtype, student.scaling.factor
-    size = chunk_tokens(num_tokens, len(student.weight), student.weight.device.type)
+    num_tokens, hidden_dtype, factor = len(student.hidden), student.hidden.dtype, student.head.scaling.factor
+    size = chunk_tokens(num_tokens, len(student.head.weight), student.hidden.device.type)
     student = _for_products(student)
-    teacher = None if isinstance(task.teacher, Tensor) else _for_products(task.teacher)
+    teacher = None if isinstance(compared.teacher, Tensor) else _for_products(compared.teacher)
     num_rows = max(_rows_of_products(each.hidden) for each in (student, teacher) if each is not None)
     student, teacher = _filled_up(student, num_rows), teacher and _filled_up(teacher, num_rows)
+    weight, bias = student.head.weight, student.head.bias
     # Two buffers serve all chunks: in fresh memory the work on them would take several times as long.
     logits = _rows_of(student, min(size, num_rows))
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    on_rows = RowTask(task.loss, task.temperature, student.bias, student_softcap=student.scaling.softcap)
+    spec = LossSpec(compared.loss, compared.temperature, bias, student_softcap=student.head.scaling.softcap)
     if teacher is None:
-        assert isinstance(task.teacher, Tensor), "labels"
-        theirs = task.teacher
+        assert isinstance(compared.teacher, Tensor), "labels"
+        theirs = compared.teacher
     else:
         theirs = _rows_of(teacher, len(logits))
         dtype = torch.promote_types(dtype, theirs.dtype)
-        on_rows = on_rows._replace(
-            teacher_bias=teacher.bias, teacher_softcap=teacher.scaling.softcap, merged_into=task.merged_into
-        )
-    rows = choose_rows(on_rows, logits, theirs)
+        head = teacher.head
+        spec = spec._replace(teacher_bias=head.bias, teacher_softcap=head.scaling.softcap, merged_into=head.merged_into)
+    rows = choose_rows(spec, logits, theirs)
     total = logits.new_zeros((), dtype=dtype)
     # In float16 small gradients would be gone before a loss scale is applied to them.
     hidden_dtype = torch.float32 if hidden_dtype == torch.float16 else hidden_dtype
@@ -199,26 +180,26 @@ def _sum_and_gradients(student: _Head, task: _Task, needed: list[bool]) -> tuple
         student.hidden.new_empty(num_tokens, student.hidden.shape[1], dtype=hidden_dtype) if needed[0] else None
     )
     # The first chunk writes it: zeros to add to would be one more pass over a large fresh tensor.
-    grad_weight = torch.empty_like(student.weight, dtype=dtype) if needed[1] else None
+    grad_weight = torch.empty_like(weight, dtype=dtype) if needed[1] else None
     if grad_weight is not None and num_tokens == 0:
         grad_weight.zero_()
-    grad_bias = logits.new_zeros(len(student.weight), dtype=dtype) if needed[2] else None
-    add_product = None if grad_weight is None else _adder(grad_weight, student.weight.dtype)
+    grad_bias = logits.new_zeros(len(weight), dtype=dtype) if needed[2] else None
+    add_product = None if grad_weight is None else _adder(grad_weight, weight.dtype)
     with torch.autocast(logits.device.type, enabled=False):
         for start in range(0, num_rows, size):
             filled, chunk = slice(start, min(start + size, num_rows)), slice(start, min(start + size, num_tokens))
             hidden, gradient = student.hidden[filled], logits[: filled.stop - start]
             num = max(0, chunk.stop - start)
-            torch.mm(hidden, student.weight.t(), out=gradient)
+            torch.mm(hidden, weight.t(), out=gradient)
             if teacher is not None:
-                torch.mm(teacher.hidden[filled], teacher.weight.t(), out=theirs[: len(hidden)])
-            weights = None if task.token_weights is None else task.token_weights[chunk]
+                torch.mm(teacher.hidden[filled], teacher.head.weight.t(), out=theirs[: len(hidden)])
+            weights = None if compared.token_weights is None else compared.token_weights[chunk]
             total += rows(gradient[:num], theirs[:num] if teacher is not None else theirs[chunk], weights).sum()
             # From here on the buffer holds the gradient of what stood in it; rows of zeros stay zeros.
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = (gradient @ student.weight)[:num]
+                grad_hidden[chunk] = (gradient @ weight)[:num]
             if add_product is not None:
                 add_product(gradient.t(), hidden, is_first=start == 0)
     if factor != 1:  # the hidden states in the weight's gradient had it already
@@ -238,22 +219,22 @@ def _rows_of_products(hidden: Tensor) -> int:
     return -(-len(hidden) // 64) * 64 if is_prepared else len(hidden)
 
 
-def _filled_up(head: _Head, num_rows: int) -> _Head:
-    """The head with rows of zeros behind its hidden states."""
-    surplus = num_rows - len(head.hidden)
-    return head._replace(hidden=torch.nn.functional.pad(head.hidden, (0, 0, 0, surplus))) if surplus else head
+def _filled_up(side: _Side, num_rows: int) -> _Side:
+    """With rows of zeros behind its hidden states."""
+    surplus = num_rows - len(side.hidden)
+    return side._replace(hidden=torch.nn.functional.pad(side.hidden, (0, 0, 0, surplus))) if surplus else side
 
 
-def choose_rows(task: RowTask, student: Tensor, teacher: Tensor) -> Rows:
-    """The rows for such products. A function of device, dtypes and task alone, so that a resumed run has the same."""
+def choose_rows(spec: LossSpec, student: Tensor, teacher: Tensor) -> Rows:
+    """The rows for such products. A function of device, dtypes and spec alone, so that a resumed run has the same."""
     dtypes = {student.dtype, teacher.dtype} - {torch.int64}
-    can_be_fused = task.loss in FUSED and task.merged_into is None and torch.float64 not in dtypes
+    can_be_fused = spec.loss in FUSED and spec.merged_into is None and torch.float64 not in dtypes
     may_be = _triton_is_allowed[0] and student.device.type == "cuda"
     if can_be_fused and may_be and _triton_works(student.device, student.dtype):
         from glmd.losses.triton_rows import TritonRows
 
-        return TritonRows(task)
-    return EagerRows(task, student, teacher)
+        return TritonRows(spec)
+    return EagerRows(spec, student, teacher)
 
 
 _triton_is_allowed = [True]
@@ -281,31 +262,32 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         from glmd.losses.triton_rows import TritonRows
 
         zeros = torch.zeros(1, 16, device=device, dtype=dtype)
-        TritonRows(RowTask("kl_divergence"))(zeros, zeros.clone(), None)
+        TritonRows(LossSpec("kl_divergence"))(zeros, zeros.clone(), None)
     except Exception as error:  # of a compiler, a driver, or memory that is full
         return str(error) or type(error).__name__
     return None
 
 
-def _rows_of(head: _Head, rows: int) -> Tensor:
+def _rows_of(side: _Side, rows: int) -> Tensor:
     """A buffer for the products of so many tokens; on CUDA each row begins where vectors can be loaded from."""
-    words = len(head.weight)
-    width = -(-words // 16) * 16 if head.weight.device.type == "cuda" else words
-    return head.hidden.new_empty(rows, width)[:, :words]
+    words = len(side.head.weight)
+    width = -(-words // 16) * 16 if side.hidden.device.type == "cuda" else words
+    return side.hidden.new_empty(rows, width)[:, :words]
 
 
-def _for_products(head: _Head) -> _Head:
+def _for_products(side: _Side) -> _Side:
     """Hidden states and weight in the dtype of their matrix products, hidden states and bias times the factor."""
-    dtype, device = torch.promote_types(head.hidden.dtype, head.weight.dtype), head.hidden.device.type
+    hidden, head = side
+    dtype, device = torch.promote_types(hidden.dtype, head.weight.dtype), hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float16:
         dtype = torch.float32
-    hidden, bias, factor = head.hidden, head.bias, head.scaling.factor
+    bias, factor = head.bias, head.scaling.factor
     if factor != 1:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
         bias = None if bias is None else bias * factor
-    return head._replace(hidden=hidden.to(dtype), weight=_converted(head.weight, dtype), bias=bias)
+    return _Side(hidden.to(dtype), head._replace(weight=_converted(head.weight, dtype), bias=bias))
 
 
 # The weights of frozen heads as they are multiplied, with the version that was converted.
@@ -358,34 +340,32 @@ def _adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _check_loss(loss: str, temperature: float) -> None:
     if loss not in LOGIT_LOSSES:
-        close = difflib.get_close_matches(loss, LOGIT_LOSSES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(LOGIT_LOSSES)}"
-        raise ConfigError(f"loss {loss!r} is unknown{hint}")
+        raise ConfigError(f"loss {loss!r} is unknown{suggestion(loss, LOGIT_LOSSES)}")
     check_temperature(temperature)
     if loss in ("mse", "centered_mse") and temperature != 1:
         raise ConfigError(f"temperature has no effect on {loss}, got {temperature}")
 
 
-def _check_head(name: str, head: _Head) -> None:
-    hidden, weight = tuple(head.hidden.shape), tuple(head.weight.shape)
+def _check_side(name: str, side: _Side) -> None:
+    hidden, weight, bias = tuple(side.hidden.shape), tuple(side.head.weight.shape), side.head.bias
     if len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
-        raise ValueError(f"{name}_hidden and {name}_weight must be (N, H) and (K, H), got {hidden} and {weight}")
-    if head.bias is not None and head.bias.shape != weight[:1]:
-        raise ValueError(f"{name}_bias must be ({weight[0]},), got {tuple(head.bias.shape)}")
+        raise ValueError(f"{name}_hidden and the {name}'s weight must be (N, H) and (K, H), got {hidden} and {weight}")
+    if bias is not None and bias.shape != weight[:1]:
+        raise ValueError(f"the {name}'s bias must be ({weight[0]},), got {tuple(bias.shape)}")
 
 
-def _check_shapes(student: _Head, teacher: _Head, merged_into: Tensor | None) -> None:
+def _check_shapes(student: _Side, teacher: _Side) -> None:
     """Raises ValueError unless both make (N, K) logits of one shape."""
-    _check_head("student", student)
-    _check_head("teacher", teacher)
+    _check_side("student", student)
+    _check_side("teacher", teacher)
     if len(student.hidden) != len(teacher.hidden):
         raise ValueError(
             f"student_hidden has {len(student.hidden)} tokens and teacher_hidden {len(teacher.hidden)}; "
             "they must be the same"
         )
-    merged = 0 if merged_into is None else len(merged_into)
-    if len(student.weight) + merged != len(teacher.weight):
+    if student.head.merged_into is not None or student.head.size != teacher.head.size:
+        merged = len(teacher.head.weight) - teacher.head.size
         raise ValueError(
-            f"student_weight has {len(student.weight)} words and teacher_weight {len(teacher.weight)}"
+            f"the student's head has {len(student.head.weight)} words and the teacher's {len(teacher.head.weight)}"
             f"{f', of which {merged} are merged' if merged else ''}; slice the teacher's to the kept words first"
         )

@@ -1,6 +1,6 @@
 """What stands between the matrix products of `losses.linear`: from chunks of two logits to loss and gradient.
 
-    rows = EagerRows(RowTask("kl_divergence", 15.0), student, teacher)
+    rows = EagerRows(LossSpec("kl_divergence", 15.0), student, teacher)
     values = rows(student, teacher, token_weights)      # and `student` holds the gradient
 
 In plain torch; `losses.triton_rows` is the same for CUDA. Compiling was tried on a CPU: docs/performance.md says why it
@@ -25,7 +25,7 @@ FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "hard_cross_entropy")
 BLOCK_ROWS = {"cpu": 64, "cuda": 512}
 
 
-class RowTask(NamedTuple):
+class LossSpec(NamedTuple):
     """What to compute from the products of hidden states and weights, row by row."""
 
     loss: str  # a key of ROW_LOSSES
@@ -48,15 +48,15 @@ class EagerRows:
     In fresh memory the same work would take four times as long on a CPU.
     """
 
-    def __init__(self, task: RowTask, student: Tensor, teacher: Tensor) -> None:
-        self.task = task
+    def __init__(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> None:
+        self.spec = spec
         dtype = torch.promote_types(student.dtype, torch.float32)
         if teacher.is_floating_point():
             dtype = torch.promote_types(dtype, teacher.dtype)
         rows = min(len(student), BLOCK_ROWS.get(student.device.type, 512))
-        capped = task.student_softcap is not None
+        capped = spec.student_softcap is not None
         self.buffers = student.new_empty(4 if capped else 3, rows, student.shape[1], dtype=dtype)
-        merged = () if task.merged_into is None else teacher.shape[1:]
+        merged = () if spec.merged_into is None else teacher.shape[1:]
         self.every_word = student.new_empty(rows, *merged, dtype=dtype)
 
     def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
@@ -67,22 +67,22 @@ class EagerRows:
         return values
 
     def _block(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
-        task = self.task
+        spec = self.spec
         logits, theirs, gradient, *capped = self.buffers[:, : len(student)]
-        _write_logits(student, task.student_bias, task.student_softcap, out=logits)
+        _write_logits(student, spec.student_bias, spec.student_softcap, out=logits)
         for copy in capped:
             copy.copy_(logits)
         if not teacher.is_floating_point():
             theirs = teacher
-        elif task.merged_into is None:
-            _write_logits(teacher, task.teacher_bias, task.teacher_softcap, out=theirs)
+        elif spec.merged_into is None:
+            _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=theirs)
         else:
             every_word = self.every_word[: len(teacher)]
-            _write_logits(teacher, task.teacher_bias, task.teacher_softcap, out=every_word)
-            theirs.copy_(merge_words(every_word, task.merged_into))
-        values = ROW_LOSSES[task.loss](logits, theirs, gradient, task.temperature)
+            _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=every_word)
+            theirs.copy_(merge_words(every_word, spec.merged_into))
+        values = ROW_LOSSES[spec.loss](logits, theirs, gradient, spec.temperature)
         for copy in capped:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
-            gradient.mul_(copy.div_(task.student_softcap).square_().neg_().add_(1))
+            gradient.mul_(copy.div_(spec.student_softcap).square_().neg_().add_(1))
         if weights is not None:
             weights = weights.to(values.dtype)
             values = values * weights

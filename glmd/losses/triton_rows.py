@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmd.losses.rows import FUSED, RowTask
+from glmd.losses.rows import FUSED, LossSpec
 
 BLOCK = 4096  # words at a time: a multiple of what the warps load at once; 32,000 would spill the registers
 NUM_WARPS = 8
@@ -21,34 +21,34 @@ NUM_WARPS = 8
 class TritonRows:
     """`Rows` for products in bfloat16, float16 or float32 of a loss among FUSED."""
 
-    def __init__(self, task: RowTask) -> None:
-        assert task.loss in FUSED and task.merged_into is None, task.loss
-        self.task = task
+    def __init__(self, spec: LossSpec) -> None:
+        assert spec.loss in FUSED and spec.merged_into is None, spec.loss
+        self.spec = spec
 
     def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         assert student.stride(1) == 1 and teacher.stride(-1) == 1, "buffers of rows"
-        task, values = self.task, student.new_empty(len(student), dtype=torch.float32)
+        spec, values = self.spec, student.new_empty(len(student), dtype=torch.float32)
         # A pointer that is not read must be given all the same. What lies between one row and the next is read and
         # written too: a width that 16 divides is loaded in vectors, whatever the number of words (`linear._rows_of`).
         _rows_kernel[(len(student),)](
             student,
             teacher,
             values if weights is None else weights,
-            student if task.student_bias is None else task.student_bias,
-            student if task.teacher_bias is None else task.teacher_bias,
+            student if spec.student_bias is None else spec.student_bias,
+            student if spec.teacher_bias is None else spec.teacher_bias,
             values,
             student.shape[1],
             student.stride(0),
             teacher.stride(0),
-            task.temperature,
-            task.student_softcap or 1.0,
-            task.teacher_softcap or 1.0,
-            LOSS=task.loss,
+            spec.temperature,
+            spec.student_softcap or 1.0,
+            spec.teacher_softcap or 1.0,
+            LOSS=spec.loss,
             HAS_WEIGHTS=weights is not None,
-            HAS_STUDENT_BIAS=task.student_bias is not None,
-            HAS_TEACHER_BIAS=task.teacher_bias is not None,
-            HAS_STUDENT_SOFTCAP=task.student_softcap is not None,
-            HAS_TEACHER_SOFTCAP=task.teacher_softcap is not None,
+            HAS_STUDENT_BIAS=spec.student_bias is not None,
+            HAS_TEACHER_BIAS=spec.teacher_bias is not None,
+            HAS_STUDENT_SOFTCAP=spec.student_softcap is not None,
+            HAS_TEACHER_SOFTCAP=spec.teacher_softcap is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,  # the default, which triton 3.9 warns of

@@ -8,14 +8,13 @@ Some models scale or cap their logits after the map; that is a part of it here.
 
     outputs = backbone(model)(**inputs)
     logits = run_head(classifier, outputs, inputs=inputs)
-    loss = run_head(model, outputs, final_linear=lambda hidden, linear: linear.logits(hidden).sum())
+    loss = run_head(model, outputs, final_linear=lambda hidden, head: head.logits(hidden).sum())
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from glmd.errors import ModelError
-from glmd.losses.logits import NOT_SCALED, LogitScaling
+from glmd.losses.head import Head
+from glmd.losses.logits import LogitScaling
 
 # Fields of a config that say what is done to the logits after the map (Cohere's, Granite's, Falcon H1's), as a factor.
 FACTORS: dict[str, Callable[[float], float]] = {
@@ -34,20 +34,7 @@ FACTORS: dict[str, Callable[[float], float]] = {
 }
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """From hidden states to the logits of K words."""
-
-    weight: Tensor  # (K, H)
-    bias: Tensor | None  # (K,)
-    scaling: LogitScaling = NOT_SCALED
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., K)."""
-        return self.scaling(nn.functional.linear(hidden, self.weight, self.bias))
-
-
-FinalLinear = Callable[[Tensor, LinearMap], Any]
+FinalLinear = Callable[[Tensor, Head], Any]
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -98,7 +85,7 @@ def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     return body(**inputs, **({"use_cache": False} if may_keep else {}))
 
 
-def final_linear(model: nn.Module) -> LinearMap:
+def final_linear(model: nn.Module) -> Head:
     """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
     return _linear_map(model, _output_embeddings(model), _joining_head(model))
 
@@ -110,10 +97,10 @@ def logit_scaling(config: Any) -> LogitScaling:
     return LogitScaling(float(math.prod(factors)), getattr(config, "final_logit_softcapping", None))
 
 
-def _linear_map(model: Any, linear: nn.Linear, head: Any) -> LinearMap:
+def _linear_map(model: Any, linear: nn.Linear, head: Any) -> Head:
     if head is not None:
         return _joined(head, model.config)
-    return LinearMap(linear.weight, linear.bias, logit_scaling(model.config))
+    return Head(linear.weight, linear.bias, logit_scaling(model.config))
 
 
 def _output_embeddings(model: nn.Module) -> nn.Linear:
@@ -130,14 +117,14 @@ def _joining_head(model: Any) -> Any:
     return model.cls.predictions if model.config.model_type == "mobilebert" else None
 
 
-def _joined(head: Any, config: Any) -> LinearMap:
+def _joined(head: Any, config: Any) -> Head:
     """MobileBERT's final map: the word embeddings and a second weight, side by side."""
     weight, pad = head.decoder.weight, config.pad_token_id
     if pad is not None and weight.requires_grad:
         # The last word of a text has padding for its neighbor, or nothing, by the length of the batch's longest. A
         # student's vector of [PAD] begins as zeros, which is what stands for nothing, and has to stay so.
         weight = weight.index_copy(0, torch.tensor([pad], device=weight.device), weight[pad : pad + 1].detach())
-    return LinearMap(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
+    return Head(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
 
 
 def run_head(

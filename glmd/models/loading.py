@@ -71,7 +71,7 @@ def load_model_config(name: str, *, revision: str | None = None, trust_remote_co
     """The model's config, without weights."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    return from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_source_tokenizer(
@@ -90,7 +90,7 @@ def load_source_tokenizer(
         raise ModelError(
             f"{name}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); save the teacher's there"
         )
-    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
     if not words:
         require_fast(tokenizer)
         return tokenizer
@@ -125,15 +125,15 @@ def load_language_model(teacher: TeacherConfig) -> Any:
     assert teacher.model is not None, "checked before"
     dtype = getattr(torch, teacher.dtype)
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    model, info = _from_pretrained(
+    model, info = from_pretrained(
         language_model_class(load_model_config(teacher.model, **options)),
         teacher.model,
         dtype=dtype,
         **WEIGHTS,
         **options,
     )
-    _require_complete(model, info, teacher.model, allowed_missing=())
-    _prove(model.eval(), prove_language_model)  # first, as it refuses a model without output embeddings
+    require_complete(model, info, teacher.model, allowed_missing=())
+    proved(model.eval(), prove_language_model)  # first, as it refuses a model without output embeddings
     _require_tied(model, teacher.model)
     return model
 
@@ -158,7 +158,7 @@ def not_tied(name: str) -> ModelError:
     )
 
 
-def _prove(model: Any, prove: Callable[[Any], None]) -> None:
+def proved(model: Any, prove: Callable[[Any], None]) -> None:
     """`prove(model)`, with a vector of zeros for the pad token where nothing else stands in the way."""
     try:
         prove(model)
@@ -203,8 +203,8 @@ def load_model_as_saved(name: str) -> Any:
     model_class = getattr(transformers, architecture or "", None)
     if model_class is None:
         raise ModelError(f"{name}: its config names the architecture {architecture!r}, which transformers has not")
-    model, info = _from_pretrained(model_class, name, **WEIGHTS, trust_remote_code=False)
-    _require_complete(model, info, name, allowed_missing=())
+    model, info = from_pretrained(model_class, name, **WEIGHTS, trust_remote_code=False)
+    require_complete(model, info, name, allowed_missing=())
     return model.eval()
 
 
@@ -245,7 +245,7 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """`auto_class.from_pretrained` with its many errors as one line."""
     options.setdefault("trust_remote_code", False)  # unset, it would ask on the terminal, and wait for an answer
     try:
@@ -283,7 +283,7 @@ def _require_safe_index(folder: Path) -> list[str]:
 _UNREAD = re.compile(r"\.pooler\.|position_ids$|token_type_ids$")
 
 
-def _require_complete(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
+def require_complete(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
     require_keys(model, info, name, allowed_missing=allowed_missing)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -13,7 +13,7 @@ from typing import Any
 from glmd.errors import ModelError
 from glmd.models.loading import (
     WEIGHTS,
-    _from_pretrained,
+    from_pretrained,
     language_model_class,
     load_model_config,
     looks_local,
@@ -35,7 +35,7 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
     if not looks_local(name):
         return
     config = load_model_config(name, **options)
-    model, info = _without_memory(language_model_class(config), name, **options)
+    model, info = without_memory(language_model_class(config), name, **options)
     for head in config.architectures or ():
         if info["missing_keys"] and head.endswith(HEADS_WITHOUT_WORDS):
             raise ModelError(
@@ -43,15 +43,15 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
                 f"from, and it for its task: teacher=BASE teacher.tasks.{next(iter(tasks), 'TASK')}={name}"
             )
     require_keys(model, info, name, allowed_missing=())
-    _require_one_matrix(model, name)
+    require_one_matrix(model, name)
 
 
-def _without_memory(auto_class: Any, name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    model, info = _from_pretrained(auto_class, name, device_map="meta", **WEIGHTS, **options)
+def without_memory(auto_class: Any, name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    model, info = from_pretrained(auto_class, name, device_map="meta", **WEIGHTS, **options)
     return model, info
 
 
-def _require_one_matrix(model: Any, name: str) -> None:
+def require_one_matrix(model: Any, name: str) -> None:
     """Refuse two matrices of embeddings in the files where the config says that they are one."""
     import torch
     from safetensors import safe_open

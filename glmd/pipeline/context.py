@@ -20,11 +20,13 @@ from glmd.data.batches import Collate
 from glmd.data.token_store import TokenStore
 from glmd.distillation.cached_teacher import CachedOutputs
 from glmd.distillation.teacher_cache import STORED
+from glmd.models.heads import is_causal
 from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run_folder import RunFolder, begun_with
 from glmd.planning.plan import Plan
 from glmd.planning.stages import TEACHER, Stage, stages, task_teacher_path
 from glmd.runtime.processes import on_main
+from glmd.tasks.forms import TaskForm, task_form
 from glmd.training.fsdp import is_sharded
 from glmd.training.log import RunLog
 from glmd.vocabulary.tokenizer import compress_tokenizer, tokenizer_fingerprint
@@ -93,6 +95,11 @@ class Context:
         """Of the model that a stage leaves."""
         return self.run_folder.fingerprint(self.model(path), self.config.teacher.revision if path == TEACHER else None)
 
+    def form(self, stage: Stage) -> TaskForm:
+        """How the task of a stage is asked."""
+        assert stage.task is not None, "a stage of a task"
+        return task_form(stage.task.task, causal=is_causal(self.plan.teacher_config))
+
     # Vocabularies
 
     @cached_property
@@ -128,7 +135,6 @@ class Context:
             "stage": asdict(stage.settings) if stage.settings is not None else None,
             "seed": stage.seed,
             "terms": [asdict(term) for term in stage.objective.terms] if stage.objective is not None else [],
-            "gkd_compat": config.gkd_compat,
             "mixed_precision": config.mixed_precision,
             "selection": config.selection if task is not None else "last",
             "teacher": "" if stage.kind == "teacher" else self.fingerprint(teacher),
@@ -164,6 +170,4 @@ class Context:
 
     def _kept_in(self, stage: Stage) -> str:
         """The precision of what a stage reads from the cache."""
-        teacher = self.config.teacher
-        stored = torch.int8 if teacher.cache_bits == 8 else STORED[teacher.dtype]
-        return str(stored if stage.asks_words else torch.float32).removeprefix("torch.")
+        return str(STORED[self.config.teacher.dtype] if stage.asks_words else torch.float32).removeprefix("torch.")

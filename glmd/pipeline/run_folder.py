@@ -49,7 +49,6 @@ GROWING_KEYS = (
     "elastic",
     "teacher.cache",
     "teacher.cached_stages",
-    "teacher.cache_bits",
 )
 # What may lie in a folder before its run has begun.
 BEFORE_THE_RUN = {"lock", "synthetic", "config.yaml.tmp"}

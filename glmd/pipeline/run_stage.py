@@ -26,6 +26,7 @@ from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.stages import TEACHER, Stage
 from glmd.runtime.processes import on_main
+from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
 from glmd.training.fsdp import is_sharded
 from glmd.training.trainer import Evaluate, Teacher, Trainer
@@ -108,8 +109,8 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         task_model = load_classifier(name, stage.task.task, new_head=True, **options)
     if not stage.leaves_language_model and not stage.uses(*LM_SIGNALS):
         return None, task_model
-    is_cloze = task_model is not None and stage.task is not None and stage.task.task.casting == "cloze"
-    return task_model if is_cloze else load_language_model(TeacherConfig(name)), task_model
+    is_both = task_model is not None and not context.form(stage).has_own_head
+    return task_model if is_both else load_language_model(TeacherConfig(name)), task_model
 
 
 def load_teacher(context: Context, stage: Stage) -> Teacher | None:
@@ -126,7 +127,10 @@ def train(
     accelerator, token_map = context.accelerator, context.vocabulary(stage).token_map
     assert is_sharded(accelerator) == context.is_sharded, "Accelerate has lost its state"
     assert stage.objective is not None, "the stage trains"
-    distiller = Distiller(stage.objective, token_map, language_model=language_model, classifier=task_model)
+    logits = context.form(stage).logits if stage.task is not None else class_logits
+    distiller = Distiller(
+        stage.objective, token_map, language_model=language_model, classifier=task_model, task_logits=logits
+    )
     trainer = Trainer(
         accelerator,
         context.folder(stage),

@@ -9,6 +9,7 @@ from glmd.distillation.teacher import Ensemble, OnlineTeacher
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
 from glmd.planning.stages import TEACHER, Stage
+from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -32,9 +33,10 @@ def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> Onl
         classifier = load_fine_tuned(context, stage)
     if stage.asks_words:
         # In a blank the fine-tuned model has predicted words itself; else it gets the LM head that it began with.
-        is_cloze = stage.task is not None and stage.task.task.casting == "cloze"
-        language_model = classifier if is_cloze else load_language_model(context.language_model(teacher))
-    return _online(context, language_model, classifier, vocabulary)
+        predicts_itself = stage.task is not None and not context.form(stage).has_own_head
+        language_model = classifier if predicts_itself else load_language_model(context.language_model(teacher))
+    logits = context.form(stage).logits if stage.task is not None else class_logits
+    return _online(context, language_model, classifier, vocabulary, logits)
 
 
 def load_fine_tuned(context: Context, stage: Stage) -> Any:
@@ -44,9 +46,11 @@ def load_fine_tuned(context: Context, stage: Stage) -> Any:
     return load_classifier(context.model(context.classifier(stage)), stage.task.task, dtype=dtype)
 
 
-def _online(context: Context, language_model: Any, classifier: Any, vocabulary: Vocabulary) -> OnlineTeacher:
+def _online(
+    context: Context, language_model: Any, classifier: Any, vocabulary: Vocabulary, logits: Any = class_logits
+) -> OnlineTeacher:
     for model in (language_model, classifier):
         if model is not None:
             model.to(context.accelerator.device)
     merges = context.config.vocabulary.teacher_mass == "merge"
-    return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges)
+    return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)

@@ -26,6 +26,7 @@ from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
 from glmd.planning.stages import Stage, stages
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import TaskExample
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
 
@@ -94,11 +95,9 @@ def task_dataset(plan: Plan, task: str, examples: Sequence[TaskExample], length:
     planned = plan.tasks[task]
     return TaskDataset(
         examples,
+        task_form(planned.task, causal=is_causal(plan.teacher_config)),
         plan.tokenizer,
         max_length=length,
-        verbalizers=planned.verbalizers,
-        mean_over_tokens=planned.task.mean_over_tokens,
-        is_causal=is_causal(plan.teacher_config),
     )
 
 
@@ -208,7 +207,6 @@ def _cache(
         width=head_width(plan) if words else None,
         num_classes=num_classes,
         dtype=plan.config.teacher.dtype,
-        bits=plan.config.teacher.cache_bits,
         made_from=made_from,
     )
 

@@ -10,6 +10,7 @@ from glmd.models.heads import is_causal
 from glmd.planning.rules import task_of, task_stages
 from glmd.planning.task_plan import TaskPlan
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.forms import task_form
 
 
 def require_text_model(config: Any, name: str) -> None:
@@ -29,15 +30,16 @@ def require_named_teachers(
 ) -> None:
     """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
     from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
-    from glmd.tasks.loading import require_task_head, warn_of_unnamed_classes
+    from glmd.tasks.forms import warn_of_unnamed_classes
 
     on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
     for name, model in config.teacher.tasks.items():
         field = f"teacher.tasks.{name}"
         require_model(model, field=field)
         model_config = load_model_config(model)
-        require_task_head(model_config, task_of(config, name), model)
-        warn_of_unnamed_classes(model_config, task_of(config, name), f"{field}: {model}")
+        form = task_form(task_of(config, name), causal=is_causal(model_config))
+        form.require(model_config, model)
+        warn_of_unnamed_classes(model_config, form, f"{field}: {model}")
         theirs = load_source_tokenizer(model, words=not is_causal(model_config))
         _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         require_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
@@ -112,14 +114,15 @@ def require_blanks(
     config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], tokenizer: Any, *, causal: bool
 ) -> None:
     """Refuse examples whose blank does not fit into a stage's length."""
-    if config.casting == "head":
-        return
     for name, plan in tasks.items():
+        form = task_form(plan.task, causal=causal)
+        if form.has_own_head:
+            continue
         stages = task_stages(config, method, name).values()
         shortest = min(stage.max_length or plan.task.max_length for stage in stages)
         for examples in (plan.train, plan.inputs, plan.val):
             if examples:
-                TaskDataset(examples, tokenizer, max_length=shortest, is_causal=causal)
+                TaskDataset(examples, form, tokenizer, max_length=shortest)
 
 
 def require_checkpointing(config: RunConfig, method: dict[str, Objective], teacher: Any, student: Any) -> None:

@@ -15,6 +15,7 @@ from glmd.config import RunConfig, StageConfig
 from glmd.distillation.objective import LM_SIGNALS, Objective, load_method
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError
+from glmd.tasks.forms import CASTINGS, task_form
 from glmd.tasks.tasks import Task, load_task
 
 
@@ -23,7 +24,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
 
     Raises ConfigError naming the key.
     """
-    method = load_method(config.method, count_positions=config.gkd_compat)
+    method = load_method(config.method)
     asked, config = config.pretraining.mlm_probability, _resolved(config, method)
     _check_methods_needs(config, method)
     _check_cache(config, method)
@@ -114,7 +115,7 @@ def _check_maskings(config: RunConfig) -> None:
 
 def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
     """The config for a causal teacher, which predicts the next word of whole text: nothing is masked."""
-    if config.tasks and config.casting != "cloze":
+    if any(task_form(task_of(config, name), causal=True).has_own_head for name in config.tasks):
         raise ConfigError(
             f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
         )
@@ -136,6 +137,8 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
     import torch
 
     teacher, data, vocabulary = config.teacher, config.data, config.vocabulary
+    if config.casting not in CASTINGS:
+        raise ConfigError(f"casting must be one of {', '.join(CASTINGS)}; got {config.casting!r}")
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("mixed_precision fp16 has no effect without a GPU; give bf16 or no")
     _require_trackers(config.report_to)
@@ -191,8 +194,6 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
         )
     if not cached:
         raise ConfigError(f"teacher.cache has no effect: method {config.method} asks the teacher nothing; remove it")
-    if config.teacher.cache_bits != 16 and not kept_words(cached, method):
-        raise ConfigError("teacher.cache_bits has no effect: only task logits are kept, in 32 bits; remove it")
     folder = Path(config.teacher.cache)
     problem = None if read_manifest(folder) else folder_problem(folder)  # a complete one is only read
     if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):

@@ -17,11 +17,13 @@ import torch
 from glmd.data.token_store import TokenStore, open_token_store
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, ModelError, RunError
+from glmd.models.heads import is_causal
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
 from glmd.planning.stages import Stage, lines
 from glmd.planning.step_cost import Cast, Count, chunk_bytes, counted, timed
 from glmd.runtime.memory import USABLE, memory_of_this_machine
+from glmd.tasks.forms import task_form
 
 Sharding = Literal["none", "fsdp"]
 
@@ -190,9 +192,7 @@ def each_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def _cast(plan: Plan, stage: Stage) -> Cast:
     config, task, objective = plan.config, stage.task, stage.objective
     assert objective is not None, "the stage trains"
-    form: Any = None
-    if task is not None:
-        form = "words" if task.task.casting == "cloze" else "choices" if task.task.is_choice else "classes"
+    form = task_form(task.task, causal=is_causal(plan.teacher_config)) if task is not None else None
     return Cast(
         objective,
         plan.teacher_config if stage.trains_teacher else plan.student_config,
@@ -202,7 +202,6 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         merge_dropped=config.vocabulary.teacher_mass == "merge",
         is_cached=stage.cached,
         form=form,
-        num_labels=len(task.task.labels) if task is not None else 0,
         masked=stage.masking[0],
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=stage.training.gradient_checkpointing,
@@ -278,9 +277,7 @@ def _disk(plan: Plan, store: TokenStore | None) -> dict[str, float | None]:
     if "pretraining" in cached_stages(plan.config, plan.method):
         teacher = plan.config.teacher
         assert teacher.cache is not None, "a stage is cached somewhere"
-        cache = TeacherCache(
-            Path(teacher.cache), (), width=head_width(plan), dtype=teacher.dtype, bits=teacher.cache_bits, made_from={}
-        )
+        cache = TeacherCache(Path(teacher.cache), (), width=head_width(plan), dtype=teacher.dtype, made_from={})
         a_token = float(cache.token_bytes * (plan.config.pretraining.num_maskings or 1))
         disk["teacher.cache, corpus"] = store.num_tokens * a_token if store is not None else None
         disk["teacher.cache, a token"] = a_token

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +26,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
 from glmd.data.batches import Batch
-from glmd.data.masking import IGNORED
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import LM_SIGNALS, Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import final_linear
 from glmd.models.loading import language_model_class
+from glmd.tasks.forms import TaskForm, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
 aten = torch.ops.aten
@@ -60,8 +61,7 @@ class Cast:
     teacher_dtype: str = "float32"
     merge_dropped: bool = False
     is_cached: bool = False
-    form: Literal["classes", "choices", "words"] | None = None
-    num_labels: int = 2
+    form: TaskForm | None = None
     masked: float = 0.0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
@@ -89,11 +89,14 @@ class Step:
 
     def __init__(self, cast: Cast) -> None:
         self.cast, objective = cast, cast.objective
+        logits = cast.form.logits if cast.form is not None else class_logits
         asks_task = objective.uses("task_logits", "task_labels")
         words, task = _models(cast, cast.student, torch.float32, objective.uses(*LM_SIGNALS), asks_task)
         kept = np.arange(cast.student.vocab_size)
         vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
-        self.distiller = Distiller(objective, vocabulary.token_map, language_model=words, classifier=task)
+        self.distiller = Distiller(
+            objective, vocabulary.token_map, language_model=words, classifier=task, task_logits=logits
+        )
         self.distiller.train()
         if cast.gradient_checkpointing:
             self.distiller.recompute_activations()
@@ -103,7 +106,7 @@ class Step:
             asked = objective.uses("lm_logits"), objective.uses("task_logits")
             words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), *asked)
             self.teacher = OnlineTeacher(
-                words if asked[0] else None, task, vocabulary, merge_dropped=cast.merge_dropped
+                words if asked[0] else None, task, vocabulary, merge_dropped=cast.merge_dropped, task_logits=logits
             )
 
     def teach(self, batch: Batch) -> TeacherOutputs:
@@ -112,14 +115,14 @@ class Step:
             return TeacherOutputs()
         if not self.cast.is_cached:
             return self.teacher(batch)
-        hidden, weight, device = None, self.teacher.weight, batch["input_ids"].device
-        if weight is not None:
-            hidden = weight.new_empty(int(batch["attention_mask"].sum()), weight.shape[1])
-        classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.num_labels
-        answers = torch.zeros(len(batch["example_id"]), classes, device=device)
-        return TeacherOutputs(
-            hidden, weight, self.teacher.bias, self.teacher.merged_into, answers, self.teacher.scaling
-        )
+        hidden, head, device = None, self.teacher.head, batch["input_ids"].device
+        if head is not None:
+            hidden = head.weight.new_empty(int(batch["attention_mask"].sum()), head.weight.shape[1])
+        answers = None
+        if self.cast.form is not None:
+            classes = int(batch["num_choices"][0]) if "num_choices" in batch else len(self.cast.form.task.labels)
+            answers = torch.zeros(len(batch["example_id"]), classes, device=device)
+        return TeacherOutputs(hidden, head, answers)
 
     def learn(self, batch: Batch, outputs: TeacherOutputs) -> None:
         """The student's forward, the loss and the backward."""
@@ -132,19 +135,16 @@ class Step:
 
 def _models(cast: Cast, config: Any, dtype: torch.dtype, words: bool, task: bool) -> tuple[Any, Any]:
     """(language model, task model), None for one that is not needed; words in a blank are asked of the first."""
-    from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
-
-    in_blank, language_model = task and cast.form == "words", None
-    if words or in_blank:
+    own_head, language_model = cast.form is not None and cast.form.has_own_head, None
+    if words or (task and not own_head):
         language_model = language_model_class(config).from_config(config, dtype=dtype)
         language_model.tie_weights()  # which is left out with the drawing of weights
-    if not task or in_blank:
-        return language_model, language_model if in_blank else None
+    if not task or not own_head:
+        return language_model, language_model if task else None
+    assert cast.form is not None, "a task has a form"
     config = copy.deepcopy(config)
-    if cast.form == "classes":
-        config.num_labels = cast.num_labels
-    auto_class: Any = AutoModelForMultipleChoice if cast.form == "choices" else AutoModelForSequenceClassification
-    return language_model, auto_class.from_config(config, dtype=dtype)
+    config.num_labels = max(1, len(cast.form.task.labels))
+    return language_model, cast.form.model_class(config).from_config(config, dtype=dtype)
 
 
 def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
@@ -153,17 +153,11 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
     if cast.masked:
-        batch["lm_labels"] = torch.full_like(ids, IGNORED)
+        batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     if cast.form is not None:
         batch["labels"] = torch.zeros_like(batch["example_id"])
-    if cast.form == "words":
-        batch["blank_ids"] = torch.full_like(ids, IGNORED)
-        batch["blank_ids"][:, 1] = 1
-    if choices > 1 or cast.form == "choices":
-        batch["num_choices"] = torch.full((examples,), choices)
-    elif cast.form == "words":
-        batch["verbalizers"] = torch.arange(cast.num_labels).expand(examples, -1)
+        batch |= cast.form.dummy(examples, choices, length)
     return batch
 
 
@@ -198,11 +192,11 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         chunk = chunk_bytes(cast, tokens, words, fused_attention)
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
         loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
-    head = [] if step.teacher is None else [step.teacher.weight, step.teacher.bias]
+    head = None if step.teacher is None else step.teacher.head
     whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
     return Count(
         teacher=_bytes(whole),
-        head=sum(each.nbytes for each in head if each is not None),
+        head=0 if head is None else sum(each.nbytes for each in (head.weight, head.bias) if each is not None),
         student=student,
         student_gathered=_gathered(step.distiller),
         optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps

@@ -1,27 +1,65 @@
-"""Words in a blank: which ids fill it, and how a model is asked for them, by mask tokens or as a continuation.
+"""A task as a cloze: which ids fill it, how a masked or causal LM reads it, and what its logits are.
 
-rows, cut = continuations(examples, tokenizer, max_length=256)     # for a causal LM; a masked one gets masks
+rows = cloze_rows(examples, tokenizer, max_length=256)             # mask tokens for a masked LM
+rows = continuation_rows(examples, tokenizer, max_length=256)      # text to go on from for a causal one
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from glmd.data.blocks import block_frame
-from glmd.data.masking import IGNORED
 from glmd.errors import ConfigError, DataError
+from glmd.losses.head import Head
+from glmd.losses.labels import IGNORED_LABEL
+from glmd.tasks.rows import Rows, encoded, has_pairs
 from glmd.tasks.tasks import BLANK, Task, TaskExample
 
 
-def continuations(
-    examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int
-) -> tuple[list[dict[str, np.ndarray]], list[bool]]:
-    """A row for each text of each example, for a model that says each token from those before; and whether it was cut.
+def cloze_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+    """Rows for a masked LM: the cloze becomes mask tokens, one for each token that fills it.
+
+    `cloze_ids` of a row have there the ids that fill it (0 for a verbalizer), elsewhere -100. The text without the
+    cloze loses its end at max_length. Raises DataError where the cloze would be truncated.
+    """
+    refuse_masks(examples, tokenizer)
+    fillings = candidate_ids(examples, tokenizer)
+    owners = [(example, choice) for example in examples for choice in range(len(example.texts))]
+    given = [example.texts[choice] for example, choice in owners]
+    firsts, seconds = (
+        [with_masks(pair[side] or "", filling, tokenizer) for pair, filling in zip(given, fillings, strict=True)]
+        for side in (0, 1)
+    )
+    in_first, paired = BLANK in given[0][0], has_pairs(examples)
+    truncation = "longest_first" if not paired else "only_second" if in_first else "only_first"
+    try:
+        rows = encoded(firsts, seconds if paired else None, tokenizer, max_length, truncation)
+    except Exception as error:  # the tokenizers library has no class of its own for it
+        kept = tokenizer(firsts if in_first else seconds, add_special_tokens=False, verbose=False)["input_ids"]
+        longest = int(np.argmax([len(ids) for ids in kept]))
+        found = f"the text around the blank has {len(kept[longest])} tokens"
+        where = place(owners[longest][0])
+        raise DataError(f"{where}: {found}, too many for max_length {max_length}; give a larger one") from error
+    for row, filling, (example, choice) in zip(rows.tokens, fillings, owners, strict=True):
+        places = row["input_ids"] == tokenizer.mask_token_id
+        expected = filling * sum((part or "").count(BLANK) for part in example.texts[choice])
+        if places.sum() != len(expected):
+            found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
+            raise DataError(f"{place(example)}: {found}; give a larger max_length")
+        row["cloze_ids"] = np.full(len(places), IGNORED_LABEL, dtype=np.int32)
+        row["cloze_ids"][places] = expected
+    return rows
+
+
+def continuation_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+    """Rows for a model that predicts each token from those before it.
 
     The text with the blank comes last, whatever its place in the pair, after a line end; the other loses its end at
-    max_length. A row's `blank_ids` stand one place early, where the model says them: of a candidate those of its tokens
+    max_length. A row's `cloze_ids` stand one place early, where the model says them: of a candidate those of its tokens
     and of all that follows the blank (arXiv:1806.02847, partial scoring); a 0 where a verbalizer would come next, after
     which the text ends, as nothing later bears on it. Raises DataError where the asking text alone is too long.
     """
@@ -56,10 +94,10 @@ def continuations(
                 f"{place(example)}: nothing stands before the blank for a causal model to go on from; write text there"
             )
         cut.append(len(given) > room)
-        blank_ids = np.full(len(row), IGNORED, dtype=np.int32)
-        blank_ids[first_scored : first_scored + max(1, len(scored))] = scored or [0]
-        rows.append({"input_ids": row, "blank_ids": blank_ids})
-    return rows, cut
+        cloze_ids = np.full(len(row), IGNORED_LABEL, dtype=np.int32)
+        cloze_ids[first_scored : first_scored + max(1, len(scored))] = scored or [0]
+        rows.append({"input_ids": row, "cloze_ids": cloze_ids})
+    return Rows(rows, cut, {})
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -136,3 +174,20 @@ def place(example: TaskExample) -> str:
 def with_masks(text: str, filling: list[int], tokenizer: Any) -> str:
     # The space before a blank belongs to what fills it (`ids_in_text`); not every mask token takes it along.
     return re.sub(f" ?{BLANK}", tokenizer.mask_token * len(filling), text)
+
+
+def cloze_logits(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: Head) -> Tensor:
+    """From hidden states (R, S, H): (B, C) logits of the verbalizers, or (R, 1) log-probabilities of the candidates."""
+    is_blank = batch["cloze_ids"] >= 0
+    in_blank = hidden[is_blank]
+    if "verbalizers" in batch:
+        words = batch["verbalizers"] if token_map is None else token_map[batch["verbalizers"]]
+        logits = (in_blank[:, None] * linear.weight[words]).sum(-1)
+        return linear.scaling(logits if linear.bias is None else logits + linear.bias[words])
+    ids = batch["cloze_ids"][is_blank]
+    words = ids if token_map is None else token_map[ids]
+    logits = linear.logits(in_blank)
+    of_tokens = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, words[:, None])
+    rows = is_blank.nonzero()[:, 0]
+    sums = of_tokens.new_zeros(len(hidden), 1).index_add(0, rows, of_tokens)
+    return sums / is_blank.sum(1, keepdim=True) if "mean_over_tokens" in batch else sums

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from glmd.data.oddities import Oddities
-from glmd.errors import DataError
-from glmd.strict_yaml import suggestion
+from glmd.errors import DataError, suggestion
 from glmd.tasks.noun_phrases import OPENERS, noun_phrases
 
 Form = Literal["flat", "axg", "copa", "multirc", "record", "wic", "wsc"]

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from glmd.data.oddities import Oddities
 from glmd.data.tables import Place, Split, open_split
-from glmd.errors import ConfigError, DataError
-from glmd.strict_yaml import build, configs_root, load_yaml, named_file, suggestion
+from glmd.errors import ConfigError, DataError, suggestion
+from glmd.strict_yaml import build, configs_root, load_yaml, named_file
 from glmd.tasks.superglue import Form, checked, flat_rows
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ Label = str | bool | int
 NO_LABEL = -1  # the hub's sign for a hidden label; null is another
 
 
-Casting = Literal["head", "cloze"]
 # Stands in an example's text for the blank. A noncharacter of Unicode: no text has it.
 BLANK = "\ufdd0"
 # What {choice} and {blank} of a template stand for is no field of a row.
@@ -48,7 +47,7 @@ class Cloze:
     text_pair: str | None = None  # the one without the blank loses its end at max_length
     verbalizers: tuple[
         str, ...
-    ] = ()  # what fills the blank for each label: one token each. Candidates fill it themselves
+    ] = ()  # what fills the blank for each label: one token each; candidates fill it themselves
     mean_over_tokens: bool = False  # a candidate's score: the mean of its tokens' log-probabilities, not their sum
 
 
@@ -76,7 +75,7 @@ class Task:
     asks_first: bool = False  # a row asks only whether its first candidate is the right one: the second of the labels
     group_by: tuple[str, ...] = ()  # fields whose values make an example's group, for metrics over groups
     cloze: Cloze | None = None  # the task's other form
-    casting: Casting = "head"  # which of the two it is asked in; a run's choice
+    casting: str = "head"  # how it is put to a model, a key of tasks.forms.CASTINGS; a run's choice
 
     @property
     def is_choice(self) -> bool:
@@ -230,8 +229,8 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in (configs_root() / "tasks").glob("*.yaml"))
 
 
-def load_task(name_or_path: str | Path, casting: Casting = "head") -> Task:
-    """A task of `task_names()`, in any case, or the YAML at a path, in one of its two forms.
+def load_task(name_or_path: str | Path, casting: str = "head") -> Task:
+    """A task of `task_names()`, in any case, or the YAML at a path, as `casting` casts it.
 
     Raises ConfigError naming file and key, or where the task has no such form.
     """

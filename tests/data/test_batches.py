@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, class_form, cloze_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
-from glmd.data.masking import IGNORED, Masking, masking_for
+from glmd.data.masking import Masking, masking_for
 from glmd.data.sampling import StepPlan, evaluation_batches, example_order, step_batches
 from glmd.data.token_store import TokenStore, build_token_store
 from glmd.errors import ConfigError, DataError
+from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.cloze import candidate_ids, verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import BLANK, Cloze, Task, TaskExample, load_task
@@ -52,7 +53,7 @@ def masking(probability: float = 0.15, seed: int = 0) -> Masking:
     return Masking(probability, MASK, SPECIAL, ORDINARY, seed)
 
 
-STRATEGIES = ("random", "batch_rebalance", "group_by_length")
+STRATEGIES = ("random", "group_by_length")
 
 
 def plan_of(
@@ -102,14 +103,6 @@ def test_every_layout_of_a_global_batch_sees_the_same_examples_in_each_step(
         assert step_sets(layout, num_examples, steps, strategy) == expected
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_rebalanced_batches_train_on_what_random_ones_do_in_each_step(num_examples: int, steps: int) -> None:
-    for layout in LAYOUTS:
-        rebalanced = step_sets(layout, num_examples, steps, "batch_rebalance")
-        assert rebalanced == step_sets(layout, num_examples, steps)
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fewer_processes_take_the_same_micro_batches_by_accumulation(strategy: str) -> None:
     """What `elastic` stands on: which texts share a micro-batch, and its number, which seeds dropout."""
@@ -144,10 +137,8 @@ def pads(plan: StepPlan, steps: int) -> int:
 
 def test_texts_of_like_length_together_leave_few_pads() -> None:
     found = {strategy: pads(plan_of(400, 4, 4, strategy=strategy), 100) for strategy in STRATEGIES}  # four epochs
-    assert found["batch_rebalance"] < 0.5 * found["random"]
     assert found["group_by_length"] < 0.25 * found["random"]
     alone = {strategy: pads(plan_of(400, 16, strategy=strategy), 100) for strategy in STRATEGIES}
-    assert alone["batch_rebalance"] == alone["random"], "one micro-batch is not shared out"
     assert alone["group_by_length"] < 0.4 * alone["random"]
 
 
@@ -187,19 +178,19 @@ def test_a_tokens_corruption_does_not_depend_on_what_follows_in_other_examples(b
 def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
     n = 200_000
     ids = np.random.default_rng(0).choice(ORDINARY, n)
-    masked, labels = masking(0.15)(ids, (0, 0))
-    chosen = labels != IGNORED
+    read, labels = masking(0.15)(ids, (0, 0))
+    chosen = labels != IGNORED_LABEL
 
     def near(count: int, total: int, share: float) -> bool:
         return abs(count - share * total) < 5 * (share * (1 - share) * total) ** 0.5
 
-    masked, stayed = masked[chosen] == MASK, masked[chosen] == ids[chosen]
+    masked, stayed = read[chosen] == MASK, read[chosen] == ids[chosen]
     total = int(chosen.sum())
     assert near(total, n, 0.15)
     assert near(int(masked.sum()), total, 0.8)
     # A random token is the old one once in len(ORDINARY) draws.
     assert near(int(stayed.sum()), total, 0.1 + 0.1 / len(ORDINARY))
-    drawn = Counter(masked[chosen][~masked & ~stayed].tolist())
+    drawn = Counter(read[chosen][~masked & ~stayed].tolist())
     assert set(drawn) == set(ORDINARY.tolist())
     assert all(near(count, sum(drawn.values()), 1 / len(ORDINARY)) for count in drawn.values())
 
@@ -209,7 +200,7 @@ def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stay
 def test_labels_lie_where_a_token_was_chosen_and_special_tokens_never_are(ids: list[int], p: float, seed: int) -> None:
     before = np.array(ids)
     masked, labels = masking(p, seed)(before, (0, seed))
-    chosen = labels != IGNORED
+    chosen = labels != IGNORED_LABEL
     assert np.array_equal(labels[chosen], before[chosen])
     assert np.array_equal(masked[~chosen], before[~chosen])
     assert not np.isin(before[chosen], SPECIAL).any()
@@ -267,21 +258,21 @@ def test_a_task_example_is_a_pair_with_its_label_and_truncation_is_counted(token
         TaskExample(i, ((words(tokenizer, a), words(tokenizer, b)),), i % 2) for i, (a, b) in enumerate(lengths)
     ]
     examples[0] = TaskExample(0, examples[0].texts, None)
-    data = TaskDataset(examples, tokenizer, max_length=12)  # three special tokens, nine words
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=12)  # three special tokens, nine words
     assert data.truncated == 3
     assert [len(data[0, i]["input_ids"]) for i in range(5)] == [8, 12, 12, 12, 12]
-    assert [data[0, i]["labels"] for i in range(5)] == [IGNORED, 1, 0, 1, 0]
+    assert [data[0, i]["labels"] for i in range(5)] == [IGNORED_LABEL, 1, 0, 1, 0]
     # Of a pair the longer sentence loses tokens.
     assert [int(data[0, i]["token_type_ids"].sum()) for i in range(5)] == [3, 3, 8, 5, 5]
 
 
 def test_a_corrupted_task_example_keeps_its_stored_tokens(tokenizer: Any) -> None:
     examples = [TaskExample(0, ((words(tokenizer, 20), None),), 1)]
-    clean = TaskDataset(examples, tokenizer, max_length=32)[0, 0]["input_ids"]
-    data = TaskDataset(examples, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
+    clean = TaskDataset(examples, class_form(), tokenizer, max_length=32)[0, 0]["input_ids"]
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     for epoch in range(3):
         example = data[epoch, 0]
-        chosen = example["lm_labels"] != IGNORED
+        chosen = example["lm_labels"] != IGNORED_LABEL
         assert np.array_equal(np.where(chosen, example["lm_labels"], example["input_ids"]), clean)
         assert not chosen[0] and not chosen[-1], "[CLS] and [SEP] stay"
 
@@ -301,7 +292,7 @@ def choosing(tokenizer: Any, *counts: int) -> list[TaskExample]:
 
 def test_the_choices_of_an_example_are_rows_of_the_batch_one_after_another(tokenizer: Any) -> None:
     examples = choosing(tokenizer, 2, 3, 1)
-    data = TaskDataset(examples, tokenizer, max_length=32)
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=32)
     assert len(data) == 3
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in (1, 2, 0)])
     expected = [tokenizer(*examples[i].texts[choice])["input_ids"] for i in (1, 2, 0) for choice in range((2, 3, 1)[i])]
@@ -314,7 +305,7 @@ def test_the_choices_of_an_example_are_rows_of_the_batch_one_after_another(token
 def test_each_choice_is_corrupted_by_draws_of_its_own(tokenizer: Any) -> None:
     texts = ((words(tokenizer, 20), None),) * 2
     examples = [TaskExample(0, texts, 0, choices=("a", "b"))]
-    data = TaskDataset(examples, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
+    data = TaskDataset(examples, class_form(), tokenizer, max_length=32, masking=masking_for(tokenizer, 0.5, seed=0))
     first, second = data[0, 0]["lm_labels"]
     assert not np.array_equal(first, second)
     assert np.array_equal(first, data[0, 0]["lm_labels"][0]), "and the same ones whenever it is asked for"
@@ -328,7 +319,10 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
     ordinary = words(tokenizer, 4)
     first, second, third, _ = ordinary.split()
     data = TaskDataset(
-        asked(tokenizer, f"{first} {BLANK} .", None, (second, f"{third} {first}")), tokenizer, max_length=16
+        asked(tokenizer, f"{first} {BLANK} .", None, (second, f"{third} {first}")),
+        cloze_form(),
+        tokenizer,
+        max_length=16,
     )
     batch = Collate(tokenizer.pad_token_id)([data[0, 0]])
     number = tokenizer.convert_tokens_to_ids
@@ -337,8 +331,8 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
         [cls, number(first), mask, dot, sep, tokenizer.pad_token_id],
         [cls, number(first), mask, mask, dot, sep],
     ]
-    none = IGNORED
-    assert batch["blank_ids"].tolist() == [
+    none = IGNORED_LABEL
+    assert batch["cloze_ids"].tolist() == [
         [none, none, number(second), none, none, none],
         [none, none, number(third), number(first), none, none],
     ]
@@ -348,11 +342,12 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
 @pytest.mark.parametrize("blank_first", [True, False])
 def test_of_a_pair_only_the_text_without_the_blank_is_cut(tokenizer: Any, blank_first: bool) -> None:
     blank, other = f"{words(tokenizer, 4)} {BLANK} .", words(tokenizer, 20)
+    two = words(tokenizer, 2).split()
     examples = asked(tokenizer, *((blank, other) if blank_first else (other, blank)))
-    data = TaskDataset(examples, tokenizer, max_length=14, verbalizers=(7, 9))
+    data = TaskDataset(examples, cloze_form(*two), tokenizer, max_length=14)
     row = data[0, 0]
     assert len(row["input_ids"]) == 14 and data.truncated == 1
-    assert (row["blank_ids"] == 0).sum() == 1 and row["verbalizers"].tolist() == [7, 9]
+    assert (row["cloze_ids"] == 0).sum() == 1 and row["verbalizers"].tolist() == tokenizer.convert_tokens_to_ids(two)
     segment = row["token_type_ids"][row["input_ids"] == tokenizer.mask_token_id]
     assert segment.tolist() == [0 if blank_first else 1]
     ids = [token for token in row["input_ids"] if token not in tokenizer.all_special_ids]
@@ -372,10 +367,10 @@ def test_a_blank_that_is_cut_off_is_refused_by_its_line(tokenizer: Any, text: st
     fine, long = asked(tokenizer, f"a {BLANK}", pair and "b"), asked(tokenizer, text, pair)
     long = [dataclasses.replace(long[0], where="rows.jsonl:8")]
     if pair and len(pair) > 2:
-        assert TaskDataset([*fine, *long], tokenizer, max_length=12).truncated == 1
+        assert TaskDataset([*fine, *long], cloze_form(), tokenizer, max_length=12).truncated == 1
         return
     with pytest.raises(DataError, match=r"^rows.jsonl:8: .* max_length 12; give a larger") as caught:
-        TaskDataset([*fine, *long, *fine], tokenizer, max_length=12)
+        TaskDataset([*fine, *long, *fine], cloze_form(), tokenizer, max_length=12)
     assert "\n" not in str(caught.value)
 
 
@@ -393,15 +388,15 @@ def test_a_text_with_a_mask_token_of_its_own_is_refused_in_a_blank_and_not_under
     tokenizer: Any, text: str, pair: str | None, choices: tuple[str, ...]
 ) -> None:
     with pytest.raises(DataError, match=r"^example 0 \(idx 31\): the text holds \[MASK\], which the model would take"):
-        TaskDataset(asked(tokenizer, text, pair, choices), tokenizer, max_length=12)
-    assert TaskDataset(asked(tokenizer, "a [MASK]", "b"), tokenizer, max_length=12).rows
+        TaskDataset(asked(tokenizer, text, pair, choices), cloze_form(), tokenizer, max_length=12)
+    assert TaskDataset(asked(tokenizer, "a [MASK]", "b"), class_form(), tokenizer, max_length=12).rows
 
 
 def test_a_verbalizer_is_one_known_token(tokenizer: Any) -> None:
     yes, no = words(tokenizer, 2).split()
 
     def task(*verbalizers: str) -> Task:
-        cloze = Cloze("{premise} {blank}", words=verbalizers)
+        cloze = Cloze("{premise} {blank}", verbalizers=verbalizers)
         return dataclasses.replace(load_task("RTE"), cloze=cloze, casting="cloze")
 
     assert verbalizer_ids(task(yes, no), tokenizer) == tuple(tokenizer.convert_tokens_to_ids([yes, no]))
@@ -419,19 +414,19 @@ def test_a_blank_stands_where_its_words_would_whatever_the_mask_token_does_to_sp
     tokenizer = FAMILIES[family]()
     tokenizer.add_special_tokens({"mask_token": AddedToken("<gap>", lstrip=lstrip, special=True)})
     words = ("light dark", "quickest")
-    data = TaskDataset(asked(tokenizer, f"the cat {BLANK} sang.", None, words), tokenizer, max_length=40)
+    data = TaskDataset(asked(tokenizer, f"the cat {BLANK} sang.", None, words), cloze_form(), tokenizer, max_length=40)
     for row, choice in zip(data.rows, words, strict=True):
         running = tokenizer(f"the cat {choice} sang.")["input_ids"]
-        filled = np.where(row["blank_ids"] >= 0, row["blank_ids"], row["input_ids"])
+        filled = np.where(row["cloze_ids"] >= 0, row["cloze_ids"], row["input_ids"])
         assert filled.tolist() == running
-        assert (row["input_ids"] == tokenizer.mask_token_id).sum() == (row["blank_ids"] >= 0).sum() > 0
+        assert (row["input_ids"] == tokenizer.mask_token_id).sum() == (row["cloze_ids"] >= 0).sum() > 0
 
 
 @pytest.mark.parametrize("family", ["roberta", "xlm-r"])
 def test_words_in_a_blank_are_those_of_a_text_and_not_of_its_beginning(family: str) -> None:
     """Byte pairs tell a word after a space from one at the beginning of a text; what is asked is within one."""
     tokenizer = FAMILIES[family]()
-    cloze = Cloze("{premise} {blank} {hypothesis}", words=("light", "dark"))
+    cloze = Cloze("{premise} {blank} {hypothesis}", verbalizers=("light", "dark"))
     task = dataclasses.replace(load_task("RTE"), cloze=cloze, casting="cloze")
     ids = verbalizer_ids(task, tokenizer)
     within = tokenizer("the light dark cat", add_special_tokens=False)["input_ids"]
@@ -453,7 +448,7 @@ def test_a_batch_is_padded_to_its_longest_example_and_the_mask_says_where() -> N
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[2, 9, 3, 1, 1], [2, 8, 7, 6, 3]],
         "token_type_ids": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
-        "lm_labels": [[2, 9, 3, IGNORED, IGNORED], [2, 8, 7, 6, 3]],
+        "lm_labels": [[2, 9, 3, IGNORED_LABEL, IGNORED_LABEL], [2, 8, 7, 6, 3]],
         "labels": [0, 1],
         "example_id": [10, 11],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
@@ -504,7 +499,7 @@ def test_evaluation_sees_each_example_once_over_all_ranks(blocks: BlockDataset, 
 def test_evaluation_of_a_task_takes_texts_of_like_length_together(tokenizer: Any, batch_size: int, world: int) -> None:
     rng, words = np.random.default_rng(0), [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) == 4]
     examples = [TaskExample(i, ((" ".join(rng.choice(words, int(rng.integers(1, 12)))), None),), 0) for i in range(20)]
-    data, seen, padded = TaskDataset(examples, tokenizer, max_length=16), [], 0
+    data, seen, padded = TaskDataset(examples, class_form(), tokenizer, max_length=16), [], 0
     for rank in range(world):
         for batch in evaluation_batches(data, Collate(0), batch_size=batch_size, rank=rank, world_size=world):
             seen += batch["example_id"].tolist()

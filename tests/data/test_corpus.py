@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glmd.data import corpus
+from glmd.data import corpus, token_store
 from glmd.data.corpus import corpus_fingerprint, read_documents, require_corpus
 from glmd.data.token_store import build_token_store, open_token_store
 from glmd.errors import DataError, ModelError, RunError
@@ -234,7 +234,7 @@ def test_many_documents_keep_their_order_over_batches(tmp_path, tokenizer):
 
 def test_batches_are_cut_by_text_and_by_number():
     texts = ["a" * n for n in (5, 5, 1, 1, 1, 1, 30, 2)]
-    sizes = [[len(text) for text in batch] for batch in corpus._batches(texts, characters=10, length=3)]
+    sizes = [[len(text) for text in batch] for batch in token_store._batches(texts, characters=10, length=3)]
     assert sizes == [[5, 5], [1, 1, 1], [1, 30], [2]]
 
 
@@ -335,7 +335,7 @@ def test_a_store_of_the_same_origin_is_reused(tmp_path, trees, tokenizer, monkey
     moved.parent.mkdir()
     Path(trees).rename(moved)
     tokenizer("oak elm", truncation=True, max_length=1)  # leaves a trace in the tokenizer that is none of ours
-    monkeypatch.setattr(corpus, "_write_store", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(token_store, "_write_store", lambda *_: pytest.fail("tokenized again"))
     assert build_token_store(tmp_path / "store", [str(moved)], make_tokenizer()).tokens.tolist() == TREES
 
 
@@ -448,8 +448,9 @@ def test_a_build_killed_anywhere_leaves_no_store_or_the_whole_one(tmp_path, toke
 
         os.replace = counted
         if point == "in a batch":
-            encode = corpus.encode_texts
-            corpus.encode_texts = lambda t, texts: calls.append(0) or (die() if len(calls) == 4 else encode(t, texts))
+            encode = token_store.encode_texts
+            die_late = lambda t, texts: calls.append(0) or (die() if len(calls) == 4 else encode(t, texts))  # noqa: E731
+            token_store.encode_texts = die_late
         build_token_store(folder, [str(source)], tokenizer)
         die()
 

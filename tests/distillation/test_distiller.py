@@ -23,6 +23,8 @@ from transformers import (
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import Ensemble, OnlineTeacher, TeacherOutputs
+from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import load_task
 from glmd.vocabulary.vocabulary import Vocabulary
 
 V, C = 30, 3
@@ -141,7 +143,7 @@ def plain_loss(term: Term, distiller: Distiller, teacher: OnlineTeacher, batch: 
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
     mapped = {**source, "input_ids": torch.from_numpy(TOKEN_MAP)[batch["input_ids"]]}
     temperature = term.options.get("temperature", 1.0)
-    if term.signal.startswith("word"):
+    if term.signal.startswith("lm_"):
         student_logits = distiller.language_model(**mapped).logits
         teacher_logits = teacher.language_model(**source).logits[..., KEPT]
         mask = batch["attention_mask"].bool()
@@ -363,8 +365,8 @@ def test_a_teacher_with_both_heads_reads_the_fine_tuned_backbone_and_learns_noth
     outputs = model(inputs)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert_same(outputs.task_logits, classifier(**given).logits.float())
-    assert outputs.hidden_states is not None and outputs.head_weight is not None
-    logits = outputs.hidden_states @ outputs.head_weight.T + outputs.head_bias
+    assert outputs.hidden_states is not None and outputs.head is not None
+    logits = outputs.head.logits(outputs.hidden_states)
     assert_same(logits, language_model(**given).logits[inputs["attention_mask"].bool()][:, KEPT])
     assert not any(p.requires_grad for m in (language_model, classifier) for p in m.parameters())
     assert not outputs.hidden_states.requires_grad and not language_model.training and not classifier.training
@@ -381,13 +383,14 @@ def test_choices_are_distilled_like_the_plain_softmax_over_each_examples_own() -
     task, hard = Term("task_logits", "kl_divergence", options={"temperature": 3.0}), TASK_LABELS
     student = model_of(BertForMultipleChoice, len(KEPT), 1, seed=3)
     source = model_of(BertForMultipleChoice, V, 2, seed=1)
-    teacher_of_choices = OnlineTeacher(None, source, VOCABULARY)
+    form = task_form(load_task("COPA"), causal=False)
+    teacher_of_choices = OnlineTeacher(None, source, VOCABULARY, task_logits=form.logits)
     data = batch() | {
         "num_choices": torch.tensor([1, 3]),
         "labels": torch.tensor([0, 2]),
         "example_id": torch.arange(2),
     }
-    distiller = Distiller(Objective((task, hard)), TOKEN_MAP, classifier=student)
+    distiller = Distiller(Objective((task, hard)), TOKEN_MAP, classifier=student, task_logits=form.logits)
     loss = loss_of(distiller, teacher_of_choices, data)
 
     def scores(model: nn.Module, ids: Tensor, start: int, stop: int) -> Tensor:

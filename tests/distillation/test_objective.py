@@ -1,6 +1,7 @@
 """Methods as YAML, and an objective's masks, counts, means and weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,10 @@ def test_a_method_of_ones_own_is_a_path(write: Write) -> None:
     assert load_method(str(path)) == {"pretraining": Objective((first, second))}
 
 
-def test_count_positions_reaches_every_stage() -> None:
-    assert all(objective.count_positions for objective in load_method("glmd", count_positions=True).values())
+def test_gkd_compat_is_an_option_of_a_term(write: Write) -> None:
+    given = "{signal: lm_logits, loss: mse, gkd_compat: true}"
+    path = write("mine.yaml", f"pretraining: [{given}]\ntask_lm: [{GOOD}]")
+    assert [each.terms[0].gkd_compat for each in load_method(str(path)).values()] == [True, False]
 
 
 GOOD = "{signal: lm_logits, loss: kl_divergence}"
@@ -97,6 +100,8 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
         ("task_lm: [{signal: lm_logits, loss: mse, temperature: 2}]", "[0].temperature has no effect", "weight"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temprature: 2}]", "[0].temprature", "temperature?"),
         ("task_soft_labels: [{signal: task_logits, loss: mse, tokens: all}]", "[0].tokens has no effect", "weight"),
+        ("task_lm: [{signal: task_logits, loss: mse, gkd_compat: true}]", "[0].gkd_compat has no effect", "weight"),
+        ("task_lm: [{signal: lm_logits, loss: mse, gkd_compat: 1}]", "[0].gkd_compat must be true or false", "1"),
         ("pretraining: [{signal: lm_labels, loss: hard_cross_entropy, tokens: all}]", "[0].tokens has no eff", ""),
         ("task_lm: [{signal: lm_logits, loss: mse, tokens: mask}]", "[0].tokens must be one of all, masked", ""),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: 0}]", "[0].temperature", "above 0"),
@@ -154,9 +159,10 @@ def test_each_term_counts_what_its_mean_runs_over() -> None:
     assert counts.tolist() == [9, 3, 3, 3, 2]
 
 
-def test_count_positions_counts_pads_for_lm_logits_alone() -> None:
-    objective = Objective((WORDS, MASKED, LABELS, TASK, TASK_LABELS), count_positions=True)
-    assert objective.counts(batch()).tolist() == [12, 12, 3, 3, 2]
+def test_with_gkd_compat_a_term_counts_pads_too_and_the_others_do_not() -> None:
+    words, masked = (replace(term, gkd_compat=True) for term in (WORDS, MASKED))
+    assert Objective((words, masked, LABELS, TASK, TASK_LABELS)).counts(batch()).tolist() == [12, 12, 3, 3, 2]
+    assert Objective((words, MASKED)).counts(batch()).tolist() == [12, 3]
 
 
 def test_an_objective_knows_what_it_uses_and_whether_it_needs_corruption() -> None:
@@ -177,15 +183,15 @@ def published_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: 
     return temperature**2 * kl.mean()
 
 
-def test_count_positions_reproduces_the_published_reduction() -> None:
+def test_gkd_compat_reproduces_the_published_reduction() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 4, 30, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
     student.requires_grad_()
     inputs = batch()
     valid = inputs["attention_mask"].bool()
     expected = published_loss(student, teacher, inputs["attention_mask"], 15.0)
-    for count_positions, factor in ((True, 1.0), (False, 12 / 9)):
-        objective = Objective((WORDS,), count_positions)
+    for gkd_compat, factor in ((True, 1.0), (False, 12 / 9)):
+        objective = Objective((replace(WORDS, gkd_compat=gkd_compat),))
         values = LOGIT_LOSSES["kl_divergence"](student[valid], teacher[valid], temperature=15.0)
         loss = objective.total(objective.means(values.sum()[None], objective.counts(inputs)), 0.0)
         torch.testing.assert_close(loss, expected * factor)

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections import namedtuple
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import class_form, cloze_form
 
 import glmd.training.trainer
 from glmd.cli import main
@@ -18,14 +20,15 @@ from glmd.config import TeacherConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.masking import masking_for
 from glmd.data.sampling import StepPlan, step_batches
-from glmd.distillation.cached_teacher import CachedTeacher, digests, packed, unpacked
+from glmd.distillation.cached_teacher import CachedTeacher, digests
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, DataError, NumericsError, RunError
 from glmd.models.loading import load_language_model
 from glmd.pipeline.run import run
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import BLANK, TaskExample
+from glmd.tasks.forms import TaskForm, task_form
+from glmd.tasks.tasks import BLANK, TaskExample, load_task
 from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -76,12 +79,16 @@ def examples_of(form: str, words: list[str]) -> list[TaskExample]:
     return [*found, replace(found[0], example_id=29, label=1)]
 
 
-def dataset(form: str, tokenizer: Any, words: list[str], **options: Any) -> TaskDataset:
+def task_form_of(form: str, words: Sequence[str] = ("light", "dark")) -> TaskForm:
     if form == "labels in a blank":
-        options["verbalizers"] = tokenizer.convert_tokens_to_ids(words[:2])
+        return cloze_form(*words[:2])
     if form == "candidates in a blank":
-        options["mean_over_tokens"] = True
-    return TaskDataset(examples_of(form, words), tokenizer, max_length=24, **options)
+        return cloze_form(mean=True)
+    return class_form() if form == "pairs" else task_form(load_task("COPA"), causal=False)
+
+
+def dataset(form: str, tokenizer: Any, words: list[str], **options: Any) -> TaskDataset:
+    return TaskDataset(examples_of(form, words), task_form_of(form, words), tokenizer, max_length=24, **options)
 
 
 def teacher_of(form: str, tiny: Any, language_model: Any, vocabulary: Vocabulary) -> OnlineTeacher:
@@ -91,9 +98,8 @@ def teacher_of(form: str, tiny: Any, language_model: Any, vocabulary: Vocabulary
     torch.manual_seed(1)
     own = {"pairs": BertForSequenceClassification, "choices": BertForMultipleChoice}.get(form)
     classifier = own.from_pretrained(tiny.teacher) if own is not None else language_model
-    return OnlineTeacher(
-        load_language_model(TeacherConfig(str(tiny.teacher))) if own else classifier, classifier, vocabulary
-    )
+    words = load_language_model(TeacherConfig(str(tiny.teacher))) if own else classifier
+    return OnlineTeacher(words, classifier, vocabulary, task_logits=task_form_of(form).logits)
 
 
 def cache_of(folder: Path, data: TaskDataset, form: str, *, words: bool = True, maskings: int = 1) -> TeacherCache:
@@ -151,7 +157,7 @@ def test_every_example_of_shuffled_batches_gets_its_own_answer(
                 for logits, twin in zip(got.task_logits, expected, strict=True):
                     assert torch.equal(logits[: twin.task_logits.shape[1]], twin.task_logits[0])
                 torch.testing.assert_close(got.task_logits, whole.task_logits, atol=1e-5, rtol=1e-5)
-                assert torch.equal(got.head_weight, whole.head_weight)
+                assert torch.equal(got.head.weight, whole.head.weight)
                 seen += len(batch["example_id"])
     assert seen == 2 * 5 * 2 * 4
 
@@ -161,7 +167,7 @@ def test_task_logits_alone_need_no_model(form, tiny, language_model, tokenizer, 
     cache = make(cache_of(tmp_path / "cache", data, form, words=False), live)
     batch = COLLATE([data[0, i] for i in (3, 0, 7)])
     got = CachedTeacher(cache.open(), None, vocabulary)(batch)
-    assert got.hidden_states is None and got.head_weight is None
+    assert got.hidden_states is None and got.head is None
     torch.testing.assert_close(got.task_logits, live(batch).task_logits, atol=1e-5, rtol=1e-5)
 
 
@@ -180,7 +186,7 @@ def test_whatever_a_teacher_reads_is_in_the_name_and_padding_is_not(form, tokeni
     assert names[29] == names[0] and len(set(names)) == 29
     assert [digests(COLLATE([data[0, i]]))[0] for i in range(30)] == names
     batch = COLLATE([data[0, 5]])
-    columns = ["input_ids", *(name for name in ("token_type_ids", "blank_ids", "verbalizers") if name in batch)]
+    columns = ["input_ids", *(name for name in ("token_type_ids", "cloze_ids", "verbalizers") if name in batch)]
     others = [batch | {name: batch[name] + (batch[name] == batch[name].flatten()[0])} for name in columns]
     if "mean_over_tokens" in batch:
         others.append({name: each for name, each in batch.items() if name != "mean_over_tokens"})
@@ -228,7 +234,7 @@ def test_a_teacher_answers_on_its_device_and_is_given_the_batch_as_the_loader_ma
     cached = CachedTeacher(make(cache_of(tmp_path / "cache", data, "pairs"), live).open(), None, vocabulary)
     cached.device = torch.device("meta")
     assert cached(COLLATE([data[0, 3]])).task_logits.device.type == "meta"
-    seen, far = [], OnlineTeacher(None, live.classifier.to("meta"), vocabulary)
+    seen, far = [], OnlineTeacher(None, live.classifier.to("meta"), vocabulary, task_logits=live.task_logits)
     with monkeypatch.context() as patch:
         patch.setattr("glmd.distillation.teacher.run_backbone", lambda _, inputs: seen.append(inputs) or stop())
         with pytest.raises(Stop):
@@ -247,23 +253,6 @@ def test_a_teacher_answers_on_its_device_and_is_given_the_batch_as_the_loader_ma
     monkeypatch.setattr(OnlineTeacher, "__call__", lambda self, batch: given.append(batch) or answer(self, batch))
     run(tiny.config(tmp_path / "run", "tasks={}", "pretraining.max_steps=3"))
     assert len(loaded) == 3 and all(any(each is batch for batch in given) for each in loaded)
-
-
-# In 8 bits
-
-
-@pytest.mark.parametrize("width", [16, 64, 100, 384])
-def test_8_bits_lose_at_most_half_a_step_of_the_largest_of_64_numbers(width):
-    torch.manual_seed(0)
-    hidden = torch.randn(50, width) * torch.logspace(-20, 20, 50)[:, None]
-    hidden[3] = 0
-    hidden[4, 0] = 1e4
-    kept = packed(hidden, torch.int8)
-    assert kept["hidden_states"].shape == hidden.shape and kept["scales"].shape == (50, -(-width // 64))
-    error = (unpacked(kept, torch.float32) - hidden).abs()
-    for first in range(0, width, 64):
-        largest = hidden[:, first : first + 64].abs().amax(1, keepdim=True)
-        assert (error[:, first : first + 64] <= largest / 254 * (1 + 1e-5)).all()
 
 
 # Whole runs
@@ -329,7 +318,7 @@ def test_a_task_cache_is_made_ahead_with_its_teacher_and_read_by_the_run(
         chosen = list(dict.fromkeys(tokens))[:2]
         text = 'name: RTE\nfolder: RTE\nhub_name: rte\nfields: [premise, hypothesis]\ntext: "{premise}"\n'
         text += 'text_pair: "{hypothesis}"\nlabels: [entailment, not_entailment]\nmetrics: [accuracy]\nmax_length: 32\n'
-        text += f'cloze:\n  text: "{{hypothesis}} {{blank}} ."\n  text_pair: "{{premise}}"\n  words: {chosen}\n'
+        text += f'cloze:\n  text: "{{hypothesis}} {{blank}} ."\n  text_pair: "{{premise}}"\n  verbalizers: {chosen}\n'
         definition.write_text(text)
         given += ["casting=cloze", f"tasks.RTE.definition={definition}"]
     assert main(["cache", *given]) == 0
@@ -387,7 +376,6 @@ def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
         ("task_soft_labels.max_length=24", "max_length: 32 -> 24"),
         ("tasks.RTE.inputs={inputs}", "(inputs"),
         ("tasks.RTE={mlm_probability: 0.2, num_maskings: 2}", None),
-        ("teacher.cache_bits=8", "kept.bits: 16 -> 8"),
     ],
 )
 def test_a_stale_cache_of_a_task_is_refused_by_name_before_pretraining(made, tiny, tmp_path, change, named):
@@ -437,7 +425,9 @@ def test_a_disk_too_small_for_all_caches_together_is_refused_before_the_first(ti
     monkeypatch.setattr(Trainer, "run", stop)
     # 62 blocks of 16 tokens in two maskings, of 32 bytes a token, are some 65 kB, and the first pass 20 kB.
     monkeypatch.setattr("glmd.distillation.teacher_cache.shutil.disk_usage", lambda path: usage(10**6, 0, 70_000))
-    with pytest.raises(RunError, match=r"MB for .*cache, .*MB for .*task_lm, .* are needed and 0.07 MB free; give another"):
+    with pytest.raises(
+        RunError, match=r"MB for .*cache, .*MB for .*task_lm, .* are needed and 0.07 MB free; give another"
+    ):
         run(tiny.config(tmp_path / "run", *RUN, f"teacher.cache={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists()
 
@@ -483,7 +473,6 @@ def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tm
     ("given", "message"),
     [
         (["teacher.cached_stages=[task_soft_labels]"], "cached_stages has no effect without cache"),
-        (["teacher.cache_bits=8"], "cache_bits has no effect without cache"),
         (["teacher.cache=c", "teacher.cached_stages=[]"], "cached_stages names no stage"),
         (["teacher.cache=c", "teacher.cached_stages=[task_soft_labels, task_soft_labels]"], "has a stage twice"),
         (
@@ -491,11 +480,6 @@ def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tm
             "task_soft_labels asks the teacher nothing",
         ),
         (["teacher.cache=c", "method=hard"], "method hard asks the teacher nothing"),
-        (
-            ["teacher.cache=c", "teacher.cached_stages=[task_soft_labels]", "teacher.cache_bits=8"],
-            "only task logits are kept",
-        ),
-        (["teacher.cache=c", "teacher.cache_bits=4"], "must be one of 16, 8"),
     ],
 )
 def test_settings_of_a_cache_without_effect_are_refused(given, message, tiny, tmp_path, capsys):

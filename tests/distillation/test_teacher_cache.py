@@ -126,7 +126,8 @@ def test_every_token_of_shuffled_batches_gets_its_own_row(
             got, expected = teacher(batch), live(batch)
             # Stored from texts by themselves, so that the twin's sums are taken in the same order.
             assert torch.equal(got.hidden_states, row_by_row(model, batch).half().float())
-            assert torch.equal(got.head_weight, expected.head_weight) and torch.equal(got.head_bias, expected.head_bias)
+            assert torch.equal(got.head.weight, expected.head.weight)
+            assert torch.equal(got.head.bias, expected.head.bias)
             torch.testing.assert_close(got.hidden_states, expected.hidden_states, atol=1e-5, rtol=1e-3)
 
 
@@ -141,8 +142,22 @@ def test_dropped_words_are_merged_as_by_the_live_teacher(cache, model, blocks, v
     teacher = CachedTeacher(make(cache, model).open(), model, vocabulary, merge_dropped=True)
     live = OnlineTeacher(model, None, vocabulary, merge_dropped=True)
     batch = COLLATE([blocks()[0, 0]])
-    for name in ("head_weight", "head_bias", "merged_into"):
-        assert torch.equal(getattr(teacher(batch), name), getattr(live(batch), name))
+    for name in ("weight", "bias", "merged_into"):
+        assert torch.equal(getattr(teacher(batch).head, name), getattr(live(batch).head, name))
+
+
+@pytest.mark.parametrize(("bits", "is_read"), [(16, True), (8, False)])
+def test_of_an_earlier_version_caches_in_16_bits_are_read_and_those_in_8_refused(cache, model, bits, is_read):
+    manifest = make(cache, model).folder / "manifest.json"
+    found = json.loads(manifest.read_text())
+    assert found["made_from"]["kept"] == {"hidden_size": 16, "bits": 16, "num_classes": None}
+    found["made_from"]["kept"]["bits"] = bits
+    manifest.write_text(json.dumps(found))
+    if is_read:
+        assert cache.missing() == []
+    else:
+        with pytest.raises(RunError, match=r"kept\.bits: 8 -> 16"):
+            cache.missing()
 
 
 def test_a_text_that_the_cache_has_not_is_refused(cache, model, blocks, vocabulary):
@@ -314,7 +329,7 @@ def test_a_cached_run_is_the_run_of_a_teacher_rounded_to_float16(tiny, trusting,
 
     def rounded(self: OnlineTeacher, batch: Batch) -> TeacherOutputs:
         hidden = row_by_row(self.language_model, batch)
-        return TeacherOutputs(hidden.half().float(), self.weight, self.bias)
+        return TeacherOutputs(hidden.half().float(), self.head)
 
     short = (*CACHED, "pretraining.per_device_eval_batch_size=1")
     run(tiny.config(tmp_path / "cached", *short, f"teacher.cache={tmp_path / 'cache'}"))

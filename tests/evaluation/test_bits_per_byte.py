@@ -197,7 +197,7 @@ def test_a_folder_on_text_files_by_command(models, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(arguments, says, models, capsys, monkeypatch):
-    monkeypatch.setattr("glmd.evaluation.bits_per_byte.load_model_as_saved", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("glmd.commands.evaluate.load_model_as_saved", lambda _: pytest.fail("loaded"))
     monkeypatch.chdir(models)
     assert main(["evaluate", *arguments]) == 2
     assert says in capsys.readouterr().err

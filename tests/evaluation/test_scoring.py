@@ -8,12 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from families import class_form
 from transformers import BertConfig, BertForMultipleChoice, BertForSequenceClassification, BertTokenizer
 
 from glmd.data.batches import Collate
 from glmd.evaluation.scoring import predict
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import TaskExample
+from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import TaskExample, load_task
 
 
 @pytest.fixture
@@ -42,7 +44,8 @@ def test_logits_are_in_the_rows_order_and_those_of_each_row_alone(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     model: Any = (BertForMultipleChoice if choices else BertForSequenceClassification)(config).eval()
-    data = TaskDataset(examples, tokenizer, max_length=32)
+    form = task_form(load_task("COPA"), causal=False) if choices else class_form()
+    data = TaskDataset(examples, form, tokenizer, max_length=32)
     got = predict(model, data, Collate(0), token_map=None, accelerator=accelerator, batch_size=batch_size)
     assert len(got) == len(examples)
     with torch.no_grad():
@@ -86,7 +89,7 @@ def test_a_batch_to_evaluate_beyond_the_memory_is_refused_with_one_that_fits(fin
     student = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"
     with pytest.raises(ConfigError, match="--batch-size 0: give at least 1"):
         evaluate_folder(student, "RTE", tiny.superglue, batch_size=0)
-    monkeypatch.setattr("glmd.evaluation.scoring.memory_of_this_machine", lambda: 1e5)
+    monkeypatch.setattr("glmd.commands.evaluate.memory_of_this_machine", lambda: 1e5)
     with pytest.raises(ConfigError, match=r"--batch-size 1,000,000,000: of 32 tokens about 10 fit; give at most 10"):
         evaluate_folder(student, "RTE", tiny.superglue, batch_size=10**9)
     assert evaluate_folder(student, "RTE", tiny.superglue, batch_size=10)["examples"] == 12

@@ -11,8 +11,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from families import class_form
 from test_trainer import TASK, C, V, distiller_of, model_of, teacher_of, train
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    BertTokenizer,
+)
 
 from glmd.cli import main
 from glmd.data.batches import Collate
@@ -22,7 +30,8 @@ from glmd.evaluation.bits_per_byte import text_bits
 from glmd.evaluation.scoring import predict, score_lm
 from glmd.losses.finite import examples_of_tokens, require_finite, spoiled
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import TaskExample
+from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import TaskExample, load_task
 from glmd.vocabulary.vocabulary import Vocabulary
 
 NAN, INF = math.nan, math.inf
@@ -80,7 +89,7 @@ def test_examples_of_which_hidden_states_are_not_finite_are_found() -> None:
 
 def test_scores_of_words_that_are_not_finite_are_refused(tiny: Any, accelerator: Accelerator) -> None:
     tokenizer = BertTokenizer.from_pretrained(tiny.teacher)
-    data = TaskDataset([TaskExample(i, (("a b", "c"),), 0) for i in range(5)], tokenizer, max_length=16)
+    data = TaskDataset([TaskExample(i, (("a b", "c"),), 0) for i in range(5)], class_form(), tokenizer, max_length=16)
     student = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_attention_heads=1)).eval()
     teacher = OnlineTeacher(BertForMaskedLM(student.config), None, Vocabulary.identity(len(tokenizer)))
     student.cls.predictions.bias.data[3] = NAN
@@ -105,19 +114,12 @@ def test_only_the_choices_that_an_example_has_not_may_be_infinite(tiny: Any, acc
         for i in range(4)
     ]
 
-    class Says(torch.nn.Module):
-        def __init__(self, value: float) -> None:
-            super().__init__()
-            self.value = value
-
-        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-            logits = torch.zeros(len(input_ids), 1)
-            logits[-1] = self.value
-            return type("Output", (), {"logits": logits})
-
     def answers(value: float) -> np.ndarray:
-        data = TaskDataset(examples, tokenizer, max_length=16)
-        return predict(Says(value), data, Collate(0), token_map=None, accelerator=accelerator, name="m")
+        model = BertForMultipleChoice(BertConfig.from_pretrained(tiny.teacher))
+        last = torch.tensor([[value]])
+        model.classifier.register_forward_hook(lambda _, given, logits: torch.cat([logits[:-1] * 0, last]))
+        data = TaskDataset(examples, task_form(load_task("COPA"), causal=False), tokenizer, max_length=16)
+        return predict(model, data, Collate(0), token_map=None, accelerator=accelerator, name="m")
 
     assert np.isneginf(answers(1.0)).sum() == 2
     with pytest.raises(NumericsError, match=r"m: logits -inf of example \d"):

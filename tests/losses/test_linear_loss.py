@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from glmd.errors import ConfigError
 from glmd.losses import linear, rows
+from glmd.losses.head import Head
 from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
 from glmd.losses.linear import chunk_tokens, linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES, NOT_SCALED, LogitScaling, merge_words
-from glmd.losses.rows import ROW_LOSSES, RowTask
+from glmd.losses.rows import ROW_LOSSES, LossSpec
 
 TEMPERED = [name for name in LOGIT_LOSSES if "mse" not in name]
 
@@ -44,6 +45,16 @@ class Case:
         for name in fresh:
             fresh[name].requires_grad_(name.startswith("student"))
         return replace(self, **fresh)
+
+    def sides(self, student: LogitScaling = NOT_SCALED, **teacher: Any) -> tuple[Tensor, Head, Tensor, Head]:
+        """The positional arguments of the loss. teacher: `scaling` and `merged_into` of its head."""
+        student_head = Head(self.student_weight, self.student_bias, student)
+        return (
+            self.student_hidden,
+            student_head,
+            self.teacher_hidden,
+            Head(self.teacher_weight, self.teacher_bias, **teacher),
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -85,7 +96,7 @@ def make(
 
 
 def chunked(case: Case, loss: str = "kl_divergence", temperature: float = 1.0) -> Tensor:
-    return linear_distillation_loss(**vars(case), temperature=temperature, loss=loss)
+    return linear_distillation_loss(*case.sides(), temperature=temperature, loss=loss, token_weights=case.token_weights)
 
 
 def plain(case: Case, loss: str = "kl_divergence", temperature: float = 1.0) -> Tensor:
@@ -176,7 +187,9 @@ def test_merged_words_equal_the_logarithm_of_each_groups_sum(
     exact = replace(case, teacher_hidden=logits, teacher_weight=torch.eye(words).double(), teacher_bias=None)
     ours, exact = replace(case, teacher_weight=weight, teacher_bias=bias).to(torch.float64), exact.to(torch.float64)
     with chunks_of(8):
-        value = linear_distillation_loss(**vars(ours), temperature=temperature, loss=loss, merged_into=merged_into)
+        value = linear_distillation_loss(
+            *ours.sides(merged_into=merged_into), temperature=temperature, loss=loss, token_weights=ours.token_weights
+        )
     expected = plain(exact, loss, temperature)
     value.backward()
     expected.backward()
@@ -240,10 +253,12 @@ def test_scaled_and_capped_logits_equal_full_ones_in_values_and_gradients(
     case = make(n, seed=seed, biases=biases)
     ours, exact = case.to(torch.float64), case.to(torch.float64)
     temperature = 1.0 if "mse" in loss else 3.0
-    names = ("student_scaling", "teacher_scaling")
     with chunks_of(chunk):
         value = linear_distillation_loss(
-            **vars(ours), temperature=temperature, loss=loss, **dict(zip(names, scalings, strict=True))
+            *ours.sides(scalings[0], scaling=scalings[1]),
+            temperature=temperature,
+            loss=loss,
+            token_weights=ours.token_weights,
         )
     logits = [
         scaling(torch.nn.functional.linear(hidden, weight, bias))
@@ -268,16 +283,16 @@ def test_scaled_and_capped_logits_are_as_exact_as_others(
 ) -> None:
     case = make(40, 4000, 64, 64, scale=2.0 / scaling.factor).to(dtype)
     exact = case.to(torch.float64)
-    both = {"student_scaling": scaling, "teacher_scaling": scaling, "temperature": 15.0}
-    linear_distillation_loss(**vars(case), **both).backward()
-    linear_distillation_loss(**vars(exact), **both).backward()
+    for each in (case, exact):
+        sides, weights = each.sides(scaling, scaling=scaling), each.token_weights
+        linear_distillation_loss(*sides, temperature=15.0, token_weights=weights).backward()
     assert all(relative_error(*pair) < most for pair in zip(case.gradients, exact.gradients, strict=True))
 
 
 def test_a_triton_that_does_not_work_is_warned_of_once_and_then_left_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_compiler(task: RowTask) -> Any:
+    def no_compiler(task: LossSpec) -> Any:
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name)
@@ -324,9 +339,7 @@ def test_the_loss_on_labels_equals_that_on_full_logits(
     labels[labels < 0] = -100
     ours, exact = case.to(torch.float64), case.to(torch.float64)
     with chunks_of(chunk):
-        value = linear_cross_entropy(
-            ours.student_hidden, ours.student_weight, labels, bias=ours.student_bias, scaling=scaling
-        )
+        value = linear_cross_entropy(*ours.sides(scaling)[:2], labels)
     logits = scaling(torch.nn.functional.linear(exact.student_hidden, exact.student_weight, exact.student_bias))
     expected = hard_cross_entropy(logits, labels).sum()
     value.backward()
@@ -341,7 +354,7 @@ def test_the_loss_on_labels_is_as_exact_as_the_others(dtype: torch.dtype, most: 
     case = make(40, 4000, 64, 64).to(dtype)
     exact = case.to(torch.float64)
     for each in (case, exact):
-        linear_cross_entropy(each.student_hidden, each.student_weight, torch.arange(40) * 99).backward()
+        linear_cross_entropy(*each.sides()[:2], torch.arange(40) * 99).backward()
     assert all(relative_error(*pair) < most for pair in zip(case.gradients, exact.gradients, strict=True))
 
 
@@ -349,7 +362,7 @@ def test_the_loss_on_labels_is_as_exact_as_the_others(dtype: torch.dtype, most: 
 def test_labels_that_do_not_fit_are_refused(labels: Tensor) -> None:
     case = make()
     with pytest.raises(ValueError, match=r"labels must be \(23,\) int64, got"):
-        linear_cross_entropy(case.student_hidden, case.student_weight, labels)
+        linear_cross_entropy(*case.sides()[:2], labels)
 
 
 def test_a_chunk_is_as_large_as_pays_on_its_device() -> None:
@@ -667,7 +680,7 @@ def test_bfloat16_products_on_a_cpu_have_multiples_of_64_rows_and_those_added_do
     labels = torch.arange(n) % 37
     with torch.profiler.profile(record_shapes=True) as profile:
         chunked(case, temperature=4.0).backward()
-        linear_cross_entropy(case.student_hidden, case.student_weight, labels).backward()
+        linear_cross_entropy(*case.sides()[:2], labels).backward()
     products = [event.input_shapes for event in profile.events() if event.name == "aten::mm"]
     tokens = {shape[at] for first, second, *_ in products for shape, at in ((first, 0), (first, 1))} - {8, 37}
     assert len(products) >= 7 and tokens
@@ -687,7 +700,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(dtype: torch.dtype) -> None:
     labels = torch.arange(256)
     with chunks_of(128), torch.profiler.profile(profile_memory=True) as profile:
         chunked(case, temperature=15.0).backward()
-        linear_cross_entropy(case.student_hidden, case.student_weight, labels).backward()
+        linear_cross_entropy(*case.sides()[:2], labels).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= max(3 * 64 * 4, 128 * dtype.itemsize) * 2000 < 256 * 2000 * 4
 
@@ -697,12 +710,12 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(dtype: torch.dtype) -> None:
     [
         (
             {"student_weight": torch.zeros(37, 6)},
-            r"student_hidden and student_weight must be .*\(23, 5\) and \(37, 6\)",
+            r"student_hidden and the student's weight must be .*\(23, 5\) and \(37, 6\)",
         ),
-        ({"teacher_hidden": torch.zeros(2, 3, 7)}, "teacher_hidden and teacher_weight must be"),
+        ({"teacher_hidden": torch.zeros(2, 3, 7)}, "teacher_hidden and the teacher's weight must be"),
         ({"teacher_hidden": torch.zeros(22, 7)}, "student_hidden has 23 tokens and teacher_hidden 22"),
-        ({"teacher_weight": torch.zeros(40, 7)}, "student_weight has 37 words and teacher_weight 40; slice"),
-        ({"student_bias": torch.zeros(1)}, r"student_bias must be \(37,\), got \(1,\)"),
+        ({"teacher_weight": torch.zeros(40, 7)}, "student's head has 37 words and the teacher's 40; slice"),
+        ({"student_bias": torch.zeros(1)}, r"student's bias must be \(37,\), got \(1,\)"),
         ({"token_weights": torch.ones(1)}, r"constant per token \(23,\), got \(1,\)"),
         ({"token_weights": torch.ones(23, requires_grad=True)}, "requires_grad=True"),
     ],
@@ -716,7 +729,7 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Tensor], message: 
     ("loss", "temperature", "message"),
     [
         ("kl_divergance", 1.0, "did you mean kl_divergence"),
-        ("hinge", 1.0, "there are kl_divergence, reverse_kl"),
+        ("hinge", 1.0, "known: centered_mse, cross_entropy"),
         ("kl_divergence", 0.0, "temperature must be above 0 and finite, got 0.0"),
         ("mse", 2.0, "temperature has no effect on mse, got 2.0"),
     ],
@@ -778,18 +791,8 @@ def test_the_loss_needs_no_float64_and_errs_no_more_without(
 
     def value(case: Case) -> Tensor:
         if loss == "hard_cross_entropy":
-            return linear_cross_entropy(case.student_hidden, case.student_weight, labels, bias=case.student_bias)
-        return linear_distillation_loss(
-            case.student_hidden,
-            case.student_weight,
-            case.teacher_hidden,
-            case.teacher_weight,
-            student_bias=case.student_bias,
-            teacher_bias=case.teacher_bias,
-            token_weights=case.token_weights,
-            temperature=temperature,
-            loss=loss,
-        )
+            return linear_cross_entropy(*case.sides()[:2], labels)
+        return chunked(case, loss, temperature)
 
     with no_float64:
         assert not rows._has_float64(torch.device("cpu")), "what is tried here has float64"

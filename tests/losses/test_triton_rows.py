@@ -21,9 +21,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment, before triton is imported", allow_module_level=True)
 
 from glmd.losses import linear, triton_rows
+from glmd.losses.head import Head
 from glmd.losses.linear import choose_rows, linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LogitScaling
-from glmd.losses.rows import FUSED, EagerRows, RowTask
+from glmd.losses.rows import FUSED, EagerRows, LossSpec
 from glmd.losses.triton_rows import TritonRows
 
 N, K = 5, 150
@@ -88,7 +89,7 @@ def products(loss: str, k: int = K, spread: float = 3.0) -> tuple[Tensor, Tensor
     return student, student + torch.randn(N, k, generator=source, dtype=torch.float64)
 
 
-def both(task: RowTask, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+def both(task: LossSpec, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """(kernel, plain rows in float64) of values and gradients."""
     exact, theirs = student.double(), teacher.double() if teacher.is_floating_point() else teacher
     expected = EagerRows(task, exact, theirs)(exact, theirs, weights)
@@ -116,7 +117,7 @@ def test_values_and_gradients_are_those_of_the_plain_rows(loss: str, options: st
     temperature = 1.0 if loss == "hard_cross_entropy" else 4.0
     student, teacher = products(loss)
     teacher = teacher.float() if teacher.is_floating_point() else teacher
-    for ours, exact in both(RowTask(loss, temperature, **extra), student.float(), teacher, weights):
+    for ours, exact in both(LossSpec(loss, temperature, **extra), student.float(), teacher, weights):
         assert error(ours, exact) < 1e-5
 
 
@@ -126,7 +127,7 @@ def test_at_temperature_15_and_a_whole_vocabulary_float32_is_exact_to_a_hundred_
 ) -> None:
     monkeypatch.setattr(triton_rows, "BLOCK", 4096)
     student, teacher = products(loss, 15000)
-    for ours, exact in both(RowTask(loss, 15.0), student.float(), teacher.float(), None):
+    for ours, exact in both(LossSpec(loss, 15.0), student.float(), teacher.float(), None):
         assert error(ours, exact) < 1e-5
 
 
@@ -135,7 +136,7 @@ def test_bfloat16_products_give_a_gradient_in_bfloat16_that_was_rounded_once(los
     """By cutting it off, in the interpreter; a GPU rounds to the nearest, with half the error."""
     student, teacher = (x.bfloat16() if x.is_floating_point() else x for x in products(loss))
     temperature = 1.0 if loss == "hard_cross_entropy" else 15.0
-    (values, expected), (gradient, exact) = both(RowTask(loss, temperature), student, teacher, None)
+    (values, expected), (gradient, exact) = both(LossSpec(loss, temperature), student, teacher, None)
     assert gradient.dtype == torch.bfloat16
     assert error(values, expected) < 1e-5
     assert error(gradient, exact) < 2**-7
@@ -145,7 +146,7 @@ def test_bfloat16_products_give_a_gradient_in_bfloat16_that_was_rounded_once(los
 def test_models_that_disagree_wholly_overflow_nowhere(far: float) -> None:
     student, teacher = torch.zeros(1, K), torch.zeros(1, K)
     student[0, 3], teacher[0, 7] = far, far
-    for ours, exact in both(RowTask("kl_divergence"), student, teacher, None):
+    for ours, exact in both(LossSpec("kl_divergence"), student, teacher, None):
         assert error(ours, exact) < 1e-4
 
 
@@ -158,8 +159,8 @@ def test_what_lies_between_the_rows_is_nothing_to_them_and_other_rows_are_not_to
     if teacher.is_floating_point():
         theirs = torch.full((N, K + 10), math.inf)[:, :K].copy_(teacher)
         teacher = teacher.float()
-    values = TritonRows(RowTask(loss))(wide[:N, :K], theirs, None)
-    assert torch.equal(values, TritonRows(RowTask(loss))(expected, teacher, None))
+    values = TritonRows(LossSpec(loss))(wide[:N, :K], theirs, None)
+    assert torch.equal(values, TritonRows(LossSpec(loss))(expected, teacher, None))
     assert torch.equal(wide[:N, :K], expected)
     assert wide[N:].isnan().all()
 
@@ -174,8 +175,9 @@ def test_the_chunked_loss_through_the_kernel_equals_that_through_plain_rows(monk
         monkeypatch.setattr(linear, "chunk_tokens", lambda *_: 8)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         scaling = LogitScaling(0.5, 6.0)
-        value = linear_distillation_loss(*leaves, theirs, head, student_scaling=scaling, temperature=3.0)
-        value = value + linear_cross_entropy(*leaves, labels, scaling=scaling)
+        student = leaves[0], Head(leaves[1], scaling=scaling)
+        value = linear_distillation_loss(*student, theirs, Head(head), temperature=3.0)
+        value = value + linear_cross_entropy(*student, labels)
         found.append([value, *torch.autograd.grad(value, leaves)])
     for ours, exact in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)

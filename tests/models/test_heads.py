@@ -5,14 +5,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import cloze_form
 from torch import Tensor, nn
 
 from glmd.errors import ModelError
+from glmd.losses.head import Head
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import kl_divergence
-from glmd.models.heads import LinearMap, backbone, final_linear, hidden_before_final_linear, run_head, share_backbone
+from glmd.models.heads import backbone, final_linear, hidden_before_final_linear, run_head, share_backbone
 from glmd.models.probes import prove_language_model
-from glmd.tasks.heads import run_task_head
+from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import load_task
 
 V, C = 40, 3
 TRANSFORMER = {
@@ -79,7 +82,8 @@ def gradients(model: nn.Module, logits: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", [name for name in MASKED if hasattr(transformers, f"{name}ForMultipleChoice")])
 def test_choices_of_unequal_number_score_as_the_stock_model_scores_each_example(name: str) -> None:
     model, inputs, num_choices = model_of(name, "ForMultipleChoice"), padded_inputs(), torch.tensor([1, 2])
-    logits = run_task_head(model, backbone(model)(**inputs), inputs, {"num_choices": num_choices})
+    choices = task_form(load_task("COPA"), causal=False)
+    logits = choices.logits(model, backbone(model)(**inputs), inputs, {"num_choices": num_choices})
     for row, rows in zip(logits, (slice(0, 1), slice(1, 3)), strict=True):
         alone = model(**{key: each[None, rows] for key, each in inputs.items()}).logits[0]
         torch.testing.assert_close(row[: len(alone)], alone)
@@ -113,10 +117,8 @@ def test_the_distillation_loss_of_a_mobilebert_reaches_both_parts_of_its_final_m
     valid, generator = inputs["attention_mask"].bool(), torch.Generator().manual_seed(2)
     theirs, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (int(valid.sum()), V))
 
-    def loss_of(hidden: Tensor, linear: LinearMap) -> Tensor:
-        return linear_distillation_loss(
-            hidden[valid], linear.weight, theirs, weight, student_bias=linear.bias, temperature=3.0
-        )
+    def loss_of(hidden: Tensor, head: Head) -> Tensor:
+        return linear_distillation_loss(hidden[valid], head, theirs, Head(weight), temperature=3.0)
 
     ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
     expected = kl_divergence(model(**inputs).logits[valid], theirs @ weight.T, temperature=3.0).sum()
@@ -152,18 +154,12 @@ def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole
     """Student and teacher of the family; and a student equal to its teacher loses nothing."""
     teacher, student, inputs = model_of(name), model_of(name, seed=1), padded_inputs()
     valid = inputs["attention_mask"].bool()
-    head, theirs = final_linear(teacher), hidden_before_final_linear(teacher, backbone(teacher)(**inputs))[valid]
+    theirs = hidden_before_final_linear(teacher, backbone(teacher)(**inputs))[valid]
+    teacher_head = final_linear(teacher)
 
-    def loss_of(hidden: Tensor, linear: LinearMap) -> Tensor:
-        return linear_distillation_loss(
-            hidden[valid],
-            linear.weight,
-            theirs.detach(),
-            head.weight.detach(),
-            student_scaling=linear.scaling,
-            teacher_scaling=head.scaling,
-            temperature=3.0,
-        )
+    def loss_of(hidden: Tensor, head: Head) -> Tensor:
+        constant = teacher_head._replace(weight=teacher_head.weight.detach())
+        return linear_distillation_loss(hidden[valid], head, theirs.detach(), constant, temperature=3.0)
 
     for model in (student, teacher):
         ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
@@ -316,11 +312,11 @@ def test_what_the_function_returns_is_returned_and_it_sees_the_map_within_its_ca
 def test_verbalizers_in_a_blank_score_as_the_models_own_logits_there(name: str) -> None:
     model, inputs = model_of(name), padded_inputs()
     places, words = torch.tensor([5, 1, 0]), torch.tensor([[7, 9], [7, 9], [7, 9]])
-    blank_ids = torch.full((3, 7), -100).scatter(1, places[:, None], 0)
+    cloze_ids = torch.full((3, 7), -100).scatter(1, places[:, None], 0)
     token_map = torch.arange(V).flip(0)  # the words under other numbers, as a compressed student has them
     for own_ids, ids in ((None, words), (token_map, token_map[words])):
-        batch = {"blank_ids": blank_ids, "verbalizers": words}
-        logits = run_task_head(model, backbone(model)(**inputs), inputs, batch, own_ids)
+        batch = {"cloze_ids": cloze_ids, "verbalizers": words}
+        logits = cloze_form().logits(model, backbone(model)(**inputs), inputs, batch, own_ids)
         expected = model(**inputs).logits[torch.arange(3), places].gather(1, ids)
         torch.testing.assert_close(logits, expected)
         for got, wanted in zip(gradients(model, logits), gradients(model, expected), strict=True):
@@ -331,12 +327,12 @@ def test_candidates_in_a_blank_score_the_sum_of_their_tokens_log_probabilities()
     """Example 0 has the candidates of rows 0 and 1, of two tokens and one; example 1 has that of row 2."""
     model, inputs = model_of("Bert"), padded_inputs()
     blanks = {(0, 2): 7, (0, 3): 9, (1, 1): 11, (2, 0): 8}
-    blank_ids = torch.full((3, 7), -100)
+    cloze_ids = torch.full((3, 7), -100)
     for place, word in blanks.items():
-        blank_ids[place] = word
-    batch = {"blank_ids": blank_ids, "num_choices": torch.tensor([2, 1])}
+        cloze_ids[place] = word
+    batch = {"cloze_ids": cloze_ids, "num_choices": torch.tensor([2, 1])}
     token_map = torch.arange(V).flip(0)
-    logits = run_task_head(model, backbone(model)(**inputs), inputs, batch, token_map)
+    logits = cloze_form().logits(model, backbone(model)(**inputs), inputs, batch, token_map)
     log_probabilities = model(**inputs).logits.log_softmax(-1)
     rows = [
         sum(log_probabilities[(*at, V - 1 - word)] for at, word in blanks.items() if at[0] == row) for row in range(3)
@@ -348,5 +344,5 @@ def test_candidates_in_a_blank_score_the_sum_of_their_tokens_log_probabilities()
     for got, wanted in zip(ours, gradients(model, expected), strict=True):
         torch.testing.assert_close(got, wanted)
     batch["mean_over_tokens"] = torch.ones(2, dtype=torch.long)
-    means = run_task_head(model, backbone(model)(**inputs), inputs, batch, token_map)
+    means = cloze_form().logits(model, backbone(model)(**inputs), inputs, batch, token_map)
     torch.testing.assert_close(means[means > -torch.inf], expected / torch.tensor([2.0, 1.0, 1.0]))

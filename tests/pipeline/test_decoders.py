@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from families import FAMILIES
+from families import FAMILIES, cloze_form
 
 from glmd.cli import main
 from glmd.commands.evaluate import evaluate_folder
@@ -24,9 +24,8 @@ from glmd.evaluation.bits_per_byte import score_text
 from glmd.models.heads import run_backbone
 from glmd.pipeline.run import run
 from glmd.reporting.report import results_table
-from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.heads import run_task_head
+from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import TaskExample, load_task, read_split
 from glmd.vocabulary.slicing import slice_model
 from glmd.vocabulary.tokenizer import load_tokenizer
@@ -296,16 +295,17 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
     task = load_task(name, "cloze")
     task = dataclasses.replace(
         task,
-        cloze=dataclasses.replace(task.cloze, words=("light", "dark") if task.labels and not task.is_choice else ()),
+        cloze=dataclasses.replace(
+            task.cloze, verbalizers=("light", "dark") if task.labels and not task.is_choice else ()
+        ),
     )
     examples = read_split(task, str(file), "val", require_labels=True)
-    words = verbalizer_ids(task, tokenizer)
-    options = {"verbalizers": words, "mean_over_tokens": task.mean_over_tokens, "is_causal": True}
-    data = TaskDataset(examples, tokenizer, max_length=60, **options)
+    form = task_form(task, causal=True)
+    data = TaskDataset(examples, form, tokenizer, max_length=60)
     assert data.truncated == 0
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in range(len(examples))])
     inputs = model_inputs(batch)
-    got = run_task_head(model, run_backbone(model, inputs), inputs, batch)
+    got = form.logits(model, run_backbone(model, inputs), inputs, batch)
     for row, example in zip(got.tolist(), examples, strict=True):
         filled = list(example.choices) or ["light", "dark"]
         expected = plain_scores(model, tokenizer, example, filled, mean=task.mean_over_tokens)
@@ -316,17 +316,17 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
 def test_the_text_without_the_question_is_cut_and_what_is_asked_stays(models):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "LlamaForCausalLM")
     asked = TaskExample(0, (("light \ufdd0.", "the cat sang over a dark river"),), 0)
-    whole = TaskDataset([asked], tokenizer, max_length=60, is_causal=True)
-    short = TaskDataset([asked], tokenizer, max_length=8, is_causal=True)
+    whole = TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=60)
+    short = TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=8)
     assert (whole.truncated, short.truncated) == (0, 1)
     kept = len(short.rows[0]["input_ids"])
     assert kept == 8 and short.rows[0]["input_ids"][-2:].tolist() == whole.rows[0]["input_ids"][-2:].tolist()
-    assert short.rows[0]["blank_ids"].tolist() == [-100] * 7 + [0], "the text ends where the word would come"
+    assert short.rows[0]["cloze_ids"].tolist() == [-100] * 7 + [0], "the text ends where the word would come"
     with pytest.raises(DataError, match="the text around the blank has"):
-        TaskDataset([asked], tokenizer, max_length=2, is_causal=True)
+        TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=2)
     gpt2 = transformers.AutoTokenizer.from_pretrained(models / "GPT2LMHeadModel")
     with pytest.raises(DataError, match="nothing stands before the blank"):
-        TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], gpt2, max_length=20, is_causal=True)
+        TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], cloze_form(causal=True), gpt2, max_length=20)
 
 
 def test_a_decoder_without_a_pad_token_learns_tasks_to_the_end(tiny, models, trusting, tmp_path):
@@ -391,7 +391,7 @@ def test_a_candidate_without_tokens_is_refused_by_causal_models_too(models):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "LlamaForCausalLM")
     asked = TaskExample(0, (("so \ufdd0", None),) * 2, 0, choices=("light", ""))
     with pytest.raises(DataError, match="has no tokens"):
-        TaskDataset([asked], tokenizer, max_length=20, is_causal=True)
+        TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=20)
 
 
 def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trusting, tmp_path, capsys):

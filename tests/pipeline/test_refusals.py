@@ -486,8 +486,8 @@ def test_every_model_and_tokenizer_is_loaded_with_an_explicit_answer_about_its_c
         def from_pretrained(name, **options):
             return options
 
-    assert loading._from_pretrained(Loads, "a") == {"trust_remote_code": False}
-    assert loading._from_pretrained(Loads, "a", trust_remote_code=True) == {"trust_remote_code": True}
+    assert loading.from_pretrained(Loads, "a") == {"trust_remote_code": False}
+    assert loading.from_pretrained(Loads, "a", trust_remote_code=True) == {"trust_remote_code": True}
 
 
 # --- Folders ------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_a_second_run_skips_every_stage_and_returns_the_same(finished, tiny, mon
         raise AssertionError("a finished run trains nothing and loads no weights")
 
     monkeypatch.setattr("glmd.training.trainer.Trainer.run", never)
-    monkeypatch.setattr("glmd.models.loading._require_complete", never)
+    monkeypatch.setattr("glmd.models.loading.require_complete", never)
     monkeypatch.setattr("glmd.models.export.subprocess.run", never)
     assert run(tiny.config(folder)) == finished.results
     assert {path: (folder / path).read_bytes() for path in listing(folder) - {"lock", "config.yaml"}} == {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import class_form, cloze_form
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, LlamaConfig
 
@@ -22,6 +23,8 @@ from glmd.models.loading import language_model_class
 from glmd.planning.plan import is_config_alone, make_plan, make_sketch
 from glmd.planning.run_cost import USABLE, Layout, RunCost, run_cost, to_json
 from glmd.planning.step_cost import MORE_FLOPS, Allocated, Cast, counted
+from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import load_task
 from glmd.training.trainer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -48,6 +51,9 @@ def cast_of(family: Any = bert, **changes: Any) -> Cast:
 def count_of(family: Any = bert, examples: int = B, **changes: Any) -> Any:
     choices = 3 if changes.get("form") == "choices" else 1
     return counted(cast_of(family, **changes), examples=examples, choices=choices, length=S, fused_attention=False)
+
+
+FORMS = [class_form(), task_form(load_task("COPA"), causal=False), cloze_form("yes", "no")]
 
 
 @pytest.mark.parametrize("family", [bert, llama])
@@ -115,7 +121,7 @@ def test_each_further_text_takes_as_much():
 def test_nothing_is_asked_of_a_cached_teacher():
     live, cached = count_of(), count_of(is_cached=True)
     assert (cached.teacher, cached.teacher_flops) == (0, 0)
-    assert cached.teacher_forward == (B * S - 1) * 64 * 4 + B * 2 * 4  # its answers are read all the same
+    assert cached.teacher_forward == (B * S - 1) * 64 * 4  # its hidden states are read all the same
     assert cached.head == live.head and cached.student_flops == live.student_flops
 
 
@@ -124,13 +130,13 @@ def test_a_gpus_attention_keeps_no_probabilities():
     assert plain.student_step - fused.student_step > 2 * B * 4 * 256 * 256 * 4  # of two layers
 
 
-@pytest.mark.parametrize("form", ["classes", "choices", "words"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_a_cached_teachers_answers_to_tasks_need_no_forward(form):
     found = count_of(form=form, is_cached=True, objective=load_method("kd")["task_soft_labels"])
     assert (found.teacher, found.teacher_flops) == (0, 0) < (found.student, found.student_flops)
 
 
-@pytest.mark.parametrize("form", ["classes", "choices", "words"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_every_form_of_a_task_can_be_counted(form):
     found = count_of(form=form, objective=load_method("kd")["task_soft_labels"])
     assert found.student_flops == pytest.approx(1.5 * found.teacher_flops, rel=0.1)  # half the layers, and a backward

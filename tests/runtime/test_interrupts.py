@@ -17,7 +17,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import glmd.cli
-import glmd.data.corpus
+import glmd.data.token_store
 import glmd.distillation.teacher_cache
 import glmd.pipeline.exports
 import glmd.pipeline.run
@@ -102,7 +102,7 @@ def test_a_signal_to_the_group_saves_the_step_with_loader_workers(
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "tokenizing": (glmd.data.corpus, "encode_texts"),
+    "tokenizing": (glmd.data.token_store, "encode_texts"),
     "vocabulary": (glmd.pipeline.run_stage, "build_vocabulary"),
     "caching": (glmd.distillation.teacher_cache, "save_file"),
     "scoring": (glmd.pipeline.scores, "score_lm"),

@@ -170,7 +170,7 @@ ASK_ONE_ANOTHER = """
 import os, sys, time
 import torch.distributed
 from glmd.errors import GlmdError, RunError
-from glmd.processes import gathered, on_main, together, wait
+from glmd.runtime.processes import gathered, on_main, together, wait
 
 rank = 0 if os.fork() else 1
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=2)

@@ -99,7 +99,7 @@ def test_a_model_with_another_head_is_refused_by_name(chosen, copa, finished, ca
 
 
 def test_more_tokens_than_positions_are_refused_before_the_model_loads(chosen, copa, monkeypatch, capsys):
-    monkeypatch.setattr("glmd.evaluation.scoring.load_classifier", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("glmd.commands.evaluate.load_classifier", lambda *_: pytest.fail("loaded"))
     folder, _ = chosen
     assert main(["evaluate", str(folder / STUDENT), "--task", "COPA", "--data", str(copa), "--max-length", "256"]) == 2
     assert "256 tokens are more than its 64 positions; give --max-length" in capsys.readouterr().err

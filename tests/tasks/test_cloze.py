@@ -77,7 +77,7 @@ def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_
     labels = np.array([example.label for example in examples])
     answers = {}
     for (system, stage), place in {
-        ("teacher", "task_teacher"): "teacher/model",
+        ("teacher", "task_teacher"): "task_teacher/model",
         ("student", "task_soft_labels"): "seed-0/task_soft_labels/student",
         ("hard labels", "hard_labels"): "seed-0/hard_labels/student",
     }.items():

@@ -275,9 +275,9 @@ def test_a_manifest_that_names_a_file_outside_is_damage(tmp_path: Path, name: st
     save(folder, 2)
     (folder / "theirs.json").write_text("{}", encoding="utf-8")
     path = save(folder, 4) / MANIFEST
-    files = module.describe_files(folder, [])
+    files = glmd.storage.describe_files(folder, [])
     outside = path.parent / name
-    files[name] = {"size": outside.stat().st_size, "sha256": module.file_sha256(outside)}
+    files[name] = {"size": outside.stat().st_size, "sha256": glmd.storage.file_sha256(outside)}
     path.write_text(json.dumps({"version": 1, "files": files}), encoding="utf-8")
     assert manifest_problem(path.parent) is not None and loaded_step(folder) == 2
 

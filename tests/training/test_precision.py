@@ -16,6 +16,7 @@ import glmd.losses.linear
 from glmd.commands.check import describe
 from glmd.config import TeacherConfig
 from glmd.errors import ModelError
+from glmd.losses.head import Head
 from glmd.losses.linear import _converted, linear_distillation_loss
 from glmd.models.loading import load_language_model
 from glmd.planning.plan import make_plan
@@ -100,7 +101,7 @@ def test_a_frozen_head_is_converted_once_and_anew_when_it_changes() -> None:
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return linear_distillation_loss(hidden, student, hidden, frozen[0])
+            return linear_distillation_loss(hidden, Head(student), hidden, Head(frozen[0]))
 
     before, ours = loss(), _converted(frozen[0], torch.bfloat16)
     assert ours.dtype == torch.bfloat16 and _converted(frozen[0], torch.bfloat16) is ours

@@ -1,0 +1,246 @@
+"""The forms in which a task is put to a model: the rows that it reads, its class, and the logits of its answer.
+
+    form = task_form(load_task("RTE"), causal=False)           # ClassForm
+    data = TaskDataset(examples, form, tokenizer, max_length=256)
+    logits = form.logits(model, outputs, inputs, batch)        # (B, C)
+
+A form is one class; `CASTINGS` says which one a task has under a run's `casting`. Another form is another class, and an
+entry there.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glmd.errors import ConfigError, ModelError, suggestion
+from glmd.losses.labels import IGNORED_LABEL
+from glmd.models.heads import run_head
+from glmd.models.loading import language_model_class
+from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
+from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, verbalizer_ids
+from glmd.tasks.rows import Rows, pair_rows
+from glmd.tasks.tasks import Task, TaskExample
+
+logger = logging.getLogger(__name__)
+Batch = Mapping[str, Tensor]
+TaskLogits = Callable[..., Tensor]  # (model, outputs, inputs, batch, token_map) -> (B, C), as `TaskForm.logits`
+
+
+class TaskForm(ABC):
+    """One way to put a task to a model.
+
+    has_own_head: whether its model has a head that language models lack; else it is a language model itself.
+    """
+
+    name: ClassVar[str]
+    has_own_head: ClassVar[bool] = True
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.task!r})"
+
+    @abstractmethod
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        """What the model reads of each example. Raises DataError for an example that cannot be put so."""
+
+    @abstractmethod
+    def model_class(self, config: Any) -> Any:
+        """The auto class of a stock model for this form."""
+
+    @abstractmethod
+    def logits(
+        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        """(B, C) logits on the backbone's `outputs`; -inf for a choice that an example does not have.
+
+        inputs: what the backbone was given. batch: all columns. token_map: (V,) source id -> the model's own.
+        """
+
+    @abstractmethod
+    def require(self, config: Any, name: str) -> None:
+        """Refuse the model at `name` where its config says that it is none of this form. Raises ModelError."""
+
+    def prove(self, model: Any) -> None:
+        """Prove what glmd assumes of a model of this form. Raises ModelError."""
+        (prove_task_model if self.has_own_head else prove_language_model)(model)
+
+    def new_head(self) -> dict[str, Any]:
+        """What `from_pretrained` is told where a head of this form begins on a language model."""
+        return {}
+
+    def num_classes(self, examples: Sequence[TaskExample]) -> int:
+        """C of the logits of these examples: the task's labels, or the most choices that an example has."""
+        return len(self.task.labels) or max(len(example.choices) for example in examples)
+
+    def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
+        """The columns of this form in a batch of so many examples, with arbitrary values."""
+        return {"num_choices": torch.full((examples,), choices)} if self.task.is_choice else {}
+
+    def _require_architecture(self, config: Any, name: str, needed: str) -> None:
+        for architecture in config.architectures or ():
+            if needed not in architecture:
+                raise ModelError(f"{name}: holds a {architecture}; {self.task.name} needs a model for {needed}")
+
+
+class ClassForm(TaskForm):
+    """Classes by a stock model for sequence classification."""
+
+    name = "classes"
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return pair_rows(examples, tokenizer, max_length=max_length)
+
+    def model_class(self, config: Any) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def logits(
+        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        return class_logits(model, outputs, inputs, batch, token_map)
+
+    def require(self, config: Any, name: str) -> None:
+        """Also refuses classes that are not the task's, in the task's order."""
+        self._require_architecture(config, name, "SequenceClassification")
+        got, expected = _classes_of(config), self._names()
+        if not _is_unnamed(got) and [each.lower() for each in got] != [each.lower() for each in expected]:
+            raise ModelError(f"{name}: its classes {got} are not those of {self.task.name} in this order: {expected}")
+
+    def new_head(self) -> dict[str, Any]:
+        names = self._names()
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+    def _names(self) -> list[str]:
+        return [str(label) for label in self.task.labels]
+
+
+class ChoiceForm(TaskForm):
+    """Candidates by a stock model for multiple choice, each a row of its own."""
+
+    name = "choices"
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return pair_rows(examples, tokenizer, max_length=max_length)
+
+    def model_class(self, config: Any) -> Any:
+        from transformers import AutoModelForMultipleChoice
+
+        return AutoModelForMultipleChoice
+
+    def logits(
+        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        return choice_logits(run_head(model, outputs, inputs=one_choice_each(inputs)), batch["num_choices"])
+
+    def require(self, config: Any, name: str) -> None:
+        self._require_architecture(config, name, "MultipleChoice")
+
+
+class ClozeForm(TaskForm):
+    """Tokens that fill a cloze, by a masked LM: one verbalizer for each label, or the candidates (arXiv:2103.10360)."""
+
+    name = "cloze"
+    has_own_head = False
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return cloze_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
+
+    def _columns(self, tokenizer: Any) -> dict[str, Any]:
+        verbalizers = np.array(verbalizer_ids(self.task, tokenizer), dtype=np.int64)
+        columns: dict[str, Any] = {"verbalizers": verbalizers} if len(verbalizers) else {}
+        return columns | ({"mean_over_tokens": 1} if self.task.mean_over_tokens else {})
+
+    def model_class(self, config: Any) -> Any:
+        return language_model_class(config)
+
+    def logits(
+        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        scores: Tensor = run_head(
+            model, outputs, final_linear=lambda hidden, head: cloze_logits(batch, token_map, hidden, head)
+        )
+        return choice_logits(scores, batch["num_choices"]) if "num_choices" in batch else scores
+
+    def require(self, config: Any, name: str) -> None:
+        self._require_architecture(config, name, "MaskedLM")
+
+    def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
+        ids = torch.full((examples * choices, length), IGNORED_LABEL)
+        ids[:, 1] = 1
+        columns = super().dummy(examples, choices, length) | {"cloze_ids": ids}
+        if not self.task.is_choice:
+            columns["verbalizers"] = torch.arange(len(self.task.labels)).expand(examples, -1)
+        return columns
+
+
+class ContinuationForm(ClozeForm):
+    """The same by a causal LM, which predicts what fills the cloze, and what follows it, from what stands before."""
+
+    name = "continuation"
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return continuation_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
+
+    def require(self, config: Any, name: str) -> None:
+        """Every causal LM is one of this form."""
+
+
+def _head(task: Task, causal: bool) -> TaskForm:
+    return ChoiceForm(task) if task.is_choice else ClassForm(task)
+
+
+def _cloze(task: Task, causal: bool) -> TaskForm:
+    return ContinuationForm(task) if causal else ClozeForm(task)
+
+
+# casting -> (task, whether the teacher is causal) -> form
+CASTINGS: dict[str, Callable[[Task, bool], TaskForm]] = {"head": _head, "cloze": _cloze}
+
+
+def task_form(task: Task, *, causal: bool) -> TaskForm:
+    """The form of a task as it is cast, for masked or causal models. Raises ConfigError for an unknown casting."""
+    if task.casting not in CASTINGS:
+        raise ConfigError(f"casting {task.casting!r} is unknown{suggestion(task.casting, CASTINGS)}")
+    return CASTINGS[task.casting](task, causal)
+
+
+def class_logits(
+    model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+) -> Tensor:
+    """(B, C) logits of a classification head, as `ClassForm.logits`."""
+    logits: Tensor = run_head(model, outputs, inputs=inputs)
+    return logits
+
+
+def choice_logits(scores: Tensor, num_choices: Tensor) -> Tensor:
+    """(R, 1) scores of rows and (B,) how many of them are each example's -> (B, C), -inf for what is not there."""
+    exists = torch.arange(int(num_choices.max()), device=scores.device) < num_choices[:, None]
+    return scores.new_full(exists.shape, -torch.inf).masked_scatter(exists, scores)
+
+
+def warn_of_unnamed_classes(config: Any, form: TaskForm, name: str) -> None:
+    """Say where a classifier's classes have no names, and are therefore taken to be in the task's order."""
+    if isinstance(form, ClassForm) and _is_unnamed(_classes_of(config)):
+        logger.warning(
+            "%s: its config names no classes (LABEL_0, ...); they are taken to be those of %s in this order: %s. If "
+            "they stand in another, name them in its id2label",
+            name,
+            form.task.name,
+            ", ".join(map(str, form.task.labels)),
+        )
+
+
+def _classes_of(config: Any) -> list[str]:
+    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+
+
+def _is_unnamed(classes: list[str]) -> bool:
+    return classes == [f"LABEL_{i}" for i in range(len(classes))]
