@@ -58,7 +58,7 @@ def run(
     """
     if not isinstance(config, RunConfig) or overrides or changes:
         config = load_config(config, overrides, **changes)
-    with _context(config) as context:
+    with prepared_run(config) as context:
         rows = []
         for stage in context.stages:
             warn_of_equal_candidates(context, stage)
@@ -83,7 +83,7 @@ def make_cache(config: RunConfig) -> None:
     """Do what a run does up to its `teacher.cache`, and make that. Raises GlmdError, one line."""
     if config.teacher.cache is None:
         raise ConfigError("teacher.cache is missing; give teacher.cache=FOLDER")
-    with _context(config, makes_caches=True) as context:
+    with prepared_run(config, makes_caches=True) as context:
         teachers = {stage.teacher for stage in context.stages if stage.cached}
         if context.config.teacher.model is not None:
             make_caches(context, TEACHER)
@@ -105,7 +105,7 @@ def _write_results(context: Context, results: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _context(config: RunConfig, *, makes_caches: bool = False) -> Iterator[Context]:
+def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[Context]:
     """A checked run with its corpus, in its folder, which is held as long.
 
     makes_caches: all caches of the plan are to be made, not those alone that stages will read.

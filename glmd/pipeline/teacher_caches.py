@@ -40,8 +40,8 @@ def refuse_foreign(context: Context) -> None:
 
 def refuse_stale(context: Context, teacher: str) -> None:
     """Refuse what is kept of this teacher and is of something else, and a disk too small for one of its caches."""
-    found = [stage for stage in to_come(context) if stage.teacher == teacher]
-    caches = [_cache(context, stage) for stage in read_caches(context.plan, found).values()]
+    found = read_caches(context.plan, to_come(context, teacher)).values()
+    caches = [_cache(context, stage) for stage in found]
     on_main(lambda: [cache.missing(whole=False) for cache in caches])
 
 
@@ -83,9 +83,10 @@ def cached_teacher(context: Context, stage: Stage) -> CachedTeacher:
     return CachedTeacher(context.opened[folder], language_model, vocabulary, merge_dropped=merges, device=device)
 
 
-def to_come(context: Context) -> list[Stage]:
-    """The stages that will read a cache."""
-    return [stage for stage in context.stages if stage.cached and not context.is_complete(stage)]
+def to_come(context: Context, teacher: str | None = None) -> list[Stage]:
+    """The stages that will read a cache, of one teacher or of all."""
+    cached = [stage for stage in context.stages if stage.cached and teacher in (None, stage.teacher)]
+    return [stage for stage in cached if not context.is_complete(stage)]
 
 
 def _cache(context: Context, stage: Stage, *, sizes_alone: bool = False) -> TeacherCache:

@@ -19,7 +19,7 @@ from glmd.config_file import load_config
 from glmd.errors import ConfigError, GlmdError, ModelError, RunError
 from glmd.pipeline.context import Context
 from glmd.pipeline.elastic import require_shareable
-from glmd.pipeline.run import _context, run
+from glmd.pipeline.run import prepared_run, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
 from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
@@ -367,7 +367,7 @@ def test_passes_over_a_task_depend_on_their_fine_tuned_teacher(finished, tiny, t
     shutil.copytree(finished.folder / "tasks/RTE/task_teacher/model", named)
     config, found = tiny.config(folder, f"teacher.tasks.RTE={named}"), []
     for _ in range(2):
-        with _context(config) as context:
+        with prepared_run(config) as context:
             found.append({stage.path: context.inputs(stage) for stage in context.stages})
         flip(named / "model.safetensors")
     changed = {
@@ -780,7 +780,7 @@ def test_a_corpus_is_read_once_to_know_it_by(tiny, tmp_path, monkeypatch):
 
     real, read = glmd.data.corpus._sha256, []
     monkeypatch.setattr("glmd.data.corpus._sha256", lambda path: read.append(path.name) or real(path))
-    with _context(tiny.config(tmp_path / "run")):
+    with prepared_run(tiny.config(tmp_path / "run")):
         pass
     assert read.count("corpus.txt") == 1
 

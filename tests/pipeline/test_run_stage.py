@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from glmd.models.loading import model_fingerprint
-from glmd.pipeline.run import _context, complete
+from glmd.pipeline.run import complete, prepared_run
 
 CONTROL = "controls/full_vocabulary"
 LABELS = f"{CONTROL}/tasks/RTE/seed-0/task_soft_labels"
@@ -15,7 +15,7 @@ LABELS = f"{CONTROL}/tasks/RTE/seed-0/task_soft_labels"
 @pytest.fixture
 def context(finished, tiny, tmp_path):
     """Of a finished run that gets the control with the full vocabulary, whose stages are run as they are asked for."""
-    with _context(tiny.config(finished.copy(tmp_path / "run"), "controls.full_vocabulary=true")) as context:
+    with prepared_run(tiny.config(finished.copy(tmp_path / "run"), "controls.full_vocabulary=true")) as context:
         yield context
 
 
