@@ -1,15 +1,29 @@
-"""Which teacher layer stands behind each student layer.
+"""Where a model's layers are, and which teacher layer stands behind each student layer.
 
+    layer_lists(model)                  # {"bert.encoder.layer": ModuleList(...)}
     layer_indices("uniform", 6, 12)     # [1, 3, 5, 7, 9, 11], zero-based
 
 The same mapping starts a student from a teacher's layers and aligns hidden states.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from glmd.errors import ConfigError
 
 LAYER_CHOICES = ("first", "last", "uniform", "even")
+
+
+def layer_lists(model: Any) -> dict[str, Any]:
+    """The outermost module lists that are as long as the model has layers; none where one layer is repeated."""
+    from torch import nn
+
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+        if is_list and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
 
 
 def layer_indices(how: str | Sequence[int], num_student_layers: int, num_teacher_layers: int) -> list[int]:
