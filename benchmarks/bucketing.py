@@ -25,8 +25,9 @@ from glmd.models.heads import run_backbone
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import read_split
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import load_task, read_split
+from glmd.tasks.tasks import load_task
 from glmd.training.trainer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 
 from glmd.errors import DataError
 from glmd.storage import write_atomically
-from glmd.tasks.tasks import Label, Task, TaskExample
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import Label, Task
 
 # The form is what jiant, the benchmark's own toolkit, writes and its authors uploaded: `super_glue_format_preds` of
 # jiant/tasks/lib/*.py, and before that `_write_*_preds` of jiant/evaluate.py. Truth values are words there, with a
@@ -28,9 +29,7 @@ logger = logging.getLogger(__name__)
 _IDX_PARTS = {"multirc": ("paragraph", "question", "answer"), "record": ("query",)}
 
 
-def write_predictions(
-    task: Task, predictions: ArrayLike, examples: Sequence[TaskExample], path: str | Path
-) -> None:
+def write_predictions(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample], path: str | Path) -> None:
     """Write the predictions for a split that was read without `training`.
 
     predictions: (B,) class ids, or positions of the chosen candidates, in the order of the examples.

@@ -43,7 +43,8 @@ from glmd.reporting.report import best_grid_points
 from glmd.runtime.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
 from glmd.runtime.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
 from glmd.storage import full_disk_refused, write_atomically
-from glmd.tasks.tasks import BLANK, TaskExample
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import BLANK
 from glmd.training.fsdp import end_sharding, require_sound_launch, take_up_sharding
 from glmd.training.trainer import Teacher
 from glmd.version import __version__

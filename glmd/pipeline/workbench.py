@@ -47,8 +47,8 @@ from glmd.runtime.processes import on_main, together
 from glmd.storage import write_atomically
 from glmd.tasks.cloze import candidate_ids
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import class_logits
-from glmd.tasks.tasks import TaskExample
 from glmd.training.fsdp import is_sharded
 from glmd.training.log import RunLog
 from glmd.training.trainer import Teacher, Trainer, TrainingResult

@@ -28,8 +28,8 @@ from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, kept_words
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import TaskExample
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
 
 SAMPLE = 4 << 20  # characters of a corpus that are cut into tokens to estimate the rest by

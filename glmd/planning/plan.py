@@ -24,8 +24,9 @@ from glmd.models.heads import is_causal, split_parameters
 from glmd.planning.rules import cached_stages, for_teacher, kept_words, learns_from_train, resolve, task_of, task_stages
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import Task, TaskExample, read_split
+from glmd.tasks.tasks import Task
 from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
 from glmd.vocabulary.vocabulary import Vocabulary

@@ -23,8 +23,9 @@ from glmd.models.heads import run_head
 from glmd.models.loading import language_model_class
 from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, verbalizer_ids
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.rows import Rows, pair_rows
-from glmd.tasks.tasks import Task, TaskExample
+from glmd.tasks.tasks import Task
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]

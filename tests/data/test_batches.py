@@ -24,7 +24,8 @@ from glmd.errors import ConfigError, DataError
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.cloze import candidate_ids, verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import BLANK, Cloze, Task, TaskExample, load_task
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import BLANK, Cloze, Task, load_task
 
 MASK, V = 4, 85
 SPECIAL, ORDINARY = np.array([0, 1, 2, 3, MASK]), np.arange(5, V)

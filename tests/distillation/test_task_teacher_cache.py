@@ -27,8 +27,9 @@ from glmd.errors import ConfigError, DataError, NumericsError, RunError
 from glmd.models.loading import load_language_model
 from glmd.pipeline.run import run
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm, task_form
-from glmd.tasks.tasks import BLANK, TaskExample, load_task
+from glmd.tasks.tasks import BLANK, load_task
 from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 

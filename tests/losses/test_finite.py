@@ -30,8 +30,9 @@ from glmd.evaluation.bits_per_byte import text_bits
 from glmd.evaluation.scoring import predict, score_lm
 from glmd.losses.finite import examples_of_tokens, require_finite, spoiled
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import TaskExample, load_task
+from glmd.tasks.tasks import load_task
 from glmd.vocabulary.vocabulary import Vocabulary
 
 NAN, INF = math.nan, math.inf

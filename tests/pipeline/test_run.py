@@ -24,7 +24,8 @@ from glmd.pipeline.workbench import Workbench
 from glmd.planning.places import stage_places
 from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
-from glmd.tasks.tasks import load_task, read_split
+from glmd.tasks.examples import read_split
+from glmd.tasks.tasks import load_task
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.tokenizer import load_tokenizer
 
