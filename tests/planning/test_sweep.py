@@ -229,7 +229,7 @@ def test_the_plan_has_a_line_for_every_cell_of_a_stage(tiny, tmp_path, capsys):
         ("sweep.task_soft_labels.learning_rate=1e-3", "sweep.task_soft_labels.learning_rate must be a list, got 0.001"),
         (
             "sweep.task_soft_labels.learning_rate=[1e-3, -1]",
-            "sweep.task_soft_labels.learning_rate must be above 0, got -1",
+            "sweep.task_soft_labels.learning_rate must be in (0, 10], got -1",
         ),
         (
             "sweep.task_soft_labels.learning_rate=[1e-3, fast]",
