@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from glmd.distillation.objective import LM_SIGNALS, Objective, Term, token_mask
-from glmd.distillation.teacher import Said, TeacherOutputs, model_inputs, of_each
+from glmd.distillation.teacher import Said, TeacherOutputs, of_each
 from glmd.losses.head import Head
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LOGIT_LOSSES
-from glmd.models.heads import backbone, run_backbone, run_head, share_backbone
+from glmd.models.heads import Split, share_backbone
 from glmd.tasks.heads import run_task_head
 
 
@@ -44,6 +44,10 @@ class Distiller(nn.Module):
         self.classifier = classifier if objective.uses("task_logits", "task_labels") else None
         if self.language_model is not None and self.classifier not in (None, self.language_model):
             share_backbone(self.classifier, self.language_model)
+        # The model whose backbone runs comes first; another one shares it.
+        models = {id(each): each for each in (self.classifier, self.language_model) if each is not None}
+        assert models, "an objective has at least one term"
+        self.splits = [Split(model) for model in models.values()]
         self.token_map: Tensor
         self.register_buffer("token_map", torch.from_numpy(token_map), persistent=False)
 
@@ -56,25 +60,18 @@ class Distiller(nn.Module):
             if model is not None and (name == "language_model" or model is not self.language_model)
         }
 
-    @property
-    def student(self) -> nn.Module:
-        """The model whose backbone runs; another one shares it."""
-        student = self.classifier if self.classifier is not None else self.language_model
-        assert student is not None, "an objective has at least one term"
-        return student
-
     def recompute_activations(self) -> None:
         """In training, keep each layer's input alone, and run the layer again in the backward."""
-        body: Any = backbone(self.student)
+        body: Any = self.splits[0].backbone
         # transformers 5.23 has another name for it and warns of the first one.
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
     def forward(self, batch: Mapping[str, Tensor], said: Said) -> Tensor:
         """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order."""
-        student = self.student
-        inputs = model_inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
-        outputs = run_backbone(student, inputs)
+        student = self.splits[0]
+        inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
+        outputs = student.run_backbone(inputs)
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
             words = [term for term in self.objective.terms if term.signal in LM_SIGNALS]
@@ -82,9 +79,9 @@ class Distiller(nn.Module):
             def word_sums(hidden: Tensor, head: Head) -> dict[str, Tensor]:
                 return {term.name: self._word_sum(term, batch, of_each(said), hidden, head) for term in words}
 
-            sums |= run_head(self.language_model, outputs, final_linear=word_sums)
+            sums |= self.splits[-1].run_head(outputs, final_linear=word_sums)
         if self.classifier is not None:
-            logits = run_task_head(self.classifier, outputs, inputs, batch, self.token_map)
+            logits = run_task_head(student, outputs, inputs, batch, self.token_map)
             tasks = [term for term in self.objective.terms if term.signal not in LM_SIGNALS]
             sums |= {term.name: _task_sum(term, batch, of_each(said)[0], logits) for term in tasks}
         return torch.stack([sums[term.name] for term in self.objective.terms])

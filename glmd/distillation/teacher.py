@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
-from glmd.models.heads import final_linear, hidden_before_final_linear, run_backbone, share_backbone
+from glmd.models.heads import Split, share_backbone
 from glmd.tasks.heads import run_task_head
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -54,7 +54,7 @@ class OnlineTeacher:
         models = [model for model in (classifier, language_model) if model is not None]
         for model in models:
             model.eval().requires_grad_(False)
-        self.base = models[0]
+        self.splits = [Split(model) for model in models]
         self.head: Head | None = None
         if language_model is not None:
             self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
@@ -64,18 +64,23 @@ class OnlineTeacher:
         """The folder or hub id that it was loaded from."""
         return getattr(self.base, "name_or_path", "") or type(self.base).__name__
 
+    @property
+    def base(self) -> nn.Module:
+        """The model whose backbone runs."""
+        return self.splits[0].model
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Run on source `input_ids` (B, S), from whatever device they come."""
         device = next(self.base.parameters()).device
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
-        inputs = model_inputs(batch)
-        outputs = run_backbone(self.base, inputs)
+        inputs = self.splits[0].inputs(batch)
+        outputs = self.splits[0].run_backbone(inputs)
         hidden = task_logits = None
         if self.language_model is not None:
-            hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
+            hidden = self.splits[-1].hidden_before_final(outputs)[batch["attention_mask"].bool()]
         if self.classifier is not None:
-            task_logits = run_task_head(self.classifier, outputs, inputs, batch).float()
+            task_logits = run_task_head(self.splits[0], outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
         return TeacherOutputs(hidden, self.head, task_logits)
 
@@ -97,7 +102,7 @@ def of_each(said: Said) -> tuple[TeacherOutputs, ...]:
 
 def sliced_head(language_model: nn.Module, vocabulary: Vocabulary, *, merge_dropped: bool) -> Head:
     """The head of a teacher for students with this vocabulary."""
-    head, merged_into = final_linear(language_model), None
+    head, merged_into = Split(language_model).head, None
     # Slicing the head renormalizes the probability over the kept tokens.
     rows = vocabulary.kept_ids
     if merge_dropped and not vocabulary.is_identity:
@@ -121,8 +126,3 @@ def unsound_examples(said: Said, batch: Mapping[str, Tensor]) -> list[int]:
             bad = torch.isnan(spoiled(outputs.task_logits, batch.get("num_choices"))).any(-1).cpu()
             found |= set(batch["example_id"].cpu()[bad].tolist())
     return sorted(found)
-
-
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch that a model's forward takes."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

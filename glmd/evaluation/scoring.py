@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
-from glmd.distillation.teacher import Said, model_inputs, of_each
+from glmd.distillation.teacher import Said, of_each
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
-from glmd.models.heads import final_linear, hidden_before_final_linear, run_backbone
+from glmd.models.heads import Split
 from glmd.models.probes import one_choice_each
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.heads import choice_logits, run_task_head
@@ -45,15 +45,15 @@ def predict(
     token_map: (V,) source id -> student id when the classifier is a compressed student; None for a teacher.
     name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
     """
-    classifier.eval()
+    split = Split(classifier.eval())
     ids: list[int] = []
     rows: list[list[float]] = []
     for batch in _share(dataset, collate, accelerator, batch_size):
         ids += batch["example_id"].tolist()
-        inputs = _student_inputs(batch, token_map)
+        inputs = _student_inputs(split, batch, token_map)
         if "blank_ids" in batch:
             own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
-            logits = run_task_head(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
+            logits = run_task_head(split, split.run_backbone(inputs), inputs, batch, own_ids)
         elif "num_choices" in batch:
             logits = choice_logits(classifier(**one_choice_each(inputs)).logits, batch["num_choices"])
         else:
@@ -88,14 +88,14 @@ def score_lm(
     tokens whose word (or the word it is mapped to) is the likeliest.
     Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """
-    student.eval()
-    head = final_linear(student)
+    split = Split(student.eval())
+    head = split.head
     to_student = torch.from_numpy(token_map).to(accelerator.device)
     totals = np.zeros(6)
     bad: set[int] = set()
     for batch in _share(dataset, collate, accelerator, batch_size):
         outputs = of_each(teacher(batch))[0]
-        hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
+        hidden = split.hidden_before_final(split.run_backbone(_student_inputs(split, batch, token_map)))
         valid = batch["attention_mask"].bool()
         labels = batch["lm_labels"][valid] if "lm_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
@@ -137,8 +137,8 @@ def _share(
     return ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in batches)
 
 
-def _student_inputs(batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:
-    inputs = model_inputs(batch)
+def _student_inputs(split: Split, batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:
+    inputs = split.inputs(batch)
     if token_map is not None:
         ids = inputs["input_ids"]
         inputs["input_ids"] = torch.from_numpy(token_map).to(ids.device)[ids]

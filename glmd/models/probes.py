@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from glmd.errors import GlmdError, ModelError, disk_error
-from glmd.models.heads import final_linear, hidden_before_final_linear, is_causal, run_backbone, run_head
+from glmd.models.heads import Split, final_linear, is_causal
 
 OTHER_LAYERS = "choose layers that it treats alike (even and first begin with the teacher's first one), or scratch"
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
@@ -33,12 +33,13 @@ def prove_language_model(model: Any) -> None:
     Its logits are those of backbone, head and final linear map; padding changes none of them; where the config calls
     the model causal, a later id moves no earlier logit; and a forward changes nothing in the model.
     """
-    linear, name = final_linear(model), type(model).__name__
+    head, name = final_linear(model), type(model).__name__
     with _as_it_was(model):
         inputs = _probe(model)
         own = _logits(model, inputs)
         with _refused(model, "its head does not run on its backbone's outputs alone"):
-            split = linear.logits(hidden_before_final_linear(model, run_backbone(model, inputs)))
+            parts = Split(model)
+            split = head.logits(parts.hidden_before_final(parts.run_backbone(inputs)))
         valid = inputs["attention_mask"].bool()
         if own.shape != split.shape:
             raise ModelError(f"{name}: its logits are {tuple(own.shape)}, those of its split {tuple(split.shape)}")
@@ -73,7 +74,8 @@ def prove_task_model(model: Any) -> None:
         inputs = _probe(model)
         own = _logits(model, shaped(inputs))
         with _refused(model, "its head does not run on its backbone's outputs alone"):
-            split = run_head(model, run_backbone(model, inputs), inputs=shaped(inputs))
+            parts = Split(model)
+            split = parts.run_head(parts.run_backbone(inputs), inputs=shaped(inputs))
         if own.shape != split.shape or _differ(split, own):
             _require_repeatable(model, shaped(inputs), own)
             raise ModelError(

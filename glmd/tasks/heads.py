@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmd.losses.head import Head
-from glmd.models.heads import run_head
+from glmd.models.heads import Split
 from glmd.models.probes import one_choice_each
 
 
 def run_task_head(
-    model: nn.Module,
+    split: Split,
     outputs: Any,
     inputs: Mapping[str, Tensor],
     batch: Mapping[str, Tensor],
@@ -28,11 +28,11 @@ def run_task_head(
     """
     num_choices = batch.get("num_choices")
     if "blank_ids" in batch:
-        logits = run_head(
-            model, outputs, final_linear=lambda hidden, head: _blank_scores(batch, token_map, hidden, head)
+        logits = split.run_head(
+            outputs, final_linear=lambda hidden, head: _blank_scores(batch, token_map, hidden, head)
         )
     else:
-        logits = run_head(model, outputs, inputs=inputs if num_choices is None else one_choice_each(inputs))
+        logits = split.run_head(outputs, inputs=inputs if num_choices is None else one_choice_each(inputs))
     scores: Tensor = logits if num_choices is None else choice_logits(logits, num_choices)
     return scores
 

@@ -22,6 +22,7 @@ from glmd.distillation.cached_teacher import CachedTeacher, digests
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, DataError, NumericsError, RunError
+from glmd.models.heads import Split
 from glmd.models.loading import load_language_model
 from glmd.pipeline.run import run
 from glmd.tasks.dataset import TaskDataset
@@ -230,7 +231,7 @@ def test_a_teacher_answers_on_its_device_and_is_given_the_batch_as_the_loader_ma
     assert cached(COLLATE([data[0, 3]])).task_logits.device.type == "meta"
     seen, far = [], OnlineTeacher(None, live.classifier.to("meta"), vocabulary)
     with monkeypatch.context() as patch:
-        patch.setattr("glmd.distillation.teacher.run_backbone", lambda _, inputs: seen.append(inputs) or stop())
+        patch.setattr(Split, "run_backbone", lambda _, inputs, **asked: seen.append(inputs) or stop())
         with pytest.raises(Stop):
             far(COLLATE([data[0, 3]]))
     assert {each.device.type for each in seen[0].values()} == {"meta"}

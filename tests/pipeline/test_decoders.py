@@ -18,10 +18,10 @@ from glmd.data.blocks import BlockDataset, block_frame, block_texts
 from glmd.data.token_store import build_token_store, open_token_store
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import load_method
-from glmd.distillation.teacher import OnlineTeacher, model_inputs
+from glmd.distillation.teacher import OnlineTeacher
 from glmd.errors import DataError
 from glmd.evaluation.bits_per_byte import score_text
-from glmd.models.heads import run_backbone
+from glmd.models.heads import Split
 from glmd.pipeline.run import run
 from glmd.reporting.report import results_table
 from glmd.tasks.cloze import verbalizer_ids
@@ -232,7 +232,7 @@ def test_ids_of_the_generation_config_follow_the_students_vocabulary(tiny, model
 @pytest.mark.parametrize("name", DECODERS)
 def test_no_keys_and_values_are_kept_for_words_that_are_not_generated(name, models):
     model = transformers.AutoModelForCausalLM.from_pretrained(models / name)
-    outputs = run_backbone(model, {"input_ids": torch.arange(8).reshape(2, 4) + 5})
+    outputs = Split(model).run_backbone({"input_ids": torch.arange(8).reshape(2, 4) + 5})
     assert outputs.past_key_values is None and model.config.use_cache, "the model itself is left as it was"
 
 
@@ -304,8 +304,8 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
     data = TaskDataset(examples, tokenizer, max_length=60, **options)
     assert data.truncated == 0
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in range(len(examples))])
-    inputs = model_inputs(batch)
-    got = run_task_head(model, run_backbone(model, inputs), inputs, batch)
+    inputs = Split(model).inputs(batch)
+    got = run_task_head(Split(model), Split(model).run_backbone(inputs), inputs, batch)
     for row, example in zip(got.tolist(), examples, strict=True):
         filled = list(example.choices) or ["light", "dark"]
         expected = plain_scores(model, tokenizer, example, filled, mean=task.mean_over_tokens)
