@@ -100,7 +100,7 @@ class Distiller(nn.Module):
             chosen = token_mask(term, batch)
             labels = self.token_map[batch["lm_labels"][chosen]]
             return linear_cross_entropy(hidden[chosen], head, labels)
-        valid = batch["attention_mask"].bool()
+        valid = batch["predicts"]
         weights = token_mask(term, batch)[valid].float() if term.tokens == "masked" else None
         sums = []
         for each in teachers:

@@ -92,8 +92,8 @@ class Objective:
 
 
 def token_mask(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, S) bool: the tokens a word term is about. Pads never are."""
-    mask = batch["attention_mask"].bool()
+    """(B, S) bool: the positions a word term is about. Pads never are."""
+    mask = batch["predicts"]
     return mask & (batch["lm_labels"] >= 0) if term.tokens == "masked" else mask
 
 

@@ -20,7 +20,7 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What a batch's terms may ask of a teacher. N: non-pad tokens in row order, K: kept vocabulary, C: classes."""
+    """What a batch's terms may ask of a teacher. N: positions that predict, row by row; K: kept tokens; C: classes."""
 
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
     head: Head | None = None  # of K tokens: the teacher's, sliced to those that are kept
@@ -78,7 +78,7 @@ class OnlineTeacher:
         outputs = self.splits[0].run_backbone(inputs)
         hidden = task_logits = None
         if self.language_model is not None:
-            hidden = self.splits[-1].hidden_before_final(outputs)[batch["attention_mask"].bool()]
+            hidden = self.splits[-1].hidden_before_final(outputs)[batch["predicts"]]
         if self.classifier is not None:
             task_logits = run_task_head(self.splits[0], outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))

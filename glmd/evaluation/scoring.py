@@ -96,7 +96,7 @@ def score_lm(
     for batch in _share(dataset, collate, accelerator, batch_size):
         outputs = of_each(teacher(batch))[0]
         hidden = split.hidden_before_final(split.run_backbone(_student_inputs(split, batch, token_map)))
-        valid = batch["attention_mask"].bool()
+        valid = batch["predicts"]
         labels = batch["lm_labels"][valid] if "lm_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
         assert teacher_hidden is not None and outputs.head is not None, "the teacher has an LM head"

@@ -114,7 +114,7 @@ class Step:
             return self.teacher(batch)
         hidden, head, device = None, self.teacher.head, batch["input_ids"].device
         if head is not None:
-            hidden = head.weight.new_empty(int(batch["attention_mask"].sum()), head.weight.shape[1])
+            hidden = head.weight.new_empty(int(batch["predicts"].sum()), head.weight.shape[1])
         classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.num_labels
         answers = torch.zeros(len(batch["example_id"]), classes, device=device)
         return TeacherOutputs(hidden, head, answers)
@@ -150,6 +150,7 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     ids = torch.ones((examples * choices, length), dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
+    batch["predicts"] = batch["attention_mask"].bool()
     if cast.masked:
         batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1

@@ -144,7 +144,7 @@ class Trainer:
             for step, micro_batches in enumerate(batches, start=start_step + 1):
                 means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 if means is not None:
-                    meter.add(means, sum(int(batch["attention_mask"].sum()) for batch in micro_batches))
+                    meter.add(means, sum(int(batch["predicts"].sum()) for batch in micro_batches))
                 bar.update()
                 self.progress.step, self.progress.seconds = step, time.monotonic() - began
                 if step % settings.logging_steps == 0 or step == max_steps:

@@ -28,7 +28,7 @@ def batch() -> dict[str, Tensor]:
     """3 rows of 4, 2 and 3 tokens; 3 tokens were masked; one row has no label."""
     return {
         "input_ids": torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0], [2, 9, 3, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        "predicts": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool(),
         "lm_labels": torch.tensor([[-100, 7, 5, -100], [-100, -100, -100, -100], [-100, 0, -100, -100]]),
         "example_id": torch.arange(3),
         "labels": torch.tensor([1, -100, 0]),
@@ -148,7 +148,7 @@ def test_a_pad_is_no_token_even_with_a_label() -> None:
     changed["lm_labels"][1, 3] = 5
     for term in (WORDS, MASKED, LABELS):
         assert not token_mask(term, changed)[1, 2:].any()
-    assert torch.equal(token_mask(WORDS, changed), changed["attention_mask"].bool())
+    assert torch.equal(token_mask(WORDS, changed), changed["predicts"])
     assert token_mask(MASKED, changed).nonzero().tolist() == [[0, 1], [0, 2], [2, 1]]
 
 
@@ -188,8 +188,8 @@ def test_gkd_compat_reproduces_the_published_reduction() -> None:
     student, teacher = (torch.randn(3, 4, 30, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
     student.requires_grad_()
     inputs = batch()
-    valid = inputs["attention_mask"].bool()
-    expected = published_loss(student, teacher, inputs["attention_mask"], 15.0)
+    valid = inputs["predicts"]
+    expected = published_loss(student, teacher, valid.double(), 15.0)
     for gkd_compat, factor in ((True, 1.0), (False, 12 / 9)):
         objective = Objective((replace(WORDS, gkd_compat=gkd_compat),))
         values = LOGIT_LOSSES["kl_divergence"](student[valid], teacher[valid], temperature=15.0)
