@@ -12,7 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from test_trainer import TASK, C, V, distiller_of, model_of, teacher_of, train
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    BertTokenizer,
+)
 
 from glmd.cli import main
 from glmd.data.batches import Collate
