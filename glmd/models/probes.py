@@ -411,3 +411,28 @@ def _wrapped(modules: Sequence[nn.Module], wrapper: Callable[..., Any]) -> Itera
 def one_choice_each(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """(R, S) rows as R examples of one choice for a stock multiple-choice model: no row is spent on padding."""
     return {name: each.unsqueeze(1) for name, each in inputs.items()}
+
+
+@torch.no_grad()
+def prove_attentions(model: Any, *, training: bool) -> None:
+    """Prove that a model's layers give attention probabilities (B, A, S, S), of which each token's sum to 1.
+
+    training: as it is while it learns; transformers gives them after their dropout.
+    """
+    split, name, modes = Split(model), type(model).__name__, {module: module.training for module in model.modules()}
+    inputs = _probe(model)
+    try:
+        model.train(training)
+        with torch.random.fork_rng(), _refused(model, "it does not give its attentions"):
+            found = split.run_backbone(inputs, output_attentions=True).attentions
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    batch, length = inputs["input_ids"].shape
+    if not found or any(each is None or each.ndim != 4 or each.shape[::2] != (batch, length) for each in found):
+        raise ModelError(f"{name}: it does not give the attentions of each layer, so none can be compared")
+    valid = inputs["attention_mask"].bool()
+    sums = torch.stack([each.transpose(1, 2)[valid].sum(-1).float() for each in found])
+    if not (sums - 1).abs().max() < 2e-2:
+        why = "are given after attention dropout; set that to 0 in student.config" if training else "do not sum to 1"
+        raise ModelError(f"{name}: its attentions cannot be compared: they {why}")

@@ -236,7 +236,7 @@ def _examples(stage: PlannedStage) -> list[Any]:
 def _cast(plan: Plan, stage: PlannedStage, objective: Objective) -> Cast:
     config, task = plan.config, stage.task
     trains_teacher = stage.kind in ("teacher", "task_teacher")
-    asks_teacher = objective.uses("lm_logits", "task_logits") and not trains_teacher
+    asks_teacher = bool(objective.teacher_needs) and not trains_teacher
     form: Any = None
     if task is not None:
         form = "words" if task.task.casting == "cloze" else "choices" if task.task.is_choice else "classes"

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_
 
 from glmd.data.batches import Batch
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import LM_SIGNALS, Objective
+from glmd.distillation.objective import Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
@@ -89,22 +89,21 @@ class Step:
 
     def __init__(self, cast: Cast) -> None:
         self.cast, objective = cast, cast.objective
-        asks_task = objective.uses("task_logits", "task_labels")
-        words, task = _models(cast, cast.student, torch.float32, objective.uses(*LM_SIGNALS), asks_task)
+        words, task = _models(cast, cast.student, torch.float32, objective.needs)
         kept = np.arange(cast.student.vocab_size)
         vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
         self.distiller = Distiller(objective, vocabulary.token_map, language_model=words, classifier=task)
         self.distiller.train()
         if cast.gradient_checkpointing:
             self.distiller.recompute_activations()
-        self.parameters = list(self.distiller.parameters())
         self.teacher: OnlineTeacher | None = None
         if cast.teacher is not None:
-            asked = objective.uses("lm_logits"), objective.uses("task_logits")
-            words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), *asked)
-            self.teacher = OnlineTeacher(
-                words if asked[0] else None, task, vocabulary, merge_dropped=cast.merge_dropped
-            )
+            needs = objective.teacher_needs
+            words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), needs)
+            words = words if "head" in needs or task is None else None
+            self.teacher = OnlineTeacher(words, task, vocabulary, merge_dropped=cast.merge_dropped)
+            self.distiller.learn_from(self.teacher, is_proved=True)
+        self.parameters = list(self.distiller.parameters())
 
     def teach(self, batch: Batch) -> TeacherOutputs:
         """What the teacher says, or what a cache of it gives."""
@@ -128,11 +127,15 @@ class Step:
         total.backward()
 
 
-def _models(cast: Cast, config: Any, dtype: torch.dtype, words: bool, task: bool) -> tuple[Any, Any]:
-    """(language model, task model), None for one that is not needed; words in a blank are asked of the first."""
+def _models(cast: Cast, config: Any, dtype: torch.dtype, needs: frozenset[str]) -> tuple[Any, Any]:
+    """(language model, task model), None for one that is not needed; words in a blank are asked of the first.
+
+    Where only layers are compared it is a language model that has them.
+    """
     from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
 
-    in_blank, language_model = task and cast.form == "words", None
+    task = "task_head" in needs
+    words, in_blank, language_model = "head" in needs or not task, task and cast.form == "words", None
     if words or in_blank:
         language_model = language_model_class(config).from_config(config, dtype=dtype)
         language_model.tie_weights()  # which is left out with the drawing of weights
@@ -189,7 +192,7 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         step.learn(batch, outputs)
     student, language_model = sum(p.nbytes for p in step.parameters), step.distiller.language_model
     chunk = loss = wider = 0
-    if cast.objective.uses("lm_logits"):
+    if "head" in cast.objective.teacher_needs:
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
         theirs = cast.source_size if cast.merge_dropped else words

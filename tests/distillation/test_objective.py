@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glmd.config import STAGES
-from glmd.distillation.objective import SIGNALS, Objective, Term, load_method, parse_term, token_mask
+from glmd.distillation.objective import Objective, Term, load_method, parse_term, token_mask
+from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError
 from glmd.losses.logits import LOGIT_LOSSES
 from glmd.strict_yaml import configs_root
@@ -45,7 +46,7 @@ def test_every_method_that_comes_with_glmd_builds(name: str) -> None:
     logits, label = torch.ones(2, 3), torch.tensor([0, 1])
     for term in (term for objective in method.values() for term in objective.terms):
         target = label if term.signal.endswith("labels") else logits
-        assert SIGNALS[term.signal][term.loss](logits, target, **term.options).shape == (2,)
+        assert SIGNALS[term.signal].losses[term.loss](logits, target, **term.options).shape == (2,)
 
 
 def test_glmd_is_two_stages_of_words_at_temperature_15_and_one_of_soft_labels() -> None:
@@ -166,8 +167,10 @@ def test_with_gkd_compat_a_term_counts_pads_too_and_the_others_do_not() -> None:
 
 
 def test_an_objective_knows_what_it_uses_and_whether_it_needs_corruption() -> None:
-    assert Objective((WORDS, TASK)).uses("task_logits", "task_labels")
-    assert not Objective((WORDS,)).uses("task_logits", "lm_labels")
+    assert Objective((WORDS, TASK_LABELS)).needs == {"head", "task_head"}
+    assert Objective((WORDS, TASK_LABELS)).teacher_needs == {"head"} and not Objective((LABELS,)).teacher_needs
+    assert Objective((TASK, TASK_LABELS)).reads("labels") and not Objective((WORDS, TASK)).reads("labels")
+    assert Objective((LABELS,)).reads_tokens and not Objective((TASK,)).reads_tokens
     assert not Objective((WORDS, TASK, TASK_LABELS)).needs_masking
     assert Objective((WORDS, MASKED)).needs_masking and Objective((LABELS,)).needs_masking
 
