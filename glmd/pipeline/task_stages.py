@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from glmd.config import GridPoint, StageConfig, TeacherConfig
-from glmd.distillation.objective import HARD_LABELS, LM_SIGNALS, Objective
+from glmd.distillation.objective import HARD_LABELS, Objective
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import DataError
@@ -159,7 +159,7 @@ class TaskStages:
             student = load_language_model(TeacherConfig(str(start)))
             torch.manual_seed(seed)
             head = None
-            if objective.uses("task_logits", "task_labels"):
+            if "task_head" in objective.needs:
                 head = student if self.is_cloze else load_classifier(str(start), self.task.task, new_head=True)
             val = self.bench.val_data(self.task, stage)
             before = self.bench.score_lm(student, live, val, arm, stage)
@@ -210,12 +210,12 @@ class TaskStages:
 
         def work() -> dict[str, Any]:
             live = None
-            if objective.uses("task_logits", "lm_logits"):
-                live = self._teacher("task_soft_labels", arm, seed, words=objective.uses("lm_logits"))
+            if objective.teacher_needs:
+                live = self._teacher("task_soft_labels", arm, seed, words="head" in objective.teacher_needs)
             torch.manual_seed(seed)
             student = load_classifier(str(start), self.task.task, new_head=True)
             language_model = None
-            if objective.uses(*LM_SIGNALS):
+            if "head" in objective.needs:
                 language_model = student if self.is_cloze else load_language_model(TeacherConfig(str(start)))
             theirs = self._answers(stage)
 
@@ -225,7 +225,7 @@ class TaskStages:
 
             examples = self.task.train if is_control else self.task.inputs
             # Inputs are masked for terms that compare words, and for no others.
-            is_clean = not objective.uses(*LM_SIGNALS)
+            is_clean = not objective.reads_tokens
             given = replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
             training = self.bench.train(
                 place,

@@ -179,6 +179,7 @@ class Workbench:
             "stage": asdict(stage) if stage is not None else None,
             "seed": seed,
             "terms": [asdict(term) for term in objective.terms] if objective is not None else [],
+            "intervention": asdict(objective.intervention) if objective and objective.intervention else None,
             "mixed_precision": self.config.mixed_precision,
             "selection": self.config.selection if task is not None else "last",
             "teacher": self.teacher_hash,

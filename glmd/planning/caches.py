@@ -20,7 +20,6 @@ from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.corpus import read_documents
 from glmd.data.masking import masking_for
 from glmd.data.token_store import TokenStore, encode_texts, open_token_store
-from glmd.distillation.objective import LM_SIGNALS
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
 from glmd.models.heads import is_causal
@@ -90,7 +89,7 @@ def task_cache(
         "max_length": length,
         "masking": _masking(stage, seed),
     }
-    num_classes = classes if plan.method[name].uses("task_logits") else None
+    num_classes = classes if "task_head" in plan.method[name].teacher_needs else None
     return _cache(
         plan, task_cache_folder(plan, name, task, seed), parts, made_from, words=words, num_classes=num_classes
     )
@@ -123,7 +122,7 @@ def inputs_stage(plan: Plan, name: str, task: str) -> StageConfig:
     Inputs of task_soft_labels are masked for terms that compare LM logits, and for no others.
     """
     stage = plan.config.stage(name, task)
-    is_clean = name == "task_soft_labels" and not plan.method[name].uses(*LM_SIGNALS)
+    is_clean = name == "task_soft_labels" and not plan.method[name].reads_tokens
     return replace(stage, mlm_probability=0.0, num_maskings=None) if is_clean else stage
 
 

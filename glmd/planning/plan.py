@@ -276,7 +276,7 @@ def _plan_task(
 ) -> TaskPlan:
     task, files = task_of(config, name), config.tasks[name]
     require_metrics(task)
-    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].uses("task_labels")
+    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].reads("labels")
     train: list[TaskExample] = []
     if learns_from_train(config, name):
         needs_labels = name not in config.teacher.tasks or config.controls.hard_labels or uses_labels
@@ -443,7 +443,7 @@ def _check_vocabulary_effects(plan: Plan, teacher: Any) -> None:
         raise ConfigError(str(error)) from None
     is_whole = plan.kept_size == plan.source_size
     if settings.teacher_mass == "merge" and (
-        is_whole or not any(objective.uses("lm_logits") for objective in plan.method.values())
+        is_whole or not any("head" in objective.teacher_needs for objective in plan.method.values())
     ):
         why = "every token is kept" if is_whole else f"method {plan.config.method} distils no words"
         raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")

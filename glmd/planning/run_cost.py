@@ -238,7 +238,7 @@ def _examples(stage: PlannedStage) -> list[Any]:
 def _cast(plan: Plan, stage: PlannedStage, objective: Objective) -> Cast:
     config, task = plan.config, stage.task
     trains_teacher = stage.kind in ("teacher", "task_teacher")
-    asks_teacher = objective.uses("lm_logits", "task_logits") and not trains_teacher
+    asks_teacher = bool(objective.teacher_needs) and not trains_teacher
     form = task_form(task.task, causal=is_causal(plan.teacher_config)) if task is not None else None
     return Cast(
         objective,
