@@ -20,13 +20,14 @@ from glmd.data.batches import Batch, Collate
 from glmd.data.sampling import StepPlan, evaluation_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import load_method
-from glmd.distillation.teacher import OnlineTeacher, model_inputs
-from glmd.models.heads import run_backbone
+from glmd.distillation.teacher import OnlineTeacher
+from glmd.models.heads import Split
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import read_split
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import load_task, read_split
+from glmd.tasks.tasks import load_task
 from glmd.training.trainer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -65,7 +66,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     data, collate = TaskDataset(examples, form, tokenizer, max_length=task.max_length), Collate(tokenizer.pad_token_id)
     vocabulary = Vocabulary.identity(len(tokenizer))
     model = load_language_model(TeacherConfig(arguments.model))
-    layers = max(1, model.config.num_hidden_layers // 2)
+    split, layers = Split(model), max(1, model.config.num_hidden_layers // 2)
     student = build_student(model, vocabulary, StudentConfig(num_hidden_layers=layers), seed=0)
     distiller = Distiller(load_method("glmd")["task_lm"], vocabulary.token_map, language_model=student).train()
     optimizer, teacher = make_optimizer(distiller, StageConfig(max_steps=1)), OnlineTeacher(model, None, vocabulary)
@@ -81,7 +82,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     @torch.no_grad()
     def score(batches: list[Batch]) -> None:
         for batch in batches:
-            run_backbone(model, model_inputs(batch))
+            split.run_backbone(split.inputs(batch))
 
     steps: dict[str, list[list[Batch]]] = {}
     pads: dict[str, float] = {}

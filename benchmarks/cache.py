@@ -38,9 +38,10 @@ from glmd.models.heads import final_linear
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
 from glmd.tasks.loading import load_classifier
-from glmd.tasks.tasks import TaskExample, load_task
+from glmd.tasks.tasks import load_task
 from glmd.training.trainer import Teacher, make_optimizer
 from glmd.vocabulary.build import build_vocabulary
 

@@ -52,6 +52,7 @@ def main() -> None:
     labels = torch.where(torch.rand(shape) < (stage.mlm_probability or 0), ids, -100)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "lm_labels": labels}
     batch["attention_mask"][-1, -1] = 0
+    batch["predicts"] = batch["attention_mask"].bool()
     is_mixed = plan.config.mixed_precision != "no"
 
     def step(micro_batches: int = 1) -> float:

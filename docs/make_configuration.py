@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from glmd import config
+from glmd import config, config_file
 from glmd.config import RunConfig, StageConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -50,10 +50,10 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    top = [key for key in _meanings(RunConfig) if key not in (*GROUPS, *config._STAGE_FIELDS)]
+    top = [key for key in _meanings(RunConfig) if key not in (*GROUPS, *config_file._STAGE_FIELDS)]
     parts = [INTRO, "## Top level\n", _table(RunConfig, top)]
     for name in GROUPS:
-        cls = config._GROUPS[name]
+        cls = config_file._GROUPS[name]
         keys = [key for key in _meanings(cls) if key != "pretraining"]
         parts += [f"## {name}\n\n{inspect.getdoc(cls)}\n", _table(cls, keys, prefix=f"{name}.")]
     return "\n".join([*parts, STAGES, _stage_table()])
@@ -69,7 +69,8 @@ def _table(cls: Any, keys: list[str], *, prefix: str = "") -> str:
 def _stage_table() -> str:
     types, meanings = _types(StageConfig), _meanings(StageConfig)
     pretraining, task = (vars(make()) for make in (config._pretraining_defaults, config._task_defaults))
-    rows = [[f"`{key}`", types[key], _shown(pretraining[key]), _shown(task[key]), meanings[key]] for key in types]
+    allowed = {key: f"{types[key]}, in {config.RANGES[key]}" if key in config.RANGES else types[key] for key in types}
+    rows = [[f"`{key}`", allowed[key], _shown(pretraining[key]), _shown(task[key]), meanings[key]] for key in types]
     return _markdown(["key", "type", "pretraining", "task stages", "meaning"], rows)
 
 

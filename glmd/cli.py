@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's; for text 1024)")
 
     command.add_argument(
-        "--tokenizer", choices=("exact", "stock"), help="for --task (default: exact); stock: text as without glmd"
+        "--tokenizer", choices=("mapped", "stock"), help="for --task (default: mapped); stock: text as without glmd"
     )
 
     command = add("predict", _predict, "Write a task model's answers in the leaderboard's form.")
@@ -144,8 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("output", type=Path, help="folder to write")
     command.add_argument(
         "--kind",
-        default="exact",
-        choices=("exact", "stock", "expanded"),
+        default="mapped",
+        choices=("mapped", "stock", "expanded"),
         help="stock: the stock tokenizer alone; expanded: the source's tokenizer and rows, for models that predict "
         "no words",
     )

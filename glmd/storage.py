@@ -81,12 +81,15 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it. Raises RunError where the disk refuses."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name and rename it: a reader sees the old one or the new one, whole.
+
+    The temporary name is the same for all writers, so that the next one clears what a kill leaves. Raises DiskError.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync_to_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:

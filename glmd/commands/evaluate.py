@@ -25,9 +25,10 @@ from glmd.public import public
 from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.storage import write_problem
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.forms import task_form, warn_of_unnamed_classes
 from glmd.tasks.loading import load_classifier
-from glmd.tasks.tasks import Task, TaskExample, load_task, read_split
+from glmd.tasks.tasks import Task, load_task
 from glmd.vocabulary.tokenizer import load_tokenizer, require_fast, stock_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 
 @public
-def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact") -> str:
+def export_folder(source: str | Path, output: str | Path, *, kind: str = "mapped") -> str:
     """Write a student as a model folder, and say in one line what it is.
 
     source: a stage of a run, whose newest checkpoint is taken, or a student's folder.
-    kind: "exact"; "stock": with the stock tokenizer alone; "expanded": with a row for each of the source's tokens
+    kind: "mapped"; "stock": with the stock tokenizer alone; "expanded": with a row for each of the source's tokens
         again and the source's tokenizer, so that text is read exactly by nothing but stock parts.
     Raises RunError where the stage has no checkpoint or the output folder is taken, ModelError where the kind does not
     fit the model.
@@ -40,7 +40,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
     if (source / "config.json").is_file():
         model, tokenizer = load_model_as_saved(str(source)), load_tokenizer(source)
         origin = f"the student of {source.resolve().name}"
-        if kind == "exact":
+        if kind == "mapped":
             raise RunError(f"{source} is a model folder already; give --kind stock or expanded, or copy it")
     else:
         model, tokenizer, step = _of_checkpoint(source)
@@ -51,7 +51,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
     facts |= {"origin": origin, "kind": kind}
     if kind == "expanded":
         facts.pop("kept tokens", None)
-    if kind != "exact":
+    if kind != "mapped":
         if not getattr(tokenizer, "is_exact", False):
             raise ModelError(
                 f"--kind {kind} has no effect: {source} keeps every token of its source, or has the stock tokenizer "
@@ -75,11 +75,11 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "exact"
     )
     export_model(model, tokenizer, output, card=card)
     check_exports([output])
-    return f"{output}: {origin}" + (f", {kind}" if kind != "exact" else "")
+    return f"{output}: {origin}" + (f", {kind}" if kind != "mapped" else "")
 
 
 _KINDS = {
-    "exact": "A student in its own vocabulary, with its exact tokenizer.",
+    "mapped": "A student in its own vocabulary, with its mapped tokenizer.",
     "stock": "A student in its own vocabulary; rare words are cut into smaller tokens than those it was trained on.",
     "expanded": "A student with a row for each token of its teacher's tokenizer, which reads text exactly.",
 }

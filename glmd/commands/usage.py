@@ -44,7 +44,7 @@ def _folders(config: RunConfig, results: dict[str, Any]) -> dict[str | None, lis
 def usage(folder: Path, *, has_pair: bool = False) -> str:
     """One line of Python that uses an exported folder, by the head that it has.
 
-    has_pair: a classifier was trained on two texts. The exact tokenizer needs trust_remote_code; to go on with a text
+    has_pair: a classifier was trained on two texts. The mapped tokenizer needs trust_remote_code; to go on with a text
     the stock one is the safer, where transformers opens it by itself.
     """
     config = load_model_config(str(folder))

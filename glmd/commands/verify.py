@@ -240,7 +240,7 @@ _CHECKS: dict[str, Callable[[_Subject], str | None]] = {
     "rows": _rows,
     "nothing left over": _no_leftovers,
     "special ids": _special_ids,
-    "exact tokenizer": _exact,
+    "mapped tokenizer": _exact,
     "round trip": _round_trip,
     "saved again": _saved_again,
     "without glmd": _without_glmd,

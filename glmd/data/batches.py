@@ -26,7 +26,8 @@ class Collate:
     """Pad a list of examples to the longest of them. `pad_id` fills input_ids, 0 the masks, -100 the labels.
 
     Token columns are (B, S), or (R, S) with R rows for the choices of B examples one after another; `num_choices` (B,)
-    then says how many are whose.
+    then says how many are whose. `predicts` (B, S) bool is where words are predicted, which losses and scores look at:
+    all tokens of masked and causal LMs. `attention_mask` is for models.
     """
 
     pad_id: int
@@ -42,7 +43,8 @@ class Collate:
                 batch[name] = _padded(rows, fill.get(name, 0))
                 if name == "input_ids":
                     lengths = torch.tensor([len(row) for row in rows])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        batch["predicts"] = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+        batch["attention_mask"] = batch["predicts"].long()
         return batch
 
 

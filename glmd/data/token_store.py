@@ -14,6 +14,7 @@ import numpy as np
 
 from glmd.data.corpus import _sha256, corpus_fingerprint, read_documents
 from glmd.errors import DataError, DiskError, ModelError, RunError
+from glmd.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 STORE_VERSION = 2
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def reading_fingerprint(tokenizer: Any) -> str:
     """sha256 of every word with its id, and of how probes are cut (case, accents, white space, merges).
 
     Not of the tokenizer's files: truncation settings and library versions change those and no token.
@@ -145,7 +146,7 @@ def build_token_store(
     folder = Path(folder)
     made_from = {
         "corpus": corpus_fingerprint(sources) if fingerprint is None else fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": reading_fingerprint(tokenizer),
         "text_field": text_field,
     }
     store = _reusable_store(folder, made_from)
@@ -180,7 +181,7 @@ def require_same_store(folder: Path, corpus: Mapping[str, Any], tokenizer: Any, 
         store = open_token_store(folder)
     except _NoWholeStore:  # which is built again
         return
-    fingerprint = {"corpus": corpus, "tokenizer": tokenizer_fingerprint(tokenizer), "text_field": text_field}
+    fingerprint = {"corpus": corpus, "tokenizer": reading_fingerprint(tokenizer), "text_field": text_field}
     _require_origin(store, fingerprint)
 
 
@@ -216,15 +217,16 @@ def _write_store(
     if separator is None:
         raise ModelError("the tokenizer has neither a sep_token nor an eos_token to put between documents; set one")
     manifest_path, tokens_path = folder / "manifest.json", folder / "tokens.bin"
-    temporary = [folder / "tokens.bin.tmp", folder / "manifest.json.tmp"]
+    temporary = folder / "tokens.bin.tmp"
     # Ids go up to the largest one given, which a tokenizer with gaps puts beyond its length.
     dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<i4")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         manifest_path.unlink(missing_ok=True)
-        with temporary[0].open("wb") as file:
+        with temporary.open("wb") as file:
             counted = _write_tokens(file, documents, tokenizer, separator, dtype)
-            _flush(file)
+            file.flush()
+            os.fsync(file.fileno())
         if counted["num_documents"] == 0:
             raise DataError(f"{', '.join(map(str, sources))}: no text in {counted['num_empty_documents']} documents")
         manifest = {
@@ -234,17 +236,13 @@ def _write_store(
             "separator_id": separator,
             "fingerprint": fingerprint,
         }
-        with temporary[1].open("wb") as file:
-            file.write(json.dumps(manifest, indent=2).encode())
-            _flush(file)
-        os.replace(temporary[0], tokens_path)
-        os.replace(temporary[1], manifest_path)
+        os.replace(temporary, tokens_path)
+        write_atomically(manifest_path, json.dumps(manifest, indent=2))
     except OSError as error:
         raise DiskError(f"{folder}: the token store cannot be written ({error.strerror})") from error
     finally:
-        for path in temporary:
-            if path.exists():
-                path.unlink()
+        if temporary.exists():
+            temporary.unlink()
     logger.info("corpus: %d tokens, %d documents, %d empty ones skipped", *list(counted.values())[:3])
     return open_token_store(folder)
 
@@ -321,8 +319,3 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def _dtype(manifest: Mapping[str, Any]) -> np.dtype:
     return np.dtype({"uint16": "<u2", "int32": "<i4"}[manifest["dtype"]])
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -42,10 +42,14 @@ def example_spans(batch: Mapping[str, Tensor]) -> list[tuple[int, int]]:
 
 
 def digests(batch: Mapping[str, Tensor]) -> list[bytes]:
-    """The name of each example: a hash of its words, masking, segments, choices and blanks, without padding."""
+    """The name of each example: a hash of its words, masking, segments, choices and blanks, without padding.
+
+    Where not every token predicts also of those that do.
+    """
     lengths = batch["attention_mask"].sum(1).tolist()
     rows = {name: batch[name].cpu().numpy().astype("<i4") for name in ROW_COLUMNS if name in batch}
     others = {name: batch[name].cpu().numpy().astype("<i4") for name in EXAMPLE_COLUMNS if name in batch}
+    predicts = batch["predicts"].cpu().numpy()
     names = []
     for example, (first, stop) in enumerate(example_spans(batch)):
         # Lengths come first, so that no two examples run together to the same bytes.
@@ -54,6 +58,9 @@ def digests(batch: Mapping[str, Tensor]) -> list[bytes]:
             found.update(name.encode())
             for row in range(first, stop):
                 found.update(ids[row, : lengths[row]].tobytes())
+        parts = [predicts[row, : lengths[row]] for row in range(first, stop)]
+        if not all(each.all() for each in parts):
+            found.update(b"predicts" + b"".join(each.tobytes() for each in parts))
         for name, values in others.items():
             found.update(name.encode() + values[example].tobytes())
         names.append(found.digest())

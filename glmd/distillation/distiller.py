@@ -5,19 +5,22 @@ weights: reading the LM head's weight outside trains wrongly under DDP, FSDP2 an
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmd.distillation.objective import LM_SIGNALS, Objective, Term, token_mask
-from glmd.distillation.teacher import Said, TeacherOutputs, model_inputs, of_each
+from glmd.distillation.interventions import INTERVENTIONS
+from glmd.distillation.objective import Objective, Term, token_mask
+from glmd.distillation.signals import SIGNALS, StudentOutputs, pairs_of
+from glmd.distillation.teacher import OnlineTeacher, Said, TeacherOutputs, layers_of, of_each
+from glmd.errors import ConfigError
 from glmd.losses.head import Head
-from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
-from glmd.losses.logits import LOGIT_LOSSES
-from glmd.models.heads import backbone, run_backbone, run_head, share_backbone
+from glmd.models.heads import Split, share_backbone
+from glmd.models.probes import prove_attentions
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -29,6 +32,8 @@ class Distiller(nn.Module):
         own: then it is the language model.
     task_logits: of the classifier, by the task's form.
     token_map: (V,) source id -> student id.
+
+    Where only layers are compared one of the models is there for its backbone.
     """
 
     def __init__(
@@ -42,13 +47,46 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.task_logits = task_logits
-        self.objective = objective
-        self.language_model = language_model if objective.uses(*LM_SIGNALS) else None
-        self.classifier = classifier if objective.uses("task_logits", "task_labels") else None
+        self.objective, needs = objective, objective.needs
+        asks_task = "task_head" in needs or (language_model is None and "head" not in needs)
+        self.language_model = language_model if "head" in needs or not asks_task else None
+        self.classifier = classifier if asks_task else None
         if self.language_model is not None and self.classifier not in (None, self.language_model):
             share_backbone(self.classifier, self.language_model)
+        # The model whose backbone runs comes first; another one shares it.
+        models = {id(each): each for each in (self.classifier, self.language_model) if each is not None}
+        assert models, "an objective has at least one term"
+        self.splits = [Split(model) for model in models.values()]
+        self.projections = nn.ModuleDict()
+        self.teacher: OnlineTeacher | None = None
+        self.layer_pairs: dict[str, list[tuple[int, int]]] = {}
         self.token_map: Tensor
         self.register_buffer("token_map", torch.from_numpy(token_map), persistent=False)
+
+    def learn_from(self, teacher: Any, *, seed: int = 0, is_proved: bool = False) -> None:
+        """Take up the teacher of a stage before its first step: ask it for layers, and make the projections.
+
+        A teacher that is not live has no layers. seed: of the projections' first weights. is_proved: leave out the
+        proof that attentions are what they should be. Raises ConfigError or ModelError where both do not fit.
+        """
+        self.teacher = teacher if isinstance(teacher, OnlineTeacher) else None
+        terms = [term for term in self.objective.terms if SIGNALS[term.signal].level == "layer"]
+        if not terms:
+            return
+        if self.teacher is None:
+            raise ConfigError(f"{terms[0].signal} are compared with those of one live teacher; remove teacher.cache")
+        student, live = self.splits[0], self.teacher.splits[0]
+        if "attentions" in self.objective.needs:
+            for split, training in ((student, True), (live, False)):
+                split.backbone.set_attn_implementation("eager")  # type: ignore[operator]
+                if not is_proved:
+                    prove_attentions(split.model, training=training)
+        for i, term in enumerate(terms):
+            self.layer_pairs[term.name] = pairs_of(term, student.model.config, live.model.config)
+            asked = {layer for _, layer in self.layer_pairs[term.name]} | {*self.teacher.layers.get(term.signal, ())}
+            self.teacher.layers[term.signal] = sorted(asked)
+            if term.projection == "linear":
+                self.projections[_key(term)] = _projection(student, live, seed + i)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Class and config of each student model by attribute name, so that a checkpoint can become a folder."""
@@ -59,38 +97,53 @@ class Distiller(nn.Module):
             if model is not None and (name == "language_model" or model is not self.language_model)
         }
 
-    @property
-    def student(self) -> nn.Module:
-        """The model whose backbone runs; another one shares it."""
-        student = self.classifier if self.classifier is not None else self.language_model
-        assert student is not None, "an objective has at least one term"
-        return student
-
     def recompute_activations(self) -> None:
         """In training, keep each layer's input alone, and run the layer again in the backward."""
-        body: Any = backbone(self.student)
+        body: Any = self.splits[0].backbone
         # transformers 5.23 has another name for it and warns of the first one.
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def forward(self, batch: Mapping[str, Tensor], said: Said) -> Tensor:
-        """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order."""
-        student = self.student
-        inputs = model_inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
-        outputs = run_backbone(student, inputs)
+    def forward(self, batch: Mapping[str, Tensor], said: Said, progress: float = 0.0) -> Tensor:
+        """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order.
+
+        progress: of the stage, in [0, 1]; interventions look at it.
+        """
+        student, needs, teachers = self.splits[0], self.objective.needs, of_each(said)
+        inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
+        asked = {f"output_{need}": True for need in ("hidden_states", "attentions") if need in needs}
+        with self._intervention(batch, progress):
+            outputs = student.run_backbone(inputs, **asked)
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
-            words = [term for term in self.objective.terms if term.signal in LM_SIGNALS]
 
             def word_sums(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-                return {term.name: self._word_sum(term, batch, of_each(said), hidden, head) for term in words}
+                words = [term for term in self.objective.terms if "head" in SIGNALS[term.signal].needs]
+                if not words:  # so that all weights of the head have a gradient on every rank
+                    none = batch["example_id"][:0]
+                    return {"": linear_cross_entropy(hidden[:0, 0], head, none)}
+                return {term.name: self._word_sum(term, batch, teachers, hidden, head) for term in words}
 
-            sums |= run_head(self.language_model, outputs, final_linear=word_sums)
+            sums |= self.splits[-1].run_head(outputs, final_linear=word_sums)
+        logits = None
         if self.classifier is not None:
-            logits = self.task_logits(self.classifier, outputs, inputs, batch, self.token_map)
-            tasks = [term for term in self.objective.terms if term.signal not in LM_SIGNALS]
-            sums |= {term.name: _task_sum(term, batch, of_each(said)[0], logits) for term in tasks}
-        return torch.stack([sums[term.name] for term in self.objective.terms])
+            logits = self.task_logits(student, outputs, inputs, batch, self.token_map)
+            sums |= {} if "task_head" in needs else {"": logits[:0].sum()}
+        for term in self.objective.terms:
+            if term.name not in sums:
+                sums[term.name] = self._pair_sum(term, batch, teachers[0], self._asked_of(term, outputs, batch, logits))
+        total = torch.stack([sums[term.name] for term in self.objective.terms])
+        return total + sums[""] if "" in sums else total
+
+    def _intervention(self, batch: Mapping[str, Tensor], progress: float) -> AbstractContextManager[None]:
+        intervention = self.objective.intervention
+        if intervention is None:
+            return nullcontext()
+        teacher = None if self.teacher is None else self.teacher.splits
+        # The seed of the micro-step, with which the trainer began it; dropout draws from another stream.
+        generator = torch.Generator().manual_seed(torch.initial_seed() ^ 1)
+        function = INTERVENTIONS[intervention.name]
+        return function(self.splits[0], teacher, batch, progress, generator, **intervention.options)
 
     def _word_sum(
         self,
@@ -106,7 +159,7 @@ class Distiller(nn.Module):
             chosen = token_mask(term, batch)
             labels = self.token_map[batch["lm_labels"][chosen]]
             return linear_cross_entropy(hidden[chosen], head, labels)
-        valid = batch["attention_mask"].bool()
+        valid = batch["predicts"]
         weights = token_mask(term, batch)[valid].float() if term.tokens == "masked" else None
         sums = []
         for each in teachers:
@@ -125,10 +178,40 @@ class Distiller(nn.Module):
         # For the forward KL this has the gradient of the KL to the teachers' mean probability.
         return torch.stack(sums).mean() if len(sums) > 1 else sums[0]
 
+    def _asked_of(self, term: Term, outputs: Any, batch: Mapping[str, Tensor], logits: Tensor | None) -> StudentOutputs:
+        """What a term compares of the student."""
+        pairs = self.layer_pairs.get(term.name)
+        if pairs is None:
+            return StudentOutputs(task_logits=logits)
+        layers = layers_of(outputs, term.signal, [layer for layer, _ in pairs], batch["predicts"])
+        if _key(term) in self.projections:
+            layers = [self.projections[_key(term)](each) for each in layers]
+        return StudentOutputs(layers=layers, partners=[layer for _, layer in pairs])
 
-def _task_sum(term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, logits: Tensor) -> Tensor:
-    """A task term's sum from the student's (B, C) logits."""
-    if term.signal == "task_labels":
-        return LABEL_LOSSES[term.loss](logits, batch["labels"], **term.options).sum()
-    assert teacher.task_logits is not None, "the teacher has a task head"
-    return LOGIT_LOSSES[term.loss](logits, teacher.task_logits, **term.options).sum()
+    def _pair_sum(
+        self, term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, student: StudentOutputs
+    ) -> Tensor:
+        """A term's sum over examples or tokens; of layers that of their mean."""
+        signal = SIGNALS[term.signal]
+        assert signal.pair is not None, "words are compared within the call of the head"
+        values = [signal.losses[term.loss](*pair, **term.options) for pair in signal.pair(student, teacher, batch)]
+        if signal.level != "layer":
+            return torch.stack([each.sum() for each in values]).mean() if len(values) > 1 else values[0].sum()
+        chosen = token_mask(term, batch)[batch["predicts"]]
+        return torch.stack(values).mean(0)[chosen].sum()
+
+
+def _key(term: Term) -> str:
+    """A term's name as that of a module, in which no dot may stand."""
+    return term.name.replace(".", "_")
+
+
+def _projection(student: Split, teacher: Split, seed: int) -> nn.Linear:
+    """From the student's width to the teacher's, drawn alike on every rank."""
+    configs: list[Any] = [split.model.config for split in (student, teacher)]
+    width, wanted = (config.get_text_config().hidden_size for config in configs)
+    linear, like = nn.Linear(width, wanted, bias=False, device="cpu"), next(student.model.parameters())
+    with torch.no_grad():
+        bound = width**-0.5
+        linear.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return linear.to(like.device, like.dtype)

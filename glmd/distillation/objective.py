@@ -16,34 +16,25 @@ import torch
 from torch import Tensor
 
 from glmd.config import STAGES
+from glmd.distillation.interventions import INTERVENTIONS, Intervention
 from glmd.distillation.schedules import scheduled_weight
+from glmd.distillation.signals import SIGNALS, Need
 from glmd.errors import ConfigError, suggestion
-from glmd.losses.labels import LABEL_LOSSES
-from glmd.losses.logits import LOGIT_LOSSES
 from glmd.strict_yaml import coerce, load_yaml, named_file
-
-Signal = Literal["lm_logits", "lm_labels", "task_logits", "task_labels"]
-
-# What a term compares, and the losses that can compare it.
-SIGNALS: dict[str, Mapping[str, Callable[..., Tensor]]] = {
-    "lm_logits": LOGIT_LOSSES,  # student and teacher over the kept vocabulary, one value per token
-    "lm_labels": LABEL_LOSSES,  # student over the kept vocabulary against the masked word, per masked token
-    "task_logits": LOGIT_LOSSES,  # student and teacher over a task's classes, per example
-    "task_labels": LABEL_LOSSES,  # student over a task's classes against the label, per example
-}
-LM_SIGNALS = ("lm_logits", "lm_labels")
 
 
 @dataclass(frozen=True)
 class Term:
     """One comparison of student and teacher (or label)."""
 
-    signal: Signal
+    signal: str  # a key of SIGNALS
     loss: str
     weight: float | dict[str, float] = 1.0  # a number, or {from: a, to: b} over the stage's progress
-    tokens: Literal["all", "masked"] = "all"  # word signals: every non-pad token, or only the masked ones
+    tokens: Literal["all", "masked"] = "all"  # of words and layers: every non-pad token, or only the masked ones
     options: dict[str, Any] = field(default_factory=dict)  # keyword options of the loss, e.g. temperature
     gkd_compat: bool = False  # lm_logits: divide by all B * S positions, pads included, as GLMD's published code does
+    layers: str | tuple[tuple[int, ...], ...] = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
+    projection: Literal["none", "linear"] = "none"  # hidden_states: a learned map from the student's width
 
     @property
     def name(self) -> str:
@@ -60,9 +51,37 @@ class Objective:
     """The terms of one stage."""
 
     terms: tuple[Term, ...]
+    intervention: Intervention | None = None
 
-    def uses(self, *signals: str) -> bool:
-        return any(term.signal in signals for term in self.terms)
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Which parts of the student give what is compared."""
+        return frozenset().union(*(SIGNALS[term.signal].needs for term in self.terms))
+
+    @property
+    def teacher_needs(self) -> frozenset[Need]:
+        """Which parts of a teacher; none where there are only labels."""
+        asking = [term for term in self.terms if SIGNALS[term.signal].labels is None]
+        return frozenset().union(*(SIGNALS[term.signal].needs for term in asking))
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether a live teacher has to give more than its logits."""
+        return any(SIGNALS[term.signal].level == "layer" for term in self.terms)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a term speaks of single tokens, so that masking its inputs changes what it says."""
+        return any(SIGNALS[term.signal].level != "example" for term in self.terms)
+
+    @property
+    def couples(self) -> bool:
+        """Whether the value of an example depends on the others of its batch."""
+        return any(SIGNALS[term.signal].couples for term in self.terms)
+
+    def reads(self, column: str) -> bool:
+        """Whether a term compares with this column of labels."""
+        return any(SIGNALS[term.signal].labels == column for term in self.terms)
 
     @property
     def needs_masking(self) -> bool:
@@ -73,10 +92,9 @@ class Objective:
         return torch.tensor([float(self._count(term, batch)) for term in self.terms], dtype=torch.float64)
 
     def _count(self, term: Term, batch: Mapping[str, Tensor]) -> int:
-        if term.signal == "task_logits":
-            return len(batch["example_id"])
-        if term.signal == "task_labels":
-            return int((batch["labels"] >= 0).sum())
+        signal = SIGNALS[term.signal]
+        if signal.level == "example":
+            return len(batch["example_id"]) if signal.labels is None else int((batch[signal.labels] >= 0).sum())
         if term.gkd_compat:
             return batch["input_ids"].numel()
         return int(token_mask(term, batch).sum())
@@ -92,8 +110,8 @@ class Objective:
 
 
 def token_mask(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, S) bool: the tokens a word term is about. Pads never are."""
-    mask = batch["attention_mask"].bool()
+    """(B, S) bool: the positions a word term is about. Pads never are."""
+    mask = batch["predicts"]
     return mask & (batch["lm_labels"] >= 0) if term.tokens == "masked" else mask
 
 
@@ -104,16 +122,23 @@ def load_method(name: str) -> dict[str, Objective]:
     """
     path = named_file("methods", name)
     method = {}
-    for stage, terms in load_yaml(path).items():
+    for stage, given in load_yaml(path).items():
         if stage not in STAGES:
             raise ConfigError(f"{path}: {stage} is unknown{suggestion(stage, STAGES)}")
+        where, intervention, terms = f"{path}: {stage}", None, given
+        if isinstance(given, dict) and "terms" in given:
+            for key in given.keys() - {"terms", "intervention"}:
+                raise ConfigError(f"{where}.{key} is unknown{suggestion(key, ['terms', 'intervention'])}")
+            terms = given["terms"]
+            if "intervention" in given:
+                intervention = parse_intervention(given["intervention"], f"{where}.intervention")
         if not isinstance(terms, list) or not terms:
-            raise ConfigError(f"{path}: {stage} must be a list of terms, got {terms!r}")
-        parsed = tuple(parse_term(term, f"{path}: {stage}[{i}]", stage) for i, term in enumerate(terms))
+            raise ConfigError(f"{where} must be a list of terms, or {{terms: [...], intervention: ...}}, got {given!r}")
+        parsed = tuple(parse_term(term, f"{where}[{i}]", stage) for i, term in enumerate(terms))
         names = [term.name for term in parsed]
         if len(set(names)) < len(names):
             raise ConfigError(f"{path}: {stage} has a term twice ({', '.join(names)}); add their weights")
-        method[stage] = Objective(parsed)
+        method[stage] = Objective(parsed, intervention)
     if not method:
         raise ConfigError(f"{path}: no stage; name at least one of {', '.join(STAGES)}")
     return method
@@ -127,13 +152,19 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
         if key not in values:
             raise ConfigError(f"{where}.{key} is missing")
     signal, loss = values["signal"], values["loss"]
-    allowed = LM_SIGNALS if stage == "pretraining" else tuple(SIGNALS)
+    in_pretraining = [name for name, each in SIGNALS.items() if each.level != "example"]
+    allowed = in_pretraining if stage == "pretraining" else list(SIGNALS)
     if signal not in allowed:
         raise ConfigError(f"{where}.signal {signal!r} is not possible here{suggestion(str(signal), allowed)}")
-    if loss not in SIGNALS[signal]:
-        raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), SIGNALS[signal])}")
-    options = _loss_options(SIGNALS[signal][loss])
-    own = {"weight"} | ({"tokens", "gkd_compat"} if signal == "lm_logits" else set())
+    kind = SIGNALS[signal]
+    if loss not in kind.losses:
+        raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), kind.losses)}")
+    options = _options(kind.losses[loss])
+    own = {"weight"}
+    own |= {"tokens"} if kind.level != "example" and kind.labels is None else set()
+    own |= {"gkd_compat"} if signal == "lm_logits" else set()
+    own |= {"layers"} if kind.level == "layer" else set()
+    own |= {"projection"} if "hidden_states" in kind.needs else set()
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
             raise ConfigError(f"{where}.{key} has no effect on {signal} {loss}{suggestion(key, [*own, *options])}")
@@ -148,11 +179,38 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
     gkd_compat = coerce(bool, values.get("gkd_compat", False), f"{where}.gkd_compat")
-    return Term(signal, loss, weight, tokens, given, gkd_compat)
+    layers = _checked_layers(values.get("layers", "uniform"), f"{where}.layers")
+    projection: Any = coerce(Literal["none", "linear"], values.get("projection", "none"), f"{where}.projection")
+    return Term(signal, loss, weight, tokens, given, gkd_compat, layers, projection)
 
 
-def _loss_options(function: Callable[..., Tensor]) -> dict[str, Any]:
-    """The keyword-only options of a loss function, with their types."""
+def parse_intervention(values: Any, where: str) -> Intervention:
+    """A checked intervention from its YAML mapping. Raises ConfigError that begins with `where`."""
+    if not isinstance(values, dict) or "name" not in values:
+        raise ConfigError(f"{where} must be a mapping with a name, got {values!r}")
+    name = values["name"]
+    if name not in INTERVENTIONS:
+        known = suggestion(str(name), INTERVENTIONS) if INTERVENTIONS else "; none is known"
+        raise ConfigError(f"{where}.name {name!r} is unknown{known}")
+    options = _options(INTERVENTIONS[name])
+    for key in values.keys() - {"name", *options}:
+        raise ConfigError(f"{where}.{key} has no effect on {name}{suggestion(key, options)}")
+    given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
+    return Intervention(name, given)
+
+
+def _checked_layers(given: Any, where: str) -> str | tuple[tuple[int, ...], ...]:
+    if isinstance(given, str):
+        named: str = coerce(Literal["uniform", "last", "first", "all"], given, where)
+        return named
+    pairs = tuple(tuple(pair) for pair in coerce(list[list[int]], given, where))
+    if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
+        raise ConfigError(f"{where} must be uniform, last, first, all, or different pairs [[student, teacher], ...]")
+    return pairs
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only options of a loss or an intervention, with their types."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 

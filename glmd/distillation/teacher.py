@@ -5,7 +5,8 @@ outputs = teacher(batch)      # TeacherOutputs
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
-from glmd.models.heads import final_linear, hidden_before_final_linear, run_backbone, share_backbone
+from glmd.models.heads import Split, share_backbone
 from glmd.tasks.forms import TaskLogits, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What a batch's terms may ask of a teacher. N: non-pad tokens in row order, K: kept vocabulary, C: classes."""
+    """What a batch's terms may ask of a teacher. N: positions that predict, row by row; K: kept tokens; C: classes."""
 
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
     head: Head | None = None  # of K tokens: the teacher's, sliced to those that are kept
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
+    layers: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)  # signal -> layer -> (N, ...)
 
 
 # What one teacher said, or several whose predictions count alike.
@@ -56,7 +58,8 @@ class OnlineTeacher:
         models = [model for model in (classifier, language_model) if model is not None]
         for model in models:
             model.eval().requires_grad_(False)
-        self.base = models[0]
+        self.splits = [Split(model) for model in models]
+        self.layers: dict[str, list[int]] = {}  # which of its layers it is asked for, by signal
         self.head: Head | None = None
         if language_model is not None:
             self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
@@ -66,20 +69,33 @@ class OnlineTeacher:
         """The folder or hub id that it was loaded from."""
         return getattr(self.base, "name_or_path", "") or type(self.base).__name__
 
+    @property
+    def base(self) -> nn.Module:
+        """The model whose backbone runs."""
+        return self.splits[0].model
+
+    def __deepcopy__(self, memo: Any) -> "OnlineTeacher":
+        """Itself: it never changes, and a copy of who learns from it learns from the same."""
+        return self
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Run on source `input_ids` (B, S), from whatever device they come."""
         device = next(self.base.parameters()).device
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
-        inputs = model_inputs(batch)
-        outputs = run_backbone(self.base, inputs)
+        inputs = self.splits[0].inputs(batch)
+        outputs = self.splits[0].run_backbone(inputs, **{f"output_{signal}": True for signal in self.layers})
         hidden = task_logits = None
         if self.language_model is not None:
-            hidden = hidden_before_final_linear(self.language_model, outputs)[batch["attention_mask"].bool()]
+            hidden = self.splits[-1].hidden_before_final(outputs)[batch["predicts"]]
         if self.classifier is not None:
-            task_logits = self.task_logits(self.classifier, outputs, inputs, batch).float()
+            task_logits = self.task_logits(self.splits[0], outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
-        return TeacherOutputs(hidden, self.head, task_logits)
+        layers = {
+            signal: dict(zip(numbers, layers_of(outputs, signal, numbers, batch["predicts"]), strict=True))
+            for signal, numbers in self.layers.items()
+        }
+        return TeacherOutputs(hidden, self.head, task_logits, layers)
 
 
 class Ensemble:
@@ -92,6 +108,16 @@ class Ensemble:
         return tuple(teacher(batch) for teacher in self.teachers)
 
 
+def layers_of(outputs: Any, signal: str, numbers: Sequence[int], predicts: Tensor) -> list[Tensor]:
+    """Of a backbone's outputs what each numbered layer gave at the (B, S) positions that predict.
+
+    (N, H) of hidden_states, (N, A, S) of attentions.
+    """
+    if signal == "hidden_states":  # the first ones are the embeddings
+        return [outputs.hidden_states[1 + number][predicts] for number in numbers]
+    return [outputs.attentions[number].transpose(1, 2)[predicts] for number in numbers]
+
+
 def of_each(said: Said) -> tuple[TeacherOutputs, ...]:
     """What each teacher said; of one, a tuple of one."""
     return (said,) if isinstance(said, TeacherOutputs) else said
@@ -99,7 +125,7 @@ def of_each(said: Said) -> tuple[TeacherOutputs, ...]:
 
 def sliced_head(language_model: nn.Module, vocabulary: Vocabulary, *, merge_dropped: bool) -> Head:
     """The head of a teacher for students with this vocabulary."""
-    head, merged_into = final_linear(language_model), None
+    head, merged_into = Split(language_model).head, None
     # Slicing the head renormalizes the probability over the kept tokens.
     rows = vocabulary.kept_ids
     if merge_dropped and not vocabulary.is_identity:
@@ -116,15 +142,13 @@ def unsound_examples(said: Said, batch: Mapping[str, Tensor]) -> list[int]:
     """The examples of a batch of which a teacher said what is not finite. Reads all that was said."""
     found: set[int] = set()
     for outputs in of_each(said):
-        if outputs.hidden_states is not None:
-            bad = (~torch.isfinite(outputs.hidden_states).all(-1)).cpu()
+        of_layers = [each for layers in outputs.layers.values() for each in layers.values()]
+        for states in [outputs.hidden_states, *of_layers]:
+            if states is None:
+                continue
+            bad = (~torch.isfinite(states).flatten(1).all(-1)).cpu()
             found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
         if outputs.task_logits is not None:
             bad = torch.isnan(spoiled(outputs.task_logits, batch.get("num_choices"))).any(-1).cpu()
             found |= set(batch["example_id"].cpu()[bad].tolist())
     return sorted(found)
-
-
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch that a model's forward takes."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

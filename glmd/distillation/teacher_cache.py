@@ -225,8 +225,8 @@ class TeacherCache:
         if self.width is not None:
             assert outputs.hidden_states is not None, "the teacher has an LM head"
             parts["hidden_states"] = self._stored(outputs.hidden_states)
-            lengths = batch["attention_mask"].sum(1).tolist()
-            counts["offsets"] = [sum(lengths[first:stop]) for first, stop in example_spans(batch)]
+            tokens = batch["predicts"].sum(1).tolist()
+            counts["offsets"] = [sum(tokens[first:stop]) for first, stop in example_spans(batch)]
         if self.num_classes is not None:
             assert outputs.task_logits is not None, "the teacher has a task head"
             logits = outputs.task_logits.float().cpu()

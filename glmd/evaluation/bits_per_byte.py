@@ -3,9 +3,9 @@
     scores = evaluate_text("SmolLM2-135M", ["held_out.txt"], max_length=1024)
 
 Total -log2 p of the text's tokens, divided by the bytes of the text in UTF-8. That compares vocabularies only where the
-tokens give the text back. The exact tokenizer of a compressed student does not: many tokens are mapped onto one, whose
+tokens give the text back. The mapped tokenizer of a compressed student does not: many tokens are mapped onto one, whose
 probability is that of a class. So a student is measured with the stock tokenizer of its folder, which loses nothing;
-with the exact one, what it takes to name the token of each class is added.
+with the mapped one, what it takes to name the token of each class is added.
 """
 
 import math
@@ -32,7 +32,7 @@ def score_text(
 
     tokens_per_byte and bits_per_byte: with the stock tokenizer. restored: share of the documents that the tokenizer
     gives back to the letter; of the others bits_per_byte is no code.
-    For the exact tokenizer of a compressed student also
+    For the mapped tokenizer of a compressed student also
     exact_bits_per_byte: a code for the same text, from the two that follow;
     mapped_bits_per_byte: of the kept tokens that all tokens were mapped onto, not comparable between vocabularies;
     naming_bits_per_byte: to say which token of its class each was (`naming_bits`);

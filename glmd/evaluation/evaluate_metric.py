@@ -13,7 +13,8 @@ import datasets
 import evaluate
 
 from glmd.evaluation.metrics import METRICS, require_metrics, score
-from glmd.tasks.tasks import Task, TaskExample, load_task
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import Task, load_task
 
 TYPES = {
     "label": datasets.Value("int64"),

@@ -7,7 +7,6 @@ The leaderboard wants one file for each task, named like its folder (BoolQ.jsonl
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from glmd.errors import DataError
-from glmd.tasks.tasks import Label, Task, TaskExample
+from glmd.storage import write_atomically
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import Label, Task
 
 # The form is what jiant, the benchmark's own toolkit, writes and its authors uploaded: `super_glue_format_preds` of
 # jiant/tasks/lib/*.py, and before that `_write_*_preds` of jiant/evaluate.py. Truth values are words there, with a
@@ -28,9 +29,7 @@ logger = logging.getLogger(__name__)
 _IDX_PARTS = {"multirc": ("paragraph", "question", "answer"), "record": ("query",)}
 
 
-def write_predictions(
-    task: Task, predictions: ArrayLike, examples: Sequence[TaskExample], path: str | os.PathLike[str]
-) -> None:
+def write_predictions(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample], path: str | Path) -> None:
     """Write the predictions for a split that was read without `training`.
 
     predictions: (B,) class ids, or positions of the chosen candidates, in the order of the examples.
@@ -52,11 +51,7 @@ def write_predictions(
             raise DataError(f"{task.name}: {found}, which has {count} possible answers")
     as_rows = _multirc_rows if task.rows == "multirc" else _flat_rows
     rows = as_rows(task, chosen.tolist(), examples)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.part")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, target)
+    write_atomically(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def with_idx(task: Task, examples: Sequence[TaskExample]) -> list[TaskExample]:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from glmd.errors import ConfigError, DataError, suggestion
-from glmd.tasks.tasks import Task, TaskExample
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import Task
 
 # The tasks of the benchmark, and how many metrics each has there (arXiv:1905.00537, table 1). Its two diagnostic
 # sets, AX-b and AX-g, do not enter the average.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
-from glmd.distillation.teacher import Said, model_inputs, of_each
+from glmd.distillation.teacher import Said, of_each
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
-from glmd.models.heads import final_linear, hidden_before_final_linear, run_backbone
+from glmd.models.heads import Split
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import Task
 
@@ -43,14 +43,14 @@ def predict(
     token_map: (V,) source id -> student id when the classifier is a compressed student; None for a teacher.
     name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
     """
-    classifier.eval()
+    split = Split(classifier.eval())
     own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
     ids: list[int] = []
     rows: list[list[float]] = []
     for batch in _share(dataset, collate, accelerator, batch_size):
         ids += batch["example_id"].tolist()
-        inputs = _student_inputs(batch, token_map)
-        logits = dataset.form.logits(classifier, run_backbone(classifier, inputs), inputs, batch, own_ids)
+        inputs = _student_inputs(split, batch, token_map)
+        logits = dataset.form.logits(split, split.run_backbone(inputs), inputs, batch, own_ids)
         table = logits.float().tolist()
         counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
         rows += [row[:count] for row, count in zip(table, counts, strict=True)]
@@ -81,15 +81,15 @@ def score_lm(
     tokens whose word (or the word it is mapped to) is the likeliest.
     Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """
-    student.eval()
-    head = final_linear(student)
+    split = Split(student.eval())
+    head = split.head
     to_student = torch.from_numpy(token_map).to(accelerator.device)
     totals = np.zeros(6)
     bad: set[int] = set()
     for batch in _share(dataset, collate, accelerator, batch_size):
         outputs = of_each(teacher(batch))[0]
-        hidden = hidden_before_final_linear(student, run_backbone(student, _student_inputs(batch, token_map)))
-        valid = batch["attention_mask"].bool()
+        hidden = split.hidden_before_final(split.run_backbone(_student_inputs(split, batch, token_map)))
+        valid = batch["predicts"]
         labels = batch["lm_labels"][valid] if "lm_labels" in batch else None
         student_hidden, teacher_hidden = hidden[valid], outputs.hidden_states
         assert teacher_hidden is not None and outputs.head is not None, "the teacher has an LM head"
@@ -130,8 +130,8 @@ def _share(
     return ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in batches)
 
 
-def _student_inputs(batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:
-    inputs = model_inputs(batch)
+def _student_inputs(split: Split, batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:
+    inputs = split.inputs(batch)
     if token_map is not None:
         ids = inputs["input_ids"]
         inputs["input_ids"] = torch.from_numpy(token_map).to(ids.device)[ids]

@@ -47,7 +47,7 @@ def spoiled(logits: Tensor, num_choices: Tensor | None) -> Tensor:
 
 
 def examples_of_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """(N,) the example of each token that is no pad, row after row. Reads the batch's lengths."""
+    """(N,) the example of each position that predicts, row after row. Reads how many there are."""
     examples = batch["example_id"]
     rows = examples.repeat_interleave(batch["num_choices"]) if "num_choices" in batch else examples
-    return rows.repeat_interleave(batch["attention_mask"].sum(1))
+    return rows.repeat_interleave(batch["predicts"].sum(1))

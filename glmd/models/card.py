@@ -25,7 +25,7 @@ class ModelCard:
     metrics: dict[str, float] = field(default_factory=dict)
     exact_tokenizer: bool = False  # the tokenizer maps dropped tokens and needs trust_remote_code (or glmd) to do so
     auto_class: str = "AutoModelForMaskedLM"
-    opens_plainly: bool = True  # AutoTokenizer opens an exact folder without trust_remote_code, as the stock one
+    opens_plainly: bool = True  # AutoTokenizer opens a mapped folder without trust_remote_code, as the stock one
     task: str | None = None  # whose answers the model gives
 
 

@@ -6,9 +6,11 @@ linear map, by a function that sees the hidden states before it, so that N x V l
 MobileBERT's map is two weights that its head joins and multiplies by itself: there the head's forward is exchanged.
 Some models scale or cap their logits after the map; that is a part of it here.
 
-    outputs = backbone(model)(**inputs)
-    logits = run_head(classifier, outputs, inputs=inputs)
-    loss = run_head(model, outputs, final_linear=lambda hidden, head: head.logits(hidden).sum())
+    split = Split(model)
+    inputs = split.inputs(batch)
+    outputs = split.run_backbone(inputs)
+    logits = Split(classifier).run_head(outputs, inputs=inputs)
+    loss = split.run_head(outputs, final_linear=lambda hidden, head: head.logits(hidden).sum())
 """
 
 import inspect
@@ -77,14 +79,6 @@ def _is_causal_class(name: str) -> bool:
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def run_backbone(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """The backbone's outputs. A decoder keeps no keys and values: nothing is generated."""
-    body = backbone(model)
-    # BERT can be a decoder too, and would say so when its layers are run again in the backward.
-    may_keep = is_causal(model.config) or "use_cache" in inspect.signature(body.forward).parameters
-    return body(**inputs, **({"use_cache": False} if may_keep else {}))
-
-
 def final_linear(model: nn.Module) -> Head:
     """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
     return _linear_map(model, _output_embeddings(model), _joining_head(model))
@@ -127,32 +121,6 @@ def _joined(head: Any, config: Any) -> Head:
     return Head(torch.cat([weight, head.dense.weight.t()], dim=1), head.decoder.bias)
 
 
-def run_head(
-    model: nn.Module,
-    outputs: Any,
-    *,
-    inputs: Mapping[str, Tensor] | None = None,
-    final_linear: FinalLinear | None = None,
-) -> Any:
-    """Run `model` above its backbone on the backbone's `outputs` and return its `logits`.
-
-    inputs: what the backbone was given; a task head that averages over tokens (ModernBERT), or looks for the last
-        one (GPT-2), must know the pads.
-    final_linear: called inside the own `__call__` of the final linear map, or of the head that joins it (so that
-        FSDP hooks have gathered the weight), in place of its forward; what it returns is returned.
-    """
-    with _replaced_forward(model, final_linear) as returned, _stub_backbone(model, outputs):
-        # The stub ignores its input, but a model's forward asks for ids.
-        logits = model(**(inputs or {"input_ids": _placeholder(outputs)})).logits
-    return returned[0] if returned else logits
-
-
-def hidden_before_final_linear(model: nn.Module, outputs: Any) -> Tensor:
-    """(B, S, H) hidden states that the final linear map would see."""
-    hidden: Tensor = run_head(model, outputs, final_linear=lambda hidden, _: hidden)
-    return hidden
-
-
 def share_backbone(model: nn.Module, other: nn.Module) -> None:
     """Let `other` use the backbone of `model`, tied output embeddings included. Both must have the same class of it."""
     ours, theirs = backbone(model), backbone(other)
@@ -180,6 +148,60 @@ class _Stub(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.outputs
+
+
+class Split:
+    """A model as backbone, head transform and final linear map, looked up once.
+
+    It holds no weights of its own and is no module. A deep copy of what holds it and the model is of the copied model.
+    Raises ModelError for a model without a backbone that can be told.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, body = model, backbone(model)
+        self.is_causal = is_causal(model.config)
+        parameters = inspect.signature(body.forward).parameters
+        self.columns = frozenset(parameters)
+        # BERT can be a decoder too, and would say so when its layers are run again in the backward.
+        self.keeps_keys = self.is_causal or "use_cache" in parameters
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder under the head; of two models that share one, the same module."""
+        return backbone(self.model)
+
+    @property
+    def head(self) -> Head:
+        """The final linear map. Raises ModelError where there is none or it is not one linear map."""
+        return final_linear(self.model)
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The columns of a batch that the backbone's forward names."""
+        return {name: column for name, column in batch.items() if name in self.columns}
+
+    def run_backbone(self, inputs: Mapping[str, Tensor], **asked: Any) -> Any:
+        """The backbone's outputs. A decoder keeps no keys and values: nothing is generated. asked: more arguments."""
+        return self.backbone(**inputs, **({"use_cache": False} if self.keeps_keys else {}), **asked)
+
+    def run_head(
+        self, outputs: Any, *, inputs: Mapping[str, Tensor] | None = None, final_linear: FinalLinear | None = None
+    ) -> Any:
+        """Run the model above its backbone on the backbone's `outputs` and return its `logits`.
+
+        inputs: what the backbone was given; a task head that averages over tokens (ModernBERT), or looks for the last
+            one (GPT-2), must know the pads.
+        final_linear: called inside the own `__call__` of the final linear map, or of the head that joins it (so that
+            FSDP hooks have gathered the weight), in place of its forward; what it returns is returned.
+        """
+        with _replaced_forward(self.model, final_linear) as returned, _stub_backbone(self.model, outputs):
+            # The stub ignores its input, but a model's forward asks for ids.
+            logits = self.model(**(inputs or {"input_ids": _placeholder(outputs)})).logits
+        return returned[0] if returned else logits
+
+    def hidden_before_final(self, outputs: Any) -> Tensor:
+        """(B, S, H) hidden states that the final linear map would see."""
+        hidden: Tensor = self.run_head(outputs, final_linear=lambda hidden, _: hidden)
+        return hidden
 
 
 @contextmanager

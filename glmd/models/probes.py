@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from glmd.errors import GlmdError, ModelError, disk_error
-from glmd.models.heads import final_linear, hidden_before_final_linear, is_causal, run_backbone, run_head
+from glmd.models.heads import Split, final_linear, is_causal
 
 OTHER_LAYERS = "choose layers that it treats alike (even and first begin with the teacher's first one), or scratch"
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
@@ -33,12 +33,13 @@ def prove_language_model(model: Any) -> None:
     Its logits are those of backbone, head and final linear map; padding changes none of them; where the config calls
     the model causal, a later id moves no earlier logit; and a forward changes nothing in the model.
     """
-    linear, name = final_linear(model), type(model).__name__
+    head, name = final_linear(model), type(model).__name__
     with _as_it_was(model):
         inputs = _probe(model)
         own = _logits(model, inputs)
         with _refused(model, "its head does not run on its backbone's outputs alone"):
-            split = linear.logits(hidden_before_final_linear(model, run_backbone(model, inputs)))
+            parts = Split(model)
+            split = head.logits(parts.hidden_before_final(parts.run_backbone(inputs)))
         valid = inputs["attention_mask"].bool()
         if own.shape != split.shape:
             raise ModelError(f"{name}: its logits are {tuple(own.shape)}, those of its split {tuple(split.shape)}")
@@ -73,7 +74,8 @@ def prove_task_model(model: Any) -> None:
         inputs = _probe(model)
         own = _logits(model, shaped(inputs))
         with _refused(model, "its head does not run on its backbone's outputs alone"):
-            split = run_head(model, run_backbone(model, inputs), inputs=shaped(inputs))
+            parts = Split(model)
+            split = parts.run_head(parts.run_backbone(inputs), inputs=shaped(inputs))
         if own.shape != split.shape or _differ(split, own):
             _require_repeatable(model, shaped(inputs), own)
             raise ModelError(
@@ -409,3 +411,28 @@ def _wrapped(modules: Sequence[nn.Module], wrapper: Callable[..., Any]) -> Itera
 def one_choice_each(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """(R, S) rows as R examples of one choice for a stock multiple-choice model: no row is spent on padding."""
     return {name: each.unsqueeze(1) for name, each in inputs.items()}
+
+
+@torch.no_grad()
+def prove_attentions(model: Any, *, training: bool) -> None:
+    """Prove that a model's layers give attention probabilities (B, A, S, S), of which each token's sum to 1.
+
+    training: as it is while it learns; transformers gives them after their dropout.
+    """
+    split, name, modes = Split(model), type(model).__name__, {module: module.training for module in model.modules()}
+    inputs = _probe(model)
+    try:
+        model.train(training)
+        with torch.random.fork_rng(), _refused(model, "it does not give its attentions"):
+            found = split.run_backbone(inputs, output_attentions=True).attentions
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    batch, length = inputs["input_ids"].shape
+    if not found or any(each is None or each.ndim != 4 or each.shape[::2] != (batch, length) for each in found):
+        raise ModelError(f"{name}: it does not give the attentions of each layer, so none can be compared")
+    valid = inputs["attention_mask"].bool()
+    sums = torch.stack([each.transpose(1, 2)[valid].sum(-1).float() for each in found])
+    if not (sums - 1).abs().max() < 2e-2:
+        why = "are given after attention dropout; set that to 0 in student.config" if training else "do not sum to 1"
+        raise ModelError(f"{name}: its attentions cannot be compared: they {why}")

@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError, disk_error, suggestion
 from glmd.models.factorized_embeddings import check_narrow, copy_around_layers, narrow_config
-from glmd.models.heads import backbone, backbone_name
-from glmd.models.layers import layer_indices
+from glmd.models.heads import backbone_name
+from glmd.models.layers import layer_indices, layer_lists
 from glmd.models.loading import language_model_class
 from glmd.models.probes import OTHER_LAYERS, prove_copied_layers, prove_language_model
 from glmd.vocabulary.slicing import slice_model
@@ -184,7 +184,7 @@ def weight_origins(
     Of a student of another architecture the tensors of its layers are copies. Raises ConfigError where a changed width
     makes a copy impossible, or a copied layer would have other settings than the teacher's.
     """
-    lists, is_narrow = layer_lists(student, teacher), type(student) is not type(teacher)
+    lists, is_narrow = paired_lists(student, teacher), type(student) is not type(teacher)
     places = "|".join(re.escape(name) for name in lists)
     pattern = re.compile(rf"^({places})\.(\d+)(\..*)$")
     source = teacher.state_dict()
@@ -220,7 +220,7 @@ def _with_changes(teacher: Any, changes: Mapping[str, Any]) -> Any:
     return changed.train(teacher.training)
 
 
-def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
+def paired_lists(student: Any, teacher: Any) -> dict[str, str]:
     """Names of the student's module lists with a module for each layer -> the teacher's.
 
     Most models have one; XLM has one for each part of a layer. Raises ConfigError where there is none.
@@ -237,13 +237,8 @@ def layer_lists(student: Any, teacher: Any) -> dict[str, str]:
 
 
 def _lists_of(model: Any) -> list[str]:
-    """The outermost module lists of a backbone that are as long as it has layers."""
-    found: list[str] = []
-    for name, module in backbone(model).named_modules(prefix=backbone_name(model)):
-        is_list = isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
-        if is_list and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    return found
+    """Names of the layer lists of a model's backbone."""
+    return [name for name in layer_lists(model) if name.startswith(f"{backbone_name(model)}.")]
 
 
 def _require_same_settings(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> None:
@@ -281,7 +276,7 @@ def _prove_copy(student: Any, teacher: Any, chosen: list[int], changes: Mapping[
         if not torch.equal(ours[name], source[origin].to(ours[name].dtype)):
             raise ModelError(f"{type(teacher).__name__}: {name} is tied by the configuration but not in the model")
     if not is_narrow:
-        lists, changed = layer_lists(student, teacher), _with_changes(teacher, changes)
+        lists, changed = paired_lists(student, teacher), _with_changes(teacher, changes)
         prove_copied_layers(student, changed, lists, chosen)
         if changed is not teacher and not _gives_the_same(student, teacher, lists, chosen):
             logger.warning(

@@ -130,11 +130,13 @@ class Context:
             }
         task, is_student = stage.task, not stage.trains_teacher
         teacher = stage.teacher if task is None and stage.teacher is not None else TEACHER
+        intervention = stage.objective.intervention if stage.objective is not None else None
         inputs: dict[str, Any] = {} if config.deterministic else {"deterministic": False}
         inputs |= {
             "stage": asdict(stage.settings) if stage.settings is not None else None,
             "seed": stage.seed,
             "terms": [asdict(term) for term in stage.objective.terms] if stage.objective is not None else [],
+            "intervention": asdict(intervention) if intervention is not None else None,
             "mixed_precision": config.mixed_precision,
             "selection": config.selection if task is not None else "last",
             "teacher": "" if stage.kind == "teacher" else self.fingerprint(teacher),

@@ -19,7 +19,8 @@ from glmd.planning.stages import Stage
 from glmd.runtime.processes import on_main, together
 from glmd.tasks.cloze import candidate_ids
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import BLANK, TaskExample
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import BLANK
 
 logger = logging.getLogger(__name__)
 

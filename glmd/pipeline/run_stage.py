@@ -13,7 +13,6 @@ import torch
 
 from glmd.config import TeacherConfig
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import LM_SIGNALS
 from glmd.distillation.teacher import TeacherOutputs
 from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
@@ -102,12 +101,12 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         gc.collect()  # models hold themselves in cycles, and the teacher is loaded next
         return student, None
     name, task_model, teacher = context.model(stage.start), None, context.config.teacher
-    if stage.task is not None and (not stage.leaves_language_model or stage.uses("task_logits", "task_labels")):
+    if stage.task is not None and (not stage.leaves_language_model or "task_head" in stage.needs):
         remote = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
         torch.manual_seed(stage.seed)
         options: dict[str, Any] = remote if stage.start == TEACHER else {}
         task_model = load_classifier(name, stage.task.task, new_head=True, **options)
-    if not stage.leaves_language_model and not stage.uses(*LM_SIGNALS):
+    if not stage.leaves_language_model and "head" not in stage.needs:
         return None, task_model
     is_both = task_model is not None and not context.form(stage).has_own_head
     return task_model if is_both else load_language_model(TeacherConfig(name)), task_model
@@ -115,7 +114,7 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
 
 def load_teacher(context: Context, stage: Stage) -> Teacher | None:
     """What a stage learns from, and is scored against, live or from the cache; None where nothing is asked of it."""
-    if stage.teacher is None or not (stage.asks_words or stage.uses("task_logits")):
+    if stage.teacher is None or not (stage.asks_words or stage.teacher_needs):
         return None
     return cached_teacher(context, stage) if stage.cached else live_teacher(context, stage, context.vocabulary(stage))
 
@@ -151,15 +150,15 @@ def evaluation(context: Context, stage: Stage, teacher: Teacher | None) -> Evalu
     selection = context.config.selection
     if selection == "last" or stage.task is None:
         return None
-    if stage.leaves_language_model and stage.uses(*LM_SIGNALS):
+    if stage.leaves_language_model and ("head" in stage.needs or "task_head" not in stage.needs):
         assert teacher is not None, "a pass over words has a teacher"
         return lambda distiller: -score_words(context, stage, distiller.language_model, teacher)["kl_divergence"]
     if selection == "best":
         metric = stage.task.task.metrics[0]
-        return lambda distiller: float(score_task(context, stage, distiller.student)["metrics"][metric])
+        return lambda distiller: float(score_task(context, stage, distiller.splits[0].model)["metrics"][metric])
     if stage.trains_teacher or stage.is_control:
         return None
-    return lambda distiller: float(score_task(context, stage, distiller.student)["agreement"])
+    return lambda distiller: float(score_task(context, stage, distiller.splits[0].model)["agreement"])
 
 
 def _silent(_: Any) -> TeacherOutputs:

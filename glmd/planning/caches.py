@@ -26,8 +26,8 @@ from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
 from glmd.planning.stages import Stage, stages
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import TaskExample
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
 
 SAMPLE = 4 << 20  # characters of a corpus that are cut into tokens to estimate the rest by
@@ -68,8 +68,8 @@ def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier
     Hashes are those of the pretrained and the fine-tuned teacher, None where they are yet to be trained: sizes do not
     depend on them.
     """
-    planned, objective = stage.task, stage.objective
-    assert planned is not None and objective is not None, "a pass over a task"
+    planned = stage.task
+    assert planned is not None, "a pass over a task"
     task, (probability, maskings) = planned.task, stage.masking
     data = task_dataset(plan, task.name, planned.inputs, stage.length)
     data.masking = masking_for(plan.tokenizer, probability, stage.seed, maskings)
@@ -85,7 +85,7 @@ def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier
         "max_length": stage.length,
         "masking": _masking(probability, maskings, stage.seed),
     }
-    num_classes = len(task.labels) if objective.uses("task_logits") else None
+    num_classes = len(task.labels) if "task_head" in stage.teacher_needs else None
     folder = stage_cache_folder(plan, stage)
     return _cache(plan, folder, parts, made_from, words=stage.asks_words, num_classes=num_classes)
 

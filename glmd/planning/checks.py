@@ -153,7 +153,7 @@ def require_vocabulary_effects(
     except ModelError as error:
         raise ConfigError(str(error)) from None
     if settings.teacher_mass == "merge" and (
-        is_whole or not any(objective.uses("lm_logits") for objective in method.values())
+        is_whole or not any("head" in objective.teacher_needs for objective in method.values())
     ):
         why = "every token is kept" if is_whole else f"method {config.method} distils no words"
         raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")

@@ -6,13 +6,14 @@
 From names and numbers alone: no model, tokenizer or text is read.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from glmd.config import RunConfig, StageConfig
-from glmd.distillation.objective import LM_SIGNALS, Objective, load_method
+from glmd.distillation.objective import Objective, load_method
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError
 from glmd.tasks.forms import CASTINGS, task_form
@@ -29,6 +30,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     _check_methods_needs(config, method)
     _check_cache(config, method)
     _check_ensemble(config, method)
+    _check_steps(config, method)
     return method, config, asked
 
 
@@ -63,14 +65,14 @@ def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
     asking = [
         stage
         for stage, objective in method.items()
-        if objective.uses("lm_logits", "task_logits") and (stage == "pretraining" or config.tasks)
+        if objective.teacher_needs and (stage == "pretraining" or config.tasks)
     ]
     return [stage for stage in asking if stage in (config.teacher.cached_stages or asking)]
 
 
 def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
     """Cached stages of which hidden states are kept; task_lm compares words at least to be scored."""
-    return [stage for stage in cached if stage == "task_lm" or method[stage].uses("lm_logits")]
+    return [stage for stage in cached if stage == "task_lm" or "head" in method[stage].teacher_needs]
 
 
 def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
@@ -90,12 +92,8 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
             raise ConfigError(
                 f"{name}.mlm_probability is 0, but method {config.method} speaks of masked tokens; give 0.15"
             )
-        elif (
-            name == "task_soft_labels"
-            and stage.mlm_probability
-            and not method["task_soft_labels"].uses("lm_logits", "lm_labels")
-        ):
-            raise ConfigError("task_soft_labels.mlm_probability has no effect: its terms compare no words; remove it")
+        elif name == "task_soft_labels" and stage.mlm_probability and not method["task_soft_labels"].reads_tokens:
+            raise ConfigError("task_soft_labels.mlm_probability has no effect: its terms compare no tokens; remove it")
     config = replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
     _check_maskings(config)
     return config
@@ -192,6 +190,12 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
             f"teacher.cached_stages: {silent[0]} asks the teacher nothing in method {config.method} with tasks "
             f"{', '.join(config.tasks) or '{}'}; remove it"
         )
+    for stage in cached:
+        if method[stage].reads_layers:
+            raise ConfigError(
+                f"teacher.cache: {stage} of method {config.method} compares layers, which it does not keep; leave the "
+                "stage out of teacher.cached_stages, or remove teacher.cache"
+            )
     if not cached:
         raise ConfigError(f"teacher.cache has no effect: method {config.method} asks the teacher nothing; remove it")
     folder = Path(config.teacher.cache)
@@ -206,10 +210,12 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse further teachers that nothing would be asked of."""
     if not config.teacher.ensemble:
         return
-    if not ("pretraining" in method and method["pretraining"].uses("lm_logits")):
+    if not ("pretraining" in method and "head" in method["pretraining"].teacher_needs):
         raise ConfigError(
             f"teacher.ensemble has no effect: method {config.method} compares no words on the corpus; remove it"
         )
+    if method["pretraining"].reads_layers:
+        raise ConfigError("teacher.ensemble: layers are compared with those of one teacher; remove one of the two")
     if "pretraining" in cached_stages(config, method):
         raise ConfigError(
             "teacher.ensemble: of the corpus teacher.cache keeps the answers of one teacher; leave pretraining out of "
@@ -217,10 +223,32 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
         )
 
 
+def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse steps in parts where the examples of a batch are coupled, and layers run twice under an intervention."""
+    for name, objective in method.items():
+        stages = [config.pretraining] if name == "pretraining" else [config.stage(name, task) for task in config.tasks]
+        for stage in stages:
+            if objective.couples and stage.gradient_accumulation_steps > 1:
+                raise ConfigError(
+                    f"{name}.gradient_accumulation_steps is {stage.gradient_accumulation_steps}, but method "
+                    f"{config.method} compares the examples of a batch with each other there; give 1"
+                )
+            if objective.intervention is not None and stage.gradient_checkpointing:
+                raise ConfigError(
+                    f"{name}.gradient_checkpointing would run layers again without the intervention "
+                    f"{objective.intervention.name} of method {config.method}; give false"
+                )
+        if objective.couples and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"method {config.method} compares the examples of a batch with each other in {name}, which several "
+                "processes would divide; launch one"
+            )
+
+
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
     # The inputs of task_soft_labels are masked for terms that compare words, and for no others.
-    names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].uses(*LM_SIGNALS)]
+    names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].reads_tokens]
     stages = [(name, config.pretraining) for name in names if name == "pretraining"]
     stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]
     for name, stage in stages:

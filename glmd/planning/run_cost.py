@@ -197,7 +197,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         objective,
         plan.teacher_config if stage.trains_teacher else plan.student_config,
         plan.source_size,
-        plan.teacher_config if objective.uses("lm_logits", "task_logits") else None,
+        plan.teacher_config if objective.teacher_needs else None,
         config.teacher.dtype,
         merge_dropped=config.vocabulary.teacher_mass == "merge",
         is_cached=stage.cached,

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from glmd.config import GridPoint, StageConfig, grid_point_name
-from glmd.distillation.objective import HARD_LABELS, LM_SIGNALS, MASKED_LM, Objective
+from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
+from glmd.distillation.signals import Need
 from glmd.planning.plan import Plan
 from glmd.planning.rules import cached_stages
 from glmd.planning.task_plan import TaskPlan
-from glmd.tasks.tasks import TaskExample
+from glmd.tasks.examples import TaskExample
 
 Kind = Literal["teacher", "vocabulary", "task_teacher", "pretraining", "task_lm", "task_soft_labels", "hard_labels"]
 Variant = Literal["teacher", "student", "full vocabulary"]
@@ -94,11 +95,17 @@ class Stage:
     @property
     def asks_words(self) -> bool:
         """Whether the teacher's words are asked for; pretraining and task_lm are scored by them at least."""
-        return self.kind in ("pretraining", "task_lm") or self.uses("lm_logits")
+        return self.kind in ("pretraining", "task_lm") or "head" in self.teacher_needs
 
-    def uses(self, *signals: str) -> bool:
-        """Whether its objective does."""
-        return self.objective is not None and self.objective.uses(*signals)
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Which parts of the student its objective reads."""
+        return self.objective.needs if self.objective is not None else frozenset()
+
+    @property
+    def teacher_needs(self) -> frozenset[Need]:
+        """And of the teacher."""
+        return self.objective.teacher_needs if self.objective is not None else frozenset()
 
     @property
     def training(self) -> StageConfig:
@@ -110,9 +117,10 @@ class Stage:
     def masking(self) -> tuple[float, int | None]:
         """Share of masked tokens, and the number of maskings, which no grid point of a sweep changes.
 
-        Labels are learned from clean inputs, unless words are compared beside them.
+        Labels are learned from clean inputs, unless single tokens are compared beside them.
         """
-        is_clean = self.kind in ("task_soft_labels", "hard_labels") and not self.uses(*LM_SIGNALS)
+        reads_tokens = self.objective is not None and self.objective.reads_tokens
+        is_clean = self.kind in ("task_soft_labels", "hard_labels") and not reads_tokens
         return (0.0, None) if is_clean else (self.training.mlm_probability or 0.0, self.training.num_maskings)
 
     @property

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_
 
 from glmd.data.batches import Batch
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import LM_SIGNALS, Objective
+from glmd.distillation.objective import Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
@@ -90,8 +90,7 @@ class Step:
     def __init__(self, cast: Cast) -> None:
         self.cast, objective = cast, cast.objective
         logits = cast.form.logits if cast.form is not None else class_logits
-        asks_task = objective.uses("task_logits", "task_labels")
-        words, task = _models(cast, cast.student, torch.float32, objective.uses(*LM_SIGNALS), asks_task)
+        words, task = _models(cast, cast.student, torch.float32, objective.needs)
         kept = np.arange(cast.student.vocab_size)
         vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
         self.distiller = Distiller(
@@ -100,14 +99,14 @@ class Step:
         self.distiller.train()
         if cast.gradient_checkpointing:
             self.distiller.recompute_activations()
-        self.parameters = list(self.distiller.parameters())
         self.teacher: OnlineTeacher | None = None
         if cast.teacher is not None:
-            asked = objective.uses("lm_logits"), objective.uses("task_logits")
-            words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), *asked)
-            self.teacher = OnlineTeacher(
-                words if asked[0] else None, task, vocabulary, merge_dropped=cast.merge_dropped, task_logits=logits
-            )
+            needs = objective.teacher_needs
+            words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), needs)
+            words = words if "head" in needs or task is None else None
+            self.teacher = OnlineTeacher(words, task, vocabulary, merge_dropped=cast.merge_dropped, task_logits=logits)
+            self.distiller.learn_from(self.teacher, is_proved=True)
+        self.parameters = list(self.distiller.parameters())
 
     def teach(self, batch: Batch) -> TeacherOutputs:
         """What the teacher says, or what a cache of it gives."""
@@ -117,7 +116,7 @@ class Step:
             return self.teacher(batch)
         hidden, head, device = None, self.teacher.head, batch["input_ids"].device
         if head is not None:
-            hidden = head.weight.new_empty(int(batch["attention_mask"].sum()), head.weight.shape[1])
+            hidden = head.weight.new_empty(int(batch["predicts"].sum()), head.weight.shape[1])
         answers = None
         if self.cast.form is not None:
             classes = int(batch["num_choices"][0]) if "num_choices" in batch else len(self.cast.form.task.labels)
@@ -133,10 +132,13 @@ class Step:
         total.backward()
 
 
-def _models(cast: Cast, config: Any, dtype: torch.dtype, words: bool, task: bool) -> tuple[Any, Any]:
-    """(language model, task model), None for one that is not needed; words in a blank are asked of the first."""
-    own_head, language_model = cast.form is not None and cast.form.has_own_head, None
-    if words or (task and not own_head):
+def _models(cast: Cast, config: Any, dtype: torch.dtype, needs: frozenset[str]) -> tuple[Any, Any]:
+    """(language model, task model), None for one that is not needed; a cloze is put to the first.
+
+    Where only layers are compared it is a language model that has them.
+    """
+    task, own_head, language_model = "task_head" in needs, cast.form is not None and cast.form.has_own_head, None
+    if "head" in needs or not task or not own_head:
         language_model = language_model_class(config).from_config(config, dtype=dtype)
         language_model.tie_weights()  # which is left out with the drawing of weights
     if not task or not own_head:
@@ -152,6 +154,7 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     ids = torch.ones((examples * choices, length), dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
+    batch["predicts"] = batch["attention_mask"].bool()
     if cast.masked:
         batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
@@ -184,7 +187,7 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         step.learn(batch, outputs)
     student, language_model = sum(p.nbytes for p in step.parameters), step.distiller.language_model
     chunk = loss = wider = 0
-    if cast.objective.uses("lm_logits"):
+    if "head" in cast.objective.teacher_needs:
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
         theirs = cast.source_size if cast.merge_dropped else words

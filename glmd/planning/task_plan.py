@@ -12,7 +12,8 @@ from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, DataError
 from glmd.evaluation.metrics import require_metrics, score
 from glmd.planning.rules import learns_from_train, task_of
-from glmd.tasks.tasks import Task, TaskExample, read_split
+from glmd.tasks.examples import TaskExample, read_split
+from glmd.tasks.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def plan_task(
     """
     task, files = task_of(config, name), config.tasks[name]
     require_metrics(task)
-    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].uses("task_labels")
+    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].reads("labels")
     train: list[TaskExample] = []
     if learns_from_train(config, name):
         needs_labels = name not in config.teacher.tasks or config.controls.hard_labels or uses_labels

@@ -251,7 +251,7 @@ _WORD_COLUMNS = {
     "masked_accuracy": "masked accuracy",
     "teacher_masked_accuracy": "teacher's",
     "bits_per_byte": "bits per byte",
-    "exact_bits_per_byte": "with the exact tokenizer",
+    "exact_bits_per_byte": "with the mapped tokenizer",
     "teacher_bits_per_byte": "teacher's",
 }
 

@@ -16,8 +16,9 @@ from glmd.data.blocks import block_frame
 from glmd.errors import ConfigError, DataError
 from glmd.losses.head import Head
 from glmd.losses.labels import IGNORED_LABEL
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.rows import Rows, encoded, has_pairs
-from glmd.tasks.tasks import BLANK, Task, TaskExample
+from glmd.tasks.tasks import BLANK, Task
 
 
 def cloze_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from glmd.data.batches import Key
 from glmd.data.masking import Masking, apply_masking
 from glmd.losses.labels import IGNORED_LABEL
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm
-from glmd.tasks.tasks import TaskExample
 
 
 class TaskDataset(Dataset[dict[str, Any]]):

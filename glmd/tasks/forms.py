@@ -2,7 +2,7 @@
 
     form = task_form(load_task("RTE"), causal=False)           # ClassForm
     data = TaskDataset(examples, form, tokenizer, max_length=256)
-    logits = form.logits(model, outputs, inputs, batch)        # (B, C)
+    logits = form.logits(Split(model), outputs, inputs, batch)        # (B, C)
 
 A form is one class; `CASTINGS` says which one a task has under a run's `casting`. Another form is another class, and an
 entry there.
@@ -15,20 +15,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmd.errors import ConfigError, ModelError, suggestion
 from glmd.losses.labels import IGNORED_LABEL
-from glmd.models.heads import run_head
+from glmd.models.heads import Split
 from glmd.models.loading import language_model_class
 from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, verbalizer_ids
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.rows import Rows, pair_rows
-from glmd.tasks.tasks import Task, TaskExample
+from glmd.tasks.tasks import Task
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
-TaskLogits = Callable[..., Tensor]  # (model, outputs, inputs, batch, token_map) -> (B, C), as `TaskForm.logits`
+TaskLogits = Callable[..., Tensor]  # (split, outputs, inputs, batch, token_map) -> (B, C), as `TaskForm.logits`
 
 
 class TaskForm(ABC):
@@ -56,7 +57,7 @@ class TaskForm(ABC):
 
     @abstractmethod
     def logits(
-        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
     ) -> Tensor:
         """(B, C) logits on the backbone's `outputs`; -inf for a choice that an example does not have.
 
@@ -103,9 +104,9 @@ class ClassForm(TaskForm):
         return AutoModelForSequenceClassification
 
     def logits(
-        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
     ) -> Tensor:
-        return class_logits(model, outputs, inputs, batch, token_map)
+        return class_logits(split, outputs, inputs, batch, token_map)
 
     def require(self, config: Any, name: str) -> None:
         """Also refuses classes that are not the task's, in the task's order."""
@@ -136,9 +137,9 @@ class ChoiceForm(TaskForm):
         return AutoModelForMultipleChoice
 
     def logits(
-        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
     ) -> Tensor:
-        return choice_logits(run_head(model, outputs, inputs=one_choice_each(inputs)), batch["num_choices"])
+        return choice_logits(split.run_head(outputs, inputs=one_choice_each(inputs)), batch["num_choices"])
 
     def require(self, config: Any, name: str) -> None:
         self._require_architecture(config, name, "MultipleChoice")
@@ -162,10 +163,10 @@ class ClozeForm(TaskForm):
         return language_model_class(config)
 
     def logits(
-        self, model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
     ) -> Tensor:
-        scores: Tensor = run_head(
-            model, outputs, final_linear=lambda hidden, head: cloze_logits(batch, token_map, hidden, head)
+        scores: Tensor = split.run_head(
+            outputs, final_linear=lambda hidden, head: cloze_logits(batch, token_map, hidden, head)
         )
         return choice_logits(scores, batch["num_choices"]) if "num_choices" in batch else scores
 
@@ -212,11 +213,9 @@ def task_form(task: Task, *, causal: bool) -> TaskForm:
     return CASTINGS[task.casting](task, causal)
 
 
-def class_logits(
-    model: nn.Module, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
-) -> Tensor:
+def class_logits(split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None) -> Tensor:
     """(B, C) logits of a classification head, as `ClassForm.logits`."""
-    logits: Tensor = run_head(model, outputs, inputs=inputs)
+    logits: Tensor = split.run_head(outputs, inputs=inputs)
     return logits
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glmd.data.batches import CHUNK
-from glmd.tasks.tasks import TaskExample
+from glmd.tasks.examples import TaskExample
 
 
 class Rows(NamedTuple):

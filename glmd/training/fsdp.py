@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glmd.distillation.distiller import Distiller
 from glmd.errors import ConfigError
+from glmd.models.layers import layer_lists
 
 # What Accelerate's launcher says by its environment, why that is refused, and what would work.
 OTHER_LAUNCHES = {
@@ -115,9 +116,7 @@ def _layer_classes(distiller: Distiller) -> set[str]:
     found: set[str] = set()
     for model in (distiller.language_model, distiller.classifier):
         if model is not None:
-            count: Any = model.config.num_hidden_layers  # type: ignore[union-attr]
-            lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
-            # The outermost list; lists inside a layer have longer names.
+            lists = layer_lists(model)
             layers = lists[min(lists, key=len)] if lists else ()
             found |= {type(layer).__name__ for layer in layers}
     return found

@@ -121,6 +121,7 @@ class Trainer:
         )
         max_steps = settings.steps(len(dataset), accelerator.num_processes)
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
+        distiller.learn_from(teacher, seed=self.seed)
         model, trained, optimizer = self._prepare(distiller)
         checkpoint = load_agreed_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
@@ -144,7 +145,7 @@ class Trainer:
             for step, micro_batches in enumerate(batches, start=start_step + 1):
                 means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 if means is not None:
-                    meter.add(means, sum(int(batch["attention_mask"].sum()) for batch in micro_batches))
+                    meter.add(means, sum(int(batch["predicts"].sum()) for batch in micro_batches))
                 bar.update()
                 self.progress.step, self.progress.seconds = step, time.monotonic() - began
                 if step % settings.logging_steps == 0 or step == max_steps:
@@ -227,7 +228,7 @@ class Trainer:
             last = i == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 with accelerator.autocast():  # DDP's forward has its own, a sharded one has not
-                    part = model(batch, teacher_outputs)
+                    part = model(batch, teacher_outputs, progress)
                 # DDP and FSDP average gradients over ranks; the global count already divides by all of them.
                 accelerator.backward(objective.total(objective.means(part, counts), progress) * world_size)
             sums += part.detach()

@@ -139,7 +139,7 @@ def save_tokenizer(tokenizer: TokenizersBackend, folder: Path | str) -> None:
 
 
 def load_tokenizer(folder: Path | str, **kwargs: Any) -> Any:
-    """The tokenizer of a folder (or hub name): the exact one where the folder has a token map.
+    """The tokenizer of a folder (or hub name): the mapped one where the folder has a token map.
 
     kwargs: passed to `from_pretrained` (revision, trust_remote_code, ...).
     """

@@ -11,7 +11,6 @@ nobody's tokens and are dropped.
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from glmd.errors import ModelError
+from glmd.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ class Vocabulary:
         arrays = {"kept_ids": self.kept_ids, "token_map": self.token_map}
         if self.counts is not None:
             arrays["counts"] = self.counts
-        _replace(folder / ARRAYS_FILE, save(arrays))
-        _replace(folder / SUMMARY_FILE, (json.dumps(_summary(self), indent=2) + "\n").encode())
+        write_atomically(folder / ARRAYS_FILE, save(arrays))
+        write_atomically(folder / SUMMARY_FILE, (json.dumps(_summary(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> "Vocabulary":
@@ -177,17 +177,6 @@ def _summary(vocabulary: Vocabulary) -> dict[str, Any]:
         "hubs": [{"source_id": source_id, "takes": takes} for source_id, takes in degrees.hubs],
         "fingerprint": vocabulary.fingerprint(),
     }
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    # One name for all writers, so that the next one clears what a kill leaves.
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)

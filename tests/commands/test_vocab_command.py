@@ -29,7 +29,7 @@ def test_a_point_says_what_plain_counting_says(name, ratio, models):
     assert [point.keep_ratio for point in curve.points] == [1.0, ratio], "0.01 is less than must be kept"
     whole, part = curve.points
     assert (whole.coverage, whole.inflation, whole.tokens) == (1.0, 0.0, len(tokenizer))
-    # The kept ones again, the plain way: what the exact tokenizer of such a vocabulary leaves unmapped.
+    # The kept ones again, the plain way: what the mapped tokenizer of such a vocabulary leaves unmapped.
     counts = np.zeros(len(tokenizer), dtype=int)
     for i, line in enumerate(lines):
         for token in tokenizer(line, add_special_tokens=False)["input_ids"] if i % HELD_OUT != HELD_OUT - 1 else ():

@@ -24,7 +24,8 @@ from glmd.errors import ConfigError, DataError
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.cloze import candidate_ids, verbalizer_ids
 from glmd.tasks.dataset import TaskDataset
-from glmd.tasks.tasks import BLANK, Cloze, Task, TaskExample, load_task
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import BLANK, Cloze, Task, load_task
 
 MASK, V = 4, 85
 SPECIAL, ORDINARY = np.array([0, 1, 2, 3, MASK]), np.arange(5, V)
@@ -337,6 +338,7 @@ def test_a_blank_is_a_mask_token_for_each_token_that_fills_it(tokenizer: Any) ->
         [none, none, number(third), number(first), none, none],
     ]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
+    assert batch["predicts"].dtype == torch.bool and torch.equal(batch["predicts"], batch["attention_mask"] == 1)
 
 
 @pytest.mark.parametrize("blank_first", [True, False])
@@ -452,8 +454,9 @@ def test_a_batch_is_padded_to_its_longest_example_and_the_mask_says_where() -> N
         "labels": [0, 1],
         "example_id": [10, 11],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+        "predicts": [[True, True, True, False, False], [True] * 5],
     }
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert all(tensor.dtype == torch.int64 for name, tensor in batch.items() if name != "predicts")
 
 
 def all_batches(data: BlockDataset, plan: StepPlan, start: int, stop: int, workers: int) -> list[list[Batch]]:

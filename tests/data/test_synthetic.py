@@ -15,7 +15,8 @@ import pytest
 from glmd.data import synthetic as world
 from glmd.data.token_store import build_token_store
 from glmd.errors import DataError, DiskError
-from glmd.tasks.tasks import load_task, read_split
+from glmd.tasks.examples import read_split
+from glmd.tasks.tasks import load_task
 
 TASKS = ("RTE", "BoolQ")
 

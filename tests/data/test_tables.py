@@ -8,7 +8,8 @@ from test_superglue import OFFICIAL, hub_features, hub_rows
 
 from glmd.cli import main
 from glmd.errors import DataError
-from glmd.tasks.tasks import load_task, read_split, task_names
+from glmd.tasks.examples import read_split
+from glmd.tasks.tasks import load_task, task_names
 
 
 def refusal(*arguments, **options) -> str:

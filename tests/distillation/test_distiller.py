@@ -87,6 +87,7 @@ def batch(length: int = 7) -> Batch:
     return {
         "input_ids": functional.pad(ids * valid, padding),
         "attention_mask": functional.pad(valid.long(), padding),
+        "predicts": functional.pad(valid, padding),
         "lm_labels": functional.pad(labels, padding, value=-100),
         "labels": torch.tensor([2, 0, -100, 1]),
         "example_id": torch.arange(4),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glmd.config import STAGES
-from glmd.distillation.objective import SIGNALS, Objective, Term, load_method, parse_term, token_mask
+from glmd.distillation.objective import Objective, Term, load_method, parse_term, token_mask
+from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError
 from glmd.losses.logits import LOGIT_LOSSES
 from glmd.strict_yaml import configs_root
@@ -28,7 +29,7 @@ def batch() -> dict[str, Tensor]:
     """3 rows of 4, 2 and 3 tokens; 3 tokens were masked; one row has no label."""
     return {
         "input_ids": torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0], [2, 9, 3, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        "predicts": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool(),
         "lm_labels": torch.tensor([[-100, 7, 5, -100], [-100, -100, -100, -100], [-100, 0, -100, -100]]),
         "example_id": torch.arange(3),
         "labels": torch.tensor([1, -100, 0]),
@@ -45,7 +46,7 @@ def test_every_method_that_comes_with_glmd_builds(name: str) -> None:
     logits, label = torch.ones(2, 3), torch.tensor([0, 1])
     for term in (term for objective in method.values() for term in objective.terms):
         target = label if term.signal.endswith("labels") else logits
-        assert SIGNALS[term.signal][term.loss](logits, target, **term.options).shape == (2,)
+        assert SIGNALS[term.signal].losses[term.loss](logits, target, **term.options).shape == (2,)
 
 
 def test_glmd_is_two_stages_of_words_at_temperature_15_and_one_of_soft_labels() -> None:
@@ -148,7 +149,7 @@ def test_a_pad_is_no_token_even_with_a_label() -> None:
     changed["lm_labels"][1, 3] = 5
     for term in (WORDS, MASKED, LABELS):
         assert not token_mask(term, changed)[1, 2:].any()
-    assert torch.equal(token_mask(WORDS, changed), changed["attention_mask"].bool())
+    assert torch.equal(token_mask(WORDS, changed), changed["predicts"])
     assert token_mask(MASKED, changed).nonzero().tolist() == [[0, 1], [0, 2], [2, 1]]
 
 
@@ -166,8 +167,10 @@ def test_with_gkd_compat_a_term_counts_pads_too_and_the_others_do_not() -> None:
 
 
 def test_an_objective_knows_what_it_uses_and_whether_it_needs_corruption() -> None:
-    assert Objective((WORDS, TASK)).uses("task_logits", "task_labels")
-    assert not Objective((WORDS,)).uses("task_logits", "lm_labels")
+    assert Objective((WORDS, TASK_LABELS)).needs == {"head", "task_head"}
+    assert Objective((WORDS, TASK_LABELS)).teacher_needs == {"head"} and not Objective((LABELS,)).teacher_needs
+    assert Objective((TASK, TASK_LABELS)).reads("labels") and not Objective((WORDS, TASK)).reads("labels")
+    assert Objective((LABELS,)).reads_tokens and not Objective((TASK,)).reads_tokens
     assert not Objective((WORDS, TASK, TASK_LABELS)).needs_masking
     assert Objective((WORDS, MASKED)).needs_masking and Objective((LABELS,)).needs_masking
 
@@ -188,8 +191,8 @@ def test_gkd_compat_reproduces_the_published_reduction() -> None:
     student, teacher = (torch.randn(3, 4, 30, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
     student.requires_grad_()
     inputs = batch()
-    valid = inputs["attention_mask"].bool()
-    expected = published_loss(student, teacher, inputs["attention_mask"], 15.0)
+    valid = inputs["predicts"]
+    expected = published_loss(student, teacher, valid.double(), 15.0)
     for gkd_compat, factor in ((True, 1.0), (False, 12 / 9)):
         objective = Objective((replace(WORDS, gkd_compat=gkd_compat),))
         values = LOGIT_LOSSES["kl_divergence"](student[valid], teacher[valid], temperature=15.0)

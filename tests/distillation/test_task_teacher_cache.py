@@ -24,11 +24,13 @@ from glmd.distillation.cached_teacher import CachedTeacher, digests
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, DataError, NumericsError, RunError
+from glmd.models.heads import Split
 from glmd.models.loading import load_language_model
 from glmd.pipeline.run import run
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm, task_form
-from glmd.tasks.tasks import BLANK, TaskExample, load_task
+from glmd.tasks.tasks import BLANK, load_task
 from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -188,12 +190,23 @@ def test_whatever_a_teacher_reads_is_in_the_name_and_padding_is_not(form, tokeni
     batch = COLLATE([data[0, 5]])
     columns = ["input_ids", *(name for name in ("token_type_ids", "cloze_ids", "verbalizers") if name in batch)]
     others = [batch | {name: batch[name] + (batch[name] == batch[name].flatten()[0])} for name in columns]
+    fewer = batch["predicts"].clone()
+    fewer[0, 1] = False
+    others.append(batch | {"predicts": fewer})
     if "mean_over_tokens" in batch:
         others.append({name: each for name, each in batch.items() if name != "mean_over_tokens"})
     if "num_choices" in batch:
         others.append({**{name: each[:1] for name, each in batch.items()}, "num_choices": torch.tensor([1])})
     found = [digests(each)[0] for each in others]
     assert len({names[5], *found}) == len(found) + 1
+
+
+def test_names_are_those_of_earlier_versions_so_that_their_caches_are_read():
+    batch = COLLATE([{"input_ids": np.array(row), "example_id": i} for i, row in enumerate([[2, 7, 8, 3], [2, 9, 3]])])
+    assert [name.hex() for name in digests(batch)] == [
+        "23fa41c5c5fd85ddf98edbf824e5e290",
+        "314f3ad211247fa3cf751714eb4c5555",
+    ]
 
 
 def test_rows_do_not_run_together(tokenizer):
@@ -236,7 +249,7 @@ def test_a_teacher_answers_on_its_device_and_is_given_the_batch_as_the_loader_ma
     assert cached(COLLATE([data[0, 3]])).task_logits.device.type == "meta"
     seen, far = [], OnlineTeacher(None, live.classifier.to("meta"), vocabulary, task_logits=live.task_logits)
     with monkeypatch.context() as patch:
-        patch.setattr("glmd.distillation.teacher.run_backbone", lambda _, inputs: seen.append(inputs) or stop())
+        patch.setattr(Split, "run_backbone", lambda _, inputs, **asked: seen.append(inputs) or stop())
         with pytest.raises(Stop):
             far(COLLATE([data[0, 3]]))
     assert {each.device.type for each in seen[0].values()} == {"meta"}

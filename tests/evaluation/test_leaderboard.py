@@ -9,7 +9,8 @@ from test_superglue import OFFICIAL, hub_features, hub_rows, without_labels
 
 from glmd.errors import DataError
 from glmd.evaluation.leaderboard import require_idx, write_predictions
-from glmd.tasks.tasks import TaskExample, load_task, read_split, task_names
+from glmd.tasks.examples import TaskExample, read_split
+from glmd.tasks.tasks import load_task, task_names
 
 
 def example(number, idx, choices=()):

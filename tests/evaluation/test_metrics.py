@@ -25,7 +25,8 @@ from glmd.evaluation.metrics import (
     score,
     superglue_average,
 )
-from glmd.tasks.tasks import Task, TaskExample, load_task, task_names
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import Task, load_task, task_names
 
 OVER_LABELS = [accuracy, macro_f1, f1_binary, matthews_correlation]
 READING = {"name": "Read", "folder": "Read", "hub_name": "read", "max_length": 64}

@@ -14,8 +14,9 @@ from transformers import BertConfig, BertForMultipleChoice, BertForSequenceClass
 from glmd.data.batches import Collate
 from glmd.evaluation.scoring import predict
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import TaskExample, load_task
+from glmd.tasks.tasks import load_task
 
 
 @pytest.fixture

@@ -30,8 +30,9 @@ from glmd.evaluation.bits_per_byte import text_bits
 from glmd.evaluation.scoring import predict, score_lm
 from glmd.losses.finite import examples_of_tokens, require_finite, spoiled
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import TaskExample, load_task
+from glmd.tasks.tasks import load_task
 from glmd.vocabulary.vocabulary import Vocabulary
 
 NAN, INF = math.nan, math.inf
@@ -60,9 +61,9 @@ def test_logits_that_are_not_finite_are_made_nan_and_absent_choices_stay() -> No
 
 
 def test_every_token_knows_its_example() -> None:
-    batch = {"example_id": torch.tensor([5, 2]), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    batch = {"example_id": torch.tensor([5, 2]), "predicts": torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()}
     assert examples_of_tokens(batch).tolist() == [5, 5, 2]
-    batch |= {"num_choices": torch.tensor([2, 1]), "attention_mask": torch.tensor([[1, 1], [1, 0], [1, 0]])}
+    batch |= {"num_choices": torch.tensor([2, 1]), "predicts": torch.tensor([[1, 1], [1, 0], [1, 0]]).bool()}
     assert examples_of_tokens(batch).tolist() == [5, 5, 5, 2]
 
 
@@ -78,7 +79,7 @@ def test_examples_of_which_hidden_states_are_not_finite_are_found() -> None:
     teacher = teacher_of()
     batch = {
         "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "predicts": torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
         "example_id": torch.tensor([3, 11]),
     }
     outputs = teacher(batch)

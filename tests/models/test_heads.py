@@ -1,5 +1,6 @@
 """Models split into backbone, head and final linear map, against the models' own forward, in float64."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from glmd.errors import ModelError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_distillation_loss
 from glmd.losses.logits import kl_divergence
-from glmd.models.heads import backbone, final_linear, hidden_before_final_linear, run_head, share_backbone
+from glmd.models.heads import Split, backbone, final_linear, share_backbone
 from glmd.models.probes import prove_language_model
 from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task
@@ -83,7 +84,7 @@ def gradients(model: nn.Module, logits: Tensor) -> list[Tensor]:
 def test_choices_of_unequal_number_score_as_the_stock_model_scores_each_example(name: str) -> None:
     model, inputs, num_choices = model_of(name, "ForMultipleChoice"), padded_inputs(), torch.tensor([1, 2])
     choices = task_form(load_task("COPA"), causal=False)
-    logits = choices.logits(model, backbone(model)(**inputs), inputs, {"num_choices": num_choices})
+    logits = choices.logits(Split(model), backbone(model)(**inputs), inputs, {"num_choices": num_choices})
     for row, rows in zip(logits, (slice(0, 1), slice(1, 3)), strict=True):
         alone = model(**{key: each[None, rows] for key, each in inputs.items()}).logits[0]
         torch.testing.assert_close(row[: len(alone)], alone)
@@ -102,7 +103,7 @@ def test_hidden_states_times_the_final_map_are_the_models_own_logits(name: str) 
     model, inputs = model_of(name), padded_inputs()
     model.config.pad_token_id = None  # else a MobileBERT keeps the vector of [PAD] as it is: see below
     expected = model(**inputs).logits
-    hidden = hidden_before_final_linear(model, backbone(model)(**inputs))
+    hidden = Split(model).hidden_before_final(backbone(model)(**inputs))
     linear = final_linear(model)
     logits = linear.logits(hidden)
     torch.testing.assert_close(logits, expected)
@@ -120,7 +121,7 @@ def test_the_distillation_loss_of_a_mobilebert_reaches_both_parts_of_its_final_m
     def loss_of(hidden: Tensor, head: Head) -> Tensor:
         return linear_distillation_loss(hidden[valid], head, theirs, Head(weight), temperature=3.0)
 
-    ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
+    ours = Split(model).run_head(backbone(model)(**inputs), final_linear=loss_of)
     expected = kl_divergence(model(**inputs).logits[valid], theirs @ weight.T, temperature=3.0).sum()
     torch.testing.assert_close(ours, expected)
     names = [name for name, _ in model.named_parameters()]
@@ -146,7 +147,7 @@ def test_a_mobilebert_whose_pad_vector_is_zero_does_not_see_more_padding() -> No
 def test_a_head_on_the_backbones_outputs_gives_the_models_own_logits(name: str) -> None:
     model, inputs = model_of(name), padded_inputs()
     expected = model(**inputs).logits
-    assert torch.equal(run_head(model, backbone(model)(**inputs)), expected)
+    assert torch.equal(Split(model).run_head(backbone(model)(**inputs)), expected)
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -154,7 +155,7 @@ def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole
     """Student and teacher of the family; and a student equal to its teacher loses nothing."""
     teacher, student, inputs = model_of(name), model_of(name, seed=1), padded_inputs()
     valid = inputs["attention_mask"].bool()
-    theirs = hidden_before_final_linear(teacher, backbone(teacher)(**inputs))[valid]
+    theirs = Split(teacher).hidden_before_final(backbone(teacher)(**inputs))[valid]
     teacher_head = final_linear(teacher)
 
     def loss_of(hidden: Tensor, head: Head) -> Tensor:
@@ -162,7 +163,7 @@ def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole
         return linear_distillation_loss(hidden[valid], head, theirs.detach(), constant, temperature=3.0)
 
     for model in (student, teacher):
-        ours = run_head(model, backbone(model)(**inputs), final_linear=loss_of)
+        ours = Split(model).run_head(backbone(model)(**inputs), final_linear=loss_of)
         logits = [each(**inputs).logits[valid] for each in (model, teacher)]
         expected = kl_divergence(logits[0], logits[1].detach(), temperature=3.0).sum()
         torch.testing.assert_close(ours, expected)
@@ -226,7 +227,7 @@ def test_a_model_of_nan_weights_is_refused() -> None:
 def test_a_task_head_fed_with_backbone_outputs_is_the_classifier(name: str) -> None:
     classifier, inputs = model_of(name, "ForSequenceClassification"), padded_inputs()
     expected = classifier(**inputs).logits
-    logits = run_head(classifier, backbone(classifier)(**inputs), inputs=inputs)
+    logits = Split(classifier).run_head(backbone(classifier)(**inputs), inputs=inputs)
     assert logits.shape == (3, C)
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(gradients(classifier, logits), gradients(classifier, expected))
@@ -243,8 +244,8 @@ def test_one_backbone_feeds_both_heads_and_its_embeddings_stay_tied(name: str) -
     assert language_model.get_output_embeddings().weight is embedding
     assert language_model.get_input_embeddings().weight is embedding
     outputs = backbone(classifier)(**inputs)
-    torch.testing.assert_close(run_head(classifier, outputs, inputs=inputs), expected)
-    torch.testing.assert_close(run_head(language_model, outputs), language_model(**inputs).logits)
+    torch.testing.assert_close(Split(classifier).run_head(outputs, inputs=inputs), expected)
+    torch.testing.assert_close(Split(language_model).run_head(outputs), language_model(**inputs).logits)
 
 
 def test_backbones_of_two_classes_are_not_shared() -> None:
@@ -263,7 +264,7 @@ def test_the_model_is_as_before_after_a_call_also_when_the_function_raises(funct
     attributes = {name: set(vars(module)) for name, module in modules.items()}
     outputs = backbone(model)(**inputs)
     try:
-        run_head(model, outputs, final_linear=function)
+        Split(model).run_head(outputs, final_linear=function)
     except KeyError:
         assert function is fails
     assert dict(model.named_modules()) == modules
@@ -275,7 +276,7 @@ def test_the_model_is_as_before_when_the_head_itself_raises() -> None:
     model, inputs = model_of("Bert"), padded_inputs()
     expected, outputs = model(**inputs).logits, backbone(model)(**inputs)
     with pytest.raises(RuntimeError):
-        run_head(model, (outputs[0][..., :5],))
+        Split(model).run_head((outputs[0][..., :5],))
     assert torch.equal(model(**inputs).logits, expected)
 
 
@@ -285,7 +286,7 @@ def test_a_model_that_never_calls_its_final_map_is_refused_and_left_as_it_was() 
     model.config.model_type = "another"
     expected = model(**inputs).logits
     with pytest.raises(ModelError, match="never calls its output embeddings"):
-        hidden_before_final_linear(model, backbone(model)(**inputs))
+        Split(model).hidden_before_final(backbone(model)(**inputs))
     assert torch.equal(model(**inputs).logits, expected)
 
 
@@ -294,7 +295,7 @@ def test_a_forward_that_somebody_put_on_the_final_map_is_there_afterwards() -> N
     linear = model.get_output_embeddings()
     linear.forward = lambda hidden: 2 * nn.functional.linear(hidden, linear.weight, linear.bias)
     doubled = model(**inputs).logits
-    hidden_before_final_linear(model, backbone(model)(**inputs))
+    Split(model).hidden_before_final(backbone(model)(**inputs))
     assert torch.equal(model(**inputs).logits, doubled)
 
 
@@ -302,7 +303,7 @@ def test_what_the_function_returns_is_returned_and_it_sees_the_map_within_its_ca
     model, inputs = model_of("Bert"), padded_inputs()
     seen = []
     model.get_output_embeddings().register_forward_pre_hook(lambda linear, args: seen.append(args[0].shape))
-    answer = run_head(model, backbone(model)(**inputs), final_linear=lambda hidden, linear: (linear, hidden.shape))
+    answer = Split(model).run_head(backbone(model)(**inputs), final_linear=lambda hidden, head: (head, hidden.shape))
     (linear, shape), expected = answer, final_linear(model)
     assert linear.weight is expected.weight and linear.bias is expected.bias and shape == (3, 7, 16)
     assert seen == [(3, 7, 16)], "the hooks of the map ran, so sharded weights would have been gathered"
@@ -316,7 +317,7 @@ def test_verbalizers_in_a_blank_score_as_the_models_own_logits_there(name: str) 
     token_map = torch.arange(V).flip(0)  # the words under other numbers, as a compressed student has them
     for own_ids, ids in ((None, words), (token_map, token_map[words])):
         batch = {"cloze_ids": cloze_ids, "verbalizers": words}
-        logits = cloze_form().logits(model, backbone(model)(**inputs), inputs, batch, own_ids)
+        logits = cloze_form().logits(Split(model), backbone(model)(**inputs), inputs, batch, own_ids)
         expected = model(**inputs).logits[torch.arange(3), places].gather(1, ids)
         torch.testing.assert_close(logits, expected)
         for got, wanted in zip(gradients(model, logits), gradients(model, expected), strict=True):
@@ -332,7 +333,7 @@ def test_candidates_in_a_blank_score_the_sum_of_their_tokens_log_probabilities()
         cloze_ids[place] = word
     batch = {"cloze_ids": cloze_ids, "num_choices": torch.tensor([2, 1])}
     token_map = torch.arange(V).flip(0)
-    logits = cloze_form().logits(model, backbone(model)(**inputs), inputs, batch, token_map)
+    logits = cloze_form().logits(Split(model), backbone(model)(**inputs), inputs, batch, token_map)
     log_probabilities = model(**inputs).logits.log_softmax(-1)
     rows = [
         sum(log_probabilities[(*at, V - 1 - word)] for at, word in blanks.items() if at[0] == row) for row in range(3)
@@ -344,5 +345,33 @@ def test_candidates_in_a_blank_score_the_sum_of_their_tokens_log_probabilities()
     for got, wanted in zip(ours, gradients(model, expected), strict=True):
         torch.testing.assert_close(got, wanted)
     batch["mean_over_tokens"] = torch.ones(2, dtype=torch.long)
-    means = cloze_form().logits(model, backbone(model)(**inputs), inputs, batch, token_map)
+    means = cloze_form().logits(Split(model), backbone(model)(**inputs), inputs, batch, token_map)
     torch.testing.assert_close(means[means > -torch.inf], expected / torch.tensor([2.0, 1.0, 1.0]))
+
+
+def test_a_split_gives_a_model_the_columns_that_its_forward_names_and_no_others() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    batch = dict.fromkeys((*names, "lm_labels", "labels", "example_id", "predicts"), ids)
+    assert set(Split(model_of("Bert")).inputs(batch)) == set(names)
+    assert set(Split(model_of("ModernBert")).inputs(batch)) == set(names) - {"token_type_ids"}
+
+
+def test_a_copy_of_two_models_and_their_splits_is_of_the_copied_models() -> None:
+    """As sharding makes one: training it must leave the original, which is evaluated and exported, as it is."""
+    classifier, language_model, inputs = (
+        model_of("Bert", "ForSequenceClassification"),
+        model_of("Bert"),
+        padded_inputs(),
+    )
+    share_backbone(classifier, language_model)
+    splits = [Split(classifier), Split(language_model)]
+    models, copied = copy.deepcopy(([classifier, language_model], splits))
+    assert [each.model for each in copied] == models and models[0] is not classifier
+    assert copied[0].backbone is copied[1].backbone is not splits[0].backbone
+    before = splits[1].hidden_before_final(splits[0].run_backbone(inputs))
+    with torch.no_grad():
+        models[0].get_input_embeddings().weight.mul_(2)
+    torch.testing.assert_close(splits[1].hidden_before_final(splits[0].run_backbone(inputs)), before)
+    after = copied[1].hidden_before_final(copied[0].run_backbone(inputs))
+    assert not torch.allclose(after, before)

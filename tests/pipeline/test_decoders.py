@@ -18,15 +18,16 @@ from glmd.data.blocks import BlockDataset, block_frame, block_texts
 from glmd.data.token_store import build_token_store, open_token_store
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import load_method
-from glmd.distillation.teacher import OnlineTeacher, model_inputs
+from glmd.distillation.teacher import OnlineTeacher
 from glmd.errors import DataError
 from glmd.evaluation.bits_per_byte import score_text
-from glmd.models.heads import run_backbone
+from glmd.models.heads import Split
 from glmd.pipeline.run import run
 from glmd.reporting.report import results_table
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.forms import task_form
-from glmd.tasks.tasks import TaskExample, load_task, read_split
+from glmd.tasks.tasks import load_task
 from glmd.vocabulary.slicing import slice_model
 from glmd.vocabulary.tokenizer import load_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -49,7 +50,7 @@ def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(na
     (row,) = results["rows"]
     assert row["lm_scores"]["kl_divergence"] < row["lm_scores_before"]["kl_divergence"]
     assert "masked_accuracy" not in row["lm_scores"], "nothing is masked"
-    assert "| bits per byte | with the exact tokenizer | teacher's |" in " ".join(results_table(results).split())
+    assert "| bits per byte | with the mapped tokenizer | teacher's |" in " ".join(results_table(results).split())
     assert "student: pretraining, held-out corpus" in results_table(results)
     folder = tmp_path / "run/pretraining/student"
     student = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -117,6 +118,7 @@ def test_a_student_equal_to_a_teacher_that_scales_its_logits_loses_nothing(name,
     batch = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     assert torch.equal(student(**batch).logits, teacher(**batch).logits)
     distiller = Distiller(load_method("glmd")["pretraining"], vocabulary.token_map, language_model=student)
+    batch["predicts"] = batch["attention_mask"].bool()
     loss = distiller(batch, OnlineTeacher(teacher, None, vocabulary)(batch)).sum()
     gradients = torch.autograd.grad(loss, list(student.parameters()))
     assert abs(loss.item()) < 1e-10 and max(each.abs().max().item() for each in gradients) < 1e-10
@@ -231,7 +233,7 @@ def test_ids_of_the_generation_config_follow_the_students_vocabulary(tiny, model
 @pytest.mark.parametrize("name", DECODERS)
 def test_no_keys_and_values_are_kept_for_words_that_are_not_generated(name, models):
     model = transformers.AutoModelForCausalLM.from_pretrained(models / name)
-    outputs = run_backbone(model, {"input_ids": torch.arange(8).reshape(2, 4) + 5})
+    outputs = Split(model).run_backbone({"input_ids": torch.arange(8).reshape(2, 4) + 5})
     assert outputs.past_key_values is None and model.config.use_cache, "the model itself is left as it was"
 
 
@@ -304,8 +306,9 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
     data = TaskDataset(examples, form, tokenizer, max_length=60)
     assert data.truncated == 0
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in range(len(examples))])
-    inputs = model_inputs(batch)
-    got = form.logits(model, run_backbone(model, inputs), inputs, batch)
+    split = Split(model)
+    inputs = split.inputs(batch)
+    got = form.logits(split, split.run_backbone(inputs), inputs, batch)
     for row, example in zip(got.tolist(), examples, strict=True):
         filled = list(example.choices) or ["light", "dark"]
         expected = plain_scores(model, tokenizer, example, filled, mean=task.mean_over_tokens)

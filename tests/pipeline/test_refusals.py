@@ -89,7 +89,7 @@ def refusal(tiny, tmp_path, capsys):
         ("student.config.hidden_size=wide", "ConfigError", "student.config.hidden_size: 'wide' does not fit"),
         ("student.config.pad_token_id=3", "ConfigError", "student.config.pad_token_id is set by glmd"),
         ("student.config.max_position_embeddings=31", "ConfigError", "is 32, the student has 31 positions"),
-        ("task_lm.num_train_epochs=.inf", "ConfigError", "num_train_epochs must be above 0 and finite, got inf"),
+        ("task_lm.num_train_epochs=.inf", "ConfigError", "num_train_epochs must be in (0, 1,000,000], got inf"),
         ("vocabulary={size: 87}", "ConfigError", "size is 87, but there are 86 tokens"),
         ("vocabulary.multiple_of=87", "ConfigError", "multiple_of is 87, more than the 86 tokens there are"),
         ("data.corpus=['']", "ConfigError", "data.corpus has an empty entry"),

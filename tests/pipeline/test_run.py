@@ -23,7 +23,8 @@ from glmd.pipeline.run import prepared_run, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
 from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
-from glmd.tasks.tasks import load_task, read_split
+from glmd.tasks.examples import read_split
+from glmd.tasks.tasks import load_task
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.tokenizer import load_tokenizer
 

@@ -72,6 +72,7 @@ def test_memory_and_flops_are_those_of_a_real_micro_batch(family, precision):
     ids = torch.randint(V, (B, S))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["attention_mask"][-1, -1] = 0  # else a decoder would need no mask
+    batch["predicts"] = batch["attention_mask"].bool()
     for parameter in distiller.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

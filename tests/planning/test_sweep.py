@@ -187,7 +187,7 @@ def test_check_prints_the_lines_of_a_sweep(tiny, tmp_path, capsys):
         ("sweep.task_soft_labels.learning_rate=1e-3", "sweep.task_soft_labels.learning_rate must be a list, got 0.001"),
         (
             "sweep.task_soft_labels.learning_rate=[1e-3, -1]",
-            "sweep.task_soft_labels.learning_rate must be above 0, got -1",
+            "sweep.task_soft_labels.learning_rate must be in (0, 10], got -1",
         ),
         (
             "sweep.task_soft_labels.learning_rate=[1e-3, fast]",

@@ -9,7 +9,8 @@ import torch
 
 from glmd.cli import main
 from glmd.pipeline.run import run
-from glmd.tasks.tasks import load_task, read_split
+from glmd.tasks.examples import read_split
+from glmd.tasks.tasks import load_task
 from glmd.vocabulary.tokenizer import load_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary
 

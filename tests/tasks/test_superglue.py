@@ -10,8 +10,9 @@ from datasets import ClassLabel, Features, Sequence, Value
 from glmd.data.oddities import Oddities
 from glmd.errors import DataError
 from glmd.evaluation.metrics import score
+from glmd.tasks.examples import read_split
 from glmd.tasks.superglue import checked, flat_rows, span_index
-from glmd.tasks.tasks import load_task, read_split, task_names
+from glmd.tasks.tasks import load_task, task_names
 
 # A row of each task in its official form. Every nested one holds more than one flat row.
 PASSAGE = "Zoë Ray met Ray in Oslo.\n@highlight\nOslo was cold"

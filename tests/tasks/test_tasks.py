@@ -9,7 +9,8 @@ import yaml
 
 from glmd.errors import ConfigError, DataError
 from glmd.evaluation.metrics import METRICS, SUPERGLUE
-from glmd.tasks.tasks import TaskExample, load_task, read_split, task_names
+from glmd.tasks.examples import TaskExample, read_split
+from glmd.tasks.tasks import load_task, task_names
 
 YES_NO = {
     "name": "Toy",

@@ -399,7 +399,7 @@ def test_one_call_builds_a_vocabulary_from_a_larger_matrix(tokenizer, caplog):
     counts = random.integers(0, 9, V)
     embeddings = torch.randn(V + 4, 6, generator=torch.Generator().manual_seed(1))
     embeddings[V:] = 1000.0
-    with caplog.at_level(logging.INFO, "glmd.vocabulary.vocabulary"):
+    with caplog.at_level(logging.INFO, "glmd.vocabulary"):
         vocabulary = build_vocabulary(tokenizer, embeddings, counts, keep_ratio=0.6, keep_words=["w9"])
     assert "4 embedding rows beyond the tokenizer are dropped" in caplog.text
     assert vocabulary.size == 36
