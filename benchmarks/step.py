@@ -296,7 +296,7 @@ def make_variants(
                 distiller.recompute_activations()
             return make(live, distiller, given, watch, teacher_tensors=list(model.parameters()))
         cached = CachedTeacher(_cache(texts, model, vocabulary, folder / name).open(), model, vocabulary)
-        return make(cached, distiller, given, watch, teacher_tensors=[cached.weight, cached.bias])
+        return make(cached, distiller, given, watch, teacher_tensors=[cached.head.weight, cached.head.bias])
 
     return {name: variant(name) for name in names}
 

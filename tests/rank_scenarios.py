@@ -33,6 +33,7 @@ from test_trainer import (
     V,
     distiller_of,
     log_rows,
+    model_of,
     settings_of,
     teacher_of,
     trainer_of,
@@ -40,6 +41,7 @@ from test_trainer import (
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import BertForMaskedLM
 
 import glmd.storage
 import glmd.training.checkpoint
@@ -47,7 +49,7 @@ from glmd.data.batches import Batch, Collate
 from glmd.data.masking import Masking
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import Objective
+from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import DataError, GlmdError
 from glmd.training.fsdp import end_sharding, is_sharded
@@ -168,6 +170,13 @@ def student_of(name: str) -> Distiller:
     return Distiller(WORDS_ALONE, np.arange(V), language_model=model_class(model_class.config_class(**settings)))
 
 
+LAYERS = Objective((Term("hidden_states", "mse", layers=((0, 1),), projection="linear"),))
+
+
+def layered_student() -> Distiller:
+    return Distiller(LAYERS, np.arange(V), language_model=model_of(BertForMaskedLM, 2, 2, 0.3))
+
+
 def train_twins(folder: Path, rank: int) -> None:
     """Whole stages under DDP and their twins under FSDP2, one after another. Writes how far they part."""
     found = {
@@ -175,6 +184,7 @@ def train_twins(folder: Path, rank: int) -> None:
         "untied": twins(folder / "untied", rank, tied=False, FSDP_RESHARD_AFTER_FORWARD="false"),
         "one group": twins(folder / "one", rank, FSDP_AUTO_WRAP_POLICY="NO_WRAP"),
         "bf16": twins(folder / "bf16", rank, mixed_precision="bf16"),
+        "layers": twins(folder / "layers", rank, LAYERS, student=layered_student),
         "idle ranks": twins(folder / "idle", rank, RARE, RareRows()),
         **{name: twins(folder / name, rank, student=partial(student_of, name), max_steps=3) for name in BODIES},
     }
@@ -202,6 +212,7 @@ def twins(
         if kind == "fsdp2":
             shard(**environment)
         distiller, teacher = distiller_of(objective) if student is None else student(), teacher_of()
+        distiller.learn_from(teacher)
         if not tied:
             decoder = distiller.language_model.cls.predictions.decoder
             decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
@@ -226,7 +237,7 @@ def twins(
         }
         groups = sum(isinstance(module, FSDPModule) for module in trained.modules())
         trainer.accelerator.free_memory()
-        trainer.run(distiller, answer, rows or Rows(), Collate(0))
+        trainer.run(distiller, teacher if objective.reads_layers else answer, rows or Rows(), Collate(0))
         assert is_sharded(trainer.accelerator) == (kind == "fsdp2")
         end_sharding(trainer.accelerator)
         assert not any(isinstance(p, DTensor) for p in distiller.parameters()), "the student is whole for the export"

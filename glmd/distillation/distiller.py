@@ -210,8 +210,8 @@ def _projection(student: Split, teacher: Split, seed: int) -> nn.Linear:
     """From the student's width to the teacher's, drawn alike on every rank."""
     configs: list[Any] = [split.model.config for split in (student, teacher)]
     width, wanted = (config.get_text_config().hidden_size for config in configs)
-    linear, like = nn.Linear(width, wanted, bias=False, device="cpu"), next(student.model.parameters())
-    with torch.no_grad():
-        bound = width**-0.5
-        linear.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-    return linear.to(like.device, like.dtype)
+    linear, like = nn.Linear(width, wanted, bias=False, device="meta"), next(student.model.parameters())
+    generator, bound = torch.Generator().manual_seed(seed), width**-0.5
+    drawn = torch.empty(wanted, width, device="cpu").uniform_(-bound, bound, generator=generator)
+    linear.weight = nn.Parameter(drawn.to(like.device, like.dtype))
+    return linear

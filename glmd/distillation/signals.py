@@ -110,3 +110,10 @@ def pairs_of(term: Any, student: Any, teacher: Any) -> list[tuple[int, int]]:
     if ours != theirs and term.projection == "none":
         raise ConfigError(f"{term.name}: the student's {name} is {ours}, the teacher's {theirs}; {remedy}")
     return pairs
+
+
+def require_layers(terms: Sequence[Any], student: Any, teacher: Any) -> None:
+    """Raises ConfigError for the first Term whose layers these two configs have not."""
+    for term in terms:
+        if SIGNALS[term.signal].level == "layer":
+            pairs_of(term, student, teacher)

@@ -220,6 +220,7 @@ def _budget(settings: VocabularyConfig) -> dict[str, Any]:
 
 def _with_parameters(plan: Plan) -> Plan:
     """Student config and parameter counts, on the meta device: shapes without weights."""
+    from glmd.distillation.signals import require_layers
     from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
     from glmd.vocabulary.slicing import vocabulary_axes
 
@@ -239,6 +240,8 @@ def _with_parameters(plan: Plan) -> Plan:
         cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
     student_config = student_model_config(cut_config, student, count, chosen)
     require_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
+    for objective in plan.method.values():
+        require_layers(objective.terms, student_config, plan.teacher_config)
     small = model_on_meta("student", saved_and_reopened(student_config))
     require_checkpointing(plan.config, plan.method, teacher, small)
     if chosen is not None:

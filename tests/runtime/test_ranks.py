@@ -147,13 +147,13 @@ def test_a_tolerated_nan_on_one_rank_is_left_out_by_both(root: Path) -> None:
 @pytest.fixture(scope="module")
 def twins(root: Path) -> list[dict[str, Any]]:
     """What each rank found of stages under DDP and their twins under FSDP2."""
-    codes, said = ends(root, "twins", 3 * SECONDS)  # eleven pairs of stages
+    codes, said = ends(root, "twins", 3 * SECONDS)  # twelve pairs of stages
     assert codes == [0, 0], said
     return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 # Each layer is gathered by itself, and all else together.
-GROUPS = {"tied": 2, "untied": 2, "one group": 1, "bf16": 2, "idle ranks": 2}
+GROUPS = {"tied": 2, "untied": 2, "one group": 1, "bf16": 2, "layers": 3, "idle ranks": 2}
 GROUPS |= {"llama": 3, "gpt2": 3, "electra": 3, "mobilebert": 3, "albert": 1, "modernbert": 3}
 
 

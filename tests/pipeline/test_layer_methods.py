@@ -1,0 +1,122 @@
+"""Methods that compare layers, from a YAML through all stages of a run, and what they are refused with."""
+
+import pytest
+from safetensors.torch import load_file
+from transformers import BertConfig
+
+from glmd.cli import main
+from glmd.commands.export import export_folder
+from glmd.distillation.objective import Objective, Term
+from glmd.distillation.signals import SIGNALS
+from glmd.pipeline.run import run
+from glmd.planning.step_cost import Cast, counted
+from glmd.training.trainer import Trainer
+
+METHOD = """
+pretraining:
+  - {signal: hidden_states, loss: mse, layers: [[0, 1]], projection: linear}
+  - {signal: attentions, loss: kl_divergence, layers: last}
+task_lm:
+  - {signal: lm_logits, loss: kl_divergence, temperature: 15}
+  - {signal: hidden_states, loss: cosine, projection: linear}
+task_soft_labels:
+  - {signal: hidden_states, loss: mse, projection: linear}
+  - {signal: task_logits, loss: kl_divergence}
+"""
+NARROW = "student={num_hidden_layers: 1, initialization: scratch, config: {hidden_size: 8}}"
+SPREAD = "student.config.attention_probs_dropout_prob=0"
+
+
+@pytest.fixture
+def method(write):
+    return str(write("layers.yaml", METHOD))
+
+
+def test_a_method_on_layers_runs_through_all_stages_and_exports_no_projection(method, tiny, trusting, tmp_path):
+    config = tiny.config(tmp_path / "run", f"method={method}", NARROW, SPREAD, "tasks.RTE={}")
+    results = run(config)
+    assert {row["stage"] for row in results["rows"]} >= {"pretraining", "task_lm", "task_soft_labels"}
+    losses = [row["training"]["losses"] for row in results["rows"] if row["stage"] in ("pretraining", "task_lm")]
+    assert all(0 < value < 100 for each in losses for value in each.values())
+    for folder in (tmp_path / "run").rglob("student"):
+        names = load_file(folder / "model.safetensors")
+        assert names and not any("projection" in name for name in names)
+        assert "eager" not in (folder / "config.json").read_text()
+
+
+def test_a_checkpoint_holds_the_projection_and_its_export_does_not(method, tiny, trusting, tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def dying(self, *arguments):
+        if arguments[4] == 5:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(tmp_path / "run", f"method={method}", NARROW, SPREAD, "tasks={}"))
+    stage = tmp_path / "run" / "pretraining"
+    (saved,) = (load_file(path) for path in (stage / "checkpoints" / "step-000004").glob("model*.safetensors"))
+    assert saved["projections.hidden_states_mse.weight"].shape == (16, 8)
+    export_folder(stage, tmp_path / "exported")
+    assert not any("projection" in name for name in load_file(tmp_path / "exported" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("signal", ["hidden_states", "attentions"])
+def test_the_cost_of_layers_is_counted(signal):
+    """That of a stage of words and layers is more than that of words alone, for student and teacher."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config, teacher = (BertConfig(num_hidden_layers=number, **sizes) for number in (2, 8))
+    words = Term("lm_logits", "mse")
+    both = Objective((words, Term(signal, "mse")))
+    alone, more = (
+        counted(Cast(each, config, 64, teacher), examples=4, length=32) for each in (Objective((words,)), both)
+    )
+    assert more.student_step > alone.student_step and more.teacher_forward > alone.teacher_forward
+    if signal == "hidden_states":
+        terms = (Term(signal, "mse"), Term(signal, "mse", projection="linear"))
+        casts = [Cast(Objective((term,)), config, 64, teacher) for term in terms]
+        plain, projected = (counted(cast, examples=4, length=32).student for cast in casts)
+        assert projected == plain + 4 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["teacher.cache=c", "pretraining.num_maskings=2"], "teacher.cache: pretraining of method"),
+        (["student={num_hidden_layers: 1, config: {num_attention_heads: 4}}"], "num_attention_heads is 4, the teac"),
+        (["student={num_hidden_layers: 1}", "teacher.ensemble=[a]"], "teacher.ensemble has no effect"),
+    ],
+)
+def test_what_layers_are_not_compared_with_is_refused_by_check(given, message, method, tiny, tmp_path, capsys):
+    named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={method}"]
+    assert main(["check", *named, *given]) == 2
+    found = capsys.readouterr().err
+    assert message in found and len(found.strip().splitlines()) == 1
+
+
+def test_other_widths_without_a_projection_are_refused_by_check(write, tiny, tmp_path, capsys):
+    path = write("narrow.yaml", "pretraining: [{signal: hidden_states, loss: mse}]")
+    named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", NARROW]
+    assert main(["check", *named]) == 2
+    assert "hidden_size is 8, the teacher's 16; give projection: linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "message"),
+    [
+        ("pretraining.gradient_accumulation_steps=2", "1", "gradient_accumulation_steps is 2, but method"),
+        ("pretraining.gradient_accumulation_steps=1", "2", "which several processes would divide; launch one"),
+    ],
+)
+def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
+    change, ranks, message, write, tiny, tmp_path, capsys, monkeypatch
+):
+    from dataclasses import replace
+
+    monkeypatch.setitem(SIGNALS, "hidden_states", replace(SIGNALS["hidden_states"], couples=True))
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    path = write("coupled.yaml", "pretraining: [{signal: hidden_states, loss: mse}]")
+    named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", change]
+    assert main(["check", *named]) == 2
+    assert message in capsys.readouterr().err
