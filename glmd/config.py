@@ -155,9 +155,9 @@ class TeacherConfig:
     # Further language models with the same tokenizer: on the corpus the student learns from all of them alike
     ensemble: list[str] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; losses are float32 anyway
-    # A folder for what the teachers say of the corpus and of tasks, made once and read by every epoch, student and seed
+    # A folder for the teachers' outputs of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
-    # Stages that read from the cache; None: all that ask a teacher
+    # Stages that read from the cache; None: all that need a teacher
     cached_stages: list[Literal["pretraining", "task_lm", "task_soft_labels"]] | None = None
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
@@ -197,7 +197,7 @@ class StudentConfig:
     # Which teacher layers are copied; "scratch" copies nothing, embeddings included.
     initialization: Literal["uniform", "first", "last", "even", "scratch"] | list[int] = "uniform"
     config: dict[str, Any] = field(default_factory=dict)  # other fields of the config to change, else the teacher's
-    # For word vectors narrower than the hidden states (config.embedding_size, 128): electra factorizes them, the
+    # For embeddings narrower than the hidden states (config.embedding_size, 128): electra factorizes them, the
     # paper's +al; mobilebert reads each beside its neighbors', +mo. None: the teacher's own architecture.
     architecture: Literal["electra", "mobilebert"] | None = None
 
@@ -219,8 +219,8 @@ class VocabularyConfig:
     mapping: Literal["inner_product", "cosine", "euclidean", "unk"] = "inner_product"  # where dropped tokens go
     within_class: bool = False  # beginnings of words only onto such, and what goes on within a word likewise
     similarity: Literal["input", "output"] = "input"  # whose embeddings `mapping` compares, where they are not tied
-    # What becomes of the teacher's probability of dropped words: spread over the kept ones in their proportion (the
-    # paper), or given to the words that they are mapped onto
+    # What becomes of the teacher's probability of dropped tokens: spread over the kept ones in their proportion (the
+    # paper), or given to the tokens that they are mapped onto
     teacher_mass: Literal["renormalize", "merge"] = "renormalize"
     keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept; or a file, one on a line
     corpus_weights: list[float] = field(default_factory=list)  # shares of data.corpus in the count, in its order

@@ -82,7 +82,7 @@ task_soft_labels: {{num_train_epochs: 1, per_device_train_batch_size: 8, learnin
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A world of 60 words. Nothing in it is worth learning; what is tested is what happens to it."""
+    """A world of 60 tokens. Nothing in it is worth learning; what is tested is what happens to it."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 

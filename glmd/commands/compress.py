@@ -1,4 +1,4 @@
-"""Vocabulary compression alone: a model with any head, fewer words, no training.
+"""Vocabulary compression alone: a model with any head, fewer tokens, no training.
 
 print(compress_model("bert-base-uncased", "bert-half", corpus=["text/"], keep_ratio=0.5))
 """

@@ -1,7 +1,7 @@
 """What is odd in rows and read all the same: counted, and said in one warning for a whole file.
 
 oddities = Oddities()
-oddities.note("a span stands at another word than its index says", "WSC/val.jsonl:43")
+oddities.note("a span stands at another token than its index says", "WSC/val.jsonl:43")
 oddities.warn("superglue/")
 """
 

@@ -23,7 +23,7 @@ STORE_VERSION = 2
 
 
 def reading_fingerprint(tokenizer: Any) -> str:
-    """sha256 of every word with its id, and of how probes are cut (case, accents, white space, merges).
+    """sha256 of every token with its id, and of how probes are cut (case, accents, white space, merges).
 
     Not of the tokenizer's files: truncation settings and library versions change those and no token.
     """
@@ -138,7 +138,7 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenize the sources into `folder`, or reuse the store that is there if it has the same origin.
 
-    tokenizer: the source tokenizer. Special words that stand in the text are cut like any other words.
+    tokenizer: the source tokenizer. Special words that stand in the text are cut like any other tokens.
     A store that was cut short or damaged is built again; one of another corpus, tokenizer or text field is
     refused with RunError. One process builds.
     fingerprint: `corpus_fingerprint` of the sources, where that is known: it reads them whole.

@@ -1,4 +1,4 @@
-"""What a teacher said, read from disk: the same call as `OnlineTeacher`, without a forward.
+"""A teacher's outputs, read from disk: the same call as `OnlineTeacher`, without a forward.
 
     outputs = CachedOutputs(shards)                                # safetensors files that `TeacherCache` made
     teacher = CachedTeacher(outputs, language_model, vocabulary)   # batch -> TeacherOutputs
@@ -42,7 +42,7 @@ def example_spans(batch: Mapping[str, Tensor]) -> list[tuple[int, int]]:
 
 
 def digests(batch: Mapping[str, Tensor]) -> list[bytes]:
-    """The name of each example: a hash of its words, masking, segments, choices and blanks, without padding.
+    """The name of each example: a hash of its ids, masking, segments, choices and blanks, without padding.
 
     Where not every token predicts also of those that do.
     """
@@ -68,7 +68,7 @@ def digests(batch: Mapping[str, Tensor]) -> list[bytes]:
 
 
 class CachedOutputs:
-    """What was said of many examples, memory-mapped, found by their digests."""
+    """Outputs for many examples, memory-mapped, found by their digests."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = [_Header(path) for path in shards]
@@ -101,9 +101,9 @@ class CachedOutputs:
 
 
 class CachedTeacher:
-    """A teacher that reads what it said.
+    """A teacher that reads its outputs.
 
-    language_model: whose head predicts words, cut to the vocabulary once; the model itself is not kept. None where
+    language_model: whose head predicts tokens, cut to the vocabulary once; the model itself is not kept. None where
         only task logits are asked for. Hidden states come in the head's dtype.
     """
 
@@ -169,7 +169,7 @@ class _Header:
 
     @cached_property
     def maps(self) -> dict[str, np.ndarray]:
-        """What was said, read as it is used."""
+        """The outputs, read as they are used."""
         return {
             name: np.memmap(
                 self.path,

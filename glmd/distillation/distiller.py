@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.objective import Objective, Term, token_mask
 from glmd.distillation.signals import SIGNALS, StudentOutputs, pairs_of
-from glmd.distillation.teacher import OnlineTeacher, Said, TeacherOutputs, layers_of, of_each
+from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, layers_of, of_each
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
@@ -27,8 +27,8 @@ from glmd.tasks.forms import TaskLogits, class_logits
 class Distiller(nn.Module):
     """A student, as stock Hugging Face models that share one backbone, under an objective.
 
-    language_model: the student with its LM head; needed by word signals.
-    classifier: the student with its task head; needed by task signals. A task of words in a blank has none of its
+    language_model: the student with its LM head; needed by LM signals.
+    classifier: the student with its task head; needed by task signals. A task that is a cloze has none of its
         own: then it is the language model.
     task_logits: of the classifier, by the task's form.
     token_map: (V,) source id -> student id.
@@ -104,12 +104,12 @@ class Distiller(nn.Module):
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def forward(self, batch: Mapping[str, Tensor], said: Said, progress: float = 0.0) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor], teacher_outputs: AllOutputs, progress: float = 0.0) -> Tensor:
         """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order.
 
         progress: of the stage, in [0, 1]; interventions look at it.
         """
-        student, needs, teachers = self.splits[0], self.objective.needs, of_each(said)
+        student, needs, teachers = self.splits[0], self.objective.needs, of_each(teacher_outputs)
         inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
         asked = {f"output_{need}": True for need in ("hidden_states", "attentions") if need in needs}
         with self._intervention(batch, progress):
@@ -117,14 +117,14 @@ class Distiller(nn.Module):
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
 
-            def word_sums(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+            def lm_sums(hidden: Tensor, head: Head) -> dict[str, Tensor]:
                 words = [term for term in self.objective.terms if "head" in SIGNALS[term.signal].needs]
                 if not words:  # so that all weights of the head have a gradient on every rank
                     none = batch["example_id"][:0]
                     return {"": linear_cross_entropy(hidden[:0, 0], head, none)}
-                return {term.name: self._word_sum(term, batch, teachers, hidden, head) for term in words}
+                return {term.name: self._lm_sum(term, batch, teachers, hidden, head) for term in words}
 
-            sums |= self.splits[-1].run_head(outputs, final_linear=word_sums)
+            sums |= self.splits[-1].run_head(outputs, final_linear=lm_sums)
         logits = None
         if self.classifier is not None:
             logits = self.task_logits(student, outputs, inputs, batch, self.token_map)
@@ -145,7 +145,7 @@ class Distiller(nn.Module):
         function = INTERVENTIONS[intervention.name]
         return function(self.splits[0], teacher, batch, progress, generator, **intervention.options)
 
-    def _word_sum(
+    def _lm_sum(
         self,
         term: Term,
         batch: Mapping[str, Tensor],

@@ -1,7 +1,7 @@
 """A method as composed terms: signal x loss x tokens x weight, read from configs/methods/*.yaml.
 
     method = load_method("glmd")
-    objective = method["pretraining"]          # Objective of one term: KL of word logits at temperature 15
+    objective = method["pretraining"]          # Objective of one term: KL of LM logits at temperature 15
 
 A term yields one number per token or example; the objective sums them, counts what they are averaged over, and
 divides once. A YAML may only name options that the loss function has.
@@ -110,7 +110,7 @@ class Objective:
 
 
 def token_mask(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, S) bool: the positions a word term is about. Pads never are."""
+    """(B, S) bool: the positions an LM term is about. Pads never are."""
     mask = batch["predicts"]
     return mask & (batch["lm_labels"] >= 0) if term.tokens == "masked" else mask
 

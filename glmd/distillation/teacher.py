@@ -1,4 +1,4 @@
-"""What the teacher said, as one noun, and the live teacher that says it.
+"""The outputs of a teacher as one noun, and the live teacher that gives them.
 
 teacher = OnlineTeacher(language_model, classifier=None, vocabulary=vocabulary)
 outputs = teacher(batch)      # TeacherOutputs
@@ -29,8 +29,8 @@ class TeacherOutputs:
     layers: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)  # signal -> layer -> (N, ...)
 
 
-# What one teacher said, or several whose predictions count alike.
-Said = TeacherOutputs | tuple[TeacherOutputs, ...]
+# The outputs of one teacher, or of several whose predictions count alike.
+AllOutputs = TeacherOutputs | tuple[TeacherOutputs, ...]
 
 
 class OnlineTeacher:
@@ -38,7 +38,7 @@ class OnlineTeacher:
 
     With both, the fine-tuned backbone feeds the LM head it was pretrained with: one forward, two answers.
 
-    merge_dropped: give the probability of a dropped word to the one it is mapped onto. Else it is spread over all kept
+    merge_dropped: give the probability of a dropped token to the one it is mapped onto. Else it is spread over all kept
         words in their proportion, as in the paper.
     """
 
@@ -118,9 +118,9 @@ def layers_of(outputs: Any, signal: str, numbers: Sequence[int], predicts: Tenso
     return [outputs.attentions[number].transpose(1, 2)[predicts] for number in numbers]
 
 
-def of_each(said: Said) -> tuple[TeacherOutputs, ...]:
-    """What each teacher said; of one, a tuple of one."""
-    return (said,) if isinstance(said, TeacherOutputs) else said
+def of_each(outputs: AllOutputs) -> tuple[TeacherOutputs, ...]:
+    """The outputs of each teacher; of one, a tuple of one."""
+    return (outputs,) if isinstance(outputs, TeacherOutputs) else outputs
 
 
 def sliced_head(language_model: nn.Module, vocabulary: Vocabulary, *, merge_dropped: bool) -> Head:
@@ -138,17 +138,17 @@ def sliced_head(language_model: nn.Module, vocabulary: Vocabulary, *, merge_drop
     return Head(head.weight.detach()[chosen], bias, head.scaling, merged_into)
 
 
-def unsound_examples(said: Said, batch: Mapping[str, Tensor]) -> list[int]:
-    """The examples of a batch of which a teacher said what is not finite. Reads all that was said."""
+def unsound_examples(outputs: AllOutputs, batch: Mapping[str, Tensor]) -> list[int]:
+    """The examples of a batch for which an output of a teacher is not finite. Reads all outputs."""
     found: set[int] = set()
-    for outputs in of_each(said):
-        of_layers = [each for layers in outputs.layers.values() for each in layers.values()]
-        for states in [outputs.hidden_states, *of_layers]:
+    for one in of_each(outputs):
+        of_layers = [each for layers in one.layers.values() for each in layers.values()]
+        for states in [one.hidden_states, *of_layers]:
             if states is None:
                 continue
             bad = (~torch.isfinite(states).flatten(1).all(-1)).cpu()
             found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
-        if outputs.task_logits is not None:
-            bad = torch.isnan(spoiled(outputs.task_logits, batch.get("num_choices"))).any(-1).cpu()
+        if one.task_logits is not None:
+            bad = torch.isnan(spoiled(one.task_logits, batch.get("num_choices"))).any(-1).cpu()
             found |= set(batch["example_id"].cpu()[bad].tolist())
     return sorted(found)

@@ -1,4 +1,4 @@
-"""A teacher's answers on disk: a further epoch, or a further student, asks the teacher nothing.
+"""A teacher's answers on disk: a further epoch, or a further student, needs no teacher.
 
     cache = TeacherCache(folder, ((blocks, 4), (held_out_blocks, 1)), width=768, dtype="float32", made_from=...)
     missing = cache.missing()
@@ -39,7 +39,7 @@ from glmd.config_file import differences
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.distillation.cached_teacher import DIGEST, CachedOutputs, digests, example_spans
-from glmd.distillation.teacher import Said, TeacherOutputs, unsound_examples
+from glmd.distillation.teacher import AllOutputs, TeacherOutputs, unsound_examples
 from glmd.errors import DiskError, ModelError, RunError
 from glmd.losses.finite import not_finite
 from glmd.storage import file_sha256, write_atomically, write_problem
@@ -165,7 +165,9 @@ class TeacherCache:
                 write_atomically(self.folder / f"{name}.json", json.dumps(record))
         self._write_manifest({})
 
-    def write_shard(self, number: int, teacher: Callable[[Batch], Said], collate: Collate, *, batch_size: int) -> None:
+    def write_shard(
+        self, number: int, teacher: Callable[[Batch], AllOutputs], collate: Collate, *, batch_size: int
+    ) -> None:
         """Ask the teacher for the examples of one shard. It is on disk whole, or not at all.
 
         Raises ModelError where 16 bits cannot hold the hidden states, RunError where the disk refuses.
@@ -215,7 +217,7 @@ class TeacherCache:
     def _kept(self, outputs: TeacherOutputs, batch: Batch, name: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         """Of a batch's answers what is kept, and how many tokens or logits each example has of it.
 
-        name: the teacher's. Raises NumericsError where it said what is not finite.
+        name: the teacher's. Raises NumericsError where an output is not finite.
         """
         unsound = unsound_examples(outputs, batch)
         if unsound:
@@ -314,7 +316,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     wanted = {"made_from": dict, "rows_per_shard": int}
     is_sound = manifest is not None and all(isinstance(manifest.get(name), kind) for name, kind in wanted.items())
     if manifest is None or not is_sound or manifest.get("version") != VERSION or not _is_table(manifest.get("shards")):
-        raise RunError(f"{path} is no manifest of version {VERSION} of a cache; delete the folder to make it anew")
+        raise RunError(f"{path} is no manifest of version {VERSION} of a cache; delete the folder to make it again")
     return manifest
 
 

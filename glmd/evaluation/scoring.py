@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
-from glmd.distillation.teacher import Said, of_each
+from glmd.distillation.teacher import AllOutputs, of_each
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
 from glmd.models.heads import Split
@@ -66,7 +66,7 @@ def predict(
 @torch.no_grad()
 def score_lm(
     student: nn.Module,
-    teacher: Callable[[Batch], Said],
+    teacher: Callable[[Batch], AllOutputs],
     dataset: BlockDataset | TaskDataset,
     collate: Collate,
     *,
@@ -74,11 +74,11 @@ def score_lm(
     accelerator: Accelerator,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """How well a student predicts words, over its own (kept) vocabulary.
+    """How well a student predicts tokens, over its own (kept) vocabulary.
 
-    kl_divergence: nats a token from the teacher at temperature 1. agreement: share of tokens whose likeliest word
+    kl_divergence: nats a token from the teacher at temperature 1. agreement: share of tokens whose likeliest token
     is the teacher's. On masked inputs also masked_accuracy and teacher_masked_accuracy: share of masked
-    tokens whose word (or the word it is mapped to) is the likeliest.
+    tokens whose word (or the token it is mapped to) is the likeliest.
     Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """
     split = Split(student.eval())

@@ -84,7 +84,7 @@ def chunk_tokens(num_tokens: int, vocabulary_size: int, device_type: str) -> int
     """How many tokens to take at once: chunks of about one size, as large as pays.
 
     On a CPU up to 512: smaller ones read and write the weight's gradient more often, larger ones gained nothing. On
-    CUDA such that float32 logits of one model would fill 1 GiB, within 512 and 4096: 2048 at 128,000 words.
+    CUDA such that float32 logits of one model would fill 1 GiB, within 512 and 4096: 2048 at 128,000 tokens.
     """
     most = 512 if device_type == "cpu" else min(max(2**30 // (4 * vocabulary_size), 512), 4096)
     chunks = max(1, -(-num_tokens // most))
@@ -99,7 +99,7 @@ class _Side(NamedTuple):
 
 
 def _at_tokens(side: _Side, tokens: Tensor) -> _Side:
-    # Not index_select: its backward starts the threads anew for every row, 100 times slower on a busy CPU.
+    # Not index_select: its backward starts the threads again for every row, 100 times slower on a busy CPU.
     return side._replace(hidden=side.hidden[tokens])
 
 
@@ -314,7 +314,7 @@ def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., None]:
             torch.addmm(total, a, b, beta=0 if is_first else 1, out=total, **wide)  # with 0 `total` is not read
 
         return add
-    # In blocks of words: a product of the whole size, and its copy in float32, would each be fresh memory.
+    # In blocks of tokens: a product of the whole size, and its copy in float32, would each be fresh memory.
     product = total.new_empty(min(len(total), 4096), total.shape[1], dtype=dtype)
 
     def add_blocks(a: Tensor, b: Tensor, *, is_first: bool) -> None:
@@ -367,5 +367,5 @@ def _check_shapes(student: _Side, teacher: _Side) -> None:
         merged = len(teacher.head.weight) - teacher.head.size
         raise ValueError(
             f"the student's head has {len(student.head.weight)} words and the teacher's {len(teacher.head.weight)}"
-            f"{f', of which {merged} are merged' if merged else ''}; slice the teacher's to the kept words first"
+            f"{f', of which {merged} are merged' if merged else ''}; slice the teacher's to the kept tokens first"
         )

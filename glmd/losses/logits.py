@@ -2,7 +2,7 @@
 
     per_token = kl_divergence(student_logits, teacher_logits, temperature=15.0)     # (N,)
 
-All compute in float32 or better: at temperature 15 the log-probabilities of a 30,000-word vocabulary lie near
+All compute in float32 or better: at temperature 15 the log-probabilities of a 30,000-token vocabulary lie near
 -10 and differ by 0.07 between the models, while bfloat16 steps by 0.06 there. A choice that is -inf in both
 models (padding) does not exist: it adds nothing to value or gradient.
 """
@@ -34,9 +34,9 @@ NOT_SCALED = LogitScaling()
 
 
 def merge_words(logits: Tensor, merged_into: Tensor) -> Tensor:
-    """(N, K + D) logits of kept and dropped words -> (N, K): each dropped one's probability joins a kept one's.
+    """(N, K + D) logits of kept and dropped tokens -> (N, K): each dropped one's probability joins a kept one's.
 
-    merged_into: (D,) which kept word (0 to K - 1). The log-sum-exp of each group, so that no probability is lost;
+    merged_into: (D,) which kept token (0 to K - 1). The log-sum-exp of each group, so that no probability is lost;
     slicing to the first K would renormalize instead.
     """
     kept, dropped = logits.split([logits.shape[1] - len(merged_into), len(merged_into)], dim=1)

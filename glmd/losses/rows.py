@@ -34,7 +34,7 @@ class LossSpec(NamedTuple):
     teacher_bias: Tensor | None = None  # (K,)
     student_softcap: float | None = None
     teacher_softcap: float | None = None
-    merged_into: Tensor | None = None  # (D,) of a teacher of K + D words
+    merged_into: Tensor | None = None  # (D,) of a teacher of K + D tokens
 
 
 # Rows get the products (n, K) of student and teacher, or the labels (n,) in the teacher's place, and the weights of
@@ -57,7 +57,7 @@ class EagerRows:
         capped = spec.student_softcap is not None
         self.buffers = student.new_empty(4 if capped else 3, rows, student.shape[1], dtype=dtype)
         merged = () if spec.merged_into is None else teacher.shape[1:]
-        self.every_word = student.new_empty(rows, *merged, dtype=dtype)
+        self.every_token = student.new_empty(rows, *merged, dtype=dtype)
 
     def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         values = self.buffers.new_empty(len(student))
@@ -77,9 +77,9 @@ class EagerRows:
         elif spec.merged_into is None:
             _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=theirs)
         else:
-            every_word = self.every_word[: len(teacher)]
-            _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=every_word)
-            theirs.copy_(merge_words(every_word, spec.merged_into))
+            every_token = self.every_token[: len(teacher)]
+            _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=every_token)
+            theirs.copy_(merge_words(every_token, spec.merged_into))
         values = ROW_LOSSES[spec.loss](logits, theirs, gradient, spec.temperature)
         for copy in capped:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
             gradient.mul_(copy.div_(spec.student_softcap).square_().neg_().add_(1))

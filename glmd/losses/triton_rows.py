@@ -29,7 +29,7 @@ class TritonRows:
         assert student.stride(1) == 1 and teacher.stride(-1) == 1, "buffers of rows"
         spec, values = self.spec, student.new_empty(len(student), dtype=torch.float32)
         # A pointer that is not read must be given all the same. What lies between one row and the next is read and
-        # written too: a width that 16 divides is loaded in vectors, whatever the number of words (`linear._rows_of`).
+        # written too: a width that 16 divides is loaded in vectors, whatever the number of tokens (`linear._rows_of`).
         _rows_kernel[(len(student),)](
             student,
             teacher,

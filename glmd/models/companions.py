@@ -20,7 +20,7 @@ MODULES = "modules.json"
 SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 # Parts of a sentence encoder that see vectors alone, so that the vocabulary is none of their business.
 WITHOUT_VOCABULARY = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
-# What the model and its tokenizer are made of, what is written anew, and what describes a training.
+# What the model and its tokenizer are made of, what is written again, and what describes a training.
 OF_THE_MODEL = (
     *(
         "config.json",

@@ -1,4 +1,4 @@
-"""Students whose word vectors are narrower than their hidden states, in a stock architecture that has such.
+"""Students whose embeddings are narrower than their hidden states, in a stock architecture that has such.
 
     config = narrow_config(teacher.config, "electra")       # or "mobilebert"
     copy_around_layers(student, teacher)                    # embeddings and LM head; layers are copied as they are
@@ -6,7 +6,7 @@
 `electra` is the paper's +al, ALBERT's factorization: K x E vectors and a linear map from E to H. Of the two stock
 architectures that have it ELECTRA carries a BERT: its layers are BERT's by name and number, where ALBERT's are one
 group under names of its own; its LM head is one linear map after a transform, and it has heads for classes and choices.
-`mobilebert` is +mo: a word's vector of E enters beside those of its neighbors, and the output uses all H. Without
+`mobilebert` is +mo: a token's embedding of E enters beside those of its neighbors, and the output uses all H. Without
 bottlenecks and stacked feed-forward networks, and with plain normalization, MobileBERT's layers are BERT's too.
 """
 
@@ -86,7 +86,7 @@ def check_narrow(config: Any, teacher_config: Any, *, copies: bool) -> None:
 def copy_around_layers(student: Any, teacher: Any) -> None:
     """Bring a narrow student's embeddings and LM head as near to those of `teacher`, a BERT, as their width allows.
 
-    So a 3-layer ELECTRA of a 6-layer MiniLM begins 4.3 nats a word from its teacher; with both drawn anew over the same
+    So a 3-layer ELECTRA of a 6-layer MiniLM begins 4.3 nats a token from its teacher; with both drawn over the same
     layers it began at 8.9 and was at 6.8 after 150 steps of 8 x 64 tokens.
     """
     start = {"electra": _copy_to_electra, "mobilebert": _copy_to_mobilebert}[student.config.model_type]

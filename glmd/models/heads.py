@@ -58,7 +58,7 @@ def backbone_name(model: nn.Module) -> str:
 
 
 def is_causal(config: Any) -> bool:
-    """Whether a model of this config predicts the next word: by the architecture that the config names.
+    """Whether a model of this config predicts the next token: by the architecture that the config names.
 
     Whether it keeps to that is proved when it is loaded (`probes`). A class that transformers has in both of its lists,
     as XLM's, is a masked LM.
@@ -245,7 +245,7 @@ def _replaced_forward(model: nn.Module, function: FinalLinear | None) -> Iterato
 
 
 def split_parameters(model: Any, vocabulary_names: set[str]) -> dict[str, int]:
-    """Parameters in all, in tensors with a vocabulary axis, and in the body; the width of a word's vector.
+    """Parameters in all, in tensors with a vocabulary axis, and in the body; the width of a token's embedding.
 
     Tied ones count once.
     """

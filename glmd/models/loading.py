@@ -186,7 +186,7 @@ def compared_embeddings(model: Any, similarity: str) -> Tensor:
     if similarity == "output":
         output = model.get_output_embeddings()
         if output is None:
-            raise ModelError(f"vocabulary.similarity output: {name} predicts no words; give input")
+            raise ModelError(f"vocabulary.similarity output: {name} predicts no tokens; give input")
         if output.weight is given.weight:
             raise ModelError(f"vocabulary.similarity output has no effect: {name} has one matrix for both; remove it")
         given = output

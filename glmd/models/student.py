@@ -1,4 +1,4 @@
-"""Make a student: the teacher's architecture, or one of narrow word vectors, with fewer layers and fewer words.
+"""Make a student: the teacher's architecture, or one of narrow embeddings, with fewer layers and fewer tokens.
 
     student = build_student(teacher, vocabulary, StudentConfig(num_hidden_layers=6), seed=0)
 
@@ -35,7 +35,7 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     """A student for `teacher`, a Hugging Face model; the teacher is not changed.
 
     With `initialization: scratch` every weight is drawn from `seed`. Otherwise the chosen layers, the kept rows of
-    the embeddings and all else outside the layers are copied, so that a student with every layer and every word is
+    the embeddings and all else outside the layers are copied, so that a student with every layer and every token is
     the teacher; of a narrow `architecture` the layers, and what stands around them as nearly as it can. Raises
     ConfigError where a changed width makes that impossible.
     """

@@ -39,7 +39,7 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
     for head in config.architectures or ():
         if info["missing_keys"] and head.endswith(HEADS_WITHOUT_WORDS):
             raise ModelError(
-                f"{field}: {name} holds a {head}, which predicts no words; give the language model that it was made "
+                f"{field}: {name} holds a {head}, which predicts no tokens; give the language model that it was made "
                 f"from, and it for its task: teacher=BASE teacher.tasks.{next(iter(tasks), 'TASK')}={name}"
             )
     require_keys(model, info, name, allowed_missing=())

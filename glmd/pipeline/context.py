@@ -172,4 +172,4 @@ class Context:
 
     def _kept_in(self, stage: Stage) -> str:
         """The precision of what a stage reads from the cache."""
-        return str(STORED[self.config.teacher.dtype] if stage.asks_words else torch.float32).removeprefix("torch.")
+        return str(STORED[self.config.teacher.dtype] if stage.asks_lm_logits else torch.float32).removeprefix("torch.")

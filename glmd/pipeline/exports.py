@@ -18,7 +18,7 @@ from glmd.version import __version__
 
 # Title of a card, and what the model was made from.
 _TOLD: dict[Kind, tuple[str, str]] = {
-    "teacher": ("Teacher trained from scratch", "masked words of the corpus"),
+    "teacher": ("Teacher trained from scratch", "masked tokens of the corpus"),
     "task_teacher": ("Teacher fine-tuned on {task}", "the labels of {task}"),
     "pretraining": ("Student", "the teacher's word prediction on the corpus"),
     "task_lm": ("Student", "the fine-tuned teacher's word prediction on {task}"),

@@ -143,11 +143,11 @@ class RunFolder:
             changed = differences(record["inputs"], inputs, ignore=ignore)
             if changed:
                 found = f"{place} was made from other inputs ({'; '.join(changed)})"
-                raise RunError(f"{found}; change them back, or delete {place} to make it anew")
+                raise RunError(f"{found}; change them back, or delete {place} to make it again")
             if record["complete"]:
                 if problem := on_main(lambda: files_problem(place, record["files"])):
                     found = f"{place} is not what the complete stage left ({problem})"
-                    raise RunError(f"{found}; delete {place} to make it anew")
+                    raise RunError(f"{found}; delete {place} to make it again")
                 self.left[place] = record["files"]
                 self._forget_the_way(place)  # a kill may have come before it was
                 logger.info("%s: complete, skipped", self.name(place))
@@ -231,7 +231,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {error})"
-        raise RunError(f"{path} {reason}; delete {path.parent} to make the stage anew") from None
+        raise RunError(f"{path} {reason}; delete {path.parent} to make the stage again") from None
     return dict(record)
 
 

@@ -20,7 +20,7 @@ from glmd.models.student import build_student
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import token_counts, training_data
 from glmd.pipeline.exports import export_stage
-from glmd.pipeline.scores import score_task, score_words, teacher_answers, teacher_bits
+from glmd.pipeline.scores import score_language_model, score_task, teacher_answers, teacher_bits
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.stages import TEACHER, Stage
@@ -54,12 +54,12 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         compared = teacher if stage.leaves_language_model else None  # whose words the model's are scored against
         bits = {} if compared is None else teacher_bits(context, stage, compared)
         if compared is not None:
-            result["lm_scores_before"] = score_words(context, stage, model, compared)
+            result["lm_scores_before"] = score_language_model(context, stage, model, compared)
         elif not stage.trains_teacher:
             teacher_answers(context, stage)  # now, while nothing else fills the memory
         result["training"] = train(context, stage, language_model, task_model, teacher)
         if compared is not None:
-            result["lm_scores"] = metrics = score_words(context, stage, model, compared) | bits
+            result["lm_scores"] = metrics = score_language_model(context, stage, model, compared) | bits
     if not stage.leaves_language_model:
         scores = score_task(context, stage, model)
         shown = {"agreement with the teacher": scores["agreement"]} if "agreement" in scores else {}
@@ -114,7 +114,7 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
 
 def load_teacher(context: Context, stage: Stage) -> Teacher | None:
     """What a stage learns from, and is scored against, live or from the cache; None where nothing is asked of it."""
-    if stage.teacher is None or not (stage.asks_words or stage.teacher_needs):
+    if stage.teacher is None or not (stage.asks_lm_logits or stage.teacher_needs):
         return None
     return cached_teacher(context, stage) if stage.cached else live_teacher(context, stage, context.vocabulary(stage))
 
@@ -151,8 +151,10 @@ def evaluation(context: Context, stage: Stage, teacher: Teacher | None) -> Evalu
     if selection == "last" or stage.task is None:
         return None
     if stage.leaves_language_model and ("head" in stage.needs or "task_head" not in stage.needs):
-        assert teacher is not None, "a pass over words has a teacher"
-        return lambda distiller: -score_words(context, stage, distiller.language_model, teacher)["kl_divergence"]
+        assert teacher is not None, "a pass over LM logits has a teacher"
+        return lambda distiller: (
+            -score_language_model(context, stage, distiller.language_model, teacher)["kl_divergence"]
+        )
     if selection == "best":
         metric = stage.task.task.metrics[0]
         return lambda distiller: float(score_task(context, stage, distiller.splits[0].model)["metrics"][metric])

@@ -1,4 +1,4 @@
-"""How a stage's model is scored: by the teacher's words, by the answers to a task."""
+"""How a stage's model is scored: by the teacher's predictions, by the answers to a task."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ from glmd.planning.stages import Stage
 from glmd.training.trainer import Teacher
 
 
-def score_words(context: Context, stage: Stage, student: Any, teacher: Teacher) -> dict[str, float]:
-    """Nearness to the teacher's words, on held-out blocks or val; of a decoder on the corpus also bits per byte."""
+def score_language_model(context: Context, stage: Stage, student: Any, teacher: Teacher) -> dict[str, float]:
+    """Nearness to the teacher, on held-out blocks or val; of a decoder on the corpus also bits per byte."""
     data = corpus_blocks(context, stage, held_out=True) if stage.task is None else val_data(context, stage)
     scores = score_lm(
         student.to(context.accelerator.device),

@@ -76,7 +76,7 @@ def cached_teacher(context: Context, stage: Stage) -> CachedTeacher:
         cache = _cache(context, stage)
         _complete(context, stage, cache)
         context.opened[folder] = cache.open()
-    if stage.asks_words:
+    if stage.asks_lm_logits:
         # The head's rows are those of the fine-tuned embeddings where they are tied. The model itself is not kept.
         language_model = first_teacher(context, stage, vocabulary).language_model
     merges, device = context.config.vocabulary.teacher_mass == "merge", context.accelerator.device
@@ -138,5 +138,5 @@ def _say_how_often_read(context: Context, stage: Stage, cache: TeacherCache) -> 
     assert settings.max_steps is not None, "checked by config"
     epochs = settings.max_steps * settings.global_batch_size(context.processes) / len(data)
     if epochs <= maskings:
-        found = f"{epochs:.2g} epochs of {maskings} maskings are less than what is asked of the teacher for it"
+        found = f"{epochs:.2g} epochs of {maskings} maskings are less than what is needed of the teacher for it"
         logger.info("teacher.cache: %s; it pays with further students, or more steps", found)

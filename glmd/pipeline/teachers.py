@@ -31,8 +31,8 @@ def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> Onl
         assert context.stage(teacher).variant != "student", "a teacher reads and predicts all source tokens"
     if stage.task is not None:
         classifier = load_fine_tuned(context, stage)
-    if stage.asks_words:
-        # In a blank the fine-tuned model has predicted words itself; else it gets the LM head that it began with.
+    if stage.asks_lm_logits:
+        # In a blank the fine-tuned model has predicted tokens itself; else it gets the LM head that it began with.
         predicts_itself = stage.task is not None and not context.form(stage).has_own_head
         language_model = classifier if predicts_itself else load_language_model(context.language_model(teacher))
     logits = context.form(stage).logits if stage.task is not None else class_logits

@@ -63,7 +63,7 @@ def require_own_cache(plan: Plan, teacher_hash: str | None) -> None:
 
 
 def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier_hash: str | None) -> TeacherCache:
-    """A task's inputs in every masking, and val where the stage compares words there.
+    """A task's inputs in every masking, and val where the stage compares LM logits there.
 
     Hashes are those of the pretrained and the fine-tuned teacher, None where they are yet to be trained: sizes do not
     depend on them.
@@ -77,8 +77,8 @@ def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier
     if stage.kind == "task_lm":
         parts.append((task_dataset(plan, task.name, planned.val, stage.length), 1))
     made_from = {
-        # In a blank the fine-tuned model predicts words by a head of its own.
-        "teacher": teacher_hash if stage.asks_words and task.casting == "head" else None,
+        # In a blank the fine-tuned model predicts tokens by a head of its own.
+        "teacher": teacher_hash if stage.asks_lm_logits and task.casting == "head" else None,
         "classifier": classifier_hash,
         "tokenizer": tokenizer_fingerprint(plan.tokenizer),
         "inputs": [each.fingerprint() for each, _ in parts],
@@ -87,7 +87,7 @@ def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier
     }
     num_classes = len(task.labels) if "task_head" in stage.teacher_needs else None
     folder = stage_cache_folder(plan, stage)
-    return _cache(plan, folder, parts, made_from, words=stage.asks_words, num_classes=num_classes)
+    return _cache(plan, folder, parts, made_from, words=stage.asks_lm_logits, num_classes=num_classes)
 
 
 def task_dataset(plan: Plan, task: str, examples: Sequence[TaskExample], length: int) -> TaskDataset:

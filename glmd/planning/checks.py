@@ -46,7 +46,7 @@ def require_named_teachers(
 
 
 def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> None:
-    """Refuse a further teacher that does not predict the same words from the same ids."""
+    """Refuse a further teacher that does not predict the same tokens from the same ids."""
     from glmd.models.heads import final_linear
     from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
 
@@ -55,7 +55,7 @@ def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> 
         require_model(model, field="teacher.ensemble")
         model_config = load_model_config(model)
         if is_causal(model_config) != is_causal(teacher_config):
-            raise ConfigError(f"{field}: one of it and teacher.model predicts the next word, the other masked ones")
+            raise ConfigError(f"{field}: one of it and teacher.model predicts the next token, the other masked ones")
         theirs = load_source_tokenizer(model, words=not is_causal(model_config))
         _require_same_tokenizer(tokenizer, theirs, field)
         require_lengths(config, {"pretraining": Objective(())}, {}, field, model_config)
@@ -155,7 +155,7 @@ def require_vocabulary_effects(
     if settings.teacher_mass == "merge" and (
         is_whole or not any("head" in objective.teacher_needs for objective in method.values())
     ):
-        why = "every token is kept" if is_whole else f"method {config.method} distils no words"
+        why = "every token is kept" if is_whole else f"method {config.method} distils no LM logits"
         raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")
     for name, default in (("within_class", False), ("similarity", "input"), ("corpus_weights", [])):
         if is_whole and getattr(settings, name) != default:

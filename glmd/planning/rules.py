@@ -59,7 +59,7 @@ def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> d
 
 
 def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
-    """The stages that read what the teacher says from `teacher.cache`."""
+    """The stages that read the teacher's outputs from `teacher.cache`."""
     if config.teacher.cache is None:
         return []
     asking = [
@@ -71,7 +71,7 @@ def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
 
 
 def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
-    """Cached stages of which hidden states are kept; task_lm compares words at least to be scored."""
+    """Cached stages of which hidden states are kept; task_lm compares LM logits at least to be scored."""
     return [stage for stage in cached if stage == "task_lm" or "head" in method[stage].teacher_needs]
 
 
@@ -112,7 +112,7 @@ def _check_maskings(config: RunConfig) -> None:
 
 
 def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
-    """The config for a causal teacher, which predicts the next word of whole text: nothing is masked."""
+    """The config for a causal teacher, which predicts the next token of whole text: nothing is masked."""
     if any(task_form(task_of(config, name), causal=True).has_own_head for name in config.tasks):
         raise ConfigError(
             f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
@@ -187,7 +187,7 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
     silent = [stage for stage in config.teacher.cached_stages or () if stage not in cached]
     if silent:
         raise ConfigError(
-            f"teacher.cached_stages: {silent[0]} asks the teacher nothing in method {config.method} with tasks "
+            f"teacher.cached_stages: {silent[0]} needs no teacher in method {config.method} with tasks "
             f"{', '.join(config.tasks) or '{}'}; remove it"
         )
     for stage in cached:
@@ -197,7 +197,7 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
                 "stage out of teacher.cached_stages, or remove teacher.cache"
             )
     if not cached:
-        raise ConfigError(f"teacher.cache has no effect: method {config.method} asks the teacher nothing; remove it")
+        raise ConfigError(f"teacher.cache has no effect: method {config.method} needs no teacher; remove it")
     folder = Path(config.teacher.cache)
     problem = None if read_manifest(folder) else folder_problem(folder)  # a complete one is only read
     if problem is None and folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
@@ -212,7 +212,7 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
         return
     if not ("pretraining" in method and "head" in method["pretraining"].teacher_needs):
         raise ConfigError(
-            f"teacher.ensemble has no effect: method {config.method} compares no words on the corpus; remove it"
+            f"teacher.ensemble has no effect: method {config.method} compares no LM logits on the corpus; remove it"
         )
     if method["pretraining"].reads_layers:
         raise ConfigError("teacher.ensemble: layers are compared with those of one teacher; remove one of the two")
@@ -246,8 +246,8 @@ def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
 
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
-    """Refuse to keep a teacher's answers to texts that are masked anew in each epoch."""
-    # The inputs of task_soft_labels are masked for terms that compare words, and for no others.
+    """Refuse to keep a teacher's answers to texts that are masked again in each epoch."""
+    # The inputs of task_soft_labels are masked for terms that compare LM logits, and for no others.
     names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].reads_tokens]
     stages = [(name, config.pretraining) for name in names if name == "pretraining"]
     stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]

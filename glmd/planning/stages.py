@@ -93,8 +93,8 @@ class Stage:
         return self.task.train if self.trains_teacher or self.is_control else self.task.inputs
 
     @property
-    def asks_words(self) -> bool:
-        """Whether the teacher's words are asked for; pretraining and task_lm are scored by them at least."""
+    def asks_lm_logits(self) -> bool:
+        """Whether the teacher's predictions are asked for; pretraining and task_lm are scored by them at least."""
         return self.kind in ("pretraining", "task_lm") or "head" in self.teacher_needs
 
     @property

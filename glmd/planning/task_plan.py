@@ -28,7 +28,7 @@ class TaskPlan:
     train: list[TaskExample]
     inputs: list[TaskExample]
     val: list[TaskExample]
-    verbalizers: tuple[int, ...] = ()  # ids of the words for the labels, where the task is asked as words in a blank
+    verbalizers: tuple[int, ...] = ()  # ids of the words for the labels, where the task is asked as a cloze
 
     @property
     def is_scored(self) -> bool:

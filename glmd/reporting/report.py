@@ -238,7 +238,7 @@ def _word_table(rows: list[dict[str, Any]]) -> str:
             after = [row["lm_scores"][key] for row in found if key in row["lm_scores"]]
             is_changed = after and not key.startswith("teacher_")
             cells.append(f"{_mean(before)} → {_mean(after)}" if is_changed else _mean(after))
-        where = "pretraining, held-out corpus" if task is None else f"{task} words pass, val inputs"
+        where = "pretraining, held-out corpus" if task is None else f"{task} LM pass, val inputs"
         body.append([f"{system}: {where}", *cells])
     if not body:
         return ""
@@ -247,7 +247,7 @@ def _word_table(rows: list[dict[str, Any]]) -> str:
 
 _WORD_COLUMNS = {
     "kl_divergence": "KL to teacher (nats/token)",
-    "agreement": "same top word",
+    "agreement": "same top token",
     "masked_accuracy": "masked accuracy",
     "teacher_masked_accuracy": "teacher's",
     "bits_per_byte": "bits per byte",

@@ -134,7 +134,7 @@ def _refuse_dropped(task: Task, word: str, tokenizer: Any, token_id: int) -> Non
         if original != kept:
             found = f"{word!r} was dropped from this vocabulary, which reads {kept!r} for it"
             raise ConfigError(
-                f"task {task.name}: cloze.verbalizers: {found}; choose kept words, or vocabulary.keep_words"
+                f"task {task.name}: cloze.verbalizers: {found}; choose kept tokens, or vocabulary.keep_words"
             )
 
 

@@ -32,7 +32,7 @@ RESERVED = ("choice", "blank")
 
 @dataclass(frozen=True)
 class Cloze:
-    """A task asked as words in a blank, for a model that stays a masked LM (arXiv:2103.10360, section 2.3)."""
+    """A task asked as a cloze, for a model that stays a masked LM (arXiv:2103.10360, section 2.3)."""
 
     text: str  # with {field} for a field, and {blank} once here or in text_pair (or where `placeholder` stands)
     text_pair: str | None = None  # the one without the blank loses its end at max_length
@@ -75,12 +75,12 @@ class Task:
 
     @property
     def mean_over_tokens(self) -> bool:
-        """Whether a candidate in a blank scores the mean over its tokens."""
+        """Whether a candidate in a cloze scores the mean over its tokens."""
         return self.cloze is not None and self.casting == "cloze" and self.cloze.mean_over_tokens
 
     @property
     def verbalizers(self) -> tuple[str, ...]:
-        """The word of each label, where the task is asked as words in a blank."""
+        """The word of each label, where the task is asked as a cloze."""
         return self.cloze.verbalizers if self.cloze is not None and self.casting == "cloze" else ()
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ def save_checkpoint(
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose files are what its manifest says; None if there is none at all.
 
-    Damaged ones are named in a warning and skipped. Raises RunError when all are damaged: starting anew
+    Damaged ones are named in a warning and skipped. Raises RunError when all are damaged: starting again
     without a word would throw the run away.
     """
     path = newest_checkpoint(folder)
@@ -118,7 +118,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         logger.warning("%s is damaged (%s) and is skipped", path, problem)
     if found:
         raise RunError(
-            f"{folder}: all {len(found)} checkpoints are damaged; delete the folder to begin this stage anew"
+            f"{folder}: all {len(found)} checkpoints are damaged; delete the folder to begin this stage again"
         )
     return None
 

@@ -31,7 +31,7 @@ from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.schedules import learning_rate_factor
-from glmd.distillation.teacher import Said, unsound_examples
+from glmd.distillation.teacher import AllOutputs, unsound_examples
 from glmd.errors import ModelError, NumericsError, RunError
 from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
@@ -51,7 +51,7 @@ from glmd.training.state import (
 )
 
 logger = logging.getLogger(__name__)
-Teacher = Callable[[Batch], Said]
+Teacher = Callable[[Batch], AllOutputs]
 Evaluate = Callable[[Distiller], float]  # a score of the student as it stands, higher is better
 
 

@@ -81,11 +81,11 @@ def expand_model(model: "nn.Module", vocabulary: Vocabulary) -> "nn.Module":
     """A compressed model with a row for each source token again: a dropped one has its target's.
 
     Reads source ids as `model` reads their targets, so that the source tokenizer serves. Raises ModelError for a model
-    that predicts words: it would predict each as often as it has rows.
+    that predicts tokens: it would predict each as often as it has rows.
     """
     if model.get_output_embeddings() is not None:  # type: ignore[operator]
         raise ModelError(
-            f"{type(model).__name__} predicts words, and with a row for each of the source's it would predict dropped "
+            f"{type(model).__name__} predicts tokens, and with a row for each of the source's it would predict dropped "
             "ones too; only models without a word head can be expanded"
         )
     return slice_model(model, Expansion(vocabulary))

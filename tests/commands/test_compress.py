@@ -1,4 +1,4 @@
-"""`glmd compress` for every family of tokenizers and kind of head: fewer words, the same logits, a stock folder."""
+"""`glmd compress` for every family of tokenizers and kind of head: fewer tokens, the same logits, a stock folder."""
 
 import pytest
 import torch

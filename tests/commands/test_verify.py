@@ -17,7 +17,7 @@ from glmd.models.export import check_exports
 
 @pytest.fixture(scope="module")
 def compressed(models, tmp_path_factory):
-    """`compressed("GPT2LMHeadModel")`: that model with fewer words, as `glmd compress` leaves it."""
+    """`compressed("GPT2LMHeadModel")`: that model with fewer tokens, as `glmd compress` leaves it."""
     root = tmp_path_factory.mktemp("compressed")
 
     def make(name: str) -> Path:

@@ -256,7 +256,7 @@ def test_merged_words_give_their_probability_to_the_word_they_are_mapped_onto(na
     model = OnlineTeacher(model_of(BertForMaskedLM, V, 2, seed=0), None, VOCABULARY, merge_dropped=True)
 
     class Merged(torch.nn.Module):
-        """The teacher with the logits of groups where the kept words' stood."""
+        """The teacher with the logits of groups where the kept tokens' stood."""
 
         def forward(self, **inputs: Any) -> Any:
             outputs = model.language_model(**inputs)

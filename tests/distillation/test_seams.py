@@ -354,7 +354,7 @@ def test_an_intervention_is_given_both_models_the_batch_and_the_progress_and_end
     train(tmp_path / "run", objective, teacher)
     assert [each[3] for each in seen] == [step / 4 for step in range(5) for _ in range(2)]
     assert all(each[1][0].model is teacher.language_model for each in seen)
-    assert len({each[4] for each in seen}) == 10, "each micro-step draws anew"
+    assert len({each[4] for each in seen}) == 10, "each micro-step draws again"
     assert all("input_ids" in each[2] for each in seen)
 
 

@@ -35,7 +35,7 @@ from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 COLLATE = Collate(0)
-FORMS = ("pairs", "choices", "labels in a blank", "candidates in a blank")
+FORMS = ("pairs", "choices", "labels in a cloze", "candidates in a cloze")
 
 
 @pytest.fixture(autouse=True)
@@ -71,20 +71,20 @@ def examples_of(form: str, words: list[str]) -> list[TaskExample]:
     for i in range(29):
         if form == "pairs":
             found.append(TaskExample(i, ((text(), text()),), i % 2))
-        elif form == "labels in a blank":
+        elif form == "labels in a cloze":
             found.append(TaskExample(i, ((f"{text()} {BLANK} .", text()),), i % 2))
         else:
             choices = tuple(str(each) for each in rng.choice(words, int(rng.integers(2, 5)), replace=False))
-            context, blank = text(), form == "candidates in a blank"
+            context, blank = text(), form == "candidates in a cloze"
             texts = tuple((f"{context} {BLANK} .", None) if blank else (context, choice) for choice in choices)
             found.append(TaskExample(i, texts, 0, choices=choices))
     return [*found, replace(found[0], example_id=29, label=1)]
 
 
 def task_form_of(form: str, words: Sequence[str] = ("light", "dark")) -> TaskForm:
-    if form == "labels in a blank":
+    if form == "labels in a cloze":
         return cloze_form(*words[:2])
-    if form == "candidates in a blank":
+    if form == "candidates in a cloze":
         return cloze_form(mean=True)
     return class_form() if form == "pairs" else task_form(load_task("COPA"), causal=False)
 
@@ -105,7 +105,7 @@ def teacher_of(form: str, tiny: Any, language_model: Any, vocabulary: Vocabulary
 
 
 def cache_of(folder: Path, data: TaskDataset, form: str, *, words: bool = True, maskings: int = 1) -> TeacherCache:
-    classes = 2 if form in ("pairs", "labels in a blank") else 0
+    classes = 2 if form in ("pairs", "labels in a cloze") else 0
     parts = ((data, maskings),)
     return TeacherCache(
         folder, parts, width=16 if words else None, num_classes=classes, dtype="float32", made_from={"teacher": "one"}
@@ -131,7 +131,7 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     return Vocabulary(np.arange(0, len(tokenizer), 2), np.arange(len(tokenizer)) // 2)
 
 
-# What is read is what the teacher said
+# What is read is the teacher's outputs
 
 
 def test_every_example_of_shuffled_batches_gets_its_own_answer(
@@ -210,7 +210,7 @@ def test_names_are_those_of_earlier_versions_so_that_their_caches_are_read():
 
 
 def test_rows_do_not_run_together(tokenizer):
-    """Two choices of 2 and 3 words are not those of 3 and 2 with the same words in a row."""
+    """Two choices of 2 and 3 tokens are not those of 3 and 2 with the same tokens in a row."""
 
     def batch(*rows: list[int]) -> Batch:
         rows = [np.array(row) for row in rows]
@@ -490,9 +490,9 @@ def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tm
         (["teacher.cache=c", "teacher.cached_stages=[task_soft_labels, task_soft_labels]"], "has a stage twice"),
         (
             ["teacher.cache=c", "tasks={}", "teacher.cached_stages=[task_soft_labels]"],
-            "task_soft_labels asks the teacher nothing",
+            "task_soft_labels needs no teacher",
         ),
-        (["teacher.cache=c", "method=hard"], "method hard asks the teacher nothing"),
+        (["teacher.cache=c", "method=hard"], "method hard needs no teacher"),
     ],
 )
 def test_settings_of_a_cache_without_effect_are_refused(given, message, tiny, tmp_path, capsys):

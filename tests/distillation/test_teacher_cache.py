@@ -108,7 +108,7 @@ def row_by_row(model: Any, batch: Batch) -> torch.Tensor:
     return torch.cat(seen)
 
 
-# What is read is what the teacher said
+# What is read is the teacher's outputs
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "start"), [(1, 0, 0), (2, 0, 5), (1, 2, 3)])
@@ -301,7 +301,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp_path, asked):
-    """Several epochs, in micro-batches by loader workers; a second student asks the teacher nothing."""
+    """Several epochs, in micro-batches by loader workers; a second student needs no teacher."""
     both = (*CACHED, "pretraining.gradient_accumulation_steps=2", "dataloader_num_workers=2")
     live = run(tiny.config(tmp_path / "live", *both))
     assert set(asked) == {"live"}

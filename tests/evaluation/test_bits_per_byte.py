@@ -31,7 +31,7 @@ def load(models, name):
 
 
 def compressed(models, name, share=0.9):
-    """A student with fewer words, cut from the model without training."""
+    """A student with fewer tokens, cut from the model without training."""
     model, tokenizer = load(models, name)
     counts = np.bincount(np.concatenate(tokenizer(sentences())["input_ids"]), minlength=len(tokenizer))
     vocabulary = build_vocabulary(
@@ -42,7 +42,7 @@ def compressed(models, name, share=0.9):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_token_is_scored_once_as_by_the_plainest_twin(name, models):
-    """The twin runs the model anew for every token, on what stands before it."""
+    """The twin runs the model again for every token, on what stands before it."""
     model, tokenizer = load(models, name)
     start, room = [tokenizer.bos_token_id or tokenizer.eos_token_id], 15
     encoded = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
@@ -102,7 +102,7 @@ def test_the_names_of_merged_tokens_are_a_code():
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_merging_words_makes_no_student_better(name, models):
-    """A student of one guess for all: the fewer words it has the cheaper the mapped ids alone, and the text is not."""
+    """A student of one guess for all: the fewer tokens it has the cheaper the mapped ids alone, and the text is not."""
     student, tokenizer, vocabulary = compressed(models, name)
     for parameter in student.parameters():
         parameter.data.zero_()

@@ -413,7 +413,7 @@ def test_each_float32_value_at_temperature_15_is_exact_to_a_hundred_thousandth()
 def test_bfloat16_products_keep_the_gradient_at_temperature_15_where_a_bfloat16_softmax_loses_it(
     autocast: bool,
 ) -> None:
-    # As in training: logits that differ by about 1 between the models, word vectors with a common component.
+    # As in training: logits that differ by about 1 between the models, embeddings with a common component.
     case = make(64, 15000, 96, 96, scale=0.7)
     case = replace(case, student_weight=case.student_weight + 0.7 / math.sqrt(96)).to(torch.bfloat16)
     exact, ours, naive = case.to(torch.float64), case, case.to(torch.bfloat16)
@@ -580,7 +580,7 @@ def test_a_later_factor_scales_the_gradient_each_time_backward_is_called() -> No
 
 
 def test_a_graph_that_is_not_kept_hands_out_its_gradient_without_a_copy() -> None:
-    """At 128,000 words and 4,096 features the copy would be 2 GB."""
+    """At 128,000 tokens and 4,096 features the copy would be 2 GB."""
     case = make(4, 3000, 16, 16, weights=False).to(torch.float32)
     value = chunked(case)
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -714,7 +714,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(dtype: torch.dtype) -> None:
         ),
         ({"teacher_hidden": torch.zeros(2, 3, 7)}, "teacher_hidden and the teacher's weight must be"),
         ({"teacher_hidden": torch.zeros(22, 7)}, "student_hidden has 23 tokens and teacher_hidden 22"),
-        ({"teacher_weight": torch.zeros(40, 7)}, "student's head has 37 words and the teacher's 40; slice"),
+        ({"teacher_weight": torch.zeros(40, 7)}, "student's head has 37 tokens and the teacher's 40; slice"),
         ({"student_bias": torch.zeros(1)}, r"student's bias must be \(37,\), got \(1,\)"),
         ({"token_weights": torch.ones(1)}, r"constant per token \(23,\), got \(1,\)"),
         ({"token_weights": torch.ones(23, requires_grad=True)}, "requires_grad=True"),

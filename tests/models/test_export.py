@@ -283,7 +283,7 @@ def test_another_form_names_the_same_base_model(finished, tmp_path, no_fresh_pro
 def test_a_form_that_does_not_fit_is_refused(finished, tmp_path):
     student, teacher = finished.folder / "pretraining/student", finished.folder / "tasks/RTE/task_teacher/model"
     for source, kind, error, says in (
-        (student, "expanded", ModelError, "BertForMaskedLM predicts words"),
+        (student, "expanded", ModelError, "BertForMaskedLM predicts tokens"),
         (student, "mapped", RunError, "is a model folder already; give --kind stock or expanded"),
         (teacher, "stock", ModelError, "--kind stock has no effect: .* keeps every token of its source, or"),
         (tmp_path, "stock", RunError, "no checkpoint"),

@@ -1,4 +1,4 @@
-"""Students with narrow word vectors, as ELECTRA and MobileBERT: where they start, what runs of them leave, refusals."""
+"""Students with narrow embeddings, as ELECTRA and MobileBERT: where they start, what runs of them leave, refusals."""
 
 import json
 from pathlib import Path

@@ -111,7 +111,7 @@ def test_uncorrupted_input_is_refused_where_only_corrupted_tokens_are_distilled(
 
 def test_a_cache_that_nothing_reads_or_that_lies_in_its_run_is_refused(refusal, bare_teacher, tmp_path):
     message = refusal("method=hard", "teacher.cache=c", teacher=bare_teacher)
-    assert "teacher.cache has no effect: method hard asks the teacher nothing" in message
+    assert "teacher.cache has no effect: method hard needs no teacher" in message
     place = tmp_path / "run"
     message = refusal(f"output_dir={place}", f"teacher.cache={place}/pretraining/c", teacher=bare_teacher)
     assert "lies in output_dir" in message
@@ -419,7 +419,7 @@ def test_two_matrices_that_the_config_calls_one_are_refused(refusal, tiny, tmp_p
 def test_a_classifier_given_as_the_teacher_is_refused_with_its_place(refusal, finished, command):
     classifier = finished.folder / "tasks/RTE/task_teacher/model"
     message = refusal(teacher=classifier, command=command)
-    assert f"{classifier} holds a BertForSequenceClassification, which predicts no words" in message
+    assert f"{classifier} holds a BertForSequenceClassification, which predicts no tokens" in message
     assert message.endswith(f"teacher=BASE teacher.tasks.RTE={classifier}")
 
 

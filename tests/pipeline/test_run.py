@@ -258,12 +258,12 @@ def test_a_teacher_beside_its_copy_teaches_what_it_does_alone_and_another_one_do
 def test_further_teachers_that_cannot_serve_are_refused(tiny, models, tmp_path):
     copied = shutil.copytree(tiny.teacher, tmp_path / "copy")
     for changes, says in (
-        (("method=hard",), "teacher.ensemble has no effect: method hard compares no words on the corpus"),
+        (("method=hard",), "teacher.ensemble has no effect: method hard compares no LM logits on the corpus"),
         ((f"teacher.cache={tmp_path / 'cache'}", "pretraining.num_maskings=2"), "keeps the answers of one teacher"),
         ((f"teacher.ensemble=[{tiny.teacher}]",), "ensemble names a model twice"),
         ((f"teacher.ensemble=[{tmp_path / 'nowhere'}]",), "nowhere"),
         ((f"teacher.ensemble=[{models / 'RobertaForMaskedLM'}]",), "its tokenizer .* differs from the teacher's"),
-        ((f"teacher.ensemble=[{models / 'GPT2LMHeadModel'}]",), "predicts the next word, the other masked ones"),
+        ((f"teacher.ensemble=[{models / 'GPT2LMHeadModel'}]",), "predicts the next token, the other masked ones"),
     ):
         with pytest.raises(GlmdError, match=says):
             make_plan(tiny.config(tmp_path / "run", "tasks={}", f"teacher.ensemble=[{copied}]", *changes))
@@ -409,7 +409,7 @@ def test_a_damaged_result_is_refused_with_the_folder_to_delete(finished, tiny, t
         run(tiny.config(folder))
     message = str(refused.value)
     assert message.startswith(f"{place} is not what the complete stage left ({name}")
-    assert found in message and message.endswith(f"delete {place} to make it anew")
+    assert found in message and message.endswith(f"delete {place} to make it again")
     assert "\n" not in message
 
 

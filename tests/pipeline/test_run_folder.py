@@ -57,7 +57,7 @@ def test_an_unreadable_record_of_a_stage_is_refused_with_the_folder_to_delete(fo
         folder.complete(path.parent, {}, lambda: pytest.fail("its record is unknown"))
     message = str(refused.value)
     assert message.startswith(f"{path} cannot be read (") and "\n" not in message
-    assert message.endswith(f"; delete {path.parent} to make the stage anew")
+    assert message.endswith(f"; delete {path.parent} to make the stage again")
 
 
 STEADY = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1}

@@ -24,7 +24,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def teacher(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of random weights with a real tokenizer of 30,522 words."""
+    """A tiny model of random weights with a real tokenizer of 30,522 tokens."""
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("teacher")

@@ -107,8 +107,8 @@ def test_the_table_of_a_run_holds_its_results(finished):
     words = by_stage["pretraining"]
     kl = f"{words['lm_scores_before']['kl_divergence']:.3f} → {words['lm_scores']['kl_divergence']:.3f}"
     assert cells(text, "student: pretraining, held-out corpus")[0] == kl
-    # Inputs of the task pass are whole: there are no masked words to guess.
-    assert cells(text, "student: RTE words pass, val inputs")[2:] == ["–", "–"]
+    # Inputs of the task pass are whole: there are no masked tokens to guess.
+    assert cells(text, "student: RTE LM pass, val inputs")[2:] == ["–", "–"]
     assert text.endswith("|\n") and "nan" not in text
 
 

@@ -87,4 +87,4 @@ def test_the_setting_is_part_of_what_a_run_and_a_stage_are_made_from(
         pass
     with _pipeline(tiny.config(tmp_path / "other")) as pipeline:
         inputs = pipeline.bench.inputs(pipeline.config.pretraining, 0, None, start=None)
-    assert "deterministic" not in inputs, "what was made before there was the key is not made anew"
+    assert "deterministic" not in inputs, "what was made before there was the key is not made again"

@@ -1,4 +1,4 @@
-"""Tasks asked as words in a blank: the model stays a masked LM, from fine-tuning to the exported student."""
+"""Tasks asked as a cloze: the model stays a masked LM, from fine-tuning to the exported student."""
 
 import json
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_evaluate_asks_a_masked_lm_in_a_blank(cloze_run, tiny, capsys):
 
 
 def test_a_word_that_the_students_vocabulary_dropped_is_refused(cloze_run, tiny, rare_words, tmp_path, capsys):
-    """It would be read, and scored, as the word it is mapped to."""
+    """It would be read, and scored, as the token it is mapped to."""
     folder, _, _ = cloze_run
     tokenizer = load_tokenizer(tiny.teacher)
     kept = set(Vocabulary.load(folder / "vocabulary").kept_ids.tolist())

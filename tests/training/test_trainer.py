@@ -666,7 +666,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_though_the_gradient_is_
 
 
 def spoiled_at(*calls: int) -> Callable[[Batch], TeacherOutputs]:
-    """A teacher with a NaN for every word in these micro-steps, as for an example that it cannot read."""
+    """A teacher with a NaN for every token in these micro-steps, as for an example that it cannot read."""
     teacher, number = teacher_of(), iter(range(10_000))
 
     def answer(batch: Batch) -> TeacherOutputs:

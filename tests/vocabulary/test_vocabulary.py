@@ -560,7 +560,7 @@ def test_an_expanded_model_reads_source_ids_as_the_student_reads_their_targets()
         assert getattr(expanded.config, name) != getattr(student.config, name), "else this shows nothing"
     ids = torch.randint(5, V, (3, 9), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(logits_of(expanded, ids), logits_of(student, torch.from_numpy(EVEN.token_map)[ids]))
-    with pytest.raises(ModelError, match="BertForMaskedLM predicts words"):
+    with pytest.raises(ModelError, match="BertForMaskedLM predicts tokens"):
         expand_model(slice_model(model_of("BertForMaskedLM"), EVEN), EVEN)
 
 
