@@ -2,10 +2,13 @@
 
 import json
 import string
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -193,3 +196,9 @@ def cloze_form(*verbalizers: str, causal: bool = False, mean: bool = False) -> T
     task = load_task("RTE" if verbalizers else "COPA", "cloze")
     cloze = replace(task.cloze, verbalizers=verbalizers, mean_over_tokens=mean)
     return task_form(replace(task, cloze=cloze), causal=causal)
+
+
+def one_of(cases: Iterable[Any]) -> list[Any]:
+    """The cases of a law of which one is enough in every run; the others are left to `.ci/full`."""
+    first, *others = cases
+    return [first, *(pytest.param(each, marks=pytest.mark.full) for each in others)]

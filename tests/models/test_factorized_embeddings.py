@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import one_of
 from safetensors.torch import load_file
 from test_student import ALL, CUT, KEPT, V, logits_of, random_ids, teacher_of
 from torch.nn.functional import kl_div
@@ -165,7 +166,7 @@ def narrow_runs(tiny, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("casting", ["head", "cloze"])
+@pytest.mark.parametrize("casting", one_of(["head", "cloze"]))
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_every_student_of_a_run_is_stock_and_states_its_width(narrow_runs, architecture, casting):
     folder, results = narrow_runs(architecture, casting)

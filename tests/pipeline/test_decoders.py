@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from families import FAMILIES, cloze_form
+from families import FAMILIES, cloze_form, one_of
 
 from glmd.cli import main
 from glmd.commands.evaluate import evaluate_folder
@@ -43,7 +43,7 @@ def decoder_run(tiny, models, name: str, folder, *more: str):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", one_of(DECODERS))
 def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(name, tiny, models, tmp_path):
     """Its exports are proved in a fresh process, and opened here by the general class."""
     results = run(decoder_run(tiny, models, name, tmp_path / "run"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 def test_a_run_under_a_random_killer_ends_in_the_bits_of_an_undisturbed_one(tiny):

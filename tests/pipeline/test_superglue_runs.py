@@ -45,7 +45,7 @@ def teacher(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("casting", ["head", "cloze"])
+@pytest.mark.parametrize("casting", ["head", pytest.param("cloze", marks=pytest.mark.full)])
 def test_every_task_runs_on_its_real_files(shared, tiny, teacher, trusting, tmp_path, casting, capsys, monkeypatch):
     monkeypatch.setattr("glmd.storage.sync_to_disk", lambda path: None)  # flushing to disk is another file's matter
     tasks = {}
