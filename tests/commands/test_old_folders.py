@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,13 @@ def test_it_opens_with_glmd_and_with_the_code_that_it_brings(folder: Path) -> No
         assert inputs["input_ids"].tolist() == [IDS] and tokenizer.is_exact
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs).logits, torch.tensor([LOGITS]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_import_that_cards_print_makes_autotokenizer_know_the_folder(folder: Path) -> None:
+    assert "import glmd.tokenizer" in (folder / "README.md").read_text(encoding="utf-8")
+    code = f"import glmd.tokenizer, transformers as t; print(t.AutoTokenizer.from_pretrained({str(folder)!r}).is_exact)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_it_is_scored_by_the_length_of_its_card(folder: Path, tmp_path: Path) -> None:
