@@ -57,6 +57,7 @@ def test_an_error_within_a_function_is_not_taken_for_a_wrong_argument():
         broken(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [str, Path])
 def test_text_and_path_are_alike(kind, finished, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("glmd.commands.compress.check_exports", lambda folders: None)

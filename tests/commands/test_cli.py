@@ -102,6 +102,7 @@ def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
     }
 
 
+@pytest.mark.slow
 def test_overrides_may_stand_behind_options_and_nothing_else_may(glmd, capsys):
     lines = [glmd("plan", *words) for words in (
         ("quickstart", "tasks={}", "mixed_precision=bf16", "--device-memory", "1"),
@@ -278,6 +279,7 @@ def test_an_interrupt_in_training_keeps_its_own_exit_code(monkeypatch, tmp_path)
     assert ended.value.code == 143
 
 
+@pytest.mark.slow
 def test_export_writes_the_student_of_an_interrupted_stage(glmd, tiny, tmp_path, monkeypatch, no_fresh_process):
     from transformers import AutoModelForMaskedLM
 
@@ -329,6 +331,7 @@ def test_run_prints_the_table_once_it_is_complete(glmd, finished, tiny, tmp_path
     assert str(folder / "tasks/RTE/seed-0/task_soft_labels/student") in text
 
 
+@pytest.mark.slow
 def test_truncation_is_said_once_for_a_task_whatever_its_passes_seeds_and_controls(tiny, tmp_path, trusting, caplog):
     from glmd.pipeline.run import run
 

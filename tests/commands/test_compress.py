@@ -44,6 +44,7 @@ def test_the_summary_counts_unknown_tokens_apart(tiny, tmp_path, monkeypatch, ca
     assert "(0.00% of the corpus, 100.00% of it unknown to the tokenizer)" in captured.out
 
 
+@pytest.mark.slow
 def test_every_compressed_folder_opens_without_glmd(models, tmp_path, monkeypatch):
     from glmd.models.export import check_exports
 
@@ -70,6 +71,7 @@ def test_a_model_type_without_an_ordinary_tokenizer_opens_by_the_general_class(m
     assert remote(text)["input_ids"] == exact(text)["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("casting", one_of(["cloze", "head"]))
 @pytest.mark.parametrize("name", one_of(["RobertaForMaskedLM", "XLMRobertaForMaskedLM"]))
 def test_masked_lms_of_other_families_distil_to_the_end(name, casting, models, tiny, trusting, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from glmd.commands.usage import describe_students, usage
 
 
+@pytest.mark.slow
 def test_every_student_is_named_and_its_line_runs(finished):
     text = describe_students(finished.config, finished.results)
     student = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student"

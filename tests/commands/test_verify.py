@@ -43,6 +43,7 @@ def test_what_compress_leaves_passes(name, compressed, no_fresh_process):
     assert {"weights", "rows", "mapped tokenizer", "saved again", "without glmd"} <= {check.name for check in checks}
 
 
+@pytest.mark.slow
 def test_a_student_of_a_run_passes_and_a_stock_folder_too(finished, models, capsys):
     assert main(["verify", str(finished.folder / "tasks/RTE/seed-0/task_soft_labels/student")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -136,6 +137,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named(fault, compressed, tmp_path, monkeypatch, capsys):
     damage, name, says = FAULTS[fault]
@@ -148,6 +150,7 @@ def test_a_planted_fault_is_found_and_named(fault, compressed, tmp_path, monkeyp
     assert all("\n" not in line and line.startswith("FAIL  ") for line in problems.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "RobertaForMaskedLM"])
 def test_rows_that_moved_by_one_change_the_output_of_the_probe(name, compressed, tmp_path, monkeypatch):
     """Also where the first position and the first words say nothing of it, as in a decoder."""

@@ -280,6 +280,7 @@ def losses(folder: Path, stage: str) -> list[float]:
     return [row["loss"] for row in rows if row["stage"].endswith(stage) and "loss" in row]
 
 
+@pytest.mark.slow
 def test_cached_passes_have_the_live_ones_loss_curves_and_seeds_and_cells_ask_nothing(tiny, trusting, tmp_path, asked):
     both = (*RUN, *SHORT, *LOGS)
     live = run(tiny.config(tmp_path / "live", *both))
@@ -304,6 +305,7 @@ def test_cached_passes_have_the_live_ones_loss_curves_and_seeds_and_cells_ask_no
     assert asked == [], "another run with the same teachers"
 
 
+@pytest.mark.slow
 def test_the_teacher_answers_val_once_for_all_seeds_cells_and_controls(tiny, trusting, tmp_path, monkeypatch):
     import glmd.pipeline.teachers
 
@@ -320,6 +322,7 @@ def test_the_teacher_answers_val_once_for_all_seeds_cells_and_controls(tiny, tru
     assert loaded.count(teacher) == 2, "to make the cache, and to answer val; not for every seed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("casting", ["head", "cloze"])
 def test_a_task_cache_is_made_ahead_with_its_teacher_and_read_by_the_run(
     casting, tiny, trusting, tmp_path, asked, capsys
@@ -343,6 +346,7 @@ def test_a_task_cache_is_made_ahead_with_its_teacher_and_read_by_the_run(
     assert main(["run", *given]) == 0 and asked == []
 
 
+@pytest.mark.slow
 def test_masked_passes_have_a_cache_for_each_seed(tiny, trusting, tmp_path, asked):
     masked = (*RUN, "method=glmd-masked-only", "seeds=[0, 1]")
     place = f"teacher.cache={tmp_path / 'cache'}"
@@ -359,6 +363,7 @@ def test_masked_passes_have_a_cache_for_each_seed(tiny, trusting, tmp_path, aske
         assert len(ours) == 15 and np.allclose(ours, theirs, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_a_stage_left_out_asks_the_live_teacher(tiny, trusting, tmp_path, asked):
     place = (f"teacher.cache={tmp_path / 'cache'}", "teacher.cached_stages=[task_soft_labels]")
     run(tiny.config(tmp_path / "run", RUN[0], RUN[2], *place))
@@ -445,6 +450,7 @@ def test_a_disk_too_small_for_all_caches_together_is_refused_before_the_first(ti
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_complete_cache_on_a_disk_that_cannot_be_written_is_read(made, tiny, trusting, tmp_path, asked, monkeypatch):
     cache = shutil.copytree(made[0], tmp_path / "cache")
     for path in cache.rglob("lock"):
@@ -464,6 +470,7 @@ def test_a_complete_cache_on_a_disk_that_cannot_be_written_is_read(made, tiny, t
         run(replace(config, output_dir=str(tmp_path / "other")))
 
 
+@pytest.mark.slow
 def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tmp_path, monkeypatch, caplog):
     """Not again for every seed and grid point: of a terabyte that would be hours. A later run finds what is damaged."""
     import glmd.distillation.teacher_cache

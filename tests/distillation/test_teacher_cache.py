@@ -111,6 +111,7 @@ def row_by_row(model: Any, batch: Batch) -> torch.Tensor:
 # What is read is the teacher's outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulation", "workers", "start"), [(1, 0, 0), (2, 0, 5), (1, 2, 3)])
 def test_every_token_of_shuffled_batches_gets_its_own_row(
     cache, model, blocks, vocabulary, accumulation, workers, start
@@ -300,6 +301,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp_path, asked):
     """Several epochs, in micro-batches by loader workers; a second student needs no teacher."""
     both = (*CACHED, "pretraining.gradient_accumulation_steps=2", "dataloader_num_workers=2")
@@ -324,6 +326,7 @@ def test_a_cached_teacher_gives_the_live_teachers_loss_curve(tiny, trusting, tmp
     assert np.allclose(losses(tmp_path / "second"), losses(tmp_path / "second live"), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cached_run_is_the_run_of_a_teacher_rounded_to_float16(tiny, trusting, tmp_path, monkeypatch):
     """Bit by bit: nothing else differs. Every text is asked for by itself, so that sums have one order."""
 
@@ -340,6 +343,7 @@ def test_a_cached_run_is_the_run_of_a_teacher_rounded_to_float16(tiny, trusting,
     assert (tmp_path / "cached" / weights).read_bytes() == (tmp_path / "live" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupted_cached_run_ends_in_the_weights_of_a_whole_one(tiny, trusting, tmp_path, monkeypatch):
     config = tiny.config(tmp_path / "run", *CACHED, f"teacher.cache={tmp_path / 'cache'}")
     step = Trainer._step
@@ -360,6 +364,7 @@ def test_an_interrupted_cached_run_ends_in_the_weights_of_a_whole_one(tiny, trus
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_its_cache_no_more(tiny, trusting, tmp_path):
     """Nor does it matter where it lay."""
     config = tiny.config(tmp_path / "run", *CACHED, "pretraining.max_steps=2", f"teacher.cache={tmp_path / 'cache'}")
@@ -371,6 +376,7 @@ def test_a_finished_run_needs_its_cache_no_more(tiny, trusting, tmp_path):
     assert not (tmp_path / "cache").exists() and not (tmp_path / "moved").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_began_without_a_cache_does_not_go_on_with_one(tiny, trusting, tmp_path):
     short = (*CACHED, "pretraining.max_steps=2")
     run(tiny.config(tmp_path / "run", *short))
@@ -378,6 +384,7 @@ def test_a_run_that_began_without_a_cache_does_not_go_on_with_one(tiny, trusting
         run(tiny.config(tmp_path / "run", *short, f"teacher.cache={tmp_path / 'cache'}"))
 
 
+@pytest.mark.slow
 def test_a_cache_made_ahead_is_read_by_the_run(tiny, trusting, tmp_path, asked, capsys):
     arguments = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *CACHED, "pretraining.max_steps=2"]
     assert main(["cache", *arguments]) == 2
@@ -472,6 +479,7 @@ def test_check_tells_what_the_cache_will_take(tiny, trusting, tmp_path, capsys, 
     assert "0.06 MB to come, 0.05 MB free; give another disk" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_causal_teacher_is_cached_in_one_masking(models, tiny, trusting, tmp_path, asked):
     """A decoder reads whole text: its epochs are alike."""
     base = [f"teacher={models / 'GPT2LMHeadModel'}", "vocabulary.keep_ratio=0.9", *CACHED[::2], CACHED[3]]

@@ -163,6 +163,7 @@ def test_text_of_blocks_is_the_documents_of_the_corpus(models, tmp_path):
         assert block_texts(data, tokenizer) == list(read_documents([str(tmp_path / "corpus.txt")]))
 
 
+@pytest.mark.slow
 def test_a_folder_on_text_files_by_command(models, tmp_path, capsys):
     text = models / "corpus.txt"
     assert main(["evaluate", str(models / DECODERS[0]), "--text", str(text), "--max-length", "32"]) == 0
@@ -203,6 +204,7 @@ def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(arguments
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_real_byte_level_vocabulary_gives_the_text_back_at_a_quarter(shared):
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "data/tokenizers/smollm2")

@@ -90,6 +90,7 @@ def rows(draw, num_classes=None):
 # --- Over labels -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(rows())
 @pytest.mark.filterwarnings("ignore")  # scikit-learn warns of one class only

@@ -140,6 +140,7 @@ def test_a_stranger_refuses_a_folder_that_would_give_other_logits(finished, tmp_
     assert "the tokenizer has 86 tokens, the model 51 rows" in answer(folder)
 
 
+@pytest.mark.slow
 def test_the_fresh_process_has_no_glmd_and_its_refusal_is_one_line(finished, tmp_path, monkeypatch):
     """Launched ranks pass nothing of themselves on, and the checkout in the working folder does not help."""
     monkeypatch.setenv("RANK", "1")
@@ -216,6 +217,7 @@ def says_of(folder: Path, tokenizer, texts) -> torch.Tensor:
     return output[0] if "logits" in output else output[0] * inputs["attention_mask"][..., None]
 
 
+@pytest.mark.slow
 def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished, tmp_path):
     from transformers import AutoTokenizer
 
@@ -237,6 +239,7 @@ def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished,
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "T5EncoderModel"])
 def test_students_of_other_families_are_expanded_with_their_special_ids(name, models, tmp_path, no_fresh_process):
     small, wide = tmp_path / "small", tmp_path / "wide"
@@ -254,6 +257,7 @@ def test_students_of_other_families_are_expanded_with_their_special_ids(name, mo
     }
 
 
+@pytest.mark.slow
 def test_a_stock_student_has_the_ordinary_tokenizer_alone(finished, tmp_path):
     from transformers import AutoTokenizer
 
@@ -271,6 +275,7 @@ def test_a_stock_student_has_the_ordinary_tokenizer_alone(finished, tmp_path):
     assert "trust_remote_code" not in (output / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_another_form_names_the_same_base_model(finished, tmp_path, no_fresh_process):
     source, output = tmp_path / "student", tmp_path / "stock"
     shutil.copytree(finished.folder / "pretraining/student", source)

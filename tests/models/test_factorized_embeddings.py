@@ -166,6 +166,7 @@ def narrow_runs(tiny, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("casting", one_of(["head", "cloze"]))
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_every_student_of_a_run_is_stock_and_states_its_width(narrow_runs, architecture, casting):
@@ -201,6 +202,7 @@ def test_the_parameters_of_a_narrow_student_are_those_of_its_folder(narrow_runs,
     assert next(row for row in results["rows"] if row["stage"] == "pretraining")["parameters"] == expected
 
 
+@pytest.mark.slow
 def test_verify_passes_a_narrow_student_of_each_kind(narrow_runs, monkeypatch):
     folders = [
         narrow_runs(architecture, "head")[0] / place / "student"

@@ -560,7 +560,7 @@ def test_a_teacher_that_cannot_serve_is_refused_before_the_corpus_is_read(
     weights = load_file(folder / "model.safetensors")
     weights["bert.embeddings.word_embeddings.weight"][3] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("glmd.pipeline.run.build_token_store", lambda *_, **__: pytest.fail("the corpus was read"))
+    monkeypatch.setattr("glmd.pipeline.data.build_token_store", lambda *_, **__: pytest.fail("the corpus was read"))
     config = tiny.config(tmp_path / "run", f"teacher={folder}")
     make_plan(config)
     with pytest.raises(ModelError, match="holds values that are not finite"):
@@ -738,6 +738,7 @@ def odd_pad(tiny: Any, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_and_compress_keep_an_ordinary_token_that_the_config_names(
     odd_pad: Path, tiny: Any, tmp_path: Path, trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def decoder_run(tiny, models, name: str, folder, *more: str):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_of(DECODERS))
 def test_a_decoder_distils_to_a_stock_causal_lm_that_is_nearer_to_its_teacher(name, tiny, models, tmp_path):
     """Its exports are proved in a fresh process, and opened here by the general class."""
@@ -84,6 +85,7 @@ def test_bits_per_byte_of_a_run_are_those_of_its_folders_on_the_held_out_text(ti
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALED)
 def test_a_model_that_scales_its_logits_is_distilled_from_a_cache_and_exported_as_it_is(
     name, tiny, models, trusting, tmp_path
@@ -169,6 +171,7 @@ def test_a_block_is_framed_as_the_tokenizer_frames_a_text(family, before, after)
     assert tokenizer.convert_ids_to_tokens(end.tolist()) == after
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_a_decoder_continues_to_the_same_weights(tiny, models, trusting, tmp_path, monkeypatch):
     from glmd.training.trainer import Trainer
 
@@ -332,6 +335,7 @@ def test_the_text_without_the_question_is_cut_and_what_is_asked_stays(models):
         TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], cloze_form(causal=True), gpt2, max_length=20)
 
 
+@pytest.mark.slow
 def test_a_decoder_without_a_pad_token_learns_tasks_to_the_end(tiny, models, trusting, tmp_path):
     teacher = shutil.copytree(models / "GPT2LMHeadModel", tmp_path / "teacher")
     config = json.loads((teacher / "tokenizer_config.json").read_text())
@@ -375,6 +379,7 @@ def test_a_teacher_in_half_precision_is_the_one_that_from_pretrained_gives(
     assert buffers and all(buffer.dtype == torch.float32 for name, buffer in buffers.items() if "inv_freq" in name)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_causal_teacher_serves_another_run(tiny, models, trusting, tmp_path):
     rows = tmp_path / "copa.jsonl"
     rows.write_text("".join(json.dumps({**row, "idx": i}) + "\n" for i, row in enumerate(ROWS["COPA"])))
@@ -397,6 +402,7 @@ def test_a_candidate_without_tokens_is_refused_by_causal_models_too(models):
         TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=20)
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_tasks_and_is_scored_as_in_its_table(tiny, models, trusting, tmp_path, capsys):
     definition = tmp_path / "rte.yaml"
     definition.write_text(

@@ -32,6 +32,7 @@ def method(write):
     return str(write("layers.yaml", METHOD))
 
 
+@pytest.mark.slow
 def test_a_method_on_layers_runs_through_all_stages_and_exports_no_projection(method, tiny, trusting, tmp_path):
     config = tiny.config(tmp_path / "run", f"method={method}", NARROW, SPREAD, "tasks.RTE={}")
     results = run(config)
@@ -44,6 +45,7 @@ def test_a_method_on_layers_runs_through_all_stages_and_exports_no_projection(me
         assert "eager" not in (folder / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_projection_and_its_export_does_not(method, tiny, trusting, tmp_path, monkeypatch):
     step = Trainer._step
 
@@ -62,6 +64,7 @@ def test_a_checkpoint_holds_the_projection_and_its_export_does_not(method, tiny,
     assert not any("projection" in name for name in load_file(tmp_path / "exported" / "model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["hidden_states", "attentions"])
 def test_the_cost_of_layers_is_counted(signal):
     """That of a stage of words and layers is more than that of words alone, for student and teacher."""

@@ -259,6 +259,7 @@ def test_labels_that_only_some_rows_of_val_have_are_refused(refusal, bare_teache
     assert f"{superglue / 'RTE' / 'val.jsonl'}:13: field 'label' must be one of" in message
 
 
+@pytest.mark.slow
 def test_a_training_file_that_nothing_learns_from_is_refused(refusal, tiny, finished):
     rows = tiny.superglue / "RTE" / "train.jsonl"
     message = refusal(

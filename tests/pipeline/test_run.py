@@ -73,6 +73,7 @@ def without_times(value):
 # --- A finished run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_these_files_and_no_others(finished):
     task = "tasks/RTE/seed-0"
     models = {
@@ -193,6 +194,7 @@ def test_watching_a_run_otherwise_changes_no_stage(finished, tiny, trusting, tmp
     assert run(tiny.config(folder, *watching)) == finished.results
 
 
+@pytest.mark.slow
 def test_a_further_seed_adds_its_stages_and_no_others(finished, tiny, trusting, tmp_path):
     folder = finished.copy(tmp_path / "run")
     results = run(tiny.config(folder, "seeds=[0,1]"))
@@ -227,6 +229,7 @@ def test_a_stage_whose_inputs_changed_is_refused_field_by_field(finished, tiny, 
     assert run(tiny.config(folder)) == finished.results
 
 
+@pytest.mark.slow
 def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is_complete(tiny, trusting, tmp_path):
     steady = ("tasks={}", "pretraining.lr_scheduler_type=constant", "pretraining.warmup_ratio=0")
     run(tiny.config(tmp_path / "whole", *steady, "pretraining.max_steps=8"))
@@ -239,6 +242,7 @@ def test_a_run_whose_learning_rate_is_constant_may_get_longer_until_its_stage_is
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_teacher_beside_its_copy_teaches_what_it_does_alone_and_another_one_does_not(tiny, trusting, tmp_path):
     copied, other = (shutil.copytree(tiny.teacher, tmp_path / name) for name in ("copy", "other"))
     tensors = load_file(other / "model.safetensors")
@@ -548,6 +552,7 @@ def pretrained(tiny, tmp_path_factory):
 LABELS, WORDS = "tasks/RTE/seed-0/task_soft_labels", "tasks/RTE/seed-0/task_lm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -567,6 +572,7 @@ def test_a_method_without_words_or_without_a_teacher_runs_its_terms(tiny, trusti
     assert 0 <= row_of(results, "task_soft_labels")["metrics"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_selection_by_validation_exports_the_best_epoch(tiny, trusting, tmp_path):
     options = (
         "selection=best",
@@ -589,6 +595,7 @@ def test_selection_by_validation_exports_the_best_epoch(tiny, trusting, tmp_path
     assert row["selection"] == "best on val" and not (tmp_path / "run" / LABELS / "best").exists()
 
 
+@pytest.mark.slow
 def test_a_named_teacher_distils_unlabeled_examples(tiny, finished, trusting, tmp_path):
     """Nothing is trained on labels, so train needs none; as many examples of another file."""
     train = tmp_path / "unlabeled.jsonl"
@@ -608,6 +615,7 @@ def test_a_named_teacher_distils_unlabeled_examples(tiny, finished, trusting, tm
     assert weights(tmp_path / "run")[path] == weights(finished.folder)[path]
 
 
+@pytest.mark.slow
 def test_the_full_vocabulary_control_is_the_whole_method_with_every_word(finished, tiny, trusting, tmp_path):
     folder = finished.copy(tmp_path / "run")
     results = run(tiny.config(folder, "controls.full_vocabulary=true"))
@@ -624,6 +632,7 @@ def test_the_full_vocabulary_control_is_the_whole_method_with_every_word(finishe
     assert weights(finished.folder).items() <= weights(folder).items()
 
 
+@pytest.mark.slow
 def test_bf16_between_float32_runs_of_one_process_keeps_weights_in_float32(tiny, pretrained, trusting, tmp_path):
     from safetensors.torch import load_file
 
@@ -640,6 +649,7 @@ def test_bf16_between_float32_runs_of_one_process_keeps_weights_in_float32(tiny,
 # --- Interrupted runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(
     pretrained, tiny, trusting, tmp_path, monkeypatch
 ):
@@ -714,6 +724,7 @@ for number in [1, 2, 3, 4, 5, *range(8, 300, 23)] * 9:
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_change_on_disk_ends_in_the_same_weights(finished, tiny, tmp_path):
     options = [f"output_dir={tmp_path / 'run'}"]
     done = subprocess.run(
@@ -731,6 +742,7 @@ def test_a_run_killed_at_any_change_on_disk_ends_in_the_same_weights(finished, t
             assert row.get(key) == expected.get(key)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(tiny, finished, trusting, tmp_path):
     """Nothing that has a label is read: a fine-tuned teacher is named, and val has none either."""
     rows = [json.loads(line) for line in (tiny.superglue / "RTE/train.jsonl").read_text().splitlines()]
@@ -761,6 +773,7 @@ def test_a_student_learns_from_inputs_without_labels_and_is_chosen_without_them(
     assert "RTE: the student learned from 16 examples without labels." in text
 
 
+@pytest.mark.slow
 def test_the_teacher_and_the_control_learn_from_train_when_the_student_has_inputs_of_its_own(
     tiny, finished, trusting, tmp_path
 ):

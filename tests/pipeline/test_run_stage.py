@@ -30,6 +30,7 @@ def complete_to(context, path):
     raise AssertionError(path)
 
 
+@pytest.mark.slow
 def test_a_stage_begins_from_the_stage_that_is_its_start_and_learns_from_the_one_that_is_its_teacher(context, finished):
     """A student that begins as its own teacher is at no distance from it; another one is, and begins as it was.
 
@@ -53,6 +54,7 @@ def test_a_stage_begins_from_the_stage_that_is_its_start_and_learns_from_the_one
     assert found["second"] != student["kl_divergence"], "which is its distance from the pretrained teacher"
 
 
+@pytest.mark.slow
 def test_a_pass_over_a_task_is_compared_with_the_stage_that_is_its_teacher(context):
     with_teacher = complete_to(context, LABELS)
     stage = context.stage(LABELS)

@@ -44,6 +44,7 @@ def teacher(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("casting", ["head", pytest.param("cloze", marks=pytest.mark.full)])
 def test_every_task_runs_on_its_real_files(shared, tiny, teacher, trusting, tmp_path, casting, capsys, monkeypatch):

@@ -185,6 +185,7 @@ def test_every_stage_and_control_has_its_line(cost_of):
     assert json.loads(to_json(cost))["stages"][1]["tokens"] == 6 * 4 * 16
 
 
+@pytest.mark.slow
 def test_a_swept_first_pass_has_a_second_pass_behind_each_of_its_cells(cost_of):
     stages = cost_of("sweep={task_lm: {learning_rate: [0.1, 0.2]}}", "controls.hard_labels=false").stages
     assert [(stage.name, stage.runs) for stage in stages[2:]] == [
@@ -194,6 +195,7 @@ def test_a_swept_first_pass_has_a_second_pass_behind_each_of_its_cells(cost_of):
     ]
 
 
+@pytest.mark.slow
 def test_devices_divide_nothing_but_the_steps_unless_weights_are_sharded(cost_of):
     one, many = (pretraining(cost_of("tasks={}", devices=devices)) for devices in (1, 4))
     sharded = pretraining(cost_of("tasks={}", devices=4, sharding="fsdp"))
@@ -216,6 +218,7 @@ def test_accumulation_changes_no_memory(cost_of):
     assert one.memory == many.memory and many.step_flops == 4 * one.step_flops
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not(cost_of):
     settings = ("tasks={}", "pretraining.per_device_train_batch_size=64")
     largest = pretraining(cost_of(*settings, device_memory=2e7)).largest_batch
@@ -226,6 +229,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(cost_of):
     assert [each.fits for each in needed] == [True, False] and needed[0].memory["in all"] <= USABLE * 2e7
 
 
+@pytest.mark.slow
 def test_the_disk_is_known_once_the_corpus_is_tokenized(cost_of, finished):
     cached = ("tasks={}", "teacher.cache=elsewhere", "pretraining.num_maskings=3")
     before = cost_of(*cached)

@@ -24,6 +24,7 @@ def swept(tiny, tmp_path_factory):
     return folder, run(tiny.config(folder, RATES))
 
 
+@pytest.mark.slow
 def test_grid_points_share_all_that_they_have_in_common(swept, finished):
     folder, results = swept
     shared = {stage for stage in stages(finished.folder) if not stage.endswith(("task_soft_labels", "hard_labels"))}
@@ -47,6 +48,7 @@ def test_a_grid_point_is_the_run_with_its_settings(swept, finished):
         assert grid_point == (finished.folder / TASK / "seed-0" / path).read_bytes() != other
 
 
+@pytest.mark.slow
 def test_a_further_value_trains_its_grid_points_alone(swept, tiny, trusting, tmp_path, monkeypatch):
     import shutil
 

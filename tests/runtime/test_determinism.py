@@ -78,13 +78,16 @@ def test_the_setting_is_part_of_what_a_run_and_a_stage_are_made_from(
 ) -> None:
     """And on a CPU it says that it changes nothing, so that one config serves both."""
     from glmd.errors import RunError
-    from glmd.pipeline.run import _pipeline
+    from glmd.pipeline.run import prepared_run
 
-    with caplog.at_level(logging.INFO), _pipeline(tiny.config(tmp_path / "run", "deterministic=false")) as pipeline:
-        inputs = pipeline.bench.inputs(pipeline.config.pretraining, 0, None, start=None)
+    def inputs_of(context: Any) -> dict[str, Any]:
+        return context.inputs(context.stage("tasks/RTE/task_teacher"))  # which needs no vocabulary
+
+    with caplog.at_level(logging.INFO), prepared_run(tiny.config(tmp_path / "run", "deterministic=false")) as context:
+        inputs = inputs_of(context)
     assert inputs["deterministic"] is False and "deterministic: false has no effect on this device" in caplog.text
-    with pytest.raises(RunError, match="deterministic: False -> True"), _pipeline(tiny.config(tmp_path / "run")):
+    with pytest.raises(RunError, match="deterministic: False -> True"), prepared_run(tiny.config(tmp_path / "run")):
         pass
-    with _pipeline(tiny.config(tmp_path / "other")) as pipeline:
-        inputs = pipeline.bench.inputs(pipeline.config.pretraining, 0, None, start=None)
+    with prepared_run(tiny.config(tmp_path / "other")) as context:
+        inputs = inputs_of(context)
     assert "deterministic" not in inputs, "what was made before there was the key is not made again"

@@ -48,6 +48,7 @@ def chosen(tiny, copa, tmp_path_factory):
     return folder, run(tiny.config(folder, task, "pretraining.max_steps=2"))
 
 
+@pytest.mark.slow
 def test_a_run_on_choices_leaves_a_stock_multiple_choice_model_with_the_scores_of_the_table(chosen, copa):
     from transformers import AutoModelForMultipleChoice
 
@@ -106,6 +107,7 @@ def test_more_tokens_than_positions_are_refused_before_the_model_loads(chosen, c
     assert "256 tokens are more than its 64 positions; give --max-length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_on_choices_continues_to_the_same_weights(
     chosen, tiny, copa, trusting, tmp_path, monkeypatch
 ):

@@ -72,6 +72,7 @@ def row_of(results: dict, system: str, stage: str) -> dict:
     return next(row for row in results["rows"] if (row["system"], row["stage"]) == (system, stage))
 
 
+@pytest.mark.slow
 def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_table(cloze_run, tiny, rare_words):
     folder, results, definition = cloze_run
     examples = read_split(load_task(definition, "cloze"), str(tiny.superglue), "val", require_labels=True)
@@ -91,6 +92,7 @@ def test_every_model_of_a_cloze_run_is_a_stock_masked_lm_with_the_scores_of_the_
     assert "lm_scores" in row_of(results, "student", "task_lm")
 
 
+@pytest.mark.slow
 def test_the_words_of_the_labels_are_kept_though_nothing_holds_them(cloze_run, tiny, rare_words):
     folder, _, _ = cloze_run
     vocabulary = Vocabulary.load(folder / "vocabulary")
@@ -134,6 +136,7 @@ def test_a_word_that_the_students_vocabulary_dropped_is_refused(cloze_run, tiny,
     assert main(["evaluate", str(teacher), "--task", str(definition), "--data", str(tiny.superglue)]) == 0
 
 
+@pytest.mark.slow
 def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
     """Multi-token candidates of unequal length, scored by the sum of their tokens' log-probabilities."""
     from transformers import AutoModelForMaskedLM
@@ -179,6 +182,7 @@ def test_candidates_fill_the_blank_of_a_masked_lm(tiny, trusting, tmp_path):
     assert row_of(results, "student", "task_soft_labels")["metrics"]["accuracy"] == pytest.approx(right / 16)
 
 
+@pytest.mark.slow
 def test_a_task_that_asks_for_its_first_candidate_is_answered_by_yes_where_that_one_scores_best(
     tiny, trusting, tmp_path
 ):
@@ -254,6 +258,7 @@ def test_candidates_that_become_equal_in_the_students_vocabulary_are_told(tiny, 
     assert "COPA: in 1 of 3 val examples candidates that the teacher tells apart are equal" in caplog.text
 
 
+@pytest.mark.slow
 def test_terms_of_words_and_labels_share_one_masked_lm(tiny, trusting, tmp_path, rare_words):
     method, definition = tmp_path / "both.yaml", tmp_path / "rte.yaml"
     method.write_text(

@@ -454,6 +454,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.slow
 def test_a_changed_comment_in_a_source_file_refuses_no_resume(tmp_path: Path) -> None:
     code = "import glmd.training.state as state; print(state.__file__, state.code_of_a_step())"
     package = Path(glmd.training.trainer.__file__).parents[1]

@@ -338,6 +338,7 @@ def test_saving_what_was_loaded_changes_no_byte(case, tmp_path):
     assert saved["truncation"] is None
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_files_of_every_family(tmp_path):
     """Of one source tokenizer each; with other hash seeds, so with another order of every set."""
     for name, case in CASES.items():
@@ -425,7 +426,7 @@ from transformers import AutoConfig, AutoTokenizer
 folder, texts = sys.argv[1], json.loads(sys.argv[2])
 plain = AutoTokenizer.from_pretrained(folder)
 exact = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-exact.save_pretrained(sys.argv[2])
+exact.save_pretrained(sys.argv[3])
 assert not any(name == "glmd" or name.startswith("glmd.") for name in sys.modules)
 print(json.dumps({
     "class": type(plain).__name__, "exact class": type(exact).__name__,
@@ -437,6 +438,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_without_glmd_the_folder_loads_as_an_ordinary_tokenizer_in_silence(tmp_path):
     student, vocabulary = PAIRS[0]
     folder = tmp_path / "student"
@@ -675,6 +677,7 @@ def real_tokenizer(request, shared, tmp_path_factory):
     return classes.get(request.param, AutoTokenizer).from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_text_is_encoded_exactly_and_text_of_kept_tokens_alike_without_glmd(real_tokenizer, shared, tmp_path):
     tokenizer, size = real_tokenizer, len(real_tokenizer)

@@ -790,6 +790,7 @@ def test_model_and_tokenizer_share_their_ids_after_a_round_trip(tokenizer, tmp_p
     assert torch.allclose(actual, expected[..., torch.tensor(vocabulary.kept_ids)], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_real_masked_lm_keeps_its_predictions_with_half_of_its_vocabulary(shared, tmp_path):
     folder = str(shared / "models/minilm-l6-mlm")
