@@ -206,7 +206,7 @@ def _check(options: argparse.Namespace) -> None:
     from glmd.pipeline.elastic import processes_of
     from glmd.pipeline.run_folder import require_free_folder
     from glmd.planning.limits import require_sizes_and_room
-    from glmd.planning.plan import make_plan
+    from glmd.planning.plan import corpus_sources, make_plan
     from glmd.training.fsdp import require_sound_launch
 
     require_sound_launch(os.environ, config.mixed_precision)
@@ -223,7 +223,7 @@ def _check(options: argparse.Namespace) -> None:
         if config.teacher.cache is not None:
             from glmd.planning.caches import describe_cache
 
-            cache = [describe_cache(plan, [str(synthetic / "corpus.txt")] if synthetic else config.data.corpus)]
+            cache = [describe_cache(plan, corpus_sources(config, synthetic))]
     say("\n".join([describe(plan, processes), *cache, *of_the_run]))
 
 
@@ -245,7 +245,7 @@ def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
     from glmd.planning import run_cost as costs
     from glmd.planning.limits import require_sizes
-    from glmd.planning.plan import is_config_alone, make_plan, make_sketch
+    from glmd.planning.plan import corpus_sources, is_config_alone, make_plan, make_sketch
 
     layout = costs.Layout(options.devices, options.device_memory, options.sharding)
     if is_config_alone(config.teacher.model):
@@ -253,8 +253,7 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         with _synthetic(config) as synthetic:
             plan = make_plan(config, synthetic=synthetic)
-            sources = [str(synthetic / "corpus.txt")] if synthetic else config.data.corpus
-            require_sizes(plan, sources, processes=options.devices)
+            require_sizes(plan, corpus_sources(config, synthetic), processes=options.devices)
     cost = costs.run_cost(plan, layout, measure=options.measure)
     say(costs.to_json(cost) if options.json else costs.table(cost))
 

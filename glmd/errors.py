@@ -56,9 +56,9 @@ def disk_error(error: Exception) -> int | None:
     return number if number in _OF_A_DISK else None
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
+def counted(number: int, noun: str) -> str:
     """`1 block`, `2 blocks`, `1,000 examples`."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 # Names of 0.1.0, of keys, stages, signals and losses, and what they are called now.

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glmd.errors import DiskError, GlmdError, disk_error
+from filelock import FileLock, SoftFileLock, Timeout
+
+from glmd.errors import DiskError, GlmdError, RunError, disk_error
 
 MANIFEST = "MANIFEST.json"
 
@@ -94,6 +97,38 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written ({error.strerror}); {MAKE_ROOM}") from None
+
+
+@contextmanager
+def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
+    """Hold a file's lock. It is free when the process has ended, in whatever way.
+
+    taken: called with the name of the process that holds it, if one does; it may raise, else that one is waited for.
+    Raises RunError where the file cannot be locked.
+    """
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            taken(_holder(path))
+            lock.acquire()
+    except OSError as error:
+        raise RunError(f"{path} cannot be locked ({error.strerror})") from None
+    try:
+        if not SoftFileLock(path).is_lock_held_by_us:
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    found = path.read_text(encoding="utf-8").split()
+    if found[:1] == ["process"]:
+        return " ".join(found)
+    # Where a file system has no locks, a mark of filelock's stands in their place: a process, its host, its start.
+    return f"process {found[0]} on {found[1]}" if len(found) > 1 else "another process"
 
 
 @contextmanager

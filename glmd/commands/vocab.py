@@ -263,7 +263,5 @@ def _stock(tokenizer: Any, kept_ids: np.ndarray) -> Any:
 
     if len(kept_ids) == len(tokenizer):
         return tokenizer
-    token_map = np.full(len(tokenizer), len(kept_ids) - 1)
-    token_map[kept_ids] = np.arange(len(kept_ids))
-    compressed = compress_tokenizer(tokenizer, Vocabulary(kept_ids, token_map))
+    compressed = compress_tokenizer(tokenizer, Vocabulary.unmapped(kept_ids, len(tokenizer)))
     return PreTrainedTokenizerFast(tokenizer_object=compressed.backend_tokenizer)

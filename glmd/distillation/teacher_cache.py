@@ -16,7 +16,6 @@ of tasks `task_logits` and `logit_offsets` (R + 1,).
 """
 
 import bisect
-import fcntl
 import json
 import logging
 import os
@@ -42,7 +41,7 @@ from glmd.distillation.cached_teacher import DIGEST, CachedOutputs, digests, exa
 from glmd.distillation.teacher import AllOutputs, TeacherOutputs, unsound_examples
 from glmd.errors import DiskError, ModelError, RunError
 from glmd.losses.finite import not_finite
-from glmd.storage import file_sha256, write_atomically, write_problem
+from glmd.storage import file_sha256, locked, write_atomically, write_problem
 from glmd.tasks.dataset import TaskDataset
 
 logger = logging.getLogger(__name__)
@@ -115,16 +114,11 @@ class TeacherCache:
         """Hold the folder, after whoever else is making the same cache. For one process of a run."""
         self._require_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = (self.folder / "lock").open("a", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"teacher.cache {self.folder / 'lock'} cannot be opened ({error.strerror})") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("teacher.cache %s: waits for the run that is making it", self.folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
+
+        def wait(holder: str) -> None:
+            logger.info("teacher.cache %s: waits for %s, which is making it", self.folder, holder)
+
+        with locked(self.folder / "lock", wait):
             yield
 
     def missing(self, *, whole: bool = True) -> list[int]:

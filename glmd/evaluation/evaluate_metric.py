@@ -7,7 +7,7 @@ metric.compute()    # {"f1_binary": 0.71, "group_exact_match": 0.24}
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import datasets
 import evaluate
@@ -16,12 +16,13 @@ from glmd.evaluation.metrics import METRICS, require_metrics, score
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import Task, load_task
 
-TYPES = {
-    "label": datasets.Value("int64"),
-    "group": datasets.Value("string"),
-    "choices": datasets.List(datasets.Value("string")),
-    "answers": datasets.List(datasets.Value("string")),
-}
+HINTS = get_type_hints(TaskExample)
+TYPES = {int | None: datasets.Value("int64"), tuple[str, ...]: datasets.List(datasets.Value("string"))}
+
+
+def _type(field: str) -> Any:
+    """How `evaluate` keeps a field of the examples: numbers and lists as they are, all else as text."""
+    return TYPES.get(HINTS[field], datasets.Value("string"))
 
 
 class SuperGlueMetric(evaluate.Metric):
@@ -47,11 +48,11 @@ class SuperGlueMetric(evaluate.Metric):
         rows = [{field: getattr(example, field) for field in self.fields} for example in examples]
         if self.fields == ("label",):
             return [row["label"] for row in rows]
-        return [row | {"group": str(row["group"])} if row.get("group") is not None else row for row in rows]
+        texts = [field for field in self.fields if HINTS[field] not in TYPES]
+        return [row | {field: str(row[field]) for field in texts if row[field] is not None} for row in rows]
 
     def _info(self) -> evaluate.MetricInfo:
-        types: Any = {field: TYPES[field] for field in self.fields}
-        references = TYPES["label"] if self.fields == ("label",) else types
+        references = _type("label") if self.fields == ("label",) else {field: _type(field) for field in self.fields}
         return evaluate.MetricInfo(
             description=f"The metrics of {self.task.name}: {', '.join(self.task.metrics)}.",
             citation="arXiv:1905.00537",
@@ -64,9 +65,8 @@ class SuperGlueMetric(evaluate.Metric):
 
     def _example(self, example_id: int, reference: Any) -> TaskExample:
         given = {"label": reference} if self.fields == ("label",) else reference
-        choices = tuple(given.get("choices", ()))
+        read: dict[str, Any] = {"label": None}
+        read |= {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
         # The texts are gone; their number says how many candidates there are.
-        texts = (("", None),) * (len(choices) or len(self.task.choices) or 1)
-        group = (given["group"],) if given.get("group") is not None else None
-        answers = tuple(given.get("answers", ()))
-        return TaskExample(example_id, texts, given.get("label"), group=group, choices=choices, answers=answers)
+        texts = (("", None),) * (len(read.get("choices", ())) or len(self.task.choices) or 1)
+        return TaskExample(example_id, texts, **read)

@@ -122,22 +122,31 @@ class Metric:
 
     function: Callable[..., float]
     fields: tuple[str, ...]  # of TaskExample
+    needs: tuple[str, ...] = ()  # of the task, keys of NEEDS
 
     def __call__(self, predictions: np.ndarray, examples: Sequence[TaskExample]) -> float:
         return self.function(predictions, *([getattr(each, field) for each in examples] for field in self.fields))
 
 
+# All that says which metrics there are: a new one is a function and a row here.
 METRICS = {
     "accuracy": Metric(accuracy, ("label",)),
-    "macro_f1": Metric(macro_f1, ("label",)),
-    "f1_binary": Metric(f1_binary, ("label",)),
-    "matthews_correlation": Metric(matthews_correlation, ("label",)),
-    "group_exact_match": Metric(group_exact_match, ("label", "group")),
-    "gender_parity": Metric(gender_parity, ("group",)),
-    "record_f1": Metric(record_f1, ("choices", "answers")),
-    "record_exact_match": Metric(record_exact_match, ("choices", "answers")),
+    "macro_f1": Metric(macro_f1, ("label",), ("classes",)),
+    "f1_binary": Metric(f1_binary, ("label",), ("classes", "two labels")),
+    "matthews_correlation": Metric(matthews_correlation, ("label",), ("classes",)),
+    "group_exact_match": Metric(group_exact_match, ("label", "group"), ("groups",)),
+    "gender_parity": Metric(gender_parity, ("group",), ("groups",)),
+    "record_f1": Metric(record_f1, ("choices", "answers"), ("candidates",)),
+    "record_exact_match": Metric(record_exact_match, ("choices", "answers"), ("candidates",)),
 }
-OVER_CLASSES = ("macro_f1", "f1_binary", "matthews_correlation")  # the positions of candidates are no classes
+
+# Of a task, by name: whether it has what a metric needs, and what is said where it has not.
+NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
+    "classes": (lambda task: bool(task.labels), "classes, and the task has candidates; accuracy would work"),
+    "two labels": (lambda task: len(task.labels) == 2, "two labels, got {}; macro_f1 would work"),
+    "groups": (lambda task: bool(task.group_by), "group_by, the fields of a row that make its group"),
+    "candidates": (lambda task: bool(task.choices_from), "choices_from, the field of a row that lists its candidates"),
+}
 
 
 def require_metrics(task: Task) -> None:
@@ -146,14 +155,9 @@ def require_metrics(task: Task) -> None:
         where = f"task {task.name}: metric {name!r}"
         if name not in METRICS:
             raise ConfigError(f"{where} is unknown{suggestion(name, METRICS)}")
-        if name in OVER_CLASSES and not task.labels:
-            raise ConfigError(f"{where} needs classes, and the task has candidates; accuracy would work")
-        if name == "f1_binary" and len(task.labels) != 2:
-            raise ConfigError(f"{where} needs two labels, got {len(task.labels)}; macro_f1 would work")
-        if "group" in METRICS[name].fields and not task.group_by:
-            raise ConfigError(f"{where} needs group_by, the fields of a row that make its group")
-        if "answers" in METRICS[name].fields and not task.choices_from:
-            raise ConfigError(f"{where} needs choices_from, the field of a row that lists its candidates")
+        for has, what in (NEEDS[need] for need in METRICS[name].needs):
+            if not has(task):
+                raise ConfigError(f"{where} needs {what.format(len(task.labels))}")
     if task.group_by and not any("group" in METRICS[name].fields for name in task.metrics):
         raise ConfigError(f"task {task.name}: group_by has no effect: no metric is over groups; remove it")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from glmd.errors import NumericsError
 
 
-def require_finite(name: str, answers: Mapping[int, Sequence[float]], *, kind: str = "logits") -> None:
+def require_finite(name: str, answers: Mapping[int, Sequence[float]]) -> None:
     """Refuse answers of which one is not finite, with the first example of such. name: the model that gave them.
 
     Raises NumericsError.
@@ -22,7 +22,7 @@ def require_finite(name: str, answers: Mapping[int, Sequence[float]], *, kind: s
     bad = sorted(i for i, values in answers.items() if not all(map(math.isfinite, values)))
     if bad:
         value = next(value for value in answers[bad[0]] if not math.isfinite(value))
-        raise not_finite(name, bad, f"{kind} {value}")
+        raise not_finite(name, bad, f"logits {value}")
 
 
 def not_finite(name: str, examples: Sequence[int], found: str) -> NumericsError:

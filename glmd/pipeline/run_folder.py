@@ -6,13 +6,10 @@
 Only the main process reads and writes records; all ranks decide alike.
 """
 
-import fcntl
 import gc
 import json
 import logging
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +21,7 @@ from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError, RunError
 from glmd.models.loading import model_fingerprint
 from glmd.runtime.processes import is_main, on_main
-from glmd.storage import describe_files, files_problem, write_atomically, write_problem
+from glmd.storage import describe_files, files_problem, locked, write_atomically, write_problem
 
 logger = logging.getLogger(__name__)
 
@@ -97,27 +94,21 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this run. Raises RunError naming the process that has it."""
-        with ExitStack() as held:
-            on_main(lambda: self._take(held))
-            yield
 
-    def _take(self, held: ExitStack) -> None:
-        """Lock the folder until `held` ends."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((self.path / "lock").open("a+", encoding="utf-8"))
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise RunError(f"output_dir {self.path} {reason}; choose another") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another run"
-            raise RunError(f"output_dir {self.path} is in use by {owner}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        def refuse(holder: str) -> None:
+            raise RunError(f"output_dir {self.path} is in use by {holder}")
+
+        def take() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror})"
+                raise RunError(f"output_dir {self.path} {reason}; choose another") from None
+            held.enter_context(locked(self.path / "lock", refuse))
+
+        with ExitStack() as held:
+            on_main(take)
+            yield
 
     def record_config(self, config: RunConfig) -> None:
         on_main(lambda: write_atomically(self.path / "config.yaml", dump_config(config)))

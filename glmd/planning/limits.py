@@ -13,7 +13,7 @@ from pathlib import Path
 from glmd.data.blocks import block_frame
 from glmd.errors import ConfigError, ModelError, counted
 from glmd.planning.caches import estimated_tokens, held_out_blocks, store_of
-from glmd.planning.plan import Plan
+from glmd.planning.plan import Plan, corpus_sources
 from glmd.planning.run_cost import Layout, each_once, fitting_batch
 from glmd.planning.stages import Stage, lines
 from glmd.planning.step_cost import counted as rehearsed
@@ -29,7 +29,7 @@ SUSPICIOUS = 0.01  # of the memory, by hidden states alone: beyond it the step i
 
 def require_sizes_and_room(plan: Plan, synthetic: Path | None, processes: int) -> None:
     """Both, for a run on this machine. synthetic: where the embedded world lies, for `data.synthetic`."""
-    require_sizes(plan, [str(synthetic / "corpus.txt")] if synthetic else plan.config.data.corpus, processes=processes)
+    require_sizes(plan, corpus_sources(plan.config, synthetic), processes=processes)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and processes > 1
     require_room(plan, Layout(processes, sharding="fsdp" if sharded else "none"))
 

@@ -207,9 +207,7 @@ def kept_size(settings: VocabularyConfig, tokenizer: Any, *, texts: Sequence[str
         raise ConfigError(f"vocabulary: {error}") from None
     if len(kept_ids) < len(tokenizer):
         # A trial: which tokens are kept and where the others go is not known yet, whether it can be done is.
-        token_map = np.full(len(tokenizer), len(kept_ids) - 1)
-        token_map[kept_ids] = np.arange(len(kept_ids))
-        tokenizer = compress_tokenizer(tokenizer, Vocabulary(kept_ids, token_map))
+        tokenizer = compress_tokenizer(tokenizer, Vocabulary.unmapped(kept_ids, len(tokenizer)))
     require_reloadable(tokenizer)
     return len(kept_ids)
 

@@ -219,15 +219,15 @@ def chunk_bytes(cast: Cast, tokens: int, words: int, is_gpu: bool) -> int:
     return number * (words + theirs) * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu")
 
 
-def timed(cast: Cast, *, examples: int, length: int, choices: int = 1, repeats: int = 3) -> tuple[float, float]:
-    """Seconds of a micro-batch and of an update of the weights, medians of `repeats` after one that is not counted."""
+def timed(cast: Cast, *, examples: int, length: int, choices: int = 1) -> tuple[float, float]:
+    """Seconds of a micro-batch and of an update of the weights, medians of three after one that is not counted."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with device:
         step, batch = Step(cast), _batch(cast, examples, choices, length)
         step.distiller.to(device)
         optimizer = torch.optim.AdamW(step.parameters, fused=True)
         found = []
-        for _ in range(1 + repeats):
+        for _ in range(4):
             moments = [_now()]
             step.learn(batch, step.teach(batch))
             moments.append(_now())

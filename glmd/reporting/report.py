@@ -19,7 +19,7 @@ SYSTEMS = ("teacher", "student", "hard labels", "full vocabulary")
 
 @public
 def load_results(folder: str | Path) -> dict[str, Any]:
-    """results.json of a run folder. Raises RunError when the run has none, or it holds something else."""
+    """results.json of a run folder. Raises RunError when the run has none, or it is of 0.1 or something else."""
     path = Path(folder) / "results.json"
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -27,6 +27,10 @@ def load_results(folder: str | Path) -> dict[str, Any]:
         raise RunError(f"{folder}: no results.json; `glmd run` writes it when all stages are complete") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
+    version = str(results.get("glmd", "")) if isinstance(results, dict) else ""
+    if version.startswith("0.1."):
+        remedy = f"read it with glmd {version}, or run again with this one into a new folder"
+        raise RunError(f"{path}: was made by glmd {version}, whose results have other names; {remedy}")
     keys = {"system", "stage", "task", "seed"}
     if not (
         isinstance(results, dict)

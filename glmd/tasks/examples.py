@@ -19,9 +19,6 @@ from glmd.tasks.tasks import BLANK, NO_LABEL, Label, Task, _is_given, _listed, _
 logger = logging.getLogger(__name__)
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class TaskExample:
     """One example: what the model reads for each choice, and the right answer where it is known."""

@@ -12,8 +12,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from glmd.tasks.dataset import TaskDataset
 from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.training.fsdp import full_tensors, is_sharded, prepare_sharded
 from glmd.training.log import RunLog
+from glmd.training.meter import Meter
 from glmd.training.state import (
     LIBRARIES,
     code_of_a_step,
@@ -285,7 +286,7 @@ class Trainer:
             self.accelerator.scaler.update()  # else it would take the next gradients for unscaled ones
         logger.warning("%s: step %d is left out (%d of %d)", self.stage, step, self.progress.skipped, tolerated)
 
-    def _log(self, meter: "Meter", distiller: Distiller, step: int, max_steps: int, optimizer: Any) -> None:
+    def _log(self, meter: Meter, distiller: Distiller, step: int, max_steps: int, optimizer: Any) -> None:
         # Ranks may have texts of different length.
         tokens = torch.tensor(float(meter.tokens), device=self.accelerator.device)
         losses = meter.read(float(reduce(tokens, "sum") if self.accelerator.num_processes > 1 else tokens))
@@ -403,41 +404,6 @@ class Trainer:
             return max(received, default=0)
         mine = torch.tensor([max(received, default=0)], device=self.accelerator.device)
         return int(torch.stack(list(self.accelerator.gather(mine))).max())
-
-
-class Meter:
-    """Means of the terms over a logging interval, and its speed. Tensors stay on the device until they are read."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.last = names, dict.fromkeys(names, float("nan"))
-        self.tokens_per_second = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._means: list[Tensor] = []
-        self.tokens, self._since = 0, time.monotonic()
-
-    def add(self, means: Tensor, tokens: int) -> None:
-        self._means.append(means)
-        self.tokens += tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Count no time: what is done is no training."""
-        began = time.monotonic()
-        yield
-        self._since += time.monotonic() - began
-
-    def read(self, tokens: float) -> dict[str, float]:
-        """The means. tokens: of all ranks."""
-        if not self._means:  # every step of the interval was left out
-            self._reset()
-            return dict.fromkeys(self.names, float("nan"))
-        mean = torch.stack(self._means).mean(dim=0).tolist()
-        self.tokens_per_second = tokens / max(1e-9, time.monotonic() - self._since)
-        self.last = dict(zip(self.names, mean, strict=True))
-        self._reset()
-        return self.last
 
 
 def make_optimizer(distiller: Distiller, settings: StageConfig) -> torch.optim.AdamW:

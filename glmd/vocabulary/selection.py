@@ -21,29 +21,21 @@ SELECTIONS = ("closed", "free")
 
 
 def must_keep_ids(
-    tokenizer: Any,
-    *,
-    words: Iterable[str] = (),
-    texts: Iterable[str] = (),
-    ids: Iterable[int] = (),
-    single_characters: bool | None = None,
+    tokenizer: Any, *, words: Iterable[str] = (), texts: Iterable[str] = (), ids: Iterable[int] = ()
 ) -> set[int]:
     """Source ids that no budget may drop.
 
     These are special and added tokens, the unknown token, bytes, every piece of each of `words` (label words, names of
-    classes), of `texts` (what a folder itself puts before an input) and of what its chat template writes, and, if
-    `single_characters`, every one-character piece: with them in place the stock tokenizer of the exported folder
-    spells a rare word out where it would else give up.
+    classes), of `texts` (what a folder itself puts before an input) and of what its chat template writes, and,
+    where there are no bytes to spell with, every one-character piece: with them in place the stock tokenizer of the
+    exported folder spells a rare word out where it would else give up.
 
     ids: that the model's configs name, which would be stale if they were dropped; those out of range are left to
         `renumber_config`, which refuses them by their field.
-    single_characters: None keeps them where there are no bytes to spell with.
     """
     vocabulary = tokenizer.get_vocab()
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     keep_bytes = byte_ids(tokenizer)
-    if single_characters is None:
-        single_characters = not keep_bytes
     keep = {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *keep_bytes)}
     if tokenizer.unk_token_id is not None:
         keep.add(int(tokenizer.unk_token_id))
@@ -54,7 +46,7 @@ def must_keep_ids(
     prefix = model.get("continuing_subword_prefix") or ""
     for token, i in vocabulary.items():
         piece = token[len(prefix) :] if prefix and token.startswith(prefix) else token
-        if single_characters and len(piece) == 1:
+        if not keep_bytes and len(piece) == 1:
             keep.add(i)
     for word in words:
         keep |= _word_ids(tokenizer, word)

@@ -75,6 +75,13 @@ class Vocabulary:
         """Keep every token."""
         return cls(np.arange(source_size), np.arange(source_size), "identity", counts, unknown_id)
 
+    @classmethod
+    def unmapped(cls, kept_ids: np.ndarray, source_size: int) -> "Vocabulary":
+        """For what depends on the kept tokens alone: all others go onto the last one."""
+        token_map = np.full(source_size, len(kept_ids) - 1)
+        token_map[kept_ids] = np.arange(len(kept_ids))
+        return cls(kept_ids, token_map)
+
     @property
     def size(self) -> int:
         """K, the tokens kept."""
@@ -197,9 +204,9 @@ class InDegrees:
         return self.hubs[0][1] / self.dropped if self.hubs else 0.0
 
 
-def in_degrees(vocabulary: Vocabulary, *, top: int = 10) -> InDegrees:
-    """Statistics of the map, with its `top` largest hubs."""
+def in_degrees(vocabulary: Vocabulary) -> InDegrees:
+    """Statistics of the map, with its ten largest hubs."""
     taken = np.bincount(vocabulary.token_map[vocabulary.dropped_ids], minlength=vocabulary.size)
-    order = np.argsort(-taken, kind="stable")[:top]
+    order = np.argsort(-taken, kind="stable")[:10]
     hubs = tuple((int(vocabulary.kept_ids[i]), int(taken[i])) for i in order if taken[i])
     return InDegrees(dropped=int(taken.sum()), targets=int((taken > 0).sum()), hubs=hubs)

@@ -12,6 +12,7 @@ from glmd.errors import ConfigError, DataError
 from glmd.evaluation.metrics import (
     METRICS,
     SUPERGLUE,
+    Metric,
     accuracy,
     f1_binary,
     gender_parity,
@@ -429,6 +430,25 @@ def test_a_metric_that_cannot_score_a_task_is_refused_before_it_is_trained(task,
     message = refusal(ConfigError, require_metrics, dataclasses.replace(task, **changes))
     assert message.startswith(f"task {task.name}: metric {says}")
     assert refusal(ConfigError, score, dataclasses.replace(task, **changes), [0], examples([0])) == message
+
+
+def test_a_new_metric_is_one_function_and_one_row(tmp_path, monkeypatch):
+    """It reads a field that no other metric reads, is scored, kept by `evaluate`, and asks what its row says."""
+
+    def right_of_first(predictions, labels, ids):
+        return float(np.mean([p == y for p, y, name in zip(predictions, labels, ids, strict=True) if name == "first"]))
+
+    monkeypatch.setitem(METRICS, "right_of_first", Metric(right_of_first, ("label", "idx"), ("two labels",)))
+    task = dataclasses.replace(load_task("RTE"), metrics=("accuracy", "right_of_first"))
+    rows = examples([0, 1, 1, 0], idx=["first", "first", "second", "first"])
+    expected = {"accuracy": 0.75, "right_of_first": pytest.approx(2 / 3)}
+    assert score(task, [0, 1, 1, 1], rows) == expected
+    metric = evaluate_metric(task, tmp_path)
+    assert metric.compute(predictions=[0, 1, 1, 1], references=metric.references(rows)) == expected
+    with pytest.raises(DataError, match="RTE example 0 has no idx, which right_of_first needs"):
+        score(task, [0], examples([0]))
+    with pytest.raises(ConfigError, match="metric 'right_of_first' needs two labels, got 3"):
+        require_metrics(dataclasses.replace(load_task("CB"), metrics=("right_of_first",)))
 
 
 # --- The benchmark's average -------------------------------------------------------------------------------------

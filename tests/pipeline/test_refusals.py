@@ -4,12 +4,12 @@ Unless a test is about weights, the teacher's folder holds none: a refusal that 
 would be another one.
 """
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from glmd.cli import main
 
@@ -546,8 +546,7 @@ def test_a_folder_of_another_run_is_refused_field_by_field(refusal, finished, co
 
 def test_a_second_run_in_one_folder_is_refused_and_names_the_first(refusal, bare_teacher, write):
     lock = write("run/lock", "process 4711 on thathost\n")
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # weaker than a run's own: a run wants the folder for itself
+    with FileLock(lock):
         message = refusal(teacher=bare_teacher)
     assert message == f"RunError: output_dir {lock.parent} is in use by process 4711 on thathost"
     assert lock.read_text() == "process 4711 on thathost\n"

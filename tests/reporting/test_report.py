@@ -145,3 +145,16 @@ def test_a_file_that_holds_no_results_is_refused_by_name(tmp_path, text):
         load_results(tmp_path)
     found = f"{tmp_path / 'results.json'}: holds no results of a run; "
     assert str(refused.value) == found + "`glmd run` with the run's config writes them again"
+
+
+def test_results_of_0_1_are_refused_with_their_version_and_what_would_work(tmp_path):
+    """Their rows have the keys of today's, and other names below."""
+    row = {"system": "student", "stage": "task_words", "task": "RTE", "seed": 0, "words": {}, "cell": {}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"glmd": "0.1.0", "parameters": {}, "rows": [row]}))
+    with pytest.raises(RunError) as refused:
+        load_results(tmp_path)
+    assert str(refused.value) == (
+        f"{path}: was made by glmd 0.1.0, whose results have other names; "
+        "read it with glmd 0.1.0, or run again with this one into a new folder"
+    )

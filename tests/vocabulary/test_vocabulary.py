@@ -120,10 +120,9 @@ def test_special_tokens_characters_and_the_pieces_of_words_must_be_kept(tokenize
     tokenizer.add_special_tokens({"extra_special_tokens": ["<extra>"]})
     special = {0, 2, 3, 4, 5, V, V + 1}
     characters = set(range(6, 26))
-    assert must_keep_ids(tokenizer, single_characters=False) == special
     assert must_keep_ids(tokenizer) == special | characters
     word = {tokenizer.convert_tokens_to_ids(token) for token in ("w3", "##a")}
-    assert must_keep_ids(tokenizer, words=["w3a"], single_characters=False) == special | word
+    assert must_keep_ids(tokenizer, words=["w3a"]) == special | characters | word
 
 
 def test_a_word_the_tokenizer_does_not_know_is_refused_by_name(tokenizer):
