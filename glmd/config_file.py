@@ -59,7 +59,7 @@ def load_config(
         found = named_file("runs", str(path) if path is not None else "quickstart")
         file, values = str(found), load_yaml(found)
     texts = [overrides] if isinstance(overrides, str) else overrides
-    pairs = texts.items() if isinstance(texts, Mapping) else [_split_override(text) for text in texts]
+    pairs = list(texts.items()) if isinstance(texts, Mapping) else [_split_override(text) for text in texts]
     for key, value in [*pairs, *changes.items()]:
         _set_dotted(values, key, _plain(value))
     _fill_stage_defaults(values)
@@ -78,7 +78,17 @@ def load_config(
         # The words themselves are recorded with the run: the file may be another one when it is continued.
         words = words_of_file(vocabulary["keep_words"], f"{file}: vocabulary.keep_words")
         values["vocabulary"] = {**vocabulary, "keep_words": words}
-    return build(RunConfig, values, where=f"{file}:")
+    try:
+        return build(RunConfig, values, where=f"{file}:")
+    except ConfigError as error:
+        raise _of_override(str(error), file, [key for key, _ in pairs]) from None
+
+
+def _of_override(message: str, file: str, overrides: Iterable[str]) -> ConfigError:
+    """The refusal of a value, which names the override in place of the file where one gave it."""
+    place = message.removeprefix(f"{file}: ")
+    is_given = any(re.match(rf"{re.escape(key)}\b", place) for key in overrides)
+    return ConfigError(f"override {place}" if is_given else message)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

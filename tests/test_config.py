@@ -361,3 +361,9 @@ def test_a_folder_or_another_file_given_as_config_is_named_as_what_it_is(tmp_pat
 def test_a_key_of_an_earlier_version_is_refused_with_the_name_of_today(write, text, says):
     message = refusal(load_config, write("run.yaml", f"output_dir: o\n{text}\n"))
     assert says in message and "\n" not in message
+
+
+def test_a_value_that_an_override_gave_is_refused_as_the_overrides(load):
+    message = refusal(load, "pretraining: {warmup_ratio: 0.1}\n", "pretraining.warmup_ratio=2")
+    assert message == "override pretraining.warmup_ratio must be in [0, 1], got 2.0"
+    assert "run.yaml: pretraining.warmup_ratio" in refusal(load, "pretraining: {warmup_ratio: 2}\n", "seeds=[1]")

@@ -13,7 +13,7 @@ def describe(plan: Plan, world_size: int) -> str:
         f"method    {config.method}",
         f"weights   {_precision(plan)}",
         "",
-        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'words':>9}{'embedding':>11}",
+        f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'tokens':>9}{'embedding':>11}",
     ]
     sides = (("teacher", plan.teacher_config, plan.source_size), ("student", plan.student_config, plan.kept_size))
     for name, model, words in sides:
@@ -22,10 +22,10 @@ def describe(plan: Plan, world_size: int) -> str:
         text.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
     swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
     text += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
-    text += [_stage_line(stage, world_size) for stage, *_ in lines(plan, world_size) if not stage.is_control]
+    text += [_stage_line(stage, world_size) for stage, *_ in lines(plan, world_size)]
     controls = [name for name, on in vars(config.controls).items() if on]
     text += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
-    text += [f"sweep     {len(config.grid_points)} grid_points: {', '.join(swept)}"] if swept else []
+    text += [f"sweep     {len(config.grid_points)} grid points: {', '.join(swept)}"] if swept else []
     return "\n".join([*text, f"output    {config.output_dir}"])
 
 

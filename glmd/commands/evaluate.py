@@ -116,7 +116,7 @@ def _length(model: str, task: Task, asked: int | None) -> int:
     length = int(told) if told.isascii() and told.isdigit() and int(told) >= 8 else task.max_length
     chosen = min(length, positions or length)
     if chosen != task.max_length:
-        why = f"its card says {told}" if chosen == length else f"it has {positions} positions"
+        why = "its card says" if chosen == length else f"it has {positions} positions"
         logger.info("%s: reads %d tokens of an example, as %s; --max-length gives another", model, chosen, why)
     return chosen
 

@@ -39,7 +39,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "mapped
     require_free_output(output)
     if (source / "config.json").is_file():
         model, tokenizer = load_model_as_saved(str(source)), load_tokenizer(source)
-        origin = f"the student of {source.resolve().name}"
+        origin = f"the student in {source.resolve().parent.name}/{source.resolve().name}"
         if kind == "mapped":
             raise RunError(f"{source} is a model folder already; give --kind stock or expanded, or copy it")
     else:

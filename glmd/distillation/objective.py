@@ -8,6 +8,7 @@ divides once. A YAML may only name options that the loss function has.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,10 +36,11 @@ class Term:
     gkd_compat: bool = False  # lm_logits: divide by all B * S positions, pads included, as GLMD's published code does
     layers: str | tuple[tuple[int, ...], ...] = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
     projection: Literal["none", "linear"] = "none"  # hidden_states: a learned map from the student's width
+    label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
     @property
     def name(self) -> str:
-        return f"{self.signal}.{self.loss}"
+        return f"{self.signal}.{self.loss}" + (f".{self.label}" if self.label else "")
 
     @property
     def needs_masking(self) -> bool:
@@ -137,7 +139,8 @@ def load_method(name: str) -> dict[str, Objective]:
         parsed = tuple(parse_term(term, f"{where}[{i}]", stage) for i, term in enumerate(terms))
         names = [term.name for term in parsed]
         if len(set(names)) < len(names):
-            raise ConfigError(f"{path}: {stage} has a term twice ({', '.join(names)}); add their weights")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{where} has {twice} twice; add their weights, or give one of them a label of its own")
         method[stage] = Objective(parsed, intervention)
     if not method:
         raise ConfigError(f"{path}: no stage; name at least one of {', '.join(STAGES)}")
@@ -160,7 +163,7 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     if loss not in kind.losses:
         raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), kind.losses)}")
     options = _options(kind.losses[loss])
-    own = {"weight"}
+    own = {"weight", "label"}
     own |= {"tokens"} if kind.level != "example" and kind.labels is None else set()
     own |= {"gkd_compat"} if signal == "lm_logits" else set()
     own |= {"layers"} if kind.level == "layer" else set()
@@ -181,7 +184,10 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     gkd_compat = coerce(bool, values.get("gkd_compat", False), f"{where}.gkd_compat")
     layers = _checked_layers(values.get("layers", "uniform"), f"{where}.layers")
     projection: Any = coerce(Literal["none", "linear"], values.get("projection", "none"), f"{where}.projection")
-    return Term(signal, loss, weight, tokens, given, gkd_compat, layers, projection)
+    label = coerce(str, values.get("label", ""), f"{where}.label")
+    if not re.fullmatch(r"\w*", label):
+        raise ConfigError(f"{where}.label must be letters, digits and _, got {label!r}")
+    return Term(signal, loss, weight, tokens, given, gkd_compat, layers, projection, label)
 
 
 def parse_intervention(values: Any, where: str) -> Intervention:
@@ -190,7 +196,7 @@ def parse_intervention(values: Any, where: str) -> Intervention:
         raise ConfigError(f"{where} must be a mapping with a name, got {values!r}")
     name = values["name"]
     if name not in INTERVENTIONS:
-        known = suggestion(str(name), INTERVENTIONS) if INTERVENTIONS else "; none is known"
+        known = suggestion(str(name), INTERVENTIONS) if INTERVENTIONS else "; none is registered in INTERVENTIONS"
         raise ConfigError(f"{where}.name {name!r} is unknown{known}")
     options = _options(INTERVENTIONS[name])
     for key in values.keys() - {"name", *options}:
@@ -200,12 +206,15 @@ def parse_intervention(values: Any, where: str) -> Intervention:
 
 
 def _checked_layers(given: Any, where: str) -> str | tuple[tuple[int, ...], ...]:
-    if isinstance(given, str):
-        named: str = coerce(Literal["uniform", "last", "first", "all"], given, where)
-        return named
-    pairs = tuple(tuple(pair) for pair in coerce(list[list[int]], given, where))
+    if given in ("uniform", "last", "first", "all"):
+        return str(given)
+    try:
+        pairs = tuple(tuple(pair) for pair in coerce(list[list[int]], given, where))
+    except ConfigError:
+        pairs = ()
     if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
-        raise ConfigError(f"{where} must be uniform, last, first, all, or different pairs [[student, teacher], ...]")
+        wanted = "uniform, last, first, all, or different pairs [[student, teacher], ...]"
+        raise ConfigError(f"{where} must be {wanted}; got {given!r}")
     return pairs
 
 
@@ -222,6 +231,8 @@ def _checked_weight(weight: Any, where: str) -> float | dict[str, float]:
     for value in checked.values() if isinstance(checked, dict) else [checked]:
         if not 0 <= value < float("inf"):
             raise ConfigError(f"{where} must be at least 0, got {value}")
+    if not any(checked.values() if isinstance(checked, dict) else [checked]):
+        raise ConfigError(f"{where} is 0, so the term has no effect; remove the term")
     return checked
 
 

@@ -434,5 +434,9 @@ def prove_attentions(model: Any, *, training: bool) -> None:
     valid = inputs["attention_mask"].bool()
     sums = torch.stack([each.transpose(1, 2)[valid].sum(-1).float() for each in found])
     if not (sums - 1).abs().max() < 2e-2:
-        why = "are given after attention dropout; set that to 0 in student.config" if training else "do not sum to 1"
+        why = (
+            "are given after attention dropout; give student.config.attention_probs_dropout_prob=0, or its like"
+            if training
+            else "do not sum to 1"
+        )
         raise ModelError(f"{name}: its attentions cannot be compared: they {why}")

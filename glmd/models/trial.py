@@ -14,9 +14,9 @@ import torch
 
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError
-from glmd.models.heads import share_backbone
+from glmd.models.heads import backbone, share_backbone
 from glmd.models.loading import language_model_class
-from glmd.models.probes import prove_config, prove_language_model, prove_task_model
+from glmd.models.probes import prove_attentions, prove_config, prove_language_model, prove_task_model
 from glmd.models.student import student_model_config
 from glmd.vocabulary.renumbering import renumber_config, token_id_fields
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -33,12 +33,14 @@ def try_student(
     length: int,
     task_heads: Iterable[str] = (),
     is_whole: bool = False,
+    attentions: bool = False,
 ) -> None:
     """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
 
     chosen: the teacher's layers to copy, None from scratch. length: the most tokens that it reads at once.
     task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
     is_whole: the student keeps every row, so that its ids stay and need not be known.
+    attentions: they are compared with the teacher's.
     """
     import transformers
 
@@ -51,7 +53,7 @@ def try_student(
     config = student_model_config(few, student, num_layers, chosen)
     of_words: Any = language_model_class(config)
     try:
-        prove_config(config, of_words, prove_language_model, length=length)
+        prove_config(config, of_words, _prove_with_attentions if attentions else prove_language_model, length=length)
         for head in sorted(task_heads):
             of_task: Any = getattr(transformers, f"AutoModelFor{head}")
             prove_config(config, of_task, prove_task_model, length=length)
@@ -63,6 +65,12 @@ def try_student(
     except (ValueError, KeyError, TypeError) as error:  # no such head for this architecture
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None
+
+
+def _prove_with_attentions(model: Any) -> None:
+    prove_language_model(model)
+    backbone(model).set_attn_implementation("eager")  # type: ignore[operator]
+    prove_attentions(model, training=True)
 
 
 def _with_few_tokens(config: Any) -> Any:

@@ -109,6 +109,7 @@ def _try_student(plan: Plan) -> None:
     student, total = plan.config.student, plan.teacher_config.num_hidden_layers
     count = student.num_hidden_layers or total
     heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
+    attentions = [stage for stage, objective in plan.method.items() if "attentions" in objective.needs]
     try_student(
         student,
         plan.teacher_config,
@@ -117,6 +118,7 @@ def _try_student(plan: Plan) -> None:
         length=max(stage_lengths(plan.config, plan.method, plan.tasks).values()),
         task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
+        attentions=bool(attentions),
     )
 
 
@@ -238,8 +240,11 @@ def _with_parameters(plan: Plan) -> Plan:
         cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
     student_config = student_model_config(cut_config, student, count, chosen)
     require_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
-    for objective in plan.method.values():
-        require_layers(objective.terms, student_config, plan.teacher_config)
+    for stage, objective in plan.method.items():
+        try:
+            require_layers(objective.terms, student_config, plan.teacher_config)
+        except ConfigError as error:
+            raise ConfigError(f"method {plan.config.method}: {stage}: {error}") from None
     small = model_on_meta("student", saved_and_reopened(student_config))
     require_checkpointing(plan.config, plan.method, teacher, small)
     if chosen is not None:

@@ -25,6 +25,8 @@ def load_results(folder: str | Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{folder}: no results.json; `glmd run` writes it when all stages are complete") from None
+    except NotADirectoryError:
+        raise RunError(f"{folder} is a file; give the folder of a run") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
     version = str(results.get("glmd", "")) if isinstance(results, dict) else ""

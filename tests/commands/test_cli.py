@@ -99,6 +99,7 @@ def test_the_plans_steps_are_those_of_the_run(glmd, finished, tiny):
         "RTE task_teacher": trained["task_teacher"],
         "RTE task_lm": trained["task_lm"],
         "RTE task_soft_labels": trained["task_soft_labels"],
+        "RTE hard_labels": trained["hard_labels"],
     }
 
 

@@ -115,7 +115,17 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
         ("task_lm: [{signal: lm_logits, loss: mse, weight: much}]", "[0].weight must be a number", "much"),
         ("task_lm: [{signal: lm_logits, loss: mse, weight: {from: 1}}]", "[0].weight", "{from: a, to: b}"),
         ("task_lm: [{signal: lm_logits, loss: mse, weight: {from: 1, to: -1}}]", "[0].weight", "at least 0"),
-        (f"pretraining: [{GOOD}, {GOOD}]", "pretraining has a term twice", "add their weights"),
+        (
+            f"pretraining: [{GOOD}, {GOOD}]",
+            "pretraining has lm_logits.kl_divergence twice",
+            "add their weights, or give",
+        ),
+        (
+            "task_lm: [{signal: lm_logits, loss: mse, weight: 0}]",
+            "[0].weight is 0, so the term has no effect",
+            "remove",
+        ),
+        ("task_lm: [{signal: lm_logits, loss: mse, label: a.b}]", "[0].label must be letters, digits and _", "a.b"),
         ("{}", "no stage", "pretraining, task_lm, task_soft_labels"),
     ],
 )
@@ -216,3 +226,10 @@ def test_the_total_is_the_sum_of_weight_times_mean_and_weights_follow_the_progre
         total = objective.total(means, progress)
         assert total.item() == pytest.approx(weight * 10 + 3)
         assert torch.autograd.grad(total, means)[0].tolist() == [weight, 3.0]
+
+
+def test_terms_of_one_signal_and_loss_are_told_apart_by_their_labels(write: Write) -> None:
+    one, other = "signal: hidden_states, loss: mse, layers: [[0, 1]]", "signal: hidden_states, loss: mse, label: top"
+    found = load_method(str(write("two.yaml", f"pretraining: [{{{one}}}, {{{other}}}]")))["pretraining"].terms
+    assert [term.name for term in found] == ["hidden_states.mse", "hidden_states.mse.top"]
+    assert [term.layers for term in found] == [((0, 1),), "uniform"]

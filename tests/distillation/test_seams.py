@@ -173,7 +173,7 @@ def test_options_of_layers_are_checked_like_all_others(write: Write) -> None:
     good = load_method(str(write("good.yaml", f"task_lm: [{base}, layers: all, projection: linear, tokens: masked}}]")))
     assert good["task_lm"].terms == (Term("hidden_states", "mse", tokens="masked", layers="all", projection="linear"),)
     for given, message in (
-        (f"{base}, layers: middle}}", "layers must be one of uniform, last, first, all"),
+        (f"{base}, layers: middle}}", "layers must be uniform, last, first, all"),
         (f"{base}, layers: [[0, 1, 2]]}}", "different pairs"),
         (f"{base}, layers: [[0, 1], [0, 1]]}}", "different pairs"),
         (f"{base}, layers: []}}", "different pairs"),
@@ -361,7 +361,7 @@ def test_an_intervention_is_given_both_models_the_batch_and_the_progress_and_end
 def test_what_an_intervention_cannot_mean_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     terms = "terms: [{signal: lm_logits, loss: mse}]"
     for given, message in (
-        (f"{{{terms}, intervention: {{name: theseus}}}}", "name 'theseus' is unknown; none is known"),
+        (f"{{{terms}, intervention: {{name: theseus}}}}", "name 'theseus' is unknown; none is registered"),
         (f"{{{terms}, intervention: noise}}", "intervention must be a mapping with a name"),
         (f"{{{terms}, intervntion: {{name: x}}}}", "pretraining.intervntion is unknown; did you mean intervention"),
         ("{terms: []}", "pretraining must be a list of terms"),

@@ -72,7 +72,7 @@ def test_an_example_is_read_by_the_folders_own_length(finished, tmp_path, caplog
     student = shutil.copytree(finished.folder / "tasks/RTE/seed-0/task_soft_labels/student", tmp_path / "student")
     with caplog.at_level("INFO", "glmd"):
         assert _length(str(student), rte, None) == 32
-    assert "reads 32 tokens of an example, as its card says 32; --max-length gives another" in caplog.text
+    assert "reads 32 tokens of an example, as its card says; --max-length gives another" in caplog.text
     card = student / "README.md"
     card.write_text(card.read_text().replace("- max_length: 32", "- max_length: 320"))
     assert _length(str(student), rte, None) == 64, "as many as it has positions"

@@ -222,7 +222,9 @@ def test_an_expanded_student_reads_text_exactly_with_stock_parts_alone(finished,
     from transformers import AutoTokenizer
 
     source, output = finished.folder / "tasks/RTE/seed-0/task_soft_labels/student", tmp_path / "wide"
-    assert export_folder(source, output, kind="expanded") == f"{output}: the student of student, expanded"
+    assert (
+        export_folder(source, output, kind="expanded") == f"{output}: the student in task_soft_labels/student, expanded"
+    )
     tokenizer, teacher = AutoTokenizer.from_pretrained(output), finished.config.teacher.model
     assert tokenizer.get_vocab() == load_tokenizer(teacher).get_vocab() and not hasattr(tokenizer, "is_exact")
     assert stock_model(output).config.vocab_size == 86

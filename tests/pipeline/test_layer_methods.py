@@ -8,7 +8,9 @@ from glmd.cli import main
 from glmd.commands.export import export_folder
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.signals import SIGNALS
+from glmd.errors import ConfigError
 from glmd.pipeline.run import run
+from glmd.planning.plan import make_plan
 from glmd.planning.step_cost import Cast, counted
 from glmd.training.trainer import Trainer
 
@@ -123,3 +125,17 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
     named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", change]
     assert main(["check", *named]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_check_refuses_attention_dropout_where_attentions_are_compared(tiny, tmp_path, write, capsys):
+    path = write("attentions.yaml", "pretraining: [{signal: attentions, loss: mse, layers: last}]")
+    words = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}"]
+    assert main([*words, SPREAD]) == 0
+    assert main(words) == 2
+    assert "they are given after attention dropout; give student.config.attention" in capsys.readouterr().err
+
+
+def test_layers_that_do_not_exist_are_refused_with_method_and_stage(tiny, tmp_path, write):
+    path = write("far.yaml", "pretraining: [{signal: hidden_states, loss: mse, layers: [[5, 2]]}]")
+    with pytest.raises(ConfigError, match=r"far.yaml: pretraining: hidden_states.mse: layers"):
+        make_plan(tiny.config(tmp_path / "run", f"method={path}", "tasks={}"))

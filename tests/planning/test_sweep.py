@@ -163,7 +163,7 @@ def test_check_prints_the_lines_of_a_sweep(tiny, tmp_path, capsys):
         "learning_rate=0.001,max_steps=7"
     )
     assert (
-        "sweep     4 grid_points: task_soft_labels.learning_rate [0.001, 0.05], task_soft_labels.max_steps [7, 9]"
+        "sweep     4 grid points: task_soft_labels.learning_rate [0.001, 0.05], task_soft_labels.max_steps [7, 9]"
         in out
     )
 
