@@ -92,3 +92,11 @@ def test_the_exit_codes_of_the_page_are_those_of_the_errors():
     errors = [each for each in vars(glmd.errors).values() if isinstance(each, type) and hasattr(each, "exit_code")]
     documented = {int(code) for code in re.findall(r"^\| ([1234])[ ,]", RELIABILITY, re.MULTILINE)}
     assert {error.exit_code for error in errors} <= documented
+
+
+def test_nothing_lies_in_the_tree_but_what_was_put_there():
+    """A test that takes a text for a folder would leave one."""
+    top = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    files = {"README.md", "CHANGELOG.md", "LICENSE", "SECURITY.md", "CITATION.cff", "pyproject.toml", "mkdocs.yml"}
+    folders = {"glmd", "scripts", "tests", "configs", "docs", "benchmarks", "examples", "requirements"}
+    assert top - files - folders - {"runs", "build", "dist"} == set()
