@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmd.config import StageConfig, StudentConfig, TeacherConfig
+from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.sampling import StepPlan, evaluation_batches
 from glmd.distillation.distiller import Distiller
@@ -24,6 +24,7 @@ from glmd.distillation.teacher import OnlineTeacher
 from glmd.models.heads import Split
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
+from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import read_split
 from glmd.tasks.forms import task_form

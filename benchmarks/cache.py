@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from glmd.config import StageConfig, StudentConfig, TeacherConfig
+from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.batches import Collate
 from glmd.data.blocks import BlockDataset, block_texts
 from glmd.data.masking import masking_for
@@ -37,6 +37,7 @@ from glmd.distillation.teacher_cache import TeacherCache
 from glmd.models.heads import final_linear
 from glmd.models.loading import load_language_model, load_source_tokenizer
 from glmd.models.student import build_student
+from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form

@@ -20,11 +20,11 @@ import torch
 from accelerate import Accelerator
 from step import OBJECTIVE, Shape, Texts
 
-from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.runtime.determinism import cublas_workspace, same_bits
+from glmd.stage_config import StageConfig
 from glmd.training.log import RunLog
 from glmd.training.trainer import Trainer
 

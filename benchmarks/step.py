@@ -33,13 +33,13 @@ from torch.nn.functional import kl_div, log_softmax, softmax
 from transformers import BertConfig, BertForMaskedLM
 
 import glmd.distillation.distiller
-from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
 from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.distillation.teacher_cache import TeacherCache
+from glmd.stage_config import StageConfig
 from glmd.training.log import RunLog
 from glmd.training.trainer import Teacher, Trainer, make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary

@@ -11,15 +11,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from glmd import config, config_file
-from glmd.config import RunConfig, StageConfig
+from glmd import config, config_file, stage_config
+from glmd.config import RunConfig
+from glmd.stage_config import StageConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = ("teacher", "student", "vocabulary", "data", "controls")
 INTRO = """\
 # Configuration
 
-Made by `python docs/make_configuration.py` from `glmd/config.py`: change that file, not this one.
+Made by `python docs/make_configuration.py` from `glmd/config.py` and `glmd/stage_config.py`: change these files alone.
 
 A run is one YAML file of these keys, with `key=value` words after it on the command line:
 
@@ -69,7 +70,10 @@ def _table(cls: Any, keys: list[str], *, prefix: str = "") -> str:
 def _stage_table() -> str:
     types, meanings = _types(StageConfig), _meanings(StageConfig)
     pretraining, task = (vars(make()) for make in (config._pretraining_defaults, config._task_defaults))
-    allowed = {key: f"{types[key]}, in {config.RANGES[key]}" if key in config.RANGES else types[key] for key in types}
+    allowed = {
+        key: f"{types[key]}, in {stage_config.RANGES[key]}" if key in stage_config.RANGES else types[key]
+        for key in types
+    }
     rows = [[f"`{key}`", allowed[key], _shown(pretraining[key]), _shown(task[key]), meanings[key]] for key in types]
     return _markdown(["key", "type", "pretraining", "task stages", "meaning"], rows)
 

@@ -8,12 +8,12 @@ wrong key is answered at once.
 
 import dataclasses
 import itertools
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from glmd.errors import ConfigError, suggestion
+from glmd.errors import suggestion
+from glmd.stage_config import StageConfig, require
 from glmd.strict_yaml import build, coerce
 
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
@@ -36,113 +36,6 @@ FLOAT16_HEADS = "products with LM heads run in float32, as fp16 cannot hold thei
 MOST_LAYERS = 1000
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
 TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
-
-
-class Range(NamedTuple):
-    """The numbers that a setting may have: from `least` to `most`; `opens` and `closes` as mathematicians write it."""
-
-    least: float
-    most: float
-    opens: str = "["
-    closes: str = "]"
-
-    def __contains__(self, value: Any) -> bool:
-        above = self.least < value if self.opens == "(" else self.least <= value
-        return above and (value < self.most if self.closes == ")" else value <= self.most)
-
-    def __str__(self) -> str:
-        return f"{self.opens}{self.least:,}, {self.most:,}{self.closes}"
-
-
-# What a setting of a stage may be. Upper ends are beyond reason whatever the data and the machine; batches are compared
-# with both (glmd.planning.limits).
-RANGES = {
-    "max_steps": Range(1, 10**9),
-    "num_train_epochs": Range(0, 10**6, "("),
-    "per_device_train_batch_size": Range(1, math.inf, "[", ")"),
-    "gradient_accumulation_steps": Range(1, math.inf, "[", ")"),
-    "learning_rate": Range(0, 10, "("),
-    "warmup_ratio": Range(0, 1),
-    "min_lr_ratio": Range(0, 1),
-    "weight_decay": Range(0, math.inf, "[", ")"),
-    "adam_beta1": Range(0, 1, "[", ")"),
-    "adam_beta2": Range(0, 1, "[", ")"),
-    "adam_epsilon": Range(0, math.inf, "(", ")"),
-    "max_grad_norm": Range(0, math.inf, "(", ")"),
-    "skip_nonfinite": Range(0, 10**9),
-    "max_length": Range(8, 10**6),
-    "mlm_probability": Range(0, 1, "[", ")"),
-    "num_maskings": Range(1, 10**4),
-    "logging_steps": Range(1, 10**9),
-    "save_steps": Range(1, 10**9),
-    "save_total_limit": Range(1, 10**6),
-    "per_device_eval_batch_size": Range(1, math.inf, "[", ")"),
-}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """How one stage trains. Exactly one of `max_steps` and `num_train_epochs` says how long."""
-
-    max_steps: int | None = None
-    num_train_epochs: float | None = None
-    per_device_train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    # group_by_length: each step's texts are of like length, for fewer pads
-    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
-    gradient_checkpointing: bool = False  # run each layer again in the backward: less memory, more time, the same bits
-    learning_rate: float = 2e-5
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = 0.1
-    min_lr_ratio: float = 0.1  # the schedule ends at this share of learning_rate
-    weight_decay: float = 0.1  # not applied to biases and normalization weights
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    skip_nonfinite: int = 0  # so many steps may have a loss or gradient that is not finite: they are left out
-    max_length: int | None = None  # tokens; a task's own value if not given
-    mlm_probability: float | None = None  # share of masked tokens; None: 0.15 where the method needs it
-    num_maskings: int | None = None  # masked copies of each text, taken in turn by the epochs; None: one an epoch
-    logging_steps: int = 50
-    save_steps: int = 500
-    save_total_limit: int = 2
-    per_device_eval_batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        for name, allowed in RANGES.items():
-            value = getattr(self, name)
-            _require(value is None or value in allowed, f"{name} must be in {allowed}, got {value}")
-        _require(
-            self.max_steps is None or self.num_train_epochs is None,
-            "max_steps and num_train_epochs are both given; keep one (num_train_epochs= removes the other)",
-        )
-
-    def global_batch_size(self, world_size: int) -> int:
-        """Examples of one optimizer step, over all processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
-
-    def spread(self, begun_with: int, processes: int) -> "StageConfig":
-        """The same micro-batches in the same global batches for another number of processes, by accumulation."""
-        total = self.gradient_accumulation_steps * begun_with
-        _require(
-            total % processes == 0,
-            f"elastic: the {total} micro-batches of a step cannot be shared by {processes} processes; "
-            f"launch a number that divides {total}",
-        )
-        return dataclasses.replace(self, gradient_accumulation_steps=total // processes)
-
-    def steps(self, num_examples: int, world_size: int) -> int:
-        """Optimizer steps of the stage: max_steps, or enough for num_train_epochs."""
-        if self.max_steps is not None:
-            return self.max_steps
-        assert self.num_train_epochs is not None, "checked by RunConfig.stage"
-        return max(1, math.ceil(self.num_train_epochs * num_examples / self.global_batch_size(world_size)))
 
 
 @dataclass(frozen=True)
@@ -168,25 +61,25 @@ class TeacherConfig:
         return {"model": value} if isinstance(value, str) else value
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.scratch is None) == (self.pretraining is None),
             "scratch and pretraining belong together: give both or neither",
         )
         layers = (self.scratch or {}).get("num_hidden_layers", 1)
-        _require(
+        require(
             isinstance(layers, int) and 1 <= layers <= MOST_LAYERS,
             f"scratch.num_hidden_layers must be in [1, {MOST_LAYERS}], got {layers!r}",
         )
-        _require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
-        _require(not self.ensemble or self.scratch is None, "ensemble needs trained teachers; give model, not scratch")
+        require(self.model is None or self.scratch is None, "model and scratch are both given; keep one")
+        require(not self.ensemble or self.scratch is None, "ensemble needs trained teachers; give model, not scratch")
         named = [self.model, *self.ensemble]
-        _require(len(set(named)) == len(named) and "" not in named, f"ensemble names a model twice or none: {named}")
-        _require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
+        require(len(set(named)) == len(named) and "" not in named, f"ensemble names a model twice or none: {named}")
+        require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
         stages = self.cached_stages
         given = stages is not None
-        _require(not given or self.cache is not None, "cached_stages has no effect without cache; give a folder there")
-        _require(stages != [], "cached_stages names no stage; name one, or remove cache")
-        _require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
+        require(not given or self.cache is not None, "cached_stages has no effect without cache; give a folder there")
+        require(stages != [], "cached_stages names no stage; name one, or remove cache")
+        require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
 
 
 @dataclass(frozen=True)
@@ -203,9 +96,9 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         n = self.num_hidden_layers
-        _require(n is None or 1 <= n <= MOST_LAYERS, f"num_hidden_layers must be in [1, {MOST_LAYERS}], got {n}")
+        require(n is None or 1 <= n <= MOST_LAYERS, f"num_hidden_layers must be in [1, {MOST_LAYERS}], got {n}")
         for name in ("vocab_size", "num_hidden_layers", "architectures", "model_type"):
-            _require(name not in self.config, f"config.{name} is set by glmd; remove it")
+            require(name not in self.config, f"config.{name} is set by glmd; remove it")
 
 
 @dataclass(frozen=True)
@@ -226,21 +119,21 @@ class VocabularyConfig:
     corpus_weights: list[float] = field(default_factory=list)  # shares of data.corpus in the count, in its order
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.keep_ratio is None or self.size is None,
             "keep_ratio and size are both given; keep one (keep_ratio= removes it)",
         )
         r = self.keep_ratio
-        _require(r is None or 0 < r <= 1, f"keep_ratio must be in (0, 1], got {r}")
+        require(r is None or 0 < r <= 1, f"keep_ratio must be in (0, 1], got {r}")
         for name in ("size", "multiple_of"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         if self.mapping == "unk":
             for name in ("within_class", "similarity"):
                 given = getattr(self, name) != getattr(type(self), name)
-                _require(not given, f"{name} has no effect beside mapping unk, which compares nothing; remove it")
+                require(not given, f"{name} has no effect beside mapping unk, which compares nothing; remove it")
         weights = self.corpus_weights
-        _require(all(0 < w < float("inf") for w in weights), f"corpus_weights must be above 0, got {weights}")
+        require(all(0 < w < float("inf") for w in weights), f"corpus_weights must be above 0, got {weights}")
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -260,13 +153,13 @@ class DataConfig:
     eval_blocks: int = 64  # corpus blocks held out to measure word prediction
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not (self.synthetic and (self.corpus or self.superglue)),
             "synthetic makes its own corpus and tasks; remove corpus and superglue, or synthetic",
         )
-        _require(self.eval_blocks >= 1, f"eval_blocks must be at least 1, got {self.eval_blocks}")
-        _require(all(each.strip() for each in self.corpus), f"corpus has an empty entry: {self.corpus}")
-        _require(len(set(self.corpus)) == len(self.corpus), f"corpus names a source twice: {self.corpus}")
+        require(self.eval_blocks >= 1, f"eval_blocks must be at least 1, got {self.eval_blocks}")
+        require(all(each.strip() for each in self.corpus), f"corpus has an empty entry: {self.corpus}")
+        require(len(set(self.corpus)) == len(self.corpus), f"corpus names a source twice: {self.corpus}")
 
 
 @dataclass(frozen=True)
@@ -333,40 +226,40 @@ class RunConfig:
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # beside log.jsonl
 
     def __post_init__(self) -> None:
-        _require(bool(self.output_dir.strip()), "output_dir must not be empty")
-        _require(len(self.seeds) > 0, "seeds must name at least one seed")
-        _require(len(set(self.seeds)) == len(self.seeds), f"seeds has a value twice: {self.seeds}")
-        _require(len(set(self.report_to)) == len(self.report_to), f"report_to has a value twice: {self.report_to}")
-        _require(all(0 <= seed < 2**32 for seed in self.seeds), f"seeds must be in [0, 2**32), got {self.seeds}")
-        _require(
+        require(bool(self.output_dir.strip()), "output_dir must not be empty")
+        require(len(self.seeds) > 0, "seeds must name at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), f"seeds has a value twice: {self.seeds}")
+        require(len(set(self.report_to)) == len(self.report_to), f"report_to has a value twice: {self.report_to}")
+        require(all(0 <= seed < 2**32 for seed in self.seeds), f"seeds must be in [0, 2**32), got {self.seeds}")
+        require(
             self.dataloader_num_workers >= 0,
             f"dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}",
         )
         for task in self.tasks:
-            _require(
+            require(
                 re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", task) is not None,
                 f"tasks.{task}: letters, digits, - and _ only",
             )
             known = [each.name for each in dataclasses.fields(StageConfig)] + list(TASK_FILES)
             for key in self.tasks[task]:
-                _require(key in known, f"tasks.{task}.{key} is unknown{suggestion(str(key), known)}")
+                require(key in known, f"tasks.{task}.{key} is unknown{suggestion(str(key), known)}")
             for stage in ("task_teacher", "task_lm", "task_soft_labels"):
                 self.stage(stage, task)
             for name in TASK_FILES:
                 value = coerce(str | None, self.tasks[task].get(name), f"tasks.{task}.{name}")
-                _require(
+                require(
                     value is None or bool(value.strip()), f"tasks.{task}.{name} is empty; give a path, or remove it"
                 )
         for task in self.teacher.tasks:
-            _require(task in self.tasks, f"teacher.tasks.{task} is not among tasks{suggestion(task, self.tasks)}")
+            require(task in self.tasks, f"teacher.tasks.{task} is not among tasks{suggestion(task, self.tasks)}")
         for key in ("mlm_probability", "num_maskings"):
-            _require(
+            require(
                 getattr(self.task_teacher, key) is None,
                 f"task_teacher.{key} has no effect: a teacher is fine-tuned on clean inputs",
             )
 
         weights, sources = self.vocabulary.corpus_weights, self.data.corpus
-        _require(
+        require(
             not weights or len(weights) == len(sources) > 1,
             f"vocabulary.corpus_weights has {len(weights)} numbers, data.corpus {len(sources)} sources; "
             "give one number for each of two or more, or none",
@@ -376,14 +269,14 @@ class RunConfig:
             ("pretraining", self.pretraining),
             ("teacher.pretraining", self.teacher.pretraining),
         ):
-            _require(
+            require(
                 corpus_stage is None or corpus_stage.train_sampling_strategy == "random",
                 f"{name}.train_sampling_strategy has no effect: the blocks of a corpus are of one length; remove it",
             )
             for key in ("max_steps", "max_length"):
                 # Epochs would have to wait for the corpus to be counted; a plan is wanted before.
                 given = corpus_stage is None or getattr(corpus_stage, key) is not None
-                _require(given, f"{name}.{key} is missing; a stage on the corpus needs it")
+                require(given, f"{name}.{key} is missing; a stage on the corpus needs it")
 
     @property
     def grid_points(self) -> list[GridPoint]:
@@ -411,7 +304,7 @@ class RunConfig:
             if "num_train_epochs" in each and "max_steps" not in each:
                 each["max_steps"] = None
             stage = build(StageConfig, {**dataclasses.asdict(stage), **each}, where)
-        _require(
+        require(
             stage.max_steps is not None or stage.num_train_epochs is not None,
             f"{name} needs max_steps or num_train_epochs",
         )
@@ -424,20 +317,20 @@ class RunConfig:
     def _check_sweep(self) -> None:
         known = [each.name for each in dataclasses.fields(StageConfig) if each.name not in NOT_SWEPT]
         for stage, keys in self.sweep.items():
-            _require(
+            require(
                 stage in SWEPT_STAGES,
                 f"sweep.{stage} is no stage that can be swept; {' and '.join(SWEPT_STAGES)} can: the teachers and the "
                 "pretrained student are shared",
             )
-            _require(len(keys) > 0, f"sweep.{stage} names no setting; name one, or remove it")
+            require(len(keys) > 0, f"sweep.{stage} names no setting; name one, or remove it")
             for key, values in keys.items():
                 where = f"sweep.{stage}.{key}"
-                _require(key in known, f"{where} is no setting that can be swept{suggestion(str(key), known)}")
-                _require(len(values) > 1, f"{where} must list two or more values, got {values}")
-                _require(len(set(self._swept(stage, key))) == len(values), f"{where} has a value twice: {values}")
-        _require(not self.sweep or bool(self.tasks), "sweep has no effect without tasks; remove it")
+                require(key in known, f"{where} is no setting that can be swept{suggestion(str(key), known)}")
+                require(len(values) > 1, f"{where} must list two or more values, got {values}")
+                require(len(set(self._swept(stage, key))) == len(values), f"{where} has a value twice: {values}")
+        require(not self.sweep or bool(self.tasks), "sweep has no effect without tasks; remove it")
         longest = max(len(grid_point_name(grid_point)) for grid_point in self.grid_points)
-        _require(
+        require(
             longest <= 200,
             f"sweep: a grid point's folder would have a name of {longest} characters; sweep fewer settings",
         )

@@ -10,15 +10,14 @@ from glmd.config import (
     ControlsConfig,
     DataConfig,
     RunConfig,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
     VocabularyConfig,
     _pretraining_defaults,
-    _require,
     _task_defaults,
 )
 from glmd.errors import ConfigError
+from glmd.stage_config import StageConfig, require
 from glmd.strict_yaml import build, dump_yaml, load_yaml, named_file, parse_yaml
 
 
@@ -30,7 +29,7 @@ def words_of_file(path: str, field: str) -> list[str]:
         reason = getattr(error, "strerror", None) or "no UTF-8"
         raise ConfigError(f"{field}: {path} cannot be read ({reason}); give a file with a word a line") from None
     words = [line.strip() for line in lines if line.strip()]
-    _require(len(words) > 0, f"{field}: {path} holds no word")
+    require(len(words) > 0, f"{field}: {path} holds no word")
     return words
 
 
@@ -67,7 +66,7 @@ def load_config(
         values["tasks"] = [values["tasks"]]
     if isinstance(values.get("tasks"), list):
         names = [str(task) for task in values["tasks"]]
-        _require(len(set(names)) == len(names), f"{file}: tasks names a task twice: {names}")
+        require(len(set(names)) == len(names), f"{file}: tasks names a task twice: {names}")
         values["tasks"] = {name: {} for name in names}
     if isinstance(values.get("tasks"), dict):
         values["tasks"] = {task: changes or {} for task, changes in values["tasks"].items()}

@@ -4,9 +4,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from glmd.config import RunConfig, StageConfig
+from glmd.config import RunConfig
 from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError
+from glmd.stage_config import StageConfig
 from glmd.strict_yaml import MAX_BYTES, parse_yaml
 
 MINIMAL = "output_dir: out\nteacher: some/model\nvocabulary: {keep_ratio: 0.5}\n"

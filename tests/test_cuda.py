@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from test_trainer import Killed, assert_identical, weights_of
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.masking import Masking
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.runtime.determinism import cublas_workspace, same_bits
+from glmd.stage_config import StageConfig
 from glmd.training.log import RunLog
 from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary

@@ -8,19 +8,17 @@ A distilled logit is right only if all of this holds, and no name of a class say
 ModelError, one line, and leaves the model as it was.
 """
 
-import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmd.errors import GlmdError, ModelError, disk_error
 from glmd.models.heads import Split, final_linear, is_causal
 
-OTHER_LAYERS = "choose layers that it treats alike (even and first begin with the teacher's first one), or scratch"
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
 # Largest difference, as a share of the largest output, that is still rounding: one value for each width of a number.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -34,9 +32,9 @@ def prove_language_model(model: Any) -> None:
     the model causal, a later id moves no earlier logit; and a forward changes nothing in the model.
     """
     head, name = final_linear(model), type(model).__name__
-    with _as_it_was(model):
-        inputs = _probe(model)
-        own = _logits(model, inputs)
+    with as_it_was(model):
+        inputs = probe_inputs(model)
+        own = logits_of(model, inputs)
         with _refused(model, "its head does not run on its backbone's outputs alone"):
             parts = Split(model)
             split = head.logits(parts.hidden_before_final(parts.run_backbone(inputs)))
@@ -58,8 +56,8 @@ def prove_language_model(model: Any) -> None:
 @torch.no_grad()
 def prove_causal(model: Any) -> None:
     """Prove of a model that predicts next tokens, with whatever head, that a later id moves no earlier logit."""
-    with _as_it_was(model):
-        _require_causal(model, _logits(model, _probe(model)))
+    with as_it_was(model):
+        _require_causal(model, logits_of(model, probe_inputs(model)))
 
 
 @torch.no_grad()
@@ -70,9 +68,9 @@ def prove_task_model(model: Any) -> None:
     global attention, would train by one forward and be scored by another.
     """
     shaped = _shape_of(model)
-    with _as_it_was(model):
-        inputs = _probe(model)
-        own = _logits(model, shaped(inputs))
+    with as_it_was(model):
+        inputs = probe_inputs(model)
+        own = logits_of(model, shaped(inputs))
         with _refused(model, "its head does not run on its backbone's outputs alone"):
             parts = Split(model)
             split = parts.run_head(parts.run_backbone(inputs), inputs=shaped(inputs))
@@ -88,38 +86,6 @@ def prove_task_model(model: Any) -> None:
 def _shape_of(model: Any) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
     """How rows of ids are given to a model: of one with a multiple-choice head each is an example of one choice."""
     return one_choice_each if "MultipleChoice" in type(model).__name__ else dict
-
-
-@torch.no_grad()
-def prove_copied_layers(student: Any, teacher: Any, lists: Mapping[str, str], chosen: Sequence[int]) -> None:
-    """Prove that each copied layer, given what the teacher's was given, gives the teacher's output, bit for bit nearly.
-
-    The student's own forward is run; what it hands to a layer beside hidden states (masks, positions) is its own, so a
-    setting that a layer takes from its index, or that the forward does, shows.
-    lists: names of the student's module lists -> the teacher's, each with a module for every layer.
-    chosen: the teacher's layer of each of the student's.
-    """
-    if teacher.dtype != student.dtype:
-        teacher = copy.deepcopy(teacher).to(student.dtype)
-    inputs = _probe(teacher)
-    inputs["input_ids"] = inputs["input_ids"] % student.config.get_text_config().vocab_size  # ids that both have
-    for ours, theirs in lists.items():
-        pairs = [
-            (student.get_submodule(f"{ours}.{i}"), teacher.get_submodule(f"{theirs}.{j}")) for i, j in enumerate(chosen)
-        ]
-        with _as_it_was(teacher), _recorded([each for _, each in pairs]) as seen:
-            _logits(teacher, inputs)
-        with _as_it_was(student), _replayed([each for each, _ in pairs], seen) as got:
-            _logits(student, inputs)
-        for i, ((given, expected), output) in enumerate(zip(seen, got, strict=True)):
-            update = (expected - given).abs().max() if given.shape == expected.shape else expected.abs().max()
-            error = (output - expected).abs().max() if output.shape == expected.shape else torch.tensor(torch.inf)
-            if not error <= 1e-5 * update:
-                raise ModelError(
-                    f"student.initialization: layer {i} of the student is a copy of the teacher's layer {chosen[i]} "
-                    f"and gives another output (relative difference {error / update:.1e}): "
-                    f"{type(student).__name__} treats layers by their number; {OTHER_LAYERS}"
-                )
 
 
 @torch.no_grad()
@@ -175,7 +141,7 @@ def _require_reloadable(model: Any) -> None:
 @torch.no_grad()
 def require_length(model: Any, length: int) -> None:
     """Prove that a model reads so many tokens, whatever its table of positions is called."""
-    ids = _probe(model)["input_ids"][:1, :1].expand(1, length)
+    ids = probe_inputs(model)["input_ids"][:1, :1].expand(1, length)
     with _refused(model, f"it does not read {length} tokens at once", "give a smaller max_length"):
         model.eval()(**_shape_of(model)({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
 
@@ -184,7 +150,7 @@ def _require_trainable(model: Any) -> None:
     """Prove that a step can be made: Reformer, trained, reads texts of one length alone."""
     model.train()
     with _refused(model, "it cannot be trained"), torch.enable_grad():
-        model(**_shape_of(model)(_probe(model))).logits.square().mean().backward()
+        model(**_shape_of(model)(probe_inputs(model))).logits.square().mean().backward()
     if model.get_input_embeddings().weight.grad is None:
         raise ModelError(f"{type(model).__name__}: no gradient reaches its embeddings; it is not supported")
     if not all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
@@ -208,7 +174,7 @@ def _refused(model: Any, what: str, remedy: str = "it is not supported") -> Iter
         raise ModelError(f"{type(model).__name__}: {what} ({reason}); {remedy}") from None
 
 
-def _probe(model: Any) -> dict[str, Tensor]:
+def probe_inputs(model: Any) -> dict[str, Tensor]:
     """Three rows of ids: whole, whole with another last id, padded."""
     config = model.config.get_text_config()
     device, size, pad = (
@@ -226,7 +192,7 @@ def _probe(model: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     with _refused(model, "it does not read plain ids"):
         logits: Tensor = model(**inputs).logits
     read = logits[inputs["attention_mask"].bool()] if logits.ndim == 3 else logits
@@ -252,7 +218,7 @@ def _require_padding_unseen(
 ) -> None:
     """A row's outputs are the same without its padding."""
     count = int(inputs["attention_mask"][2].sum())
-    alone = _logits(model, shaped({key: each[2:, :count] for key, each in inputs.items()}))[0]
+    alone = logits_of(model, shaped({key: each[2:, :count] for key, each in inputs.items()}))[0]
     padded = own[2, :count] if own.ndim == 3 else own[2]
     if _differ(padded, alone):
         raise ModelError(
@@ -262,7 +228,7 @@ def _require_padding_unseen(
 
 
 def _require_repeatable(model: Any, inputs: Mapping[str, Tensor], own: Tensor) -> None:
-    if _differ(_logits(model, inputs), own):
+    if _differ(logits_of(model, inputs), own):
         raise ModelError(
             f"{type(model).__name__}: gives another output each time for the same ids; it is not supported"
         )
@@ -286,7 +252,7 @@ def _differ(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
+def as_it_was(model: Any) -> Iterator[None]:
     """In evaluation mode, and then in the mode it was in. Raises ModelError where a forward changed the model."""
     modes = {module: module.training for module in model.modules()}
     before = _state(model)
@@ -325,89 +291,6 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or a != a)
 
 
-def _hidden_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-    """Where the hidden states are among what a layer is called with: the first of real numbers, (B, S, ..., H)."""
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for place, value in places:
-        if isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point():
-            return place
-    raise ModelError("student.initialization: a layer that is given no hidden states cannot be proved; give scratch")
-
-
-def _main_output(output: Any) -> Tensor:
-    found = next(iter(output.values())) if isinstance(output, Mapping) else output
-    result: Tensor = found if isinstance(found, Tensor) else found[0]
-    return result
-
-
-@contextmanager
-def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """(input, output) of each module's last call."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    result: list[tuple[Tensor, Tensor]] = []
-
-    def record(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        place = _hidden_place(args, kwargs)
-        given = (args[place] if isinstance(place, int) else kwargs[place]).clone()
-        output = forward(*args, **kwargs)
-        seen[module] = (given, _main_output(output).clone())
-        return output
-
-    with _wrapped(modules, record):
-        yield result
-    result += _of_each(seen, modules)
-
-
-@contextmanager
-def _replayed(modules: Sequence[nn.Module], seen: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
-    """The modules' outputs, each on the recorded input in place of its own."""
-    given = {module: each for module, (each, _) in zip(modules, seen, strict=True)}
-    outputs: dict[nn.Module, Tensor] = {}
-    result: list[Tensor] = []
-
-    def replace(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        place = _hidden_place(args, kwargs)
-        if isinstance(place, int):
-            args = (*args[:place], given[module], *args[place + 1 :])
-        else:
-            kwargs = kwargs | {place: given[module]}
-        output = forward(*args, **kwargs)
-        outputs[module] = _main_output(output).clone()
-        return output
-
-    with _wrapped(modules, replace):
-        yield result
-    result += _of_each(outputs, modules)
-
-
-def _of_each(found: Mapping[nn.Module, Any], modules: Sequence[nn.Module]) -> list[Any]:
-    if not set(modules) <= found.keys():
-        raise ModelError("student.initialization: a layer is never called, so no copy of it is proved; give scratch")
-    return [found[module] for module in modules]
-
-
-@contextmanager
-def _wrapped(modules: Sequence[nn.Module], wrapper: Callable[..., Any]) -> Iterator[None]:
-    """For a time each module's forward is `wrapper(module, its forward, args, kwargs)`.
-
-    No hooks: SqueezeBERT calls the forward of its layers itself, which would pass them by.
-    """
-    own = {module: module.__dict__.get("forward") for module in modules}
-
-    def wrap(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: wrapper(module, forward, args, kwargs)
-
-    for module in modules:
-        module.forward = wrap(module, module.forward)
-    try:
-        yield
-    finally:
-        for module, before in own.items():
-            del module.forward
-            if before is not None:
-                module.forward = before
-
-
 def one_choice_each(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """(R, S) rows as R examples of one choice for a stock multiple-choice model: no row is spent on padding."""
     return {name: each.unsqueeze(1) for name, each in inputs.items()}
@@ -420,7 +303,7 @@ def prove_attentions(model: Any, *, training: bool) -> None:
     training: as it is while it learns; transformers gives them after their dropout.
     """
     split, name, modes = Split(model), type(model).__name__, {module: module.training for module in model.modules()}
-    inputs = _probe(model)
+    inputs = probe_inputs(model)
     try:
         model.train(training)
         with torch.random.fork_rng(), _refused(model, "it does not give its attentions"):

@@ -20,11 +20,12 @@ from transformers import PreTrainedConfig
 
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError, disk_error, suggestion
+from glmd.models.copied_layers import OTHER_LAYERS, prove_copied_layers
 from glmd.models.factorized_embeddings import check_narrow, copy_around_layers, narrow_config
 from glmd.models.heads import backbone_name
 from glmd.models.layers import layer_indices, layer_lists
 from glmd.models.loading import language_model_class
-from glmd.models.probes import OTHER_LAYERS, prove_copied_layers, prove_language_model
+from glmd.models.probes import prove_language_model
 from glmd.vocabulary.slicing import slice_model
 from glmd.vocabulary.vocabulary import Vocabulary
 

@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-from glmd.config import StageConfig
 from glmd.errors import RunError
 from glmd.pipeline.run_folder import begun_with, is_complete
 from glmd.planning.plan import Plan
 from glmd.planning.stages import stages
+from glmd.stage_config import StageConfig
 
 
 def require_shareable(plan: Plan, begun: int, processes: int) -> None:

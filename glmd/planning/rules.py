@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glmd.config import RunConfig, StageConfig
+from glmd.config import RunConfig
 from glmd.distillation.objective import Objective, load_method
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError
+from glmd.stage_config import StageConfig
 from glmd.tasks.forms import CASTINGS, task_form
 from glmd.tasks.tasks import Task, load_task
 

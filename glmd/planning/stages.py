@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from glmd.config import GridPoint, StageConfig, grid_point_name
+from glmd.config import GridPoint, grid_point_name
 from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.signals import Need
 from glmd.planning.plan import Plan
 from glmd.planning.rules import cached_stages
 from glmd.planning.task_plan import TaskPlan
+from glmd.stage_config import StageConfig
 from glmd.tasks.examples import TaskExample
 
 Kind = Literal["teacher", "vocabulary", "task_teacher", "pretraining", "task_lm", "task_soft_labels", "hard_labels"]

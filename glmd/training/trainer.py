@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import StepPlan, step_batches
@@ -36,6 +35,7 @@ from glmd.errors import ModelError, NumericsError, RunError
 from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
+from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset
 from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.training.fsdp import full_tensors, is_sharded, prepare_sharded

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, LlamaConfig
 
 from glmd.cli import main
-from glmd.config import StageConfig
 from glmd.config_file import load_config
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term, load_method
@@ -23,6 +22,7 @@ from glmd.models.loading import language_model_class
 from glmd.planning.plan import is_config_alone, make_plan, make_sketch
 from glmd.planning.run_cost import USABLE, Layout, RunCost, run_cost, to_json
 from glmd.planning.step_cost import MORE_FLOPS, Allocated, Cast, counted
+from glmd.stage_config import StageConfig
 from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task
 from glmd.training.trainer import make_optimizer

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import glmd.training.trainer
-from glmd.config import StageConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.masking import Masking
 from glmd.data.sampling import StepPlan, step_batches
@@ -33,6 +32,7 @@ from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import NumericsError, RunError
 from glmd.losses.head import Head
+from glmd.stage_config import StageConfig
 from glmd.storage import write_manifest
 from glmd.training.checkpoint import load_checkpoint
 from glmd.training.fsdp import take_up_sharding
