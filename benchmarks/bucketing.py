@@ -29,7 +29,7 @@ from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import read_split
 from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task
-from glmd.training.trainer import make_optimizer
+from glmd.training.optimizer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 STRATEGIES = ("random", "group_by_length")

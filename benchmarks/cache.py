@@ -43,7 +43,8 @@ from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import load_task
-from glmd.training.trainer import Teacher, make_optimizer
+from glmd.training.optimizer import make_optimizer
+from glmd.training.trainer import Teacher
 from glmd.vocabulary.build import build_vocabulary
 
 

@@ -24,7 +24,7 @@ from glmd.models.loading import language_model_class
 from glmd.planning.plan import make_plan
 from glmd.planning.run_cost import Layout, run_cost
 from glmd.planning.step_cost import MORE_FLOPS
-from glmd.training.trainer import make_optimizer
+from glmd.training.optimizer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 

@@ -41,7 +41,8 @@ from glmd.distillation.teacher import OnlineTeacher
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.stage_config import StageConfig
 from glmd.training.log import RunLog
-from glmd.training.trainer import Teacher, Trainer, make_optimizer
+from glmd.training.optimizer import make_optimizer
+from glmd.training.trainer import Teacher, Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 OBJECTIVE = Objective((Term("lm_logits", "kl_divergence", options={"temperature": TEMPERATURE}),))

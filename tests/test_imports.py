@@ -22,7 +22,8 @@ PACKAGE = Path(glmd.__file__).parent
 # but not its neighbors between the same bars.
 WINGS = """
 version errors | runtime | storage strict_yaml losses | stage_config public | config | config_file data | vocabulary
-| models | tasks | distillation | training evaluation | planning | reporting | pipeline | commands tokenizer | cli | __main__
+| models | tasks | distillation | training evaluation | planning | reporting | pipeline | commands tokenizer | cli
+| __main__
 """
 RANK = {name: rank for rank, group in enumerate(WINGS.split("|")) for name in group.split()}
 

@@ -35,24 +35,6 @@ def copy_weights_into(distiller: Distiller, trained: Distiller) -> None:
         load_trainable(distiller.to("cpu"), full_tensors(trainable(trained)))
 
 
-def optimizer_tensors(distiller: Distiller, optimizer: Any) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in trainable(distiller).items()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer(distiller: Distiller, optimizer: Any, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in trainable(distiller).items():
-        if f"{name}.step" not in tensors:  # no step yet, as all were left out, or it had no gradient in any
-            continue
-        for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = shard_like(tensors[f"{name}.{key}"], parameter)
-        # AdamW keeps its step counter beside the parameter only when fused.
-        optimizer.state[parameter]["step"] = tensors[f"{name}.step"].to(parameter.device)
-
-
 def code_of_a_step() -> dict[str, Any]:
     """What computes a step: its version, and the libraries'."""
     return {"step": STEP_VERSION, **{name: version(name) for name in LIBRARIES}}

@@ -31,7 +31,7 @@ from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.schedules import learning_rate_factor
 from glmd.distillation.teacher import AllOutputs, unsound_examples
-from glmd.errors import ModelError, NumericsError, RunError
+from glmd.errors import NumericsError, RunError
 from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
@@ -41,15 +41,8 @@ from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_ch
 from glmd.training.fsdp import full_tensors, is_sharded, prepare_sharded
 from glmd.training.log import RunLog
 from glmd.training.meter import Meter
-from glmd.training.state import (
-    LIBRARIES,
-    code_of_a_step,
-    copy_weights_into,
-    load_optimizer,
-    load_trainable,
-    optimizer_tensors,
-    trainable,
-)
+from glmd.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from glmd.training.state import LIBRARIES, code_of_a_step, copy_weights_into, load_trainable, trainable
 
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], AllOutputs]
@@ -404,24 +397,6 @@ class Trainer:
             return max(received, default=0)
         mine = torch.tensor([max(received, default=0)], device=self.accelerator.device)
         return int(torch.stack(list(self.accelerator.gather(mine))).max())
-
-
-def make_optimizer(distiller: Distiller, settings: StageConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only, as in BERT.
-
-    Raises ModelError for weights of half precision: most updates are smaller than their steps, and would be lost.
-    """
-    for name, parameter in trainable(distiller).items():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise ModelError(f"{name} is {kind}, in which it would not learn; load it in torch.float32")
-    named = list(trainable(distiller).values())
-    groups = [
-        {"params": [p for p in named if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, fused=True)
 
 
 def _mix(seed: int, counter: int) -> int:

@@ -25,7 +25,7 @@ from glmd.planning.step_cost import MORE_FLOPS, Allocated, Cast, counted
 from glmd.stage_config import StageConfig
 from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task
-from glmd.training.trainer import make_optimizer
+from glmd.training.optimizer import make_optimizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from glmd.models.loading import load_language_model
 from glmd.planning.plan import make_plan
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import load_task
-from glmd.training.trainer import make_optimizer
+from glmd.training.optimizer import make_optimizer
 
 HALVES = (torch.bfloat16, torch.float16)
 
