@@ -160,8 +160,10 @@ class Split:
     def __init__(self, model: nn.Module) -> None:
         self.model, body = model, backbone(model)
         self.is_causal = is_causal(model.config)
-        parameters = inspect.signature(body.forward).parameters
-        self.columns = frozenset(parameters)
+        parameters: Mapping[str, Any] = inspect.signature(body.forward).parameters
+        if "input_ids" not in parameters:  # a wrapper that hands on what it is given, as BART's decoder has
+            parameters = inspect.signature(model.forward).parameters
+        self.columns = frozenset(parameters) - {"labels"}
         # BERT can be a decoder too, and would say so when its layers are run again in the backward.
         self.keeps_keys = self.is_causal or "use_cache" in parameters
 

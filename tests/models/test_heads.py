@@ -355,6 +355,10 @@ def test_a_split_gives_a_model_the_columns_that_its_forward_names_and_no_others(
     batch = dict.fromkeys((*names, "lm_labels", "labels", "example_id", "predicts"), ids)
     assert set(Split(model_of("Bert")).inputs(batch)) == set(names)
     assert set(Split(model_of("ModernBert")).inputs(batch)) == set(names) - {"token_type_ids"}
+    decoder = transformers.BartForCausalLM(
+        transformers.BartConfig(d_model=8, decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8, vocab_size=V)
+    )
+    assert set(Split(decoder).inputs(batch)) == {"input_ids", "attention_mask"}, "its wrapper names nothing"
 
 
 def test_a_copy_of_two_models_and_their_splits_is_of_the_copied_models() -> None:
