@@ -14,6 +14,7 @@ from glmd.errors import ModelError
 from glmd.models.loading import (
     WEIGHTS,
     from_pretrained,
+    is_tied,
     language_model_class,
     load_model_config,
     looks_local,
@@ -56,7 +57,7 @@ def require_one_matrix(model: Any, name: str) -> None:
     import torch
     from safetensors import safe_open
 
-    if not getattr(model.config, "tie_word_embeddings", False):
+    if not is_tied(model):
         return
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [next((key for key, each in model.named_modules() if each is end), None) for end in ends]

@@ -759,3 +759,17 @@ def test_check_counts_the_ids_of_the_config_among_those_that_must_be_kept(
     make_plan(tiny.config(tmp_path / "run", *settings))
     with pytest.raises(ConfigError, match=f"{required} of .* tokens would be kept, but {required + 1} must be"):
         make_plan(tiny.config(tmp_path / "run", f"teacher={odd_pad}", *settings))
+
+
+def test_a_class_that_keeps_two_matrices_though_its_config_says_one_is_taken_as_it_is(tmp_path: Any) -> None:
+    from transformers import LukeConfig, LukeForMaskedLM
+
+    from glmd.models.weight_headers import require_language_model
+
+    config = LukeConfig(
+        vocab_size=20, entity_vocab_size=4, hidden_size=8, entity_emb_size=8, num_hidden_layers=1,
+        num_attention_heads=1, intermediate_size=8,
+    )  # fmt: skip
+    assert config.tie_word_embeddings
+    LukeForMaskedLM(config).save_pretrained(tmp_path)
+    require_language_model(str(tmp_path), field="teacher.model")
