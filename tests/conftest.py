@@ -14,6 +14,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # as the command line does
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum depend on it, here and in the processes of tests
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -25,7 +27,9 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Begin with the files of most slow tests, so that no worker is left alone with one; skip what needs a GPU."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     wanted = [item for item in items if item.get_closest_marker("cuda") is not None]
     if wanted:
         import torch

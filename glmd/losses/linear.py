@@ -366,6 +366,6 @@ def _check_shapes(student: _Side, teacher: _Side) -> None:
     if student.head.merged_into is not None or student.head.size != teacher.head.size:
         merged = len(teacher.head.weight) - teacher.head.size
         raise ValueError(
-            f"the student's head has {len(student.head.weight)} words and the teacher's {len(teacher.head.weight)}"
+            f"the student's head has {len(student.head.weight)} tokens and the teacher's {len(teacher.head.weight)}"
             f"{f', of which {merged} are merged' if merged else ''}; slice the teacher's to the kept tokens first"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from glmd.config import ConfigError
+from glmd.errors import ConfigError
 from glmd.runtime.determinism import VARIABLE, cublas_workspace, is_repeatable, same_bits
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
