@@ -1,4 +1,4 @@
-"""glmd: distil a large Hugging Face language model into a small one, weights and vocabulary.
+"""glmd: distill a large Hugging Face language model into a small one, weights and vocabulary.
 
     results = glmd.run("configs/runs/minilm-superglue.yaml", teacher="MODEL", output_dir="runs/mine")
     print(glmd.results_table(results))

@@ -46,7 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glmd",
-        description="Distil a large Hugging Face language model into a small one, weights and vocabulary.",
+        description="Distill a large Hugging Face language model into a small one, weights and vocabulary.",
     )
     parser.add_argument("--version", action="version", version=f"glmd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -86,7 +86,8 @@ def load_config(
 def _of_override(message: str, file: str, overrides: Iterable[str]) -> ConfigError:
     """The refusal of a value, which names the override in place of the file where one gave it."""
     place = message.removeprefix(f"{file}: ")
-    is_given = any(re.match(rf"{re.escape(key)}\b", place) for key in overrides)
+    unknown = place.partition(" is unknown")[0]  # a group of keys, perhaps, of which an override gave one
+    is_given = any(re.match(rf"{re.escape(key)}\b", place) or key.startswith(f"{unknown}.") for key in overrides)
     return ConfigError(f"override {place}" if is_given else message)
 
 

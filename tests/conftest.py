@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             for item in wanted:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU of NVIDIA"))
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

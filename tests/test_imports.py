@@ -131,7 +131,7 @@ assert glmd.cli.main(["run", "minilm-superglue", "pretraining.learning_rte=1"]) 
 print(sorted({"torch", "transformers", "accelerate", "datasets", "numpy"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Distil a large Hugging Face language model" in done.stdout
+    assert "Distill a large Hugging Face language model" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
     assert "did you mean learning_rate?" in done.stderr
 

@@ -155,7 +155,7 @@ def require_vocabulary_effects(
     if settings.teacher_mass == "merge" and (
         is_whole or not any("head" in objective.teacher_needs for objective in method.values())
     ):
-        why = "every token is kept" if is_whole else f"method {config.method} distils no LM logits"
+        why = "every token is kept" if is_whole else f"method {config.method} distills no LM logits"
         raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")
     for name, default in (("within_class", False), ("similarity", "input"), ("corpus_weights", [])):
         if is_whole and getattr(settings, name) != default:

@@ -1,7 +1,7 @@
 """The tokenizer of a student whose vocabulary was compressed. This file travels inside every exported folder.
 
 Text is cut by the teacher's tokenizer, then each id is mapped onto a kept one, so that student and teacher see
-the same positions. Everything else (decoding, length, special tokens, padding) is an stock tokenizer over the
+the same positions. Everything else (decoding, length, special tokens, padding) is a stock tokenizer over the
 kept tokens. Without this file the folder loads as that stock tokenizer, which cuts rare words differently.
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -4,7 +4,7 @@
     save_tokenizer(tokenizer, folder)
     tokenizer = load_tokenizer(folder)
 
-The folder's tokenizer.json is an stock tokenizer over the kept tokens; the source tokenizer and the map lie
+The folder's tokenizer.json is a stock tokenizer over the kept tokens; the source tokenizer and the map lie
 beside it. Importing this module makes AutoTokenizer give the exact class for such folders.
 """
 
