@@ -23,7 +23,7 @@ from glmd.errors import ConfigError, suggestion
 from glmd.losses.head import Head
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.logits import LOGIT_LOSSES, LogitScaling, check_temperature
-from glmd.losses.rows import FUSED, EagerRows, LossSpec, Rows
+from glmd.losses.rows import FUSED, EagerRows, Factor, LossSpec, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,15 @@ def linear_distillation_loss(
     loss: str = "kl_divergence",
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
+    factor: Factor = 1.0,
 ) -> Tensor:
-    """Sum over tokens of weight times `LOGIT_LOSSES[loss]` between the logits `head.logits(hidden)` of both models.
+    """Factor times the sum over tokens of weight times `LOGIT_LOSSES[loss]` between both models' `head.logits(hidden)`.
 
     student_hidden: (N, H), teacher_hidden: (N, H of the teacher) states before the final linear map.
     student_head: of K tokens, teacher_head: of K, or of K + D of which D are merged into them.
     token_weights: (N,); tokens of weight 0 are dropped before anything is computed.
+    factor: a number, or a constant tensor () which the host does not read. A mean over N tokens costs nothing with a
+        factor of 1 / N, and with a division of the result one more pass over the weight's gradient.
 
     Returns a scalar, differentiable once in the student's hidden states, weight and bias; the teacher is a constant.
     Matrix products run in bfloat16 where both factors are bfloat16 or autocast says so; everything between
@@ -62,31 +65,39 @@ def linear_distillation_loss(
         kept = token_weights.nonzero().squeeze(-1)
         student, teacher = _at_tokens(student, kept), _at_tokens(teacher, kept)
         token_weights = token_weights[kept]
-    return _apply(student, _Comparison(teacher, loss, temperature, token_weights, torch.is_grad_enabled()))
+    return _apply(student, _Comparison(teacher, loss, temperature, token_weights, factor))
 
 
-def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """Sum over tokens of `hard_cross_entropy` of the logits `head.logits(hidden)`.
+def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, *, factor: Factor = 1.0) -> Tensor:
+    """Factor times the sum over tokens of `hard_cross_entropy` of the logits `head.logits(hidden)`.
 
-    hidden: (N, H), head: of K tokens. labels: (N,) int64; tokens of label -100 are dropped.
+    hidden: (N, H), head: of K tokens. labels: (N,) int64; a token of label -100 counts nothing, and is dropped where
+        that does not mean to wait for a device.
+    factor: as of `linear_distillation_loss`.
     Returns a scalar; precision and gradients are those of `linear_distillation_loss`.
     """
     student = _Side(hidden, head)
     _check_side("student", student)
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be ({len(hidden)},) int64, got {tuple(labels.shape)} {labels.dtype}")
-    kept = (labels != IGNORED_LABEL).nonzero().squeeze(-1)
-    compared = _Comparison(labels[kept], "hard_cross_entropy", 1.0, None, torch.is_grad_enabled())
-    return _apply(_at_tokens(student, kept), compared)
+    is_labeled, weights = labels != IGNORED_LABEL, None
+    if labels.device.type == "cpu":
+        kept = is_labeled.nonzero().squeeze(-1)
+        student, labels = _at_tokens(student, kept), labels[kept]
+    else:
+        weights, labels = is_labeled.float(), labels.clamp(min=0)
+    return _apply(student, _Comparison(labels, "hard_cross_entropy", 1.0, weights, factor))
 
 
-def chunk_tokens(num_tokens: int, vocabulary_size: int, device_type: str) -> int:
+def chunk_tokens(num_tokens: int, vocabulary_size: int, device_type: str, logit_bytes: int = 2) -> int:
     """How many tokens to take at once: chunks of about one size, as large as pays.
 
     On a CPU up to 512: smaller ones read and write the weight's gradient more often, larger ones gained nothing. On
-    CUDA such that float32 logits of one model would fill 1 GiB, within 512 and 4096: 2048 at 128,000 tokens.
+    CUDA 256 MiB of logits of one model, within 2048 and 8192 tokens, but no more than 512 MiB: 2048 at 128,000 tokens
+    of vocabulary, 4096 at 30,000.
     """
-    most = 512 if device_type == "cpu" else min(max(2**30 // (4 * vocabulary_size), 512), 4096)
+    quarter_gib = 2**28 // (vocabulary_size * logit_bytes)
+    most = 512 if device_type == "cpu" else max(64, min(max(quarter_gib, 2048), 2 * quarter_gib, 8192))
     chunks = max(1, -(-num_tokens // most))
     return min(most, -(-num_tokens // (64 * chunks)) * 64) or 1
 
@@ -110,12 +121,16 @@ class _Comparison(NamedTuple):
     loss: str
     temperature: float
     token_weights: Tensor | None  # (N,)
-    needs_gradient: bool
+    factor: Factor
+    needs_gradient: bool = False
 
 
 def _apply(student: _Side, compared: _Comparison) -> Tensor:
     apply: Callable[..., Tensor] = _LinearLoss.apply
-    head = student.head
+    head, factor = student.head, compared.factor
+    if isinstance(factor, Tensor) and factor.device.type == "cpu":
+        factor = float(factor)
+    compared = compared._replace(factor=factor, needs_gradient=torch.is_grad_enabled())
     return apply(student.hidden, head.weight, head.bias, head.scaling, compared)
 
 
@@ -137,12 +152,23 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place if the graph is retained: it may be walked again with another factor.
-        multiply = torch.mul if _graph_is_kept() else Tensor.mul_
+        multiply = torch.mul if _graph_is_kept() else _multiply
         gradients = [
             None if gradient is None else multiply(gradient, grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place, and without a pass over the gradient where the factor is 1, as where the loss was given its own."""
+    if factor.device.type == "cpu":
+        return gradient if factor == 1 else gradient.mul_(factor)
+    if gradient.dtype == torch.float64 or not _may_use_triton(gradient.device, torch.float32):
+        return gradient.mul_(factor)
+    from glmd.losses.triton_rows import multiply_unless_one
+
+    return multiply_unless_one(gradient, factor)
 
 
 def _graph_is_kept() -> bool:
@@ -153,60 +179,93 @@ def _graph_is_kept() -> bool:
 
 def _sum_and_gradients(student: _Side, compared: _Comparison, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The loss sum, and its gradients for the student's three tensors, None where not `needed`."""
-    num_tokens, hidden_dtype, factor = len(student.hidden), student.hidden.dtype, student.head.scaling.factor
-    size = chunk_tokens(num_tokens, len(student.head.weight), student.hidden.device.type)
+    num_tokens, hidden_dtype = len(student.hidden), student.hidden.dtype
+    num_words, factor = len(student.head.weight), student.head.scaling.factor
+    labels = compared.teacher if isinstance(compared.teacher, Tensor) else None
     student = _for_products(student)
     teacher = None if isinstance(compared.teacher, Tensor) else _for_products(compared.teacher)
+    size = chunk_tokens(num_tokens, num_words, student.hidden.device.type, student.hidden.element_size())
     num_rows = max(_rows_of_products(each.hidden) for each in (student, teacher) if each is not None)
     student, teacher = _filled_up(student, num_rows), teacher and _filled_up(teacher, num_rows)
     weight, bias = student.head.weight, student.head.bias
-    # Two buffers serve all chunks: in fresh memory the work on them would take several times as long.
-    logits = _rows_of(student, min(size, num_rows))
+    # Two buffers serve all chunks: in fresh memory the work on them would take several times as long. Rows of weights
+    # that only fill up a size give columns of zeros, which the rows never see.
+    products = weight.new_empty(min(size, num_rows), len(weight))
+    logits = products[:, :num_words]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    spec = LossSpec(compared.loss, compared.temperature, bias, student_softcap=student.head.scaling.softcap)
+    spec = LossSpec(
+        compared.loss, compared.temperature, bias, student_softcap=student.head.scaling.softcap, factor=compared.factor
+    )
     if teacher is None:
-        assert isinstance(compared.teacher, Tensor), "labels"
-        theirs = compared.teacher
+        assert labels is not None
+        theirs = labels
     else:
-        theirs = _rows_of(teacher, len(logits))
+        head, own = teacher.head, compared.teacher
+        assert isinstance(own, _Side)
+        their_products = head.weight.new_empty(len(products), len(head.weight))
+        theirs = their_products[:, : len(own.head.weight)]
         dtype = torch.promote_types(dtype, theirs.dtype)
-        head = teacher.head
         spec = spec._replace(teacher_bias=head.bias, teacher_softcap=head.scaling.softcap, merged_into=head.merged_into)
+    student_bias, teacher_bias, spec = _biases_of_products(spec, products, theirs)
     rows = choose_rows(spec, logits, theirs)
     total = logits.new_zeros((), dtype=dtype)
     # In float16 small gradients would be gone before a loss scale is applied to them.
     hidden_dtype = torch.float32 if hidden_dtype == torch.float16 else hidden_dtype
-    grad_hidden = (
-        student.hidden.new_empty(num_tokens, student.hidden.shape[1], dtype=hidden_dtype) if needed[0] else None
-    )
+    grad_hidden = student.hidden.new_empty(student.hidden.shape, dtype=hidden_dtype) if needed[0] else None
     # The first chunk writes it: zeros to add to would be one more pass over a large fresh tensor.
     grad_weight = torch.empty_like(weight, dtype=dtype) if needed[1] else None
     if grad_weight is not None and num_tokens == 0:
         grad_weight.zero_()
-    grad_bias = logits.new_zeros(len(weight), dtype=dtype) if needed[2] else None
-    add_product = None if grad_weight is None else _adder(grad_weight, weight.dtype)
+    grad_bias = logits.new_zeros(num_words, dtype=dtype) if needed[2] else None
+    add_product = _adder(weight)
     with torch.autocast(logits.device.type, enabled=False):
         for start in range(0, num_rows, size):
             filled, chunk = slice(start, min(start + size, num_rows)), slice(start, min(start + size, num_tokens))
-            hidden, gradient = student.hidden[filled], logits[: filled.stop - start]
+            hidden, gradient = student.hidden[filled], products[: filled.stop - start]
             num = max(0, chunk.stop - start)
-            torch.mm(hidden, weight.t(), out=gradient)
+            _multiply_into(gradient, hidden, weight, student_bias)
             if teacher is not None:
-                torch.mm(teacher.hidden[filled], teacher.head.weight.t(), out=theirs[: len(hidden)])
+                _multiply_into(their_products[: len(hidden)], teacher.hidden[filled], teacher.head.weight, teacher_bias)
             weights = None if compared.token_weights is None else compared.token_weights[chunk]
-            total += rows(gradient[:num], theirs[:num] if teacher is not None else theirs[chunk], weights).sum()
+            total += rows(logits[:num], theirs[:num] if teacher is not None else theirs[chunk], weights).sum()
             # From here on the buffer holds the gradient of what stood in it; rows of zeros stay zeros.
             if grad_bias is not None:
-                grad_bias += gradient.sum(0, dtype=dtype)
+                grad_bias += gradient[:, :num_words].sum(0, dtype=dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = (gradient @ weight)[:num]
-            if add_product is not None:
-                add_product(gradient.t(), hidden, is_first=start == 0)
+                add_product(grad_hidden[filled], gradient, weight, is_first=True)
+            if grad_weight is not None:
+                add_product(grad_weight, gradient.t(), hidden, is_first=start == 0)
     if factor != 1:  # the hidden states in the weight's gradient had it already
         for each in (grad_hidden, grad_bias):
             if each is not None:
                 each.mul_(factor)
-    return total, [grad_hidden, grad_weight, grad_bias]
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden[:num_tokens]
+    return total, [grad_hidden, None if grad_weight is None else grad_weight[:num_words], grad_bias]
+
+
+def _biases_of_products(
+    spec: LossSpec, student: Tensor, teacher: Tensor
+) -> tuple[Tensor | None, Tensor | None, LossSpec]:
+    """The biases that products are made with, where that costs nothing, and the spec without them.
+
+    On CUDA the product of narrow matrices ends with it, in their dtype, as under autocast everywhere; a bias in float32
+    beside the rows would be more to read than the rows.
+    """
+    if student.device.type != "cuda":
+        return None, None, spec
+    student_bias, teacher_bias = (
+        None if bias is None else _converted(bias, dtype, filled=True)
+        for bias, dtype in ((spec.student_bias, student.dtype), (spec.teacher_bias, teacher.dtype))
+    )
+    return student_bias, teacher_bias, spec._replace(student_bias=None, teacher_bias=None)
+
+
+def _multiply_into(product: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=product)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=product)
 
 
 def _rows_of_products(hidden: Tensor) -> int:
@@ -229,12 +288,15 @@ def choose_rows(spec: LossSpec, student: Tensor, teacher: Tensor) -> Rows:
     """The rows for such products. A function of device, dtypes and spec alone, so that a resumed run has the same."""
     dtypes = {student.dtype, teacher.dtype} - {torch.int64}
     can_be_fused = spec.loss in FUSED and spec.merged_into is None and torch.float64 not in dtypes
-    may_be = _triton_is_allowed[0] and student.device.type == "cuda"
-    if can_be_fused and may_be and _triton_works(student.device, student.dtype):
+    if can_be_fused and _may_use_triton(student.device, student.dtype):
         from glmd.losses.triton_rows import TritonRows
 
         return TritonRows(spec)
     return EagerRows(spec, student, teacher)
+
+
+def _may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return _triton_is_allowed[0] and device.type == "cuda" and _triton_works(device, dtype)
 
 
 _triton_is_allowed = [True]
@@ -268,13 +330,6 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _rows_of(side: _Side, rows: int) -> Tensor:
-    """A buffer for the products of so many tokens; on CUDA each row begins where vectors can be loaded from."""
-    words = len(side.head.weight)
-    width = -(-words // 16) * 16 if side.hidden.device.type == "cuda" else words
-    return side.hidden.new_empty(rows, width)[:, :words]
-
-
 def _for_products(side: _Side) -> _Side:
     """Hidden states and weight in the dtype of their matrix products, hidden states and bias times the factor."""
     hidden, head = side
@@ -287,42 +342,66 @@ def _for_products(side: _Side) -> _Side:
     if factor != 1:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
         bias = None if bias is None else bias * factor
-    return _Side(hidden.to(dtype), head._replace(weight=_converted(head.weight, dtype), bias=bias))
+    return _Side(
+        hidden.to(dtype), head._replace(weight=_converted(head.weight, dtype, filled=device == "cuda"), bias=bias)
+    )
 
 
 # The weights of frozen heads as they are multiplied, with the version that was converted.
 _constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight.to(dtype)`; of a teacher, which is the same in every micro-batch, made once while it lives."""
-    if weight.dtype == dtype or weight.requires_grad or weight.grad_fn is not None or weight.is_inference():
-        return weight.to(dtype)
+def _converted(weight: Tensor, dtype: torch.dtype, *, filled: bool = False) -> Tensor:
+    """`weight.to(dtype)`; of a teacher, which is the same in every micro-batch, made once while it lives.
+
+    filled: with zeros up to a multiple of 64 rows. cuBLAS multiplies by another number of them three to six times
+    slower, with kernels of an old generation.
+    """
+    surplus = -len(weight) % 64 if filled else 0
+    if weight.dtype == dtype and not surplus:
+        return weight
+    if weight.requires_grad or weight.grad_fn is not None or weight.is_inference():
+        return _copied(weight, dtype, surplus)
     known = _constants.get(weight)
     if known is None or known[0] != weight._version or known[1].dtype != dtype:
-        known = _constants[weight] = (weight._version, weight.to(dtype))
+        known = _constants[weight] = (weight._version, _copied(weight, dtype, surplus))
     return known[1]
 
 
-def _adder(total: Tensor, dtype: torch.dtype) -> Callable[..., None]:
-    """A function that adds the product of two matrices of `dtype` to `total`, in the precision of `total`."""
-    is_wide = dtype == total.dtype
-    if is_wide or _adds_wide_products(total.device, dtype):
-        wide: dict[str, Any] = {} if is_wide else {"out_dtype": total.dtype}
+@torch.no_grad()
+def _copied(weight: Tensor, dtype: torch.dtype, surplus: int) -> Tensor:
+    if not surplus:
+        return weight.to(dtype)
+    copy = weight.new_empty(len(weight) + surplus, *weight.shape[1:], dtype=dtype)
+    copy[: len(weight)] = weight
+    copy[len(weight) :] = 0
+    return copy
 
-        def add(a: Tensor, b: Tensor, *, is_first: bool) -> None:
-            torch.addmm(total, a, b, beta=0 if is_first else 1, out=total, **wide)  # with 0 `total` is not read
 
-        return add
+def _adder(weight: Tensor) -> Callable[..., None]:
+    """A function that adds to `total`, in its precision, the product of two matrices of the weight's dtype.
+
+    One of both factors has as many columns as the weight.
+    """
+    device, dtype = weight.device, weight.dtype
     # In blocks of tokens: a product of the whole size, and its copy in float32, would each be fresh memory.
-    product = total.new_empty(min(len(total), 4096), total.shape[1], dtype=dtype)
+    scratch: list[Tensor] = []
 
-    def add_blocks(a: Tensor, b: Tensor, *, is_first: bool) -> None:
-        for rows, part in zip(total.split(len(product)), a.split(len(product)), strict=True):
-            block = torch.mm(part, b, out=product[: len(part)])
+    def add(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+        if is_first and total.dtype == dtype:
+            torch.mm(a, b, out=total)
+            return
+        if total.dtype == dtype or _adds_wide_products(device, dtype):
+            wide: dict[str, Any] = {} if total.dtype == dtype else {"out_dtype": total.dtype}
+            torch.addmm(total, a, b, beta=0 if is_first else 1, out=total, **wide)  # with 0 `total` is not read
+            return
+        if not scratch:
+            scratch.append(total.new_empty(min(len(weight), 4096), total.shape[1], dtype=dtype))
+        for rows, part in zip(total.split(len(scratch[0])), a.split(len(scratch[0])), strict=True):
+            block = torch.mm(part, b, out=scratch[0][: len(part)])
             rows.copy_(block) if is_first else rows.add_(block)
 
-    return add_blocks
+    return add
 
 
 @lru_cache

@@ -18,11 +18,14 @@ from torch import Tensor
 from glmd.losses.logits import merge_words
 
 # What the Triton kernel computes. The others run in plain torch on every device.
-FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "hard_cross_entropy")
+FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "js_divergence", "hard_cross_entropy")
 
 
 # On a CPU the buffers of a block stay near the core; a GPU is better served by few large steps.
 BLOCK_ROWS = {"cpu": 64, "cuda": 512}
+
+
+Factor = float | Tensor  # a tensor () on a device that is not to be waited for
 
 
 class LossSpec(NamedTuple):
@@ -35,6 +38,7 @@ class LossSpec(NamedTuple):
     student_softcap: float | None = None
     teacher_softcap: float | None = None
     merged_into: Tensor | None = None  # (D,) of a teacher of K + D tokens
+    factor: Factor = 1.0  # of all values and gradients
 
 
 # Rows get the products (n, K) of student and teacher, or the labels (n,) in the teacher's place, and the weights of
@@ -80,7 +84,7 @@ class EagerRows:
             every_token = self.every_token[: len(teacher)]
             _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=every_token)
             theirs.copy_(merge_words(every_token, spec.merged_into))
-        values = ROW_LOSSES[spec.loss](logits, theirs, gradient, spec.temperature)
+        values = ROW_LOSSES[spec.loss](logits, theirs, gradient, spec.temperature, spec.factor) * spec.factor
         for copy in capped:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
             gradient.mul_(copy.div_(spec.student_softcap).square_().neg_().add_(1))
         if weights is not None:
@@ -99,13 +103,15 @@ def _write_logits(product: Tensor, bias: Tensor | None, softcap: float | None, *
         out.div_(softcap).tanh_().mul_(softcap)
 
 
-# A row loss gets the two logits and a third buffer, all (n, K) in float32 or better, and the temperature. It
-# returns the loss of each row (n,) and leaves the gradient with respect to the student's logits in the third
-# buffer; the logits are its scratch space.
-RowLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# A row loss gets the two logits and a third buffer, all (n, K) in float32 or better, the temperature and a factor. It
+# returns the loss of each row (n,), and leaves the factor times its gradient with respect to the student's logits in
+# the third buffer; the logits are its scratch space.
+RowLoss = Callable[[Tensor, Tensor, Tensor, float, Factor], Tensor]
 
 
-def _kl_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _kl_divergence_rows(
+    student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor
+) -> Tensor:
     """T^2 KL(p || q), gradient T (q - p), for the teacher's softmax p and the student's q."""
     _divide(temperature, student, teacher)
     teacher_normalizer = _write_softmax(teacher, out=gradient)
@@ -115,11 +121,11 @@ def _kl_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     # sum(q - p) is 0 but for rounding. With it, what rounding did to the two normalizations cancels to first
     # order; without it a row errs by 1e-4 at temperature 15, where the KL is 1e-3 and the normalizers are 10.
     values = student_normalizer.less(teacher_normalizer) + gap + gradient.sum(-1)
-    gradient.mul_(temperature)
+    gradient.mul_(temperature * factor)
     return (temperature**2 * values).to(student.dtype)
 
 
-def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor) -> Tensor:
     """T^2 KL(q || p), gradient T q (log(q / p) - KL), for the teacher's softmax p and the student's q."""
     _divide(temperature, student, teacher)
     teacher_normalizer = _write_softmax(teacher, out=gradient)
@@ -127,11 +133,13 @@ def _reverse_kl_rows(student: Tensor, teacher: Tensor, gradient: Tensor, tempera
     student_normalizer = _write_softmax(student, out=gradient)
     log_ratio = teacher.add_(teacher_normalizer.less(student_normalizer).to(teacher.dtype)[:, None])
     values = torch.mul(log_ratio, gradient, out=student).sum(-1)
-    gradient.mul_(log_ratio.sub_(values[:, None])).mul_(temperature)
+    gradient.mul_(log_ratio.sub_(values[:, None])).mul_(temperature * factor)
     return temperature**2 * values
 
 
-def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _js_divergence_rows(
+    student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor
+) -> Tensor:
     """T^2 (KL(p || m) + KL(q || m)) / 2 for m = (p + q) / 2, gradient T/2 q (log(q / m) - KL(q || m)).
 
     With t = tanh(d / 2) for d = log(p / q): p = m (1 + t), q = m (1 - t), and the two logarithms sum to
@@ -151,42 +159,48 @@ def _js_divergence_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temp
     values = (gap * t).add_(torch.where(is_near, torch.log1p(-t.square()), far)).mul_(mixture).sum(-1) / 2
     log_ratio = torch.where(is_near, torch.log1p(-t), math.log(2) - torch.nn.functional.softplus(gap))
     torch.mul(q, log_ratio, out=gradient)
-    gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True))).mul_(temperature / 2)
+    gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True))).mul_(temperature / 2 * factor)
     return temperature**2 * values
 
 
-def _cross_entropy_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _cross_entropy_rows(
+    student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor
+) -> Tensor:
     """-T^2 sum(p log q), gradient T (q - p), for the teacher's softmax p and the student's q."""
     _divide(temperature, student, teacher)
     _write_softmax(teacher, out=gradient)
     expected = torch.mul(student, gradient, out=teacher).sum(-1)
     student_normalizer = _write_softmax(student, out=teacher)
-    torch.sub(teacher, gradient, out=gradient).mul_(temperature)
+    torch.sub(teacher, gradient, out=gradient).mul_(temperature * factor)
     return (temperature**2 * (student_normalizer.value - expected)).to(student.dtype)
 
 
-def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor) -> Tensor:
     """Mean squared difference, gradient 2 / K times the difference. The temperature is 1."""
     torch.sub(student, teacher, out=gradient)
     values = torch.mul(gradient, gradient, out=student).mean(-1)
-    gradient.mul_(2 / gradient.shape[-1])
+    gradient.mul_(2 / gradient.shape[-1] * factor)
     return values
 
 
-def _centered_mse_rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _centered_mse_rows(
+    student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor
+) -> Tensor:
     """Mean squared difference of logits less their means, gradient 2 / K times it. The temperature is 1."""
     torch.sub(student, teacher, out=gradient)
     gradient.sub_(gradient.mean(-1, keepdim=True))
     values = torch.mul(gradient, gradient, out=student).mean(-1)
-    gradient.mul_(2 / gradient.shape[-1])
+    gradient.mul_(2 / gradient.shape[-1] * factor)
     return values
 
 
-def _hard_cross_entropy_rows(student: Tensor, labels: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+def _hard_cross_entropy_rows(
+    student: Tensor, labels: Tensor, gradient: Tensor, temperature: float, factor: Factor
+) -> Tensor:
     """-log q of the label, gradient q less 1 at the label. The labels are (n,) int64, the temperature is 1."""
     places = labels[:, None]
     normalizer = _write_softmax(student, out=gradient)
-    gradient.scatter_(1, places, gradient.gather(1, places) - 1)
+    gradient.scatter_(1, places, gradient.gather(1, places) - 1).mul_(factor)
     return (normalizer.value - student.gather(1, places)[:, 0]).to(student.dtype)
 
 

@@ -366,10 +366,12 @@ def test_labels_that_do_not_fit_are_refused(labels: Tensor) -> None:
 
 
 def test_a_chunk_is_as_large_as_pays_on_its_device() -> None:
-    gibibyte = {words: chunk_tokens(10**6, words, "cuda") for words in (1000, 30522, 128256, 10**6)}
-    assert max(gibibyte.values()) == 4096 and min(gibibyte.values()) == 512
-    assert gibibyte[1000] == gibibyte[30522] == 4096 and gibibyte[10**6] == 512
-    assert 0.9 < gibibyte[128256] * 4 * 128256 / 2**30 <= 1
+    chunks = {words: chunk_tokens(10**6, words, "cuda") for words in (1000, 15296, 30528, 128256, 10**6)}
+    assert max(chunks.values()) == chunks[1000] == 8192
+    buffers = {words: 2 * tokens * words for words, tokens in chunks.items()}
+    assert max(buffers.values()) <= 2**29 and buffers[10**6] > 0.8 * 2**29
+    assert all(0.7 * 2**28 < buffers[words] < 1.1 * 2**28 for words in (15296, 30528)) and chunks[128256] > 2000
+    assert chunk_tokens(10**6, 128256, "cuda", 4) < 1100
     assert chunk_tokens(10**6, 128256, "cpu") == 512
     # The last chunk is no small remainder.
     assert [chunk_tokens(n, 1000, "cpu") for n in (0, 1, 512, 513, 715)] == [1, 64, 512, 320, 384]

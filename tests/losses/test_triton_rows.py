@@ -25,7 +25,7 @@ from glmd.losses.head import Head
 from glmd.losses.linear import choose_rows, linear_cross_entropy, linear_distillation_loss
 from glmd.losses.logits import LogitScaling
 from glmd.losses.rows import FUSED, EagerRows, LossSpec
-from glmd.losses.triton_rows import TritonRows
+from glmd.losses.triton_rows import TritonRows, multiply_unless_one
 
 N, K = 5, 150
 
@@ -40,10 +40,10 @@ from glmd.losses.triton_rows import BLOCK, NUM_WARPS, _rows_kernel as kernel
 
 def compiled(loss, dtype):
     hard = loss == "hard_cross_entropy"
-    flags = {f"HAS_{name}": True for name in ("WEIGHTS", "STUDENT_BIAS", "STUDENT_SOFTCAP")}
+    flags = {f"HAS_{name}": True for name in ("WEIGHTS", "FACTOR", "STUDENT_BIAS", "STUDENT_SOFTCAP")}
     flags |= {f"HAS_{name}": not hard for name in ("TEACHER_BIAS", "TEACHER_SOFTCAP")}
-    flags |= {"LOSS": loss, "BLOCK": BLOCK}
-    types = dict.fromkeys(("weights", "student_bias", "teacher_bias", "values"), "*fp32")
+    flags |= {"LOSS": loss, "BLOCK": BLOCK if dtype == "bf16" else BLOCK // 2}
+    types = dict.fromkeys(("weights", "factor", "student_bias", "teacher_bias", "values"), "*fp32")
     types |= {"student": f"*{dtype}", "teacher": "*i64" if hard else f"*{dtype}"}
     types |= dict.fromkeys(("num_words", "student_stride", "teacher_stride"), "i32")
     names = kernel.arg_names
@@ -140,6 +140,24 @@ def test_bfloat16_products_give_a_gradient_in_bfloat16_that_was_rounded_once(los
     assert gradient.dtype == torch.bfloat16
     assert error(values, expected) < 1e-5
     assert error(gradient, exact) < 2**-7
+
+
+@pytest.mark.parametrize("loss", FUSED)
+@pytest.mark.parametrize("is_tensor", [True, False])
+def test_a_factor_multiplies_values_and_gradients(loss: str, is_tensor: bool) -> None:
+    student, teacher = (x.float() if x.is_floating_point() else x for x in products(loss))
+    factor = torch.tensor(0.375) if is_tensor else 0.375
+    once, scaled = student.clone(), student.clone()
+    values = TritonRows(LossSpec(loss))(once, teacher, None)
+    torch.testing.assert_close(TritonRows(LossSpec(loss, factor=factor))(scaled, teacher, None), 0.375 * values)
+    torch.testing.assert_close(scaled, 0.375 * once)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5])
+@pytest.mark.parametrize("size", [1, 1024, 3000])
+def test_a_gradient_is_multiplied_unless_the_factor_is_one(factor: float, size: int) -> None:
+    tensor = torch.arange(size) + 1.0
+    assert torch.equal(multiply_unless_one(tensor.clone(), torch.tensor(factor)), factor * tensor)
 
 
 @pytest.mark.parametrize("far", [1.0, 60.0, 1e4])
