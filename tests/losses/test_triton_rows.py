@@ -64,7 +64,8 @@ for loss in sys.argv[2:]:
             file.write(asm["cubin"])
             file.flush()
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-        assert "STACK:0" in usage and "LOCAL:0" in usage, (loss, dtype, usage)
+        stack = int(re.search(r"STACK:(\\d+)", usage)[1])  # a few words may be there that no loop reads
+        assert stack <= 32 and "LOCAL:0" in usage, (loss, dtype, usage)
 """
 
 
