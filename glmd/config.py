@@ -219,7 +219,9 @@ class RunConfig:
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.
     deterministic: bool = True
-    dataloader_num_workers: int = 0  # no number of workers changes a batch
+    # Processes that make batches ahead; no number of them changes a batch. None: none where training runs on the CPU,
+    # which needs its cores; else as many as each rank has cores to spare, at most 4
+    dataloader_num_workers: int | None = None
     # Continue with another number of processes than the run was begun with: the same global batches in the same order,
     # by another gradient_accumulation_steps. Only the last bits of the weights differ.
     elastic: bool = False
@@ -232,7 +234,7 @@ class RunConfig:
         require(len(set(self.report_to)) == len(self.report_to), f"report_to has a value twice: {self.report_to}")
         require(all(0 <= seed < 2**32 for seed in self.seeds), f"seeds must be in [0, 2**32), got {self.seeds}")
         require(
-            self.dataloader_num_workers >= 0,
+            self.dataloader_num_workers is None or self.dataloader_num_workers >= 0,
             f"dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}",
         )
         for task in self.tasks:
@@ -270,7 +272,7 @@ class RunConfig:
             ("teacher.pretraining", self.teacher.pretraining),
         ):
             require(
-                corpus_stage is None or corpus_stage.train_sampling_strategy == "random",
+                corpus_stage is None or corpus_stage.train_sampling_strategy != "group_by_length",
                 f"{name}.train_sampling_strategy has no effect: the blocks of a corpus are of one length; remove it",
             )
             for key in ("max_steps", "max_length"):

@@ -7,6 +7,7 @@ cached teacher all see the same batches.
     for micro_batches in loader: ...   # one list of micro-batches for each optimizer step
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,36 +22,82 @@ Key = tuple[int, int]  # (epoch, example id)
 Batch = dict[str, Tensor]
 
 
+def key_columns(keys: Sequence[Key], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) epochs and (B,) example ids of keys into a data set of so many examples. Raises IndexError beyond it."""
+    epochs, ids = np.array(keys, dtype=np.int64).T
+    if ids.min() < 0 or ids.max() >= size:
+        raise IndexError(f"examples {ids.min()} to {ids.max()} of {size}")
+    return epochs, ids
+
+
+def positions_in_rows(lengths: np.ndarray) -> np.ndarray:
+    """(R,) lengths of rows one after another -> (T,) the position of each token in its row."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples on their way into a batch: their rows one after another, without padding.
+
+    lengths: (R,) tokens of each row. tokens: (T,) int64 of each token column. numbers: (B,) or (B, C) int64 of each
+    column of examples.
+    """
+
+    lengths: np.ndarray
+    tokens: dict[str, np.ndarray]
+    numbers: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, examples: list[dict[str, Any]]) -> "Examples":
+        """From examples one by one: (S,) of a token column, a list of these where there are choices, numbers."""
+        columns = {name: [example[name] for example in examples] for name in examples[0]}
+        rows = {
+            name: [row for each in column for row in (each if isinstance(each, list) else [each])]
+            for name, column in columns.items()
+            if not isinstance(column[0], int)
+        }
+        lengths = [len(row) for row in rows["input_ids"]]
+        tokens = {name: each for name, each in rows.items() if [len(row) for row in each] == lengths}
+        return cls(
+            np.array(lengths),
+            {name: np.concatenate(each).astype(np.int64) for name, each in tokens.items()},
+            {name: np.array(each, dtype=np.int64) for name, each in columns.items() if name not in tokens},
+        )
+
+    def alone(self) -> dict[str, Any]:
+        """The only example, as `of` takes it."""
+        found: dict[str, Any] = dict(self.tokens)
+        if "num_choices" in self.numbers:
+            found = {name: np.split(each, np.cumsum(self.lengths)[:-1]) for name, each in self.tokens.items()}
+        numbers = {name: each[0] if each.ndim > 1 else int(each[0]) for name, each in self.numbers.items()}
+        return found | numbers
+
+
 @dataclass(frozen=True)
 class Collate:
-    """Pad a list of examples to the longest of them. `pad_id` fills input_ids, 0 the masks, -100 the labels.
+    """Pad examples to the longest row of them. `pad_id` fills input_ids, 0 the masks, -100 the labels.
 
     Token columns are (B, S), or (R, S) with R rows for the choices of B examples one after another; `num_choices` (B,)
     then says how many are whose. `predicts` (B, S) bool is where words are predicted, which losses and scores look at:
-    all tokens of masked and causal LMs. `attention_mask` is for models.
+    all tokens of masked and causal LMs. `positions` (N,) are these places in the flat batch, row * S + column, so that
+    a device need not look for them. `attention_mask` is for models.
     """
 
     pad_id: int
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, examples: Examples | list[dict[str, Any]]) -> Batch:
+        if isinstance(examples, list):
+            examples = Examples.of(examples)
         fill = {"input_ids": self.pad_id, "lm_labels": IGNORED_LABEL, "cloze_ids": IGNORED_LABEL}
-        batch: Batch = {}
-        for name, first in examples[0].items():
-            if isinstance(first, int):
-                batch[name] = torch.tensor([example[name] for example in examples])
-            else:
-                rows = [row for e in examples for row in (e[name] if isinstance(e[name], list) else [e[name]])]
-                batch[name] = _padded(rows, fill.get(name, 0))
-                if name == "input_ids":
-                    lengths = torch.tensor([len(row) for row in rows])
-        batch["predicts"] = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+        lengths, batch = examples.lengths, {}
+        predicts = np.arange(lengths.max()) < lengths[:, None]
+        positions = np.flatnonzero(predicts)
+        for name, tokens in examples.tokens.items():
+            padded = np.full(predicts.size, fill.get(name, 0), dtype=np.int64)
+            padded[positions] = tokens
+            batch[name] = torch.from_numpy(padded.reshape(predicts.shape))
+        batch |= {name: torch.tensor(each) for name, each in examples.numbers.items()}
+        batch["predicts"], batch["positions"] = torch.from_numpy(predicts), torch.from_numpy(positions)
         batch["attention_mask"] = batch["predicts"].long()
         return batch
-
-
-def _padded(rows: list[np.ndarray], fill: int) -> Tensor:
-    """(R, S) from R rows of at most S ids."""
-    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return torch.from_numpy(padded)

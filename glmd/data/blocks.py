@@ -1,11 +1,12 @@
 """Texts of a corpus as blocks of one length."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from glmd.data.batches import Key
+from glmd.data.batches import Examples, Key, key_columns, positions_in_rows
 from glmd.data.masking import Masking, apply_masking
 from glmd.data.token_store import TokenStore
 from glmd.errors import ModelError
@@ -67,9 +68,25 @@ class BlockDataset(Dataset[dict[str, Any]]):
         return self.max_length
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        tokens = self.store.block(self.blocks[key[1]], self.block_length).astype(np.int64)
-        example = {"input_ids": np.concatenate([self.start, tokens, self.end]), "example_id": key[1]}
-        return apply_masking(example, key, self.masking)
+        """One example, as `Examples.of` takes it."""
+        return self.__getitems__([key]).alone()
+
+    def __getitems__(self, keys: Sequence[Key]) -> Examples:
+        """Examples read at once. Raises IndexError for one that is not there."""
+        epochs, ids = key_columns(keys, len(self))
+        before, behind = len(self.start), len(self.end)
+        first = (self.blocks.start + ids) * self.block_length
+        lengths = np.minimum(self.block_length, self.store.num_tokens - first)  # the last block may be shorter
+        inside, rows = positions_in_rows(lengths), lengths + before + behind
+        ends = np.cumsum(rows)
+        input_ids = np.empty(ends[-1], dtype=np.int64)
+        input_ids[(ends - rows)[:, None] + np.arange(before)] = self.start
+        input_ids[np.repeat(ends - rows + before, lengths) + inside] = self.store.tokens[
+            np.repeat(first, lengths) + inside
+        ]
+        input_ids[(ends - behind)[:, None] + np.arange(behind)] = self.end
+        examples = Examples(rows, {"input_ids": input_ids}, {"example_id": ids})
+        return apply_masking(examples, np.stack([epochs, ids, np.zeros_like(ids)], axis=1), self.masking)
 
 
 def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:

@@ -1,16 +1,34 @@
-"""Masked inputs as pure functions of (seed, epoch, example id)."""
+"""Masked inputs as pure functions of (seed, epoch, example id, choice, position).
+
+Every draw is a hash of these counters, computed for all tokens of a batch at once. So nothing about a row depends on
+padding, on what else is in its batch, or on what was drawn before.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from glmd.data.batches import Examples, positions_in_rows
 from glmd.losses.labels import IGNORED_LABEL
+
+SCHEME = 2  # raised by hand whenever other tokens are masked: a cache of teachers' outputs is of one
 
 
 def random_generator(*counters: int) -> np.random.Generator:
     """A generator that is a function of its counters alone, each in [0, 2**64)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(counters)))
+
+
+def draw(states: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
+    """(n,) uint64 states and counters -> (n,) uint64: of SplitMix64's stream from each state the output of that number.
+
+    SplitMix64 is that of Steele, Lea and Flood (doi:10.1145/2714064.2660195). An output is a state for further draws.
+    """
+    z: np.ndarray = states + (np.atleast_1d(np.asarray(counters, dtype=np.uint64)) + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 @dataclass(frozen=True)
@@ -27,17 +45,33 @@ class Masking:
     seed: int
     num_maskings: int | None = None
 
-    def __call__(self, input_ids: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """(S,) ids -> (S,) masked ids, (S,) labels: the original id where a token was chosen, else -100."""
-        epoch, *example = key
-        generator = random_generator(1, self.seed, epoch % self.num_maskings if self.num_maskings else epoch, *example)
-        chosen = generator.random(len(input_ids)) < self.probability
-        chosen &= ~np.isin(input_ids, self.special_ids)
-        action = generator.random(len(input_ids))
-        random_ids = self.replacement_ids[generator.integers(0, len(self.replacement_ids), len(input_ids))]
-        masked = np.where(chosen & (action < 0.8), self.mask_id, input_ids)
-        masked = np.where(chosen & (action >= 0.9), random_ids, masked)
-        return masked, np.where(chosen, input_ids, IGNORED_LABEL)
+    def __call__(
+        self, input_ids: np.ndarray, keys: np.ndarray | tuple[int, ...], lengths: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) ids of rows one after another -> (T,) masked ids, (T,) labels: the original of a chosen token or -100.
+
+        keys: (R, k) of each row the epoch, and the numbers that name it. lengths: (R,) tokens of each row; of one row,
+        with one key (k,), none.
+        """
+        keys = np.atleast_2d(np.asarray(keys, dtype=np.uint64))
+        lengths = np.array([len(input_ids)]) if lengths is None else lengths
+        epochs = keys[:, 0] % self.num_maskings if self.num_maskings else keys[:, 0]
+        rows = draw(np.zeros(1, dtype=np.uint64), self.seed)
+        for counter in (epochs, *keys.T[1:]):
+            rows = draw(rows, counter)
+        tokens = draw(np.repeat(rows, lengths), positions_in_rows(lengths))
+        chosen = np.flatnonzero(tokens < np.uint64(int(self.probability * 2**64)))
+        chosen = chosen[~np.isin(input_ids[chosen], self.special_ids)]
+        originals = input_ids[chosen]
+        # Of a further draw the upper half says what becomes of a token, the lower half by which one it is replaced: a
+        # fraction of 2**32 times n, whose whole part is as good as equally likely for each of the n.
+        fates = draw(tokens[chosen], 0)
+        tenths = (fates >> 32) * 10 >> 32
+        replacements = self.replacement_ids[(fates & 0xFFFFFFFF) * len(self.replacement_ids) >> 32]
+        masked, labels = input_ids.copy(), np.full_like(input_ids, IGNORED_LABEL)
+        masked[chosen] = np.where(tenths < 8, self.mask_id, np.where(tenths == 8, originals, replacements))
+        labels[chosen] = originals
+        return masked, labels
 
 
 def masking_for(tokenizer: Any, probability: float, seed: int, num_maskings: int | None = None) -> Masking | None:
@@ -49,7 +83,9 @@ def masking_for(tokenizer: Any, probability: float, seed: int, num_maskings: int
     return Masking(probability, tokenizer.mask_token_id, special, ordinary, seed, num_maskings)
 
 
-def apply_masking(example: dict[str, Any], key: tuple[int, ...], masking: Masking | None) -> dict[str, Any]:
+def apply_masking(examples: Examples, keys: np.ndarray, masking: Masking | None) -> Examples:
+    """The examples with masked ids and their `lm_labels`, or as they are. keys: (R, 3) epoch, example id, choice."""
     if masking is not None:
-        example["input_ids"], example["lm_labels"] = masking(example["input_ids"], key)
-    return example
+        tokens = examples.tokens
+        tokens["input_ids"], tokens["lm_labels"] = masking(tokens["input_ids"], keys, examples.lengths)
+    return examples

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from glmd.data.batches import Batch, Collate, Key
 from glmd.data.masking import random_generator
 from glmd.runtime.interrupts import begin_worker, held_back
 
+AHEAD = 4  # micro-batches that each worker of a loader makes ahead
+MOST_WORKERS = 4  # that are chosen; a worker makes batches faster than a GPU takes them
 WINDOW = 50  # global batches that are sorted by length together, as in transformers
 
 
@@ -89,6 +92,38 @@ class StepPlan:
         return order_by_length(order, self.lengths, batch_size=size, start=start, window=window, generator=generator)
 
 
+def loader_workers(given: int | None, device: torch.device) -> int:
+    """How many processes make batches for a rank that trains on `device`: so many as given, or as it has cores for.
+
+    On a CPU training itself needs the cores. Else one of a rank's share of them stays for the rank.
+    """
+    if given is not None:
+        return given
+    if device.type == "cpu":
+        return 0
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(0, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """A batch on its way from a worker: arrays go through its pipe together, tensors each by a file and a handshake."""
+
+    arrays: dict[str, np.ndarray]
+
+    def tensors(self) -> Batch:
+        return {name: torch.from_numpy(each) for name, each in self.arrays.items()}
+
+    def pin_memory(self) -> Batch:
+        """What the loader's own thread makes of it for CUDA."""
+        return {name: each.pin_memory() for name, each in self.tensors().items()}
+
+
+def _ship(examples: Any, *, collate: Collate) -> _Shipped:
+    return _Shipped({name: each.numpy() for name, each in collate(examples).items()})
+
+
 def step_batches(
     dataset: Dataset[dict[str, Any]],
     plan: StepPlan,
@@ -105,8 +140,9 @@ def step_batches(
     loader = DataLoader(
         dataset,
         batch_sampler=plan.micro_batches(start_step, stop_step),
-        collate_fn=collate,
+        collate_fn=partial(_ship, collate=collate) if num_workers else collate,
         num_workers=num_workers,
+        prefetch_factor=AHEAD if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, which seeds dropout
         worker_init_fn=begin_worker if num_workers else None,
@@ -114,7 +150,8 @@ def step_batches(
     with held_back():
         batches = iter(loader)
     for _ in range(start_step, stop_step):
-        yield [next(batches) for _ in range(plan.accumulation)]
+        micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        yield [each.tensors() if isinstance(each, _Shipped) else each for each in micro_batches]
 
 
 def evaluation_batches(
@@ -135,4 +172,4 @@ def evaluation_batches(
         order = np.argsort(-lengths, kind="stable")
     mine = order[rank::world_size]
     for first in range(0, len(mine), batch_size):
-        yield collate([dataset[0, int(i)] for i in mine[first : first + batch_size]])
+        yield collate(dataset.__getitems__([(0, i) for i in mine[first : first + batch_size]]))

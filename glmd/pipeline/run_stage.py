@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from glmd.config import TeacherConfig
+from glmd.data.sampling import loader_workers
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import TeacherOutputs
 from glmd.models.heads import split_parameters
@@ -137,7 +138,7 @@ def train(
         stage.training.spread(context.processes, accelerator.num_processes),
         stage.seed,
         context.log,
-        context.config.dataloader_num_workers,
+        loader_workers(context.config.dataloader_num_workers, accelerator.device),
         evaluation(context, stage, teacher),
     )
     result = trainer.run(distiller, teacher or _silent, training_data(context, stage), context.collate)

@@ -16,7 +16,7 @@ from glmd.config import RunConfig
 from glmd.config_file import differences
 from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.corpus import read_documents
-from glmd.data.masking import masking_for
+from glmd.data.masking import SCHEME, masking_for
 from glmd.data.token_store import TokenStore, encode_texts, open_token_store
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
@@ -185,6 +185,7 @@ def _masking(probability: float, maskings: int | None, seed: int) -> dict[str, A
         "mlm_probability": probability,
         "num_maskings": maskings or 1,
         "seed": seed if probability else None,
+        "scheme": SCHEME if probability else None,
     }
 
 

@@ -53,10 +53,10 @@ def require_sizes(plan: Plan, sources: Sequence[str], *, processes: int = 1) -> 
         _require_eval_batch(stage, scored, f"{stage.task.task.name} has {counted(scored, 'example')} to score")
 
 
-def _require_workers(number: int) -> None:
+def _require_workers(number: int | None) -> None:
     """A login node has few CPUs: what a larger machine may have is not refused there."""
     most = max(32, 4 * (os.cpu_count() or 1))
-    if number > most:
+    if number is not None and number > most:
         found = f"{number:,} processes for each rank are more than 4 for each of the {os.cpu_count()} CPUs here"
         raise ConfigError(f"dataloader_num_workers: {found}; give at most {most}")
 

@@ -155,6 +155,7 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
     batch["predicts"] = batch["attention_mask"].bool()
+    batch["positions"] = batch["predicts"].flatten().nonzero()[:, 0]
     if cast.masked:
         batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1

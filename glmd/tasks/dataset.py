@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from glmd.data.batches import Key
+from glmd.data.batches import Examples, Key, key_columns, positions_in_rows
 from glmd.data.masking import Masking, apply_masking
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.examples import TaskExample
@@ -31,9 +31,14 @@ class TaskDataset(Dataset[dict[str, Any]]):
         masking: Masking | None = None,
     ) -> None:
         self.examples, self.form, self.masking = examples, form, masking
-        self.rows, truncated, self.columns = form.rows(examples, tokenizer, max_length=max_length)
+        rows, truncated, self.columns = form.rows(examples, tokenizer, max_length=max_length)
+        self.row_lengths = np.array([len(row["input_ids"]) for row in rows])
+        # Of each token column all rows one after another; row i has the tokens from first_token[i] on.
+        self.tokens = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        self.first_token = np.cumsum(self.row_lengths) - self.row_lengths
         # Example i has the rows from first_row[i] up to first_row[i + 1].
         self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
+        self.labels = np.array([IGNORED_LABEL if each.label is None else each.label for each in examples])
         self.truncated = int(np.logical_or.reduceat(truncated, self.first_row[:-1]).sum())
 
     def __len__(self) -> int:
@@ -42,18 +47,23 @@ class TaskDataset(Dataset[dict[str, Any]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """(examples,) tokens of each one's longest row."""
-        return np.maximum.reduceat([len(row["input_ids"]) for row in self.rows], self.first_row[:-1])
+        return np.maximum.reduceat(self.row_lengths, self.first_row[:-1])
+
+    @property
+    def rows(self) -> list[dict[str, np.ndarray]]:
+        """Of each row its token columns, views of what is held."""
+        columns = {name: np.split(each, self.first_token[1:]) for name, each in self.tokens.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     @property
     def num_tokens(self) -> int:
         """Ids of all rows."""
-        return sum(len(row["input_ids"]) for row in self.rows)
+        return int(self.row_lengths.sum())
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example, all its choices together."""
-        lengths = [len(row["input_ids"]) for row in self.rows]
-        return int(np.add.reduceat(lengths, self.first_row[:-1]).max())
+        return int(np.add.reduceat(self.row_lengths, self.first_row[:-1]).max())
 
     def fingerprint(self) -> str:
         """sha256 of all that a teacher reads of the examples, unmasked; not of their labels."""
@@ -66,12 +76,21 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        example = self.examples[key[1]]
-        rows = self.rows[self.first_row[key[1]] : self.first_row[key[1] + 1]]
-        label = IGNORED_LABEL if example.label is None else example.label
-        numbers = {"labels": label, "example_id": key[1], **self.columns}
-        if not example.choices:
-            return apply_masking({**rows[0], **numbers}, key, self.masking)
-        parts = [apply_masking(dict(row), (*key, choice), self.masking) for choice, row in enumerate(rows)]
-        columns = {name: [part[name] for part in parts] for name in parts[0]}
-        return {**columns, **numbers, "num_choices": len(rows)}
+        """One example, as `Examples.of` takes it."""
+        return self.__getitems__([key]).alone()
+
+    def __getitems__(self, keys: Sequence[Key]) -> Examples:
+        """Examples gathered at once. Raises IndexError for one that is not there."""
+        epochs, ids = key_columns(keys, len(self))
+        counts = self.first_row[ids + 1] - self.first_row[ids]
+        choices = positions_in_rows(counts)
+        rows = np.repeat(self.first_row[ids], counts) + choices
+        lengths = self.row_lengths[rows]
+        places = np.repeat(self.first_token[rows], lengths) + positions_in_rows(lengths)
+        numbers = {"labels": self.labels[ids], "example_id": ids}
+        numbers |= {name: np.tile(value, (len(ids), *[1] * np.ndim(value))) for name, value in self.columns.items()}
+        if self.examples[0].choices:
+            numbers["num_choices"] = counts
+        tokens = {name: each[places].astype(np.int64) for name, each in self.tokens.items()}
+        keys_of_rows = np.stack([np.repeat(epochs, counts), np.repeat(ids, counts), choices], axis=1)
+        return apply_masking(Examples(lengths, tokens, numbers), keys_of_rows, self.masking)

@@ -99,10 +99,10 @@ class Trainer:
         Raises NumericsError when losses or gradients of more than `skip_nonfinite` steps are not finite, Interrupted
         after a signal.
         """
-        settings, accelerator, lengths = self.settings, self.accelerator, None
-        if settings.train_sampling_strategy != "random":
-            assert not isinstance(dataset, BlockDataset), "refused by config"
-            lengths = dataset.lengths
+        settings, accelerator = self.settings, self.accelerator
+        # The blocks of a corpus are of one length.
+        lengths = None if settings.train_sampling_strategy == "random" else getattr(dataset, "lengths", None)
+        assert lengths is not None or settings.train_sampling_strategy != "group_by_length", "refused by config"
         plan = StepPlan(
             len(dataset),
             settings.per_device_train_batch_size,
@@ -110,7 +110,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
             self.seed,
-            settings.train_sampling_strategy,
+            "random" if lengths is None else "group_by_length",
             lengths,
         )
         max_steps = settings.steps(len(dataset), accelerator.num_processes)

@@ -17,8 +17,8 @@ from transformers import AddedToken
 
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
-from glmd.data.masking import Masking, masking_for
-from glmd.data.sampling import StepPlan, evaluation_batches, example_order, step_batches
+from glmd.data.masking import SCHEME, Masking, draw, masking_for
+from glmd.data.sampling import StepPlan, evaluation_batches, example_order, loader_workers, step_batches
 from glmd.data.token_store import TokenStore, build_token_store
 from glmd.errors import ConfigError, DataError
 from glmd.losses.labels import IGNORED_LABEL
@@ -168,6 +168,76 @@ def test_corruption_is_a_function_of_seed_epoch_and_id_alone() -> None:
     assert len({tuple(labels) for _, labels in expected.values()}) == len(expected)
 
 
+def plain_draw(state: int, counter: int) -> int:
+    z = (state + (counter + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z // 2**30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z // 2**27) * 0x94D049BB133111EB % 2**64
+    return z ^ z // 2**31
+
+
+def plainly_masked(ids: list[int], key: tuple[int, ...], *, probability: float, seed: int) -> list[tuple[int, int]]:
+    """(what is read, label) of each token, by whole numbers of any size."""
+    state, found = 0, []
+    for counter in (seed, *key):
+        state = plain_draw(state, counter)
+    for position, token in enumerate(ids):
+        drawn = plain_draw(state, position)
+        if drawn >= probability * 2**64 or token in SPECIAL:
+            found.append((token, IGNORED_LABEL))
+            continue
+        upper, lower = divmod(plain_draw(drawn, 0), 2**32)
+        tenth, other = upper * 10 // 2**32, ORDINARY[lower * len(ORDINARY) // 2**32]
+        found.append((MASK if tenth < 8 else token if tenth == 8 else other, token))
+    return found
+
+
+def test_the_draws_are_those_of_splitmix64() -> None:
+    """The first outputs from 1234567 as they are published for it."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert draw(np.array([1234567], dtype=np.uint64), np.arange(4)).tolist() == published
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=30), min_size=1, max_size=5),
+    st.floats(0.01, 0.99),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**40),
+)
+def test_the_rows_of_a_batch_are_masked_as_each_is_token_by_token(
+    rows: list[list[int]], p: float, seed: int, epoch: int
+) -> None:
+    """Where this fails and the change is meant, raise SCHEME, which caches of teachers' outputs are told by."""
+    assert SCHEME == 2
+    keys = [(epoch, 7 * i, i % 2) for i in range(len(rows))]
+    lengths = np.array([len(row) for row in rows])
+    read, labels = masking(p, seed)(np.concatenate(rows), np.array(keys), lengths)
+    plain = [plainly_masked(row, key, probability=p, seed=seed) for row, key in zip(rows, keys, strict=True)]
+    assert list(zip(read.tolist(), labels.tolist(), strict=True)) == list(chain(*plain))
+
+
+@pytest.mark.parametrize("what", ["chosen", "masked"])
+def test_draws_of_neighbours_are_independent(what: str) -> None:
+    """Of tokens, choices, examples, epochs and seeds: what one draw says tells nothing of the next."""
+    keys = np.stack(np.meshgrid(range(8), range(32), range(4), indexing="ij"), axis=-1).reshape(-1, 3)
+    ids, lengths = np.resize(ORDINARY, len(keys) * 64), np.full(len(keys), 64)
+    probability = 0.3 if what == "chosen" else 1 - 2**-53
+    found = []
+    for seed in range(4):
+        read, labels = masking(probability, seed)(ids, keys, lengths)
+        found.append(labels != IGNORED_LABEL if what == "chosen" else read == MASK)
+    share = probability if what == "chosen" else 0.8
+    draws = (np.stack(found).reshape(4, 8, 32, 4, 64) - share) / (share * (1 - share)) ** 0.5
+    for axis in range(draws.ndim):
+        for distance in (1, 2):
+            pairs = np.moveaxis(draws, axis, 0)
+            products = pairs[:-distance] * pairs[distance:]
+            assert abs(products.mean()) < 5 / products.size**0.5, (axis, distance)
+        others = tuple(each for each in range(draws.ndim) if each != axis)
+        means = draws.mean(axis=others)
+        assert np.abs(means).max() < 5 * (len(means) / draws.size) ** 0.5, "no position, example or epoch is preferred"
+
+
 def test_a_tokens_corruption_does_not_depend_on_what_follows_in_other_examples(blocks: BlockDataset) -> None:
     first = blocks[2, 5]
     blocks[0, 1]
@@ -310,6 +380,31 @@ def test_each_choice_is_corrupted_by_draws_of_its_own(tokenizer: Any) -> None:
     first, second = data[0, 0]["lm_labels"]
     assert not np.array_equal(first, second)
     assert np.array_equal(first, data[0, 0]["lm_labels"][0]), "and the same ones whenever it is asked for"
+
+
+@pytest.mark.parametrize("kind", ["blocks", "choices", "pairs", "cloze"])
+def test_examples_that_are_fetched_together_are_those_fetched_one_by_one(
+    blocks: BlockDataset, tokenizer: Any, kind: str
+) -> None:
+    """Each with its own masking, of its own epoch, whatever stands beside it; the last block is a short one."""
+    data: Any = blocks
+    if kind != "blocks":
+        made = {"choices": choosing(tokenizer, 2, 3, 1, 4), "pairs": choosing(tokenizer, 1, 1, 1)}
+        examples = made.get(kind) or asked(tokenizer, f"{words(tokenizer, 3)} {BLANK} .") * 3
+        if kind == "pairs":
+            examples = [dataclasses.replace(each, choices=()) for each in examples]
+        form = cloze_form(*words(tokenizer, 2).split()) if kind == "cloze" else class_form()
+        data = TaskDataset(examples, form, tokenizer, max_length=32, masking=masking_for(tokenizer, 0.4, seed=1))
+    keys = [(i % 3, (5 * i + len(data) - 1) % len(data)) for i in range(7)]
+    together, alone = Collate(1)(data.__getitems__(keys)), Collate(1)([data[key] for key in keys])
+    assert together.keys() == alone.keys() >= {"input_ids", "lm_labels", "example_id", "positions"}
+    for name, tensor in together.items():
+        assert torch.equal(tensor, alone[name]) and tensor.dtype == alone[name].dtype, name
+    assert together["example_id"].tolist() == [i for _, i in keys]
+    for name in ("input_ids", "lm_labels"):
+        assert torch.equal(together[name].flatten()[together["positions"]], together[name][together["predicts"]])
+    with pytest.raises(IndexError, match=f" of {len(data)}$"):
+        data.__getitems__([(0, 0), (0, len(data))])
 
 
 def asked(tokenizer: Any, text: str, pair: str | None = None, choices: tuple[str, ...] = ()) -> list[TaskExample]:
@@ -455,6 +550,7 @@ def test_a_batch_is_padded_to_its_longest_example_and_the_mask_says_where() -> N
         "example_id": [10, 11],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         "predicts": [[True, True, True, False, False], [True] * 5],
+        "positions": [0, 1, 2, 5, 6, 7, 8, 9],
     }
     assert all(tensor.dtype == torch.int64 for name, tensor in batch.items() if name != "predicts")
 
@@ -477,6 +573,27 @@ def test_loader_workers_change_no_batch_and_a_late_start_gives_the_tail(blocks: 
     assert_equal_steps(all_batches(blocks, plan, 0, steps, 2), alone)
     assert_equal_steps(all_batches(blocks, plan, 7, steps, 2), alone[7:])
     assert_equal_steps(all_batches(blocks, plan, 7, steps, 0), alone[7:])
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "cores", "ranks", "expected"),
+    [
+        (None, "cpu", 16, 1, 0),  # training needs them
+        (None, "cuda", 16, 1, 4),
+        (None, "cuda", 16, 8, 1),
+        (None, "cuda", 4, 1, 3),
+        (None, "cuda", 4, 8, 0),
+        (None, "cuda", 1, 1, 0),
+        (3, "cpu", 1, 8, 3),
+        (0, "cuda", 16, 1, 0),
+    ],
+)
+def test_workers_are_so_many_as_a_rank_has_cores_to_spare_unless_a_number_is_given(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, device: str, cores: int, ranks: int, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert loader_workers(given, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])

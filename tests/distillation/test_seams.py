@@ -80,10 +80,11 @@ def batch_of(*rows: int, length: int = 0) -> Batch:
     batch = Collate(0)([Rows()[0, row] for row in rows])
     surplus = max(0, length - batch["input_ids"].shape[1])
     fill = {"lm_labels": -100}
-    return {
+    padded = {
         name: nn.functional.pad(each, (0, surplus), value=fill.get(name, 0)) if each.ndim == 2 else each
         for name, each in batch.items()
     }
+    return padded | {"positions": padded["predicts"].flatten().nonzero()[:, 0]}
 
 
 def layers_alone(**fields: Any) -> Objective:

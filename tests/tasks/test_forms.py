@@ -82,7 +82,7 @@ def test_the_columns_that_a_plan_counts_are_those_of_a_real_batch(name, tiny):
     data = TaskDataset(examples, form, tokenizer, max_length=16)
     batch = Collate(0)([data[0, i] for i in range(2)])
     dummy = form.dummy(2, max(1, len(choices)), batch["input_ids"].shape[1])
-    every = {"input_ids", "token_type_ids", "attention_mask", "labels", "example_id", "predicts"}
+    every = {"input_ids", "token_type_ids", "attention_mask", "labels", "example_id", "predicts", "positions"}
     assert {key: value.shape for key, value in dummy.items()} == {
         key: value.shape for key, value in batch.items() if key not in every
     }
