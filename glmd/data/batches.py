@@ -7,7 +7,7 @@ cached teacher all see the same batches.
     for micro_batches in loader: ...   # one list of micro-batches for each optimizer step
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,19 @@ class Examples:
         return found | numbers
 
 
+def with_positions(batch: Mapping[str, Tensor]) -> Batch:
+    """A batch that was made by hand, with the columns of positions that its `predicts` and `lm_labels` give it."""
+    where = {"positions": batch["predicts"]}
+    if "lm_labels" in batch:
+        where["labeled_positions"] = batch["predicts"] & (batch["lm_labels"] != IGNORED_LABEL)
+    return {**batch, **{name: each.flatten().nonzero()[:, 0] for name, each in where.items()}}
+
+
+def is_full(batch: Mapping[str, Tensor]) -> bool:
+    """Whether no row of a batch has padding, as the host can tell by sizes alone."""
+    return len(batch["positions"]) == batch["input_ids"].numel()
+
+
 @dataclass(frozen=True)
 class Collate:
     """Pad examples to the longest row of them. `pad_id` fills input_ids, 0 the masks, -100 the labels.
@@ -81,7 +94,8 @@ class Collate:
     Token columns are (B, S), or (R, S) with R rows for the choices of B examples one after another; `num_choices` (B,)
     then says how many are whose. `predicts` (B, S) bool is where words are predicted, which losses and scores look at:
     all tokens of masked and causal LMs. `positions` (N,) are these places in the flat batch, row * S + column, so that
-    a device need not look for them. `attention_mask` is for models.
+    a device need not look for them; `labeled_positions` those of them that have an LM label. `attention_mask` is for
+    models.
     """
 
     pad_id: int
@@ -90,9 +104,12 @@ class Collate:
         if isinstance(examples, list):
             examples = Examples.of(examples)
         fill = {"input_ids": self.pad_id, "lm_labels": IGNORED_LABEL, "cloze_ids": IGNORED_LABEL}
-        lengths, batch = examples.lengths, {}
+        lengths, batch = examples.lengths, Batch()
         predicts = np.arange(lengths.max()) < lengths[:, None]
         positions = np.flatnonzero(predicts)
+        if "lm_labels" in examples.tokens:
+            labeled = examples.tokens["lm_labels"] != IGNORED_LABEL
+            batch["labeled_positions"] = torch.from_numpy(positions[labeled])
         for name, tokens in examples.tokens.items():
             padded = np.full(predicts.size, fill.get(name, 0), dtype=np.int64)
             padded[positions] = tokens

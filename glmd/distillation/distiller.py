@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glmd.data.batches import is_full
 from glmd.distillation.interventions import INTERVENTIONS
-from glmd.distillation.objective import Objective, Term, token_mask
+from glmd.distillation.objective import Objective, Term, positions_of
 from glmd.distillation.signals import SIGNALS, StudentOutputs, pairs_of
 from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, layers_of, of_each
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
+from glmd.losses.positions import rows_at
 from glmd.models.heads import Split, share_backbone
 from glmd.models.probes import prove_attentions
 from glmd.tasks.forms import TaskLogits, class_logits
@@ -104,16 +106,25 @@ class Distiller(nn.Module):
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def forward(self, batch: Mapping[str, Tensor], teacher_outputs: AllOutputs, progress: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        teacher_outputs: AllOutputs,
+        progress: float = 0.0,
+        factors: Tensor | None = None,
+    ) -> Tensor:
         """Sum of each term over this batch's tokens or examples: (terms,), in the objective's order.
 
-        progress: of the stage, in [0, 1]; interventions look at it.
+        progress: of the stage, in [0, 1]; interventions look at it. factors: (terms,) of the sums, 1 where not given.
+        Of the sums over words the factor is a part of the loss, and costs nothing.
         """
+        factors = torch.ones(len(self.objective.terms)) if factors is None else factors
+        factor_of = dict(zip((term.name for term in self.objective.terms), factors.unbind(), strict=True))
         student, needs, teachers = self.splits[0], self.objective.needs, of_each(teacher_outputs)
         inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
         asked = {f"output_{need}": True for need in ("hidden_states", "attentions") if need in needs}
         with self._intervention(batch, progress):
-            outputs = student.run_backbone(inputs, **asked)
+            outputs = student.run_backbone(inputs, is_full=is_full(batch), **asked)
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
 
@@ -122,7 +133,9 @@ class Distiller(nn.Module):
                 if not words:  # so that all weights of the head have a gradient on every rank
                     none = batch["example_id"][:0]
                     return {"": linear_cross_entropy(hidden[:0, 0], head, none)}
-                return {term.name: self._lm_sum(term, batch, teachers, hidden, head) for term in words}
+                return {
+                    term.name: self._lm_sum(term, batch, teachers, hidden, head, factor_of[term.name]) for term in words
+                }
 
             sums |= self.splits[-1].run_head(outputs, final_linear=lm_sums)
         logits = None
@@ -131,7 +144,8 @@ class Distiller(nn.Module):
             sums |= {} if "task_head" in needs else {"": logits[:0].sum()}
         for term in self.objective.terms:
             if term.name not in sums:
-                sums[term.name] = self._pair_sum(term, batch, teachers[0], self._asked_of(term, outputs, batch, logits))
+                asked_of = self._asked_of(term, outputs, batch, logits)
+                sums[term.name] = self._pair_sum(term, batch, teachers[0], asked_of) * factor_of[term.name]
         total = torch.stack([sums[term.name] for term in self.objective.terms])
         return total + sums[""] if "" in sums else total
 
@@ -152,38 +166,39 @@ class Distiller(nn.Module):
         teachers: Sequence[TeacherOutputs],
         hidden: Tensor,
         head: Head,
+        factor: Tensor,
     ) -> Tensor:
-        """A word term's sum from (B, S, H) hidden states before the student's final linear map."""
+        """A word term's sum, times the factor, from (B, S, H) hidden states before the student's final linear map."""
+        positions = positions_of(term, batch)
+        ours = rows_at(hidden, positions)
         if term.signal == "lm_labels":
             assert term.loss == "hard_cross_entropy" and not term.options, "the one loss on labels"
-            chosen = token_mask(term, batch)
-            labels = self.token_map[batch["lm_labels"][chosen]]
-            return linear_cross_entropy(hidden[chosen], head, labels)
-        valid = batch["predicts"]
-        weights = token_mask(term, batch)[valid].float() if term.tokens == "masked" else None
+            labels = self.token_map[rows_at(batch["lm_labels"], positions)]
+            return linear_cross_entropy(ours, head, labels, factor=factor)
+        among = None if term.tokens == "all" else torch.searchsorted(batch["positions"], positions)
         sums = []
         for each in teachers:
             assert each.hidden_states is not None and each.head is not None, "the teacher has an LM head"
             sums.append(
                 linear_distillation_loss(
-                    hidden[valid],
+                    ours,
                     head,
-                    each.hidden_states,
+                    each.hidden_states if among is None else each.hidden_states[among],
                     each.head,
                     loss=term.loss,
-                    token_weights=weights,
+                    factor=factor / len(teachers) if len(teachers) > 1 else factor,
                     **term.options,
                 )
             )
         # For the forward KL this has the gradient of the KL to the teachers' mean probability.
-        return torch.stack(sums).mean() if len(sums) > 1 else sums[0]
+        return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
     def _asked_of(self, term: Term, outputs: Any, batch: Mapping[str, Tensor], logits: Tensor | None) -> StudentOutputs:
         """What a term compares of the student."""
         pairs = self.layer_pairs.get(term.name)
         if pairs is None:
             return StudentOutputs(task_logits=logits)
-        layers = layers_of(outputs, term.signal, [layer for layer, _ in pairs], batch["predicts"])
+        layers = layers_of(outputs, term.signal, [layer for layer, _ in pairs], batch["positions"])
         if _key(term) in self.projections:
             layers = [self.projections[_key(term)](each) for each in layers]
         return StudentOutputs(layers=layers, partners=[layer for _, layer in pairs])
@@ -197,8 +212,10 @@ class Distiller(nn.Module):
         values = [signal.losses[term.loss](*pair, **term.options) for pair in signal.pair(student, teacher, batch)]
         if signal.level != "layer":
             return torch.stack([each.sum() for each in values]).mean() if len(values) > 1 else values[0].sum()
-        chosen = token_mask(term, batch)[batch["predicts"]]
-        return torch.stack(values).mean(0)[chosen].sum()
+        of_tokens = torch.stack(values).mean(0)
+        if term.tokens == "masked":
+            of_tokens = of_tokens[torch.searchsorted(batch["positions"], positions_of(term, batch))]
+        return of_tokens.sum()
 
 
 def _key(term: Term) -> str:

@@ -89,6 +89,18 @@ class Objective:
     def needs_masking(self) -> bool:
         return any(term.needs_masking for term in self.terms)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether equal batches are computed alike throughout a stage, on tensors whose sizes follow from theirs."""
+        return self.intervention is None and all(
+            isinstance(term.weight, int | float) and term.tokens == "all" for term in self.terms
+        )
+
+    def columns(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch without the labels that no term reads: how many there are differs from batch to batch."""
+        unread = () if any(term.tokens == "masked" for term in self.terms) else ("lm_labels", "labeled_positions")
+        return {name: column for name, column in batch.items() if name not in unread}
+
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(terms,) float64: how many tokens or examples each term's mean runs over in this micro-batch."""
         return torch.tensor([float(self._count(term, batch)) for term in self.terms], dtype=torch.float64)
@@ -99,7 +111,7 @@ class Objective:
             return len(batch["example_id"]) if signal.labels is None else int((batch[signal.labels] >= 0).sum())
         if term.gkd_compat:
             return batch["input_ids"].numel()
-        return int(token_mask(term, batch).sum())
+        return len(positions_of(term, batch))
 
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """(terms,) mean of each term from global sums and counts; a term without tokens is 0."""
@@ -108,13 +120,16 @@ class Objective:
     def total(self, means: Tensor, progress: float) -> Tensor:
         """Scalar: the weighted sum of the terms' means at `progress` in [0, 1]."""
         weights = [scheduled_weight(term.weight, progress) for term in self.terms]
-        return (means * means.new_tensor(weights)).sum()
+        # One by one: a tensor of them would have to come from the host, which waits for it.
+        return sum(
+            (mean if weight == 1 else weight * mean for mean, weight in zip(means.unbind(), weights, strict=True)),
+            start=means.new_zeros(()),
+        )
 
 
-def token_mask(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, S) bool: the positions an LM term is about. Pads never are."""
-    mask = batch["predicts"]
-    return mask & (batch["lm_labels"] >= 0) if term.tokens == "masked" else mask
+def positions_of(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
+    """(N,) the flat positions that a term on tokens is about. Pads never are."""
+    return batch["labeled_positions" if term.tokens == "masked" else "positions"]
 
 
 def load_method(name: str) -> dict[str, Objective]:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glmd.data.batches import is_full
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
+from glmd.losses.positions import rows_at
 from glmd.models.heads import Split, share_backbone
 from glmd.tasks.forms import TaskLogits, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -84,15 +86,16 @@ class OnlineTeacher:
         device = next(self.base.parameters()).device
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
         inputs = self.splits[0].inputs(batch)
-        outputs = self.splits[0].run_backbone(inputs, **{f"output_{signal}": True for signal in self.layers})
+        asked = {f"output_{signal}": True for signal in self.layers}
+        outputs = self.splits[0].run_backbone(inputs, is_full=is_full(batch), **asked)
         hidden = task_logits = None
         if self.language_model is not None:
-            hidden = self.splits[-1].hidden_before_final(outputs)[batch["predicts"]]
+            hidden = rows_at(self.splits[-1].hidden_before_final(outputs), batch["positions"])
         if self.classifier is not None:
             task_logits = self.task_logits(self.splits[0], outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
         layers = {
-            signal: dict(zip(numbers, layers_of(outputs, signal, numbers, batch["predicts"]), strict=True))
+            signal: dict(zip(numbers, layers_of(outputs, signal, numbers, batch["positions"]), strict=True))
             for signal, numbers in self.layers.items()
         }
         return TeacherOutputs(hidden, self.head, task_logits, layers)
@@ -108,14 +111,14 @@ class Ensemble:
         return tuple(teacher(batch) for teacher in self.teachers)
 
 
-def layers_of(outputs: Any, signal: str, numbers: Sequence[int], predicts: Tensor) -> list[Tensor]:
-    """Of a backbone's outputs what each numbered layer gave at the (B, S) positions that predict.
+def layers_of(outputs: Any, signal: str, numbers: Sequence[int], positions: Tensor) -> list[Tensor]:
+    """Of a backbone's outputs what each numbered layer gave at (N,) flat positions.
 
     (N, H) of hidden_states, (N, A, S) of attentions.
     """
     if signal == "hidden_states":  # the first ones are the embeddings
-        return [outputs.hidden_states[1 + number][predicts] for number in numbers]
-    return [outputs.attentions[number].transpose(1, 2)[predicts] for number in numbers]
+        return [rows_at(outputs.hidden_states[1 + number], positions) for number in numbers]
+    return [rows_at(outputs.attentions[number].transpose(1, 2), positions) for number in numbers]
 
 
 def of_each(outputs: AllOutputs) -> tuple[TeacherOutputs, ...]:

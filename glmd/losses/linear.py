@@ -163,7 +163,8 @@ class _LinearLoss(torch.autograd.Function):
 def _multiply(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, and without a pass over the gradient where the factor is 1, as where the loss was given its own."""
     if factor.device.type == "cpu":
-        return gradient if factor == 1 else gradient.mul_(factor)
+        has_value = not hasattr(factor, "fake_mode")  # as one of a rehearsal has not
+        return gradient if has_value and factor == 1 else gradient.mul_(factor)
     if gradient.dtype == torch.float64 or not _may_use_triton(gradient.device, torch.float32):
         return gradient.mul_(factor)
     from glmd.losses.triton_rows import multiply_unless_one

@@ -164,6 +164,7 @@ class Split:
         if "input_ids" not in parameters:  # a wrapper that hands on what it is given, as BART's decoder has
             parameters = inspect.signature(model.forward).parameters
         self.columns = frozenset(parameters) - {"labels"}
+        self.compiled: Any = None  # what is called in the backbone's place
         # BERT can be a decoder too, and would say so when its layers are run again in the backward.
         self.keeps_keys = self.is_causal or "use_cache" in parameters
 
@@ -181,9 +182,19 @@ class Split:
         """The columns of a batch that the backbone's forward names."""
         return {name: column for name, column in batch.items() if name in self.columns}
 
-    def run_backbone(self, inputs: Mapping[str, Tensor], **asked: Any) -> Any:
-        """The backbone's outputs. A decoder keeps no keys and values: nothing is generated. asked: more arguments."""
-        return self.backbone(**inputs, **({"use_cache": False} if self.keeps_keys else {}), **asked)
+    def run_backbone(self, inputs: Mapping[str, Tensor], *, is_full: bool = False, **asked: Any) -> Any:
+        """The backbone's outputs. A decoder keeps no keys and values: nothing is generated.
+
+        is_full: no row has padding, so that attention needs no mask, which costs it its fastest kernels, and which
+            models would look at on the device. asked: more arguments.
+        """
+        given = {name: each for name, each in inputs.items() if not (is_full and name == "attention_mask")}
+        call = self.backbone if self.compiled is None else self.compiled
+        return call(**given, **({"use_cache": False} if self.keeps_keys else {}), **asked)
+
+    def compile(self, *, dynamic: bool) -> None:
+        """Run the backbone by torch.compile from now on; weights and names stay those of the model."""
+        self.compiled = torch.compile(self.backbone, dynamic=dynamic)
 
     def run_head(
         self, outputs: Any, *, inputs: Mapping[str, Tensor] | None = None, final_linear: FinalLinear | None = None

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
-from glmd.data.batches import Batch
+from glmd.data.batches import Batch, with_positions
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
@@ -155,14 +155,13 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
     batch["predicts"] = batch["attention_mask"].bool()
-    batch["positions"] = batch["predicts"].flatten().nonzero()[:, 0]
     if cast.masked:
         batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
         batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     if cast.form is not None:
         batch["labels"] = torch.zeros_like(batch["example_id"])
         batch |= cast.form.dummy(examples, choices, length)
-    return batch
+    return with_positions(batch)
 
 
 def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_attention: bool = True) -> Count:
@@ -217,7 +216,7 @@ def chunk_bytes(cast: Cast, tokens: int, words: int, is_gpu: bool) -> int:
     """What the logits of both models take that the linear loss holds at a time, of a micro-batch of so many tokens."""
     number = 2 if cast.mixed_precision == "bf16" else 4
     theirs = cast.source_size if cast.merge_dropped else words
-    return number * (words + theirs) * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu")
+    return number * (words + theirs) * chunk_tokens(tokens, words, "cuda" if is_gpu else "cpu", number)
 
 
 def timed(cast: Cast, *, examples: int, length: int, choices: int = 1) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,17 +29,21 @@ from tqdm import tqdm
 from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import StepPlan, step_batches
+from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
+from glmd.distillation.objective import Objective
 from glmd.distillation.schedules import learning_rate_factor
-from glmd.distillation.teacher import AllOutputs, unsound_examples
+from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, unsound_examples
 from glmd.errors import NumericsError, RunError
 from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
 from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset
+from glmd.training.ahead import Fed, ahead, to_device
 from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.training.fsdp import full_tensors, is_sharded, prepare_sharded
+from glmd.training.graphs import MicroStep, Replayed
 from glmd.training.log import RunLog
 from glmd.training.meter import Meter
 from glmd.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
@@ -47,6 +52,7 @@ from glmd.training.state import LIBRARIES, code_of_a_step, copy_weights_into, lo
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], AllOutputs]
 Evaluate = Callable[[Distiller], float]  # a score of the student as it stands, higher is better
+SIGNAL_NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -59,6 +65,18 @@ class Progress:
     best_step: int | None = None
     scaler: dict[str, Any] | None = None
     skipped: int = 0  # steps that were left out because of `skip_nonfinite`
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step that the device may still be at: what the host reads of it a step later, and never waits for."""
+
+    step: int
+    micro_batches: list[Fed]
+    means: Tensor  # (terms,) of all ranks
+    norm: Tensor  # of the gradient
+    status: Tensor  # in host memory: whether the step was left out, and how many ranks had each signal when it began
+    is_there: torch.cuda.Event | None  # when it is
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,8 @@ class Trainer:
     """One stage of training.
 
     folder: where `checkpoints/` lie. stage: its name in the log. evaluate: if given, called after each epoch, and
-        the best weights are kept instead of the last.
+        the best weights are kept instead of the last. compiles: backbones by torch.compile. replays: as CUDA graphs,
+        where that can be done.
     """
 
     accelerator: Accelerator
@@ -89,7 +108,12 @@ class Trainer:
     log: RunLog
     num_workers: int = 0
     evaluate: Evaluate | None = None
+    compiles: bool = False
+    replays: bool = True
     progress: Progress = field(default_factory=Progress)
+    received: list[int] = field(default_factory=list)  # signals that this process had
+    stop: int = 0  # the signal that all ranks know of
+    replayed: Replayed | None = None
 
     def run(
         self, distiller: Distiller, teacher: Teacher, dataset: BlockDataset | TaskDataset, collate: Collate
@@ -117,6 +141,10 @@ class Trainer:
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
         distiller.learn_from(teacher, seed=self.seed)
         model, trained, optimizer = self._prepare(distiller)
+        if self.compiles:
+            self._compile(trained, teacher, dynamic=not isinstance(dataset, BlockDataset))
+        if isinstance(dataset, BlockDataset) and self._may_replay(distiller.objective, teacher):
+            self.replayed = Replayed(self._micro_step(model, teacher, 0.0), accelerator.device)
         checkpoint = load_agreed_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             self._restore(checkpoint, trained, optimizer)
@@ -135,24 +163,31 @@ class Trainer:
             unit="step",
             disable=not _show_bar(accelerator),
         )
-        with bar, closing(batches), lost_ranks(), finishes_step() as received:
-            for step, micro_batches in enumerate(batches, start=start_step + 1):
-                means = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
-                if means is not None:
-                    meter.add(means, sum(int(batch["predicts"].sum()) for batch in micro_batches))
+        fed, before = ahead(batches, teacher, accelerator.device), None
+        with bar, closing(batches), closing(fed), lost_ranks(), finishes_step() as self.received:
+            for step, micro_batches in enumerate(fed, start=start_step + 1):
+                made = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
+                self._settle(before, meter, teacher)
+                before = made
                 bar.update()
                 self.progress.step, self.progress.seconds = step, time.monotonic() - began
-                if step % settings.logging_steps == 0 or step == max_steps:
+                logs, is_last = step % settings.logging_steps == 0, step == max_steps
+                evaluates = self.evaluate is not None and (step % steps_per_epoch == 0 or is_last)
+                saves = step % settings.save_steps == 0 and not is_last
+                stop = self._signal(is_last=is_last)
+                if stop or logs or is_last or evaluates or saves or self._waits:
+                    self._settle(before, meter, teacher)
+                    before, stop = None, self._signal()
+                if logs or is_last:
                     self._log(meter, distiller, step, max_steps, optimizer)
-                if self.evaluate is not None and (step % steps_per_epoch == 0 or step == max_steps):
+                if evaluates:
                     with meter.paused():
                         copy_weights_into(distiller, trained)
                         self._keep_best(distiller)
                         model.train()
                         if trained is not distiller:
                             distiller.to("cpu")
-                stop = self._agree_on_signal(received)
-                if (step % settings.save_steps == 0 and step < max_steps) or stop:
+                if saves or stop:
                     with meter.paused():
                         self._save(trained, optimizer)
                 if stop:
@@ -193,43 +228,79 @@ class Trainer:
         model, prepared = prepare_sharded(accelerator, trained, make_optimizer(trained, self.settings))
         return model, trained, prepared
 
+    def _compile(self, distiller: Distiller, teacher: Teacher, *, dynamic: bool) -> None:
+        """Both backbones by torch.compile. dynamic: for batches of any form at once, else anew for each."""
+        live = teacher.teachers if isinstance(teacher, Ensemble) else (teacher,)
+        for each in (distiller, *(each for each in live if isinstance(each, OnlineTeacher))):
+            each.splits[0].compile(dynamic=dynamic)
+
+    def _may_replay(self, objective: Objective, teacher: Teacher) -> bool:
+        """Whether a micro-step reads nothing on the host that changes from one to the next."""
+        accelerator, is_ours = self.accelerator, isinstance(teacher, OnlineTeacher | CachedTeacher | Ensemble)
+        return (
+            self.replays
+            and accelerator.device.type == "cuda"
+            and accelerator.num_processes == 1
+            and accelerator.scaler is None
+            and not is_sharded(accelerator)
+            and not self.settings.gradient_checkpointing
+            and is_ours
+            and objective.is_constant
+        )
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the host looks at each step before the optimizer does, which cannot be told on the device."""
+        return self.accelerator.scaler is not None or is_sharded(self.accelerator)
+
+    def _micro_step(self, model: nn.Module, teacher: Teacher, progress: float) -> MicroStep:
+        """Forward and backward of a micro-batch. It returns each term's sum times its factor (terms,)."""
+        accelerator, objective = self.accelerator, self.accelerator.unwrap_model(model).objective
+
+        def micro_step(batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+            given = teacher(batch) if outputs is None else outputs
+            with accelerator.autocast():  # DDP's forward has its own, a sharded one has not
+                part: Tensor = model(batch, given, progress, factors)
+            accelerator.backward(objective.total(part, progress))
+            return part.detach()
+
+        return micro_step
+
     def _step(
         self,
         model: nn.Module,
         optimizer: Any,
         teacher: Teacher,
-        micro_batches: list[Batch],
+        micro_batches: list[Fed],
         step: int,
         max_steps: int,
-    ) -> Tensor | None:
-        """One optimizer step over all micro-batches of all ranks.
+    ) -> Made:
+        """One optimizer step over all micro-batches of all ranks, as far as the host is concerned.
 
-        Returns each term's global mean (terms,), or None for a step that was left out.
+        Without `_waits` a step that is not finite is left out by the optimizer's own kernel.
         """
         accelerator, objective = self.accelerator, self.accelerator.unwrap_model(model).objective
-        world_size = accelerator.num_processes
+        world_size, device = accelerator.num_processes, accelerator.device
         progress = (step - 1) / max(1, max_steps - 1)
         # float32 is exact to 16 million tokens a step, and the one that every device has.
-        counts = sum(objective.counts(batch) for batch in micro_batches).float().to(accelerator.device)
-        counts = reduce(counts, "sum") if world_size > 1 else counts
-        sums = torch.zeros(len(objective.terms), device=accelerator.device)
-        for i, batch in enumerate(micro_batches):
-            # On the loader's batch: a cached teacher hashes its ids, which on the device it would have to wait for.
-            teacher_outputs = teacher(batch)
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        counts = sum(objective.counts(fed.batch) for fed in micro_batches).float()
+        told = torch.tensor([float(number in self.received) for number in SIGNAL_NUMBERS])
+        if world_size > 1:
+            shared = reduce(to_device(torch.cat([counts, told]), device), "sum")
+            counts, told = shared.split([len(counts), len(told)])
+        # DDP and FSDP average gradients over ranks; the global count already divides by all of them.
+        factors = to_device(world_size / counts.clamp(min=1), device)
+        sums = torch.zeros(len(objective.terms), device=device)
+        micro_step = self.replayed or self._micro_step(model, teacher, progress)
+        for i, fed in enumerate(micro_batches):
             # Dropout is a function of (seed, micro-step, rank): nothing remembers what was drawn before.
             torch.manual_seed(_mix(self.seed, (step * len(micro_batches) + i) * world_size + accelerator.process_index))
             last = i == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                with accelerator.autocast():  # DDP's forward has its own, a sharded one has not
-                    part = model(batch, teacher_outputs, progress)
-                # DDP and FSDP average gradients over ranks; the global count already divides by all of them.
-                accelerator.backward(objective.total(objective.means(part, counts), progress) * world_size)
-            sums += part.detach()
-        sums = reduce(sums, "sum") if world_size > 1 else sums
+                sums += micro_step(objective.columns(fed.on_device), fed.teacher_outputs, factors)
+        means = (reduce(sums, "sum") if world_size > 1 else sums) / world_size
         norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        means = objective.means(sums, counts)
         factor = learning_rate_factor(
             step / max_steps,
             kind=self.settings.lr_scheduler_type,
@@ -238,20 +309,33 @@ class Trainer:
         )
         for group in optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * factor
-        is_finite = self._is_finite(means, norm)
-        if is_finite:
-            optimizer.step()
-        else:
-            self._skip_or_stop(means, norm, step, micro_batches, teacher)
-        optimizer.zero_grad()
-        return means if is_finite else None
-
-    def _is_finite(self, means: Tensor, norm: Tensor) -> bool:
-        """Whether the optimizer may see this step. fp16's scaler skips one with infinite gradients by itself."""
+        # fp16's scaler skips a step with infinite gradients by itself.
         finite = torch.isfinite(means).all()
-        if self.accelerator.scaler is None:
+        if accelerator.scaler is None:
             finite &= torch.isfinite(norm)
-        return bool(finite)
+        if not self._waits:
+            optimizer.optimizer.found_inf, optimizer.optimizer.grad_scale = (~finite).float(), None
+        if not self._waits or finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=self.replayed is None)
+        left_out = (~finite).float()[None]
+        status = (torch.cat([left_out, told]) if world_size > 1 else left_out).to("cpu", non_blocking=True)
+        is_there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return Made(step, micro_batches, means, norm, status, is_there)
+
+    def _settle(self, made: Made | None, meter: Meter, teacher: Teacher) -> None:
+        """Read what became of a step."""
+        if made is None:
+            return
+        if made.is_there is not None:
+            made.is_there.synchronize()
+        left_out, *told = made.status.tolist()
+        if self.accelerator.num_processes > 1:
+            self.stop = max(number if count else 0 for number, count in zip(SIGNAL_NUMBERS, told, strict=True))
+        if left_out:
+            self._skip_or_stop(made.means, made.norm, made.step, [fed.batch for fed in made.micro_batches], teacher)
+        else:
+            meter.add(made.means, sum(len(fed.batch["positions"]) for fed in made.micro_batches))
 
     def _skip_or_stop(
         self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch], teacher: Teacher
@@ -391,12 +475,17 @@ class Trainer:
             # The forgotten ones had taken its place, and may score otherwise this time: choose among what is to come.
             self.progress.best_score = self.progress.best_step = None
 
-    def _agree_on_signal(self, received: list[int]) -> int:
-        """The signal that any rank received, known to all; 0 for none."""
+    def _signal(self, *, is_last: bool = False) -> int:
+        """The signal that any rank received, known to all; 0 for none.
+
+        Ranks tell one another as a step begins, and read it a step later; after the last one they ask.
+        """
         if self.accelerator.num_processes == 1:
-            return max(received, default=0)
-        mine = torch.tensor([max(received, default=0)], device=self.accelerator.device)
-        return int(torch.stack(list(self.accelerator.gather(mine))).max())
+            return max(self.received, default=0)
+        if is_last:
+            mine = torch.tensor([max(self.received, default=0)], device=self.accelerator.device)
+            self.stop = int(torch.stack(list(self.accelerator.gather(mine))).max())
+        return self.stop
 
 
 def _mix(seed: int, counter: int) -> int:

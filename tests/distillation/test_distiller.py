@@ -20,6 +20,7 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
+from glmd.data.batches import with_positions
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import Ensemble, OnlineTeacher, TeacherOutputs
@@ -84,7 +85,7 @@ def batch(length: int = 7) -> Batch:
     masked = (torch.rand(4, 7, generator=generator) < 0.4) & valid
     labels = torch.randint(5, V, (4, 7), generator=generator).masked_fill(~masked, -100)
     padding = (0, length - 7)
-    return {
+    found = {
         "input_ids": functional.pad(ids * valid, padding),
         "attention_mask": functional.pad(valid.long(), padding),
         "predicts": functional.pad(valid, padding),
@@ -92,14 +93,18 @@ def batch(length: int = 7) -> Batch:
         "labels": torch.tensor([2, 0, -100, 1]),
         "example_id": torch.arange(4),
     }
+    return with_positions(found)
 
 
 def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
     """Some rows of a batch, padded to their longest."""
     length = int(batch["attention_mask"][start:stop].sum(1).max())
-    return {
-        name: tensor[start:stop, :length] if tensor.ndim == 2 else tensor[start:stop] for name, tensor in batch.items()
-    }
+    return with_positions(
+        {
+            name: tensor[start:stop, :length] if tensor.ndim == 2 else tensor[start:stop]
+            for name, tensor in batch.items()
+        }
+    )
 
 
 def loss_of(distiller: Distiller, teacher: OnlineTeacher, *micro_batches: Batch) -> Tensor:

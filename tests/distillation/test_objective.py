@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glmd.config import STAGES
-from glmd.distillation.objective import Objective, Term, load_method, parse_term, token_mask
+from glmd.data.batches import with_positions
+from glmd.distillation.objective import Objective, Term, load_method, parse_term, positions_of
 from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError
 from glmd.losses.logits import LOGIT_LOSSES
@@ -27,13 +28,14 @@ Write = Callable[[str, str], Path]
 
 def batch() -> dict[str, Tensor]:
     """3 rows of 4, 2 and 3 tokens; 3 tokens were masked; one row has no label."""
-    return {
+    found = {
         "input_ids": torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0], [2, 9, 3, 0]]),
         "predicts": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool(),
         "lm_labels": torch.tensor([[-100, 7, 5, -100], [-100, -100, -100, -100], [-100, 0, -100, -100]]),
         "example_id": torch.arange(3),
         "labels": torch.tensor([1, -100, 0]),
     }
+    return with_positions(found)
 
 
 # Methods
@@ -151,16 +153,16 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
 def test_lm_labels_speak_of_masked_tokens_only() -> None:
     term = parse_term({"signal": "lm_labels", "loss": "hard_cross_entropy"}, "here", "pretraining")
     assert term == LABELS and term.needs_masking
-    assert token_mask(term, batch()).sum() == 3
+    assert len(positions_of(term, batch())) == 3
 
 
 def test_a_pad_is_no_token_even_with_a_label() -> None:
     changed = batch()
     changed["lm_labels"][1, 3] = 5
-    for term in (WORDS, MASKED, LABELS):
-        assert not token_mask(term, changed)[1, 2:].any()
-    assert torch.equal(token_mask(WORDS, changed), changed["predicts"])
-    assert token_mask(MASKED, changed).nonzero().tolist() == [[0, 1], [0, 2], [2, 1]]
+    changed = with_positions(changed)
+    assert positions_of(WORDS, changed).tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    for term in (MASKED, LABELS):
+        assert positions_of(term, changed).tolist() == [1, 2, 9]
 
 
 def test_each_term_counts_what_its_mean_runs_over() -> None:

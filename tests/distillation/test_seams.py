@@ -25,7 +25,7 @@ from test_trainer import (
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from glmd.data.batches import Batch, Collate
+from glmd.data.batches import Batch, Collate, with_positions
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
@@ -84,7 +84,7 @@ def batch_of(*rows: int, length: int = 0) -> Batch:
         name: nn.functional.pad(each, (0, surplus), value=fill.get(name, 0)) if each.ndim == 2 else each
         for name, each in batch.items()
     }
-    return padded | {"positions": padded["predicts"].flatten().nonzero()[:, 0]}
+    return with_positions(padded)
 
 
 def layers_alone(**fields: Any) -> Objective:

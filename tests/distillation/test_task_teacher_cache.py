@@ -31,6 +31,7 @@ from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm, task_form
 from glmd.tasks.tasks import BLANK, load_task
+from glmd.training.ahead import ahead
 from glmd.training.trainer import Trainer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -254,18 +255,11 @@ def test_a_teacher_answers_on_its_device_and_is_given_the_batch_as_the_loader_ma
             far(COLLATE([data[0, 3]]))
     assert {each.device.type for each in seen[0].values()} == {"meta"}
 
-    loaded, given = [], []
-    batches, answer = glmd.training.trainer.step_batches, OnlineTeacher.__call__
-
-    def recorded(*rest: Any, **options: Any) -> Any:
-        for micro_batches in batches(*rest, **options):
-            loaded.extend(micro_batches)
-            yield micro_batches
-
-    monkeypatch.setattr("glmd.training.trainer.step_batches", recorded)
-    monkeypatch.setattr(OnlineTeacher, "__call__", lambda self, batch: given.append(batch) or answer(self, batch))
-    run(tiny.config(tmp_path / "run", "tasks={}", "pretraining.max_steps=3"))
-    assert len(loaded) == 3 and all(any(each is batch for batch in given) for each in loaded)
+    given = []
+    monkeypatch.setattr(CachedTeacher, "__call__", lambda self, batch: given.append(batch))
+    batch = COLLATE([data[0, 3]])
+    ((fed,),) = ahead(iter([[batch]]), cached, torch.device("meta"))
+    assert given == [batch] and {each.device.type for each in fed.on_device.values()} == {"meta"}
 
 
 # Whole runs

@@ -13,7 +13,7 @@ from families import FAMILIES, cloze_form, one_of
 
 from glmd.cli import main
 from glmd.commands.evaluate import evaluate_folder
-from glmd.data.batches import Collate
+from glmd.data.batches import Collate, with_positions
 from glmd.data.blocks import BlockDataset, block_frame, block_texts
 from glmd.data.token_store import build_token_store, open_token_store
 from glmd.distillation.distiller import Distiller
@@ -120,7 +120,7 @@ def test_a_student_equal_to_a_teacher_that_scales_its_logits_loses_nothing(name,
     batch = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     assert torch.equal(student(**batch).logits, teacher(**batch).logits)
     distiller = Distiller(load_method("glmd")["pretraining"], vocabulary.token_map, language_model=student)
-    batch["predicts"] = batch["attention_mask"].bool()
+    batch = with_positions(batch | {"predicts": batch["attention_mask"].bool()})
     loss = distiller(batch, OnlineTeacher(teacher, None, vocabulary)(batch)).sum()
     gradients = torch.autograd.grad(loss, list(student.parameters()))
     assert abs(loss.item()) < 1e-10 and max(each.abs().max().item() for each in gradients) < 1e-10

@@ -14,6 +14,7 @@ from transformers import BertConfig, LlamaConfig
 
 from glmd.cli import main
 from glmd.config_file import load_config
+from glmd.data.batches import with_positions
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term, load_method
 from glmd.distillation.teacher import OnlineTeacher
@@ -72,7 +73,7 @@ def test_memory_and_flops_are_those_of_a_real_micro_batch(family, precision):
     ids = torch.randint(V, (B, S))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["attention_mask"][-1, -1] = 0  # else a decoder would need no mask
-    batch["predicts"] = batch["attention_mask"].bool()
+    batch = with_positions(batch | {"predicts": batch["attention_mask"].bool()})
     for parameter in distiller.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
