@@ -18,6 +18,7 @@ from glmd.commands.terminal import ended, prepare_streams, say
 from glmd.config import RunConfig
 from glmd.config_file import differences, load_config, to_dict, words_of_file
 from glmd.errors import ConfigError
+from glmd.runtime import phases
 from glmd.version import __version__
 
 
@@ -189,9 +190,10 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _run(options: argparse.Namespace) -> None:
     config = _config(options)
-    from glmd.commands.usage import describe_students
-    from glmd.pipeline.run import run
-    from glmd.reporting.report import results_table
+    with phases.imports():
+        from glmd.commands.usage import describe_students
+        from glmd.pipeline.run import run
+        from glmd.reporting.report import results_table
 
     results = run(config)
     if int(os.environ.get("RANK", "0")) == 0:

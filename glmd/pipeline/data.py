@@ -16,6 +16,7 @@ from glmd.pipeline.context import Context
 from glmd.planning.caches import held_out_blocks, task_dataset
 from glmd.planning.plan import corpus_sources
 from glmd.planning.stages import Stage
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main, together
 from glmd.tasks.cloze import candidate_ids
 from glmd.tasks.dataset import TaskDataset
@@ -25,6 +26,7 @@ from glmd.tasks.tasks import BLANK
 logger = logging.getLogger(__name__)
 
 
+@phase("tokenizing")
 def open_corpus(context: Context, synthetic: Path | None) -> None:
     """The corpus as ids, tokenized where it is not yet. Refuses one that is too short for the stages that read it."""
     sources = corpus_sources(context.config, synthetic)
@@ -33,7 +35,8 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
     place, plan, teacher = context.run_folder.path / "corpus", context.plan, context.config.teacher
     if teacher.model is not None and not (place / "manifest.json").is_file():
         # A teacher that cannot serve is refused before hours of reading text.
-        on_main(lambda: load_language_model(teacher) and None)
+        with phase("loading"):
+            on_main(lambda: load_language_model(teacher) and None)
     options: dict[str, Any] = {"text_field": context.config.data.text_field, "fingerprint": plan.corpus}
     on_main(lambda: build_token_store(place, sources, plan.tokenizer, **options).manifest)
     context.store = together(lambda: open_token_store(place))
@@ -42,6 +45,7 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
             corpus_blocks(context, stage)
 
 
+@phase("tokenizing")
 def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
     """What a stage is trained on."""
     if stage.task is None:
@@ -57,6 +61,7 @@ def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
     return data
 
 
+@phase("tokenizing")
 def val_data(context: Context, stage: Stage) -> TaskDataset:
     """The validation inputs of a stage of a task, as they are."""
     assert stage.task is not None, "a stage of a task"
@@ -80,6 +85,7 @@ def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> 
     return BlockDataset(store, tokenizer, max_length=length, blocks=blocks, masking=masking)
 
 
+@phase("tokenizing")
 def token_counts(context: Context) -> np.ndarray:
     """(V,) how often each source token stands in the corpus and in the tasks' training inputs.
 

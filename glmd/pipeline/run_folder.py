@@ -20,6 +20,7 @@ from glmd.config import GROWING, RunConfig
 from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError, RunError
 from glmd.models.loading import model_fingerprint
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
 from glmd.storage import describe_files, files_problem, locked, write_atomically, write_problem
 
@@ -136,7 +137,9 @@ class RunFolder:
                 found = f"{place} was made from other inputs ({'; '.join(changed)})"
                 raise RunError(f"{found}; change them back, or delete {place} to make it again")
             if record["complete"]:
-                if problem := on_main(lambda: files_problem(place, record["files"])):
+                with phase("files"):
+                    problem = on_main(lambda: files_problem(place, record["files"]))
+                if problem:
                     found = f"{place} is not what the complete stage left ({problem})"
                     raise RunError(f"{found}; delete {place} to make it again")
                 self.left[place] = record["files"]
@@ -148,7 +151,8 @@ class RunFolder:
         began = time.monotonic()
         result = work()
         result["seconds"] = round(time.monotonic() - began, 1)
-        self.left[place] = on_main(lambda: _result_files(place))
+        with phase("files"):
+            self.left[place] = on_main(lambda: _result_files(place))
         self._write(path, {"complete": True, "inputs": inputs, "result": result, "files": self.left[place]})
         gc.collect()  # models hold themselves in cycles: gigabytes that would stay for the next stage
         self._forget_the_way(place)
@@ -164,6 +168,7 @@ class RunFolder:
         """Whether a stage will be skipped, or refused."""
         return bool(on_main(lambda: is_complete(place)))
 
+    @phase("files")
     def fingerprint(self, model: str, revision: str | None = None) -> str:
         """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""
         if (model, revision) not in self._fingerprints:

@@ -14,6 +14,7 @@ import torch
 from glmd.config import TeacherConfig
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import TeacherOutputs
+from glmd.losses.linear import triton_problem
 from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
 from glmd.models.student import build_student
@@ -24,6 +25,7 @@ from glmd.pipeline.scores import score_language_model, score_task, teacher_answe
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.stages import TEACHER, Stage
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
@@ -73,6 +75,7 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     return result
 
 
+@phase("vocabulary")
 def choose_vocabulary(context: Context, stage: Stage) -> None:
     """The tokens that students keep, by their count in corpus and tasks and by the teacher's embeddings."""
     assert stage.teacher is not None, "whose embeddings are compared"
@@ -85,6 +88,7 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
     built.save(context.folder(stage))
 
 
+@phase("loading")
 def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     """(language model, task model) as they are before training; None for one that nothing is asked of."""
     if stage.kind == "teacher":
@@ -119,6 +123,7 @@ def load_teacher(context: Context, stage: Stage) -> Teacher | None:
     return cached_teacher(context, stage) if stage.cached else live_teacher(context, stage, context.vocabulary(stage))
 
 
+@phase("training")
 def train(
     context: Context, stage: Stage, language_model: Any, task_model: Any, teacher: Teacher | None
 ) -> dict[str, Any]:
@@ -130,6 +135,11 @@ def train(
     distiller = Distiller(
         stage.objective, token_map, language_model=language_model, classifier=task_model, task_logits=logits
     )
+    if accelerator.device.type == "cuda" and "head" in stage.needs:
+        with phase("kernel"):  # the first step would compile and try it; what this answers is kept
+            triton_problem(
+                accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+            )
     trainer = Trainer(
         accelerator,
         context.folder(stage),

@@ -9,11 +9,13 @@ from glmd.distillation.teacher import Ensemble, OnlineTeacher
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
 from glmd.planning.stages import TEACHER, Stage
+from glmd.runtime.phases import phase
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
 from glmd.vocabulary.vocabulary import Vocabulary
 
 
+@phase("loading")
 def live_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> OnlineTeacher | Ensemble:
     """What a stage learns from, for students of a vocabulary; to fill a cache, of all source tokens."""
     first, config = first_teacher(context, stage, vocabulary), context.config.teacher
@@ -23,6 +25,7 @@ def live_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> Onli
     return Ensemble([first, *(_online(context, load_language_model(each), None, vocabulary) for each in configs)])
 
 
+@phase("loading")
 def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> OnlineTeacher:
     """The same without the further ones of `teacher.ensemble`."""
     teacher, classifier, language_model = stage.teacher, None, None
@@ -39,6 +42,7 @@ def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> Onl
     return _online(context, language_model, classifier, vocabulary, logits)
 
 
+@phase("loading")
 def load_fine_tuned(context: Context, stage: Stage) -> Any:
     """The fine-tuned teacher of a stage in the precision that it teaches in, and is scored in."""
     assert stage.task is not None, "a stage of a task"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +112,13 @@ def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
     assert row_of(finished.results, "hard_labels", "hard labels")["training"]["steps"] == 3 + 3
 
 
+def test_results_say_what_the_start_took_by_phase(finished):
+    seconds = finished.results["seconds"]
+    assert {"training", "scoring", "proof of exports"} <= seconds.keys() and all(each > 0 for each in seconds.values())
+    trained = sum(row["training"]["seconds"] for row in finished.results["rows"])
+    assert seconds["training"] >= trained - 0.1 * len(finished.results["rows"])
+
+
 def test_word_prediction_comes_nearer_to_the_teacher(finished):
     for stage in ("pretraining", "task_lm"):
         row = row_of(finished.results, stage)
@@ -181,7 +189,7 @@ def test_a_second_run_skips_every_stage_and_returns_the_same(finished, tiny, mon
 
     monkeypatch.setattr("glmd.training.trainer.Trainer.run", never)
     monkeypatch.setattr("glmd.models.loading.require_complete", never)
-    monkeypatch.setattr("glmd.models.export.subprocess.run", never)
+    monkeypatch.setattr("glmd.models.export.subprocess.Popen", never)
     assert run(tiny.config(folder)) == finished.results
     assert {path: (folder / path).read_bytes() for path in listing(folder) - {"lock", "config.yaml"}} == {
         path: before[path] for path in before if path != "config.yaml"
@@ -544,6 +552,7 @@ def pretrained(tiny, tmp_path_factory):
     config = tiny.config(tmp_path_factory.mktemp("pretrained") / "run", "tasks={}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
+        patch.setattr("glmd.pipeline.run.stranger_ahead", nullcontext)
         return run(config), Path(config.output_dir)
 
 
@@ -677,12 +686,13 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(
 # change to the run folder: opening a file for writing, renaming, removing, making a folder, or half-way through the
 # bytes of a tensor file. Prints how many children were killed before one came to the end.
 KILLED_CHILDREN = """
-import os, sys
+import contextlib, os, sys
 import glmd.training.checkpoint, glmd.pipeline.run, glmd.pipeline.exports, glmd.data.corpus, glmd.training.trainer
 from glmd.config_file import load_config
 import transformers
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
 glmd.pipeline.exports.check_exports = lambda folders: None
+glmd.pipeline.run.stranger_ahead = contextlib.nullcontext
 config = load_config(sys.argv[1], sys.argv[2:])
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
