@@ -37,6 +37,7 @@ class Context:
     """A checked plan in its folder, with the stages that come of it. Raises ConfigError where processes do not fit."""
 
     def __init__(self, plan: Plan, run_folder: RunFolder, accelerator: Accelerator) -> None:
+        assert plan.config.teacher.dtype != "auto", "decided by the plan"
         self.plan, self.config, self.run_folder, self.accelerator = plan, plan.config, run_folder, accelerator
         # Pads are masked out; a decoder's tokenizer may have no id for them.
         self.collate = Collate(plan.tokenizer.pad_token_id or 0)
@@ -44,6 +45,9 @@ class Context:
         self.store: TokenStore | None = None  # the corpus as ids
         self.opened: dict[Path, CachedOutputs] = {}  # caches of teachers' outputs: stages share them
         self.answers: dict[str, np.ndarray] = {}  # of teachers, on val
+        self.at_hand: tuple[TeacherConfig, Any] | None = (
+            None  # a language model that is in memory, for who wants it next
+        )
         self.said: set[str] = set()  # what is said once
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
         self.is_sharded = is_sharded(accelerator)

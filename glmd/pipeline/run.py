@@ -30,7 +30,7 @@ from glmd.pipeline.context import Context
 from glmd.pipeline.data import open_corpus, warn_of_equal_candidates
 from glmd.pipeline.exports import prove_exports
 from glmd.pipeline.rows import row_of
-from glmd.pipeline.run_folder import RunFolder, require_free_folder
+from glmd.pipeline.run_folder import RunFolder, require_free_folder, with_dtype_of
 from glmd.pipeline.run_stage import run_stage
 from glmd.pipeline.teacher_caches import make_caches, refuse_foreign, refuse_stale, require_room, to_come
 from glmd.planning.limits import require_sizes_and_room
@@ -70,10 +70,12 @@ def run(
 
 def _run_stages(context: Context, held: ExitStack) -> dict[str, Any]:
     """`run` of a prepared run. held: what is to end with it."""
-    rows, recorded = [], on_main(lambda: _recorded(context))
+    rows, recorded, is_ahead = [], on_main(lambda: _recorded(context)), False
+    last = [stage.path for stage in context.stages[-3:]]
     for stage in context.stages:
-        if stage is context.stages[-1] and not context.is_complete(stage) and is_main():
-            held.enter_context(stranger_ahead())
+        if stage.path in last and not context.is_complete(stage) and is_main() and not is_ahead:
+            held.enter_context(stranger_ahead())  # by the end it has imported what it needs
+            is_ahead = True
         warn_of_equal_candidates(context, stage)
         result = complete(context, stage)
         if stage.kind != "vocabulary":
@@ -136,6 +138,7 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
 
     makes_caches: all caches of the plan are to be made, not those alone that stages will read.
     """
+    config = with_dtype_of(config)
     folder = require_free_folder(config)
     with (
         full_disk_refused(folder),

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from glmd.config import GROWING, RunConfig
 from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError, RunError
 from glmd.models.loading import model_fingerprint
+from glmd.planning.rules import with_dtype
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
 from glmd.storage import describe_files, files_problem, locked, write_atomically, write_problem
@@ -54,6 +55,15 @@ BEFORE_THE_RUN = {"lock", "synthetic", "config.yaml.tmp"}
 ON_THE_WAY = ("stage.json", "checkpoints", "best")
 # A model card is its reader's to edit.
 FREE_TO_CHANGE = "README.md"
+
+
+def with_dtype_of(config: RunConfig) -> RunConfig:
+    """The config with `teacher.dtype: auto` decided: as the run in its folder was begun with, else for this machine."""
+    recorded, found = Path(config.output_dir) / "config.yaml", None
+    if config.teacher.dtype == "auto" and recorded.is_file():
+        with suppress(ConfigError):  # `require_free_folder` says so
+            found = load_config(recorded).teacher.dtype
+    return with_dtype(config, None if found == "auto" else found)
 
 
 def require_free_folder(config: RunConfig) -> Path:

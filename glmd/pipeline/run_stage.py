@@ -18,6 +18,7 @@ from glmd.losses.linear import triton_problem
 from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
 from glmd.models.student import build_student
+from glmd.models.weight_headers import stored_embeddings
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import token_counts, training_data
 from glmd.pipeline.exports import export_stage
@@ -53,6 +54,7 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         result["parameters"] = split_parameters(model, set(vocabulary_axes(model.config, type(model))))
     if stage.settings is not None:
         teacher = load_teacher(context, stage)
+        context.at_hand = None
         compared = teacher if stage.leaves_language_model else None  # whose words the model's are scored against
         bits = {} if compared is None else teacher_bits(context, stage, compared)
         if compared is not None:
@@ -80,8 +82,11 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
     """The tokens that students keep, by their count in corpus and tasks and by the teacher's embeddings."""
     assert stage.teacher is not None, "whose embeddings are compared"
     settings = context.config.vocabulary
-    model = load_language_model(replace(context.language_model(stage.teacher), dtype="float32"))
-    embeddings = compared_embeddings(model, settings.similarity)
+    teacher = replace(context.language_model(stage.teacher), dtype="float32")
+    embeddings, model = stored_embeddings(teacher, settings.similarity)
+    if embeddings is None:
+        model = load_language_model(teacher)
+        embeddings = compared_embeddings(model, settings.similarity)
     ids = named_ids(model.config, getattr(model, "generation_config", None))
     counts = token_counts(context)
     built = build_vocabulary(context.plan.tokenizer, embeddings, counts, keep_ids=ids, **settings.choice)
@@ -99,8 +104,11 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     if stage.start is None:
         assert stage.teacher is not None, "whose layers a student is made of"
         # Read in float32 whatever the teacher will run in, so that copied weights are not rounded.
-        source = load_language_model(replace(context.language_model(stage.teacher), dtype="float32"))
+        wide = replace(context.language_model(stage.teacher), dtype="float32")
+        source = load_language_model(wide)
         student = build_student(source, context.vocabulary(stage), context.config.student, seed=stage.seed)
+        if wide == context.language_model(stage.teacher):
+            context.at_hand = wide, source  # the teacher itself, which is not loaded again
         del source
         gc.collect()  # models hold themselves in cycles, and the teacher is loaded next
         return student, None
@@ -113,7 +121,7 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     if not stage.leaves_language_model and "head" not in stage.needs:
         return None, task_model
     is_both = task_model is not None and not context.form(stage).has_own_head
-    return task_model if is_both else load_language_model(TeacherConfig(name)), task_model
+    return task_model if is_both else load_language_model(TeacherConfig(name, dtype="float32")), task_model
 
 
 def load_teacher(context: Context, stage: Stage) -> Teacher | None:

@@ -37,7 +37,7 @@ def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> Onl
     if stage.asks_lm_logits:
         # In a blank the fine-tuned model has predicted tokens itself; else it gets the LM head that it began with.
         predicts_itself = stage.task is not None and not context.form(stage).has_own_head
-        language_model = classifier if predicts_itself else load_language_model(context.language_model(teacher))
+        language_model = classifier if predicts_itself else _language_model(context, teacher)
     logits = context.form(stage).logits if stage.task is not None else class_logits
     return _online(context, language_model, classifier, vocabulary, logits)
 
@@ -48,6 +48,14 @@ def load_fine_tuned(context: Context, stage: Stage) -> Any:
     assert stage.task is not None, "a stage of a task"
     dtype = getattr(torch, context.config.teacher.dtype)
     return load_classifier(context.model(context.classifier(stage)), stage.task.task, dtype=dtype)
+
+
+def _language_model(context: Context, path: str) -> Any:
+    """That of a stage, loaded unless it is at hand."""
+    wanted = context.language_model(path)
+    if context.at_hand is not None and context.at_hand[0] == wanted:
+        return context.at_hand[1]
+    return load_language_model(wanted)
 
 
 def _online(

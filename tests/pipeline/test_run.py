@@ -23,6 +23,7 @@ from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run import prepared_run, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
 from glmd.planning.plan import make_plan
+from glmd.planning.rules import with_dtype
 from glmd.reporting.report import results_table
 from glmd.tasks.examples import read_split
 from glmd.tasks.tasks import load_task
@@ -94,7 +95,7 @@ def test_a_run_leaves_these_files_and_no_others(finished):
 
 
 def test_the_recorded_config_is_the_run(finished):
-    assert load_config(finished.folder / "config.yaml") == finished.config
+    assert load_config(finished.folder / "config.yaml") == with_dtype(finished.config)
 
 
 def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
@@ -497,7 +498,7 @@ def test_a_run_that_lost_its_config_goes_by_the_records_of_its_stages(finished, 
         run(tiny.config(folder, "pretraining.learning_rate=0.5"))
     recorded.unlink()
     assert without_times(run(tiny.config(folder))) == without_times(finished.results)
-    assert load_config(recorded) == tiny.config(folder)
+    assert load_config(recorded) == with_dtype(tiny.config(folder))
 
 
 @pytest.mark.parametrize("name", ["exports_checked.json", "results.json"])
