@@ -26,6 +26,7 @@ from glmd.pipeline.run_folder import RunFolder, begun_with
 from glmd.planning.plan import Plan
 from glmd.planning.stages import TEACHER, Stage, stages, task_teacher_path
 from glmd.runtime.processes import on_main
+from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import TaskForm, task_form
 from glmd.training.fsdp import is_sharded
 from glmd.training.log import RunLog
@@ -44,6 +45,7 @@ class Context:
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None  # the corpus as ids
         self.opened: dict[Path, CachedOutputs] = {}  # caches of teachers' outputs: stages share them
+        self.task_data: dict[tuple[str, int, int], TaskDataset] = {}  # a task's examples in ids, by which and length
         self.answers: dict[str, np.ndarray] = {}  # of teachers, on val
         self.at_hand: tuple[TeacherConfig, Any] | None = (
             None  # a language model that is in memory, for who wants it next

@@ -1,7 +1,8 @@
 """The texts of a stage: blocks of the corpus, examples of a task, masked as the stage says."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
     if stage.task is None:
         return corpus_blocks(context, stage)
     name, length, (probability, maskings) = stage.task.task.name, stage.length, stage.masking
-    data = task_dataset(context.plan, name, stage.examples, length)
+    data = copy(_task_data(context, name, stage.examples, length))
     data.masking = masking_for(context.plan.tokenizer, probability, stage.seed, maskings)
     # Once for the same inputs of a task: passes, seeds and controls read them again.
     found = f"{name}: {data.truncated:,} of {counted(len(data), 'input')} truncated to {length} tokens"
@@ -65,7 +66,18 @@ def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
 def val_data(context: Context, stage: Stage) -> TaskDataset:
     """The validation inputs of a stage of a task, as they are."""
     assert stage.task is not None, "a stage of a task"
-    return task_dataset(context.plan, stage.task.task.name, stage.task.val, stage.length)
+    return _task_data(context, stage.task.task.name, stage.task.val, stage.length)
+
+
+def _task_data(context: Context, name: str, examples: Sequence[TaskExample], length: int) -> TaskDataset:
+    """A task's examples in ids, made once for its stages, seeds and scorings; those of another task are let go."""
+    known = context.task_data
+    if any(task != name for task, *_ in known):
+        known.clear()
+    key = (name, id(examples), length)  # which stay where they are: a data set holds them
+    if key not in known:
+        known[key] = task_dataset(context.plan, name, examples, length)
+    return known[key]
 
 
 def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> BlockDataset:

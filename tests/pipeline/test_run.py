@@ -830,3 +830,21 @@ def test_results_are_on_disk_before_the_exports_are_proved_and_say_so(finished, 
     results = run(tiny.config(folder))
     assert results["exports_verified"] and json.loads((folder / "results.json").read_text()) == results
     assert main(["report", str(folder)]) == 0 and "verified" not in capsys.readouterr().err
+
+
+def test_the_inputs_of_a_task_are_made_once_for_its_stages_and_each_masks_its_own(
+    finished, tiny, tmp_path, monkeypatch
+):
+    from glmd.pipeline import data
+
+    real, made = data.task_dataset, []
+    monkeypatch.setattr(data, "task_dataset", lambda *given: made.append(given[1]) or real(*given))
+    masked = ("task_lm.mlm_probability=0.3", "seeds=[0,1]")
+    (finished.copy(tmp_path / "run") / "config.yaml").unlink()
+    with prepared_run(tiny.config(tmp_path / "run", *masked)) as context:
+        found = {stage.path: data.training_data(context, stage) for stage in context.stages if stage.task is not None}
+        assert data.val_data(context, context.stage("tasks/RTE/seed-1/task_lm")).masking is None
+        assert made == ["RTE", "RTE"], "training and validation inputs"
+        seeds = [each.masking.seed for path, each in found.items() if path.endswith("task_lm")]
+        assert len(set(seeds)) == 2 and found["tasks/RTE/seed-0/task_soft_labels"].masking is None
+        assert len({id(each.rows) for each in found.values()}) == 1
