@@ -18,6 +18,7 @@ from glmd.commands.terminal import ended, prepare_streams, say
 from glmd.config import RunConfig
 from glmd.config_file import differences, load_config, to_dict, words_of_file
 from glmd.errors import ConfigError
+from glmd.runtime import phases
 from glmd.version import __version__
 
 
@@ -189,9 +190,10 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _run(options: argparse.Namespace) -> None:
     config = _config(options)
-    from glmd.commands.usage import describe_students
-    from glmd.pipeline.run import run
-    from glmd.reporting.report import results_table
+    with phases.imports():
+        from glmd.commands.usage import describe_students
+        from glmd.pipeline.run import run
+        from glmd.reporting.report import results_table
 
     results = run(config)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -204,12 +206,13 @@ def _check(options: argparse.Namespace) -> None:
     from glmd.commands.check import describe
     from glmd.data.token_store import require_same_store
     from glmd.pipeline.elastic import processes_of
-    from glmd.pipeline.run_folder import require_free_folder
+    from glmd.pipeline.run_folder import require_free_folder, with_dtype_of
     from glmd.planning.limits import require_sizes_and_room
     from glmd.planning.plan import corpus_sources, make_plan
     from glmd.training.fsdp import require_sound_launch
 
     require_sound_launch(os.environ, config.mixed_precision)
+    config = with_dtype_of(config)
     require_free_folder(config)
     cache = []
     with _synthetic(config) as synthetic:
@@ -243,10 +246,14 @@ def _synthetic(config: RunConfig) -> Iterator[Path | None]:
 
 def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
+    from glmd.pipeline.run_folder import with_dtype_of
     from glmd.planning import run_cost as costs
     from glmd.planning.limits import require_sizes
     from glmd.planning.plan import corpus_sources, is_config_alone, make_plan, make_sketch
+    from glmd.planning.rules import with_dtype
 
+    # A GPU that is not here is taken to be one of today.
+    config = with_dtype_of(config) if options.device_memory is None else with_dtype(config, "bfloat16")
     layout = costs.Layout(options.devices, options.device_memory, options.sharding)
     if is_config_alone(config.teacher.model):
         plan = make_sketch(config)

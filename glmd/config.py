@@ -47,7 +47,9 @@ class TeacherConfig:
     trust_remote_code: bool = False  # run Python code of the model's repository
     # Further language models with the same tokenizer: on the corpus the student learns from all of them alike
     ensemble: list[str] = field(default_factory=list)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; losses are float32 anyway
+    # Of the frozen weights; losses are float32 anyway. auto: bfloat16 on a GPU that has it, else float32, or what the
+    # run in output_dir was begun with
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # A folder for the teachers' outputs of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
     # Stages that read from the cache; None: all that need a teacher

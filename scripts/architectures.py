@@ -177,10 +177,14 @@ def distil(folder: Path, start: str) -> None:
 
 
 def open_as_a_stranger(folders: list[Path]) -> None:
-    sys.argv = ["-c", *map(str, folders)]
-    exec(export._STRANGER, {})
+    given, sys.stdin = sys.stdin, io.StringIO(json.dumps([*map(str, folders)]))
+    try:
+        exec(export._STRANGER, {})
+    finally:
+        sys.stdin = given
 
 
+pipeline.stranger_ahead = contextlib.nullcontext  # type: ignore[assignment]
 export.check_exports = open_as_a_stranger  # type: ignore[assignment]
 for module in list(sys.modules.values()):
     if module is not None and getattr(module, "__name__", "").startswith("glmd.") and hasattr(module, "check_exports"):

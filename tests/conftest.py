@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> FinishedRu
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the proof of its exports: a process of six seconds, which `finished` and test_export have."""
     monkeypatch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
+    monkeypatch.setattr("glmd.pipeline.run.stranger_ahead", nullcontext)
 
 
 @pytest.fixture

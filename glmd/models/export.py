@@ -13,7 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from glmd.vocabulary.tokenizer import (
 
 TOLERANCE = 1e-4  # of the largest output; what sums in another order do to float32 is a hundredth of it
 NOISE = 1e-5  # of outputs that are all small
+
+_waiting: list[subprocess.Popen[str]] = []  # the fresh process of the next `check_exports`, begun ahead
 
 
 def export_model(
@@ -84,8 +87,40 @@ def check_exports(folders: Sequence[Path]) -> None:
     """
     if not folders:
         return
+    stranger = _waiting.pop() if _waiting else _begin_stranger()
+    if stranger.poll() is not None:  # begun ahead and killed since, by a signal to the group or for its memory
+        stranger.communicate()
+        stranger = _begin_stranger()
+    try:
+        _, said = stranger.communicate(json.dumps([str(folder.resolve()) for folder in folders]))
+    except BaseException:
+        _end_stranger(stranger)
+        raise
+    if stranger.returncode != 0:
+        lines = said.strip().splitlines() or ["no message"]
+        raise ModelError(f"an exported folder does not load with stock transformers: {lines[-1]}")
+
+
+@contextmanager
+def stranger_ahead() -> Iterator[None]:
+    """Begin the fresh process of the next `check_exports` now, so that its imports are not waited for then."""
+    _waiting.append(_begin_stranger())
+    try:
+        yield
+    finally:
+        while _waiting:
+            _end_stranger(_waiting.pop())
+
+
+def _end_stranger(stranger: subprocess.Popen[str]) -> None:
+    stranger.kill()
+    stranger.communicate()
+
+
+def _begin_stranger() -> subprocess.Popen[str]:
+    """A process without glmd, which ends with this one if it is told no folders."""
     # -P keeps the working folder off the path, so that a checkout of glmd there is not what makes it work.
-    command = [sys.executable, "-P", "-c", _STRANGER, *(str(folder.resolve()) for folder in folders)]
+    command = [sys.executable, "-P", "-c", _STRANGER]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -96,15 +131,14 @@ def check_exports(folders: Sequence[Path]) -> None:
         del environment[name]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        raise ModelError(f"an exported folder does not load with stock transformers: {lines[-1]}")
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
 
 
 # What a stranger does with the folder. Kept free of glmd.
 _STRANGER = f"""
 import json, sys, torch, transformers
+transformers.PreTrainedModel, transformers.AutoTokenizer  # imported before folders are asked for
 def prove(folder):
     probe = json.load(open(folder + "/{PROBE}"))
     options = {{"output_loading_info": True, "dtype": torch.float32}}
@@ -126,7 +160,7 @@ def prove(folder):
     error, largest = (output - expected).abs().max().item(), expected.abs().max().item()
     if not error <= {TOLERANCE} * largest + {NOISE}:
         sys.exit(f"{{folder}}: its output differs by {{error:.1e}} from those before export")
-for folder in sys.argv[1:]:
+for folder in json.load(sys.stdin):
     try:
         prove(folder)
     except Exception as error:

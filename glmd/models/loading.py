@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glmd.config import TeacherConfig
 from glmd.errors import GlmdError, ModelError, counted
@@ -121,9 +121,12 @@ def auto_class_name(model: Any) -> str:
 
 
 def load_language_model(teacher: TeacherConfig) -> Any:
-    """A masked or causal LM with a trained head, in the teacher's dtype, in evaluation mode."""
+    """A masked or causal LM with a trained head, in the teacher's dtype, in evaluation mode.
+
+    A plan has decided what dtype `auto` is; outside of one it is float32.
+    """
     assert teacher.model is not None, "checked before"
-    dtype = getattr(torch, teacher.dtype)
+    dtype = torch.float32 if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
     model, info = from_pretrained(
         language_model_class(load_model_config(teacher.model, **options)),
@@ -182,7 +185,7 @@ def proved(model: Any, prove: Callable[[Any], None]) -> None:
         )
 
 
-def compared_embeddings(model: Any, similarity: str) -> Tensor:
+def compared_embeddings(model: Any, similarity: str) -> nn.Parameter:
     """(rows, H) the embeddings by which dropped tokens are mapped, of the model's `input` or `output`.
 
     Raises ModelError where it has none, or where the output's are the input's.
@@ -197,7 +200,7 @@ def compared_embeddings(model: Any, similarity: str) -> Tensor:
         if output.weight is given.weight:
             raise ModelError(f"vocabulary.similarity output has no effect: {name} has one matrix for both; remove it")
         given = output
-    weight: Tensor = given.weight.detach()
+    weight: nn.Parameter = given.weight
     return weight
 
 
@@ -293,7 +296,8 @@ _UNREAD = re.compile(r"\.pooler\.|position_ids$|token_type_ids$")
 def require_complete(model: nn.Module, info: dict[str, Any], name: str, *, allowed_missing: tuple[str, ...]) -> None:
     require_keys(model, info, name, allowed_missing=allowed_missing)
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # Of the smallest and the largest: one pass, without a second tensor, and nan is both.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ModelError(f"{name}: {key} holds values that are not finite")
 
 

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from glmd.config import TeacherConfig
 from glmd.errors import ModelError
 from glmd.models.loading import (
     WEIGHTS,
+    compared_embeddings,
     from_pretrained,
     is_tied,
     language_model_class,
@@ -45,6 +47,35 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
             )
     require_keys(model, info, name, allowed_missing=())
     require_one_matrix(model, name)
+
+
+def stored_embeddings(teacher: TeacherConfig, similarity: str) -> tuple[Any, Any]:
+    """The embeddings that tokens are compared by, (rows, H) float32, and the model without memory that they are of.
+
+    They alone are read: a model of 20 GB is not loaded for one of its matrices. None where the files do not hold them
+    by their name in the model, as those of an older layout. Raises ModelError as `compared_embeddings` does.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    assert teacher.model is not None, "checked before"
+    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    model_class = language_model_class(load_model_config(teacher.model, **options))
+    model, _ = without_memory(model_class, teacher.model, **options)
+    compared = compared_embeddings(model, similarity)
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = {name for name, each in parameters if each is compared}
+    config_file = Path(teacher.model) / "config.json"
+    if not looks_local(teacher.model):
+        config_file = Path(str(cached_file(teacher.model, "config.json", revision=teacher.revision)))
+    for path in sorted(config_file.parent.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in names & set(file.keys()):
+                stored = file.get_tensor(name)
+                if stored.shape == compared.shape and stored.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    return stored.float(), model
+    return None, model
 
 
 def without_memory(auto_class: Any, name: str, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -26,6 +26,7 @@ from glmd.pipeline.run_folder import RunFolder, begun_with
 from glmd.planning.plan import Plan
 from glmd.planning.stages import TEACHER, Stage, stages, task_teacher_path
 from glmd.runtime.processes import on_main
+from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import TaskForm, task_form
 from glmd.training.fsdp import is_sharded
 from glmd.training.log import RunLog
@@ -37,13 +38,18 @@ class Context:
     """A checked plan in its folder, with the stages that come of it. Raises ConfigError where processes do not fit."""
 
     def __init__(self, plan: Plan, run_folder: RunFolder, accelerator: Accelerator) -> None:
+        assert plan.config.teacher.dtype != "auto", "decided by the plan"
         self.plan, self.config, self.run_folder, self.accelerator = plan, plan.config, run_folder, accelerator
         # Pads are masked out; a decoder's tokenizer may have no id for them.
         self.collate = Collate(plan.tokenizer.pad_token_id or 0)
         self.log = RunLog(run_folder.path / "log.jsonl", accelerator)
         self.store: TokenStore | None = None  # the corpus as ids
         self.opened: dict[Path, CachedOutputs] = {}  # caches of teachers' outputs: stages share them
+        self.task_data: dict[tuple[str, int, int], TaskDataset] = {}  # a task's examples in ids, by which and length
         self.answers: dict[str, np.ndarray] = {}  # of teachers, on val
+        self.at_hand: tuple[TeacherConfig, Any] | None = (
+            None  # a language model that is in memory, for who wants it next
+        )
         self.said: set[str] = set()  # what is said once
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
         self.is_sharded = is_sharded(accelerator)

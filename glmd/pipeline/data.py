@@ -1,7 +1,8 @@
 """The texts of a stage: blocks of the corpus, examples of a task, masked as the stage says."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from glmd.pipeline.context import Context
 from glmd.planning.caches import held_out_blocks, task_dataset
 from glmd.planning.plan import corpus_sources
 from glmd.planning.stages import Stage
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main, together
 from glmd.tasks.cloze import candidate_ids
 from glmd.tasks.dataset import TaskDataset
@@ -25,6 +27,7 @@ from glmd.tasks.tasks import BLANK
 logger = logging.getLogger(__name__)
 
 
+@phase("tokenizing")
 def open_corpus(context: Context, synthetic: Path | None) -> None:
     """The corpus as ids, tokenized where it is not yet. Refuses one that is too short for the stages that read it."""
     sources = corpus_sources(context.config, synthetic)
@@ -33,7 +36,8 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
     place, plan, teacher = context.run_folder.path / "corpus", context.plan, context.config.teacher
     if teacher.model is not None and not (place / "manifest.json").is_file():
         # A teacher that cannot serve is refused before hours of reading text.
-        on_main(lambda: load_language_model(teacher) and None)
+        with phase("loading"):
+            on_main(lambda: load_language_model(teacher) and None)
     options: dict[str, Any] = {"text_field": context.config.data.text_field, "fingerprint": plan.corpus}
     on_main(lambda: build_token_store(place, sources, plan.tokenizer, **options).manifest)
     context.store = together(lambda: open_token_store(place))
@@ -42,12 +46,13 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
             corpus_blocks(context, stage)
 
 
+@phase("tokenizing")
 def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
     """What a stage is trained on."""
     if stage.task is None:
         return corpus_blocks(context, stage)
     name, length, (probability, maskings) = stage.task.task.name, stage.length, stage.masking
-    data = task_dataset(context.plan, name, stage.examples, length)
+    data = copy(_task_data(context, name, stage.examples, length))
     data.masking = masking_for(context.plan.tokenizer, probability, stage.seed, maskings)
     # Once for the same inputs of a task: passes, seeds and controls read them again.
     found = f"{name}: {data.truncated:,} of {counted(len(data), 'input')} truncated to {length} tokens"
@@ -57,10 +62,22 @@ def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
     return data
 
 
+@phase("tokenizing")
 def val_data(context: Context, stage: Stage) -> TaskDataset:
     """The validation inputs of a stage of a task, as they are."""
     assert stage.task is not None, "a stage of a task"
-    return task_dataset(context.plan, stage.task.task.name, stage.task.val, stage.length)
+    return _task_data(context, stage.task.task.name, stage.task.val, stage.length)
+
+
+def _task_data(context: Context, name: str, examples: Sequence[TaskExample], length: int) -> TaskDataset:
+    """A task's examples in ids, made once for its stages, seeds and scorings; those of another task are let go."""
+    known = context.task_data
+    if any(task != name for task, *_ in known):
+        known.clear()
+    key = (name, id(examples), length)  # which stay where they are: a data set holds them
+    if key not in known:
+        known[key] = task_dataset(context.plan, name, examples, length)
+    return known[key]
 
 
 def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> BlockDataset:
@@ -80,6 +97,7 @@ def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> 
     return BlockDataset(store, tokenizer, max_length=length, blocks=blocks, masking=masking)
 
 
+@phase("tokenizing")
 def token_counts(context: Context) -> np.ndarray:
     """(V,) how often each source token stands in the corpus and in the tasks' training inputs.
 

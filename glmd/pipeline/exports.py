@@ -12,6 +12,7 @@ from glmd.models.loading import auto_class_name
 from glmd.pipeline.context import Context
 from glmd.pipeline.rows import selection_of
 from glmd.planning.stages import Kind, Stage
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main
 from glmd.storage import write_atomically
 from glmd.version import __version__
@@ -27,6 +28,7 @@ _TOLD: dict[Kind, tuple[str, str]] = {
 }
 
 
+@phase("exports")
 def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[str, float]) -> None:
     """Write the model of a stage with its card."""
     config, tokenizer = context.config, context.tokenizer(stage)
@@ -58,6 +60,7 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
     on_main(lambda: export_model(model, tokenizer, folder, card=card))
 
 
+@phase("proof of exports")
 def prove_exports(context: Context) -> None:
     """Prove every exported folder of the run in a fresh process, each once."""
     root = context.run_folder.path

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,21 @@ from glmd.config_file import differences, load_config, to_dict
 from glmd.data.corpus import corpus_fingerprint
 from glmd.errors import ConfigError, RunError
 from glmd.losses.linear import allow_triton, triton_problem
+from glmd.models.export import stranger_ahead
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import open_corpus, warn_of_equal_candidates
 from glmd.pipeline.exports import prove_exports
 from glmd.pipeline.rows import row_of
-from glmd.pipeline.run_folder import RunFolder, require_free_folder
+from glmd.pipeline.run_folder import RunFolder, require_free_folder, with_dtype_of
 from glmd.pipeline.run_stage import run_stage
 from glmd.pipeline.teacher_caches import make_caches, refuse_foreign, refuse_stale, require_room, to_come
 from glmd.planning.limits import require_sizes_and_room
 from glmd.planning.plan import corpus_sources, make_plan
 from glmd.planning.stages import TEACHER, Stage
 from glmd.reporting.report import best_grid_points, concerns
+from glmd.runtime import phases
 from glmd.runtime.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
+from glmd.runtime.phases import known_objects_set_aside, phase
 from glmd.runtime.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
 from glmd.storage import full_disk_refused, write_atomically
 from glmd.training.fsdp import end_sharding, require_sound_launch, take_up_sharding
@@ -58,25 +61,50 @@ def run(
     """
     if not isinstance(config, RunConfig) or overrides or changes:
         config = load_config(config, overrides, **changes)
-    with prepared_run(config) as context:
-        rows = []
-        for stage in context.stages:
-            warn_of_equal_candidates(context, stage)
-            result = complete(context, stage)
-            if stage.kind != "vocabulary":
-                rows.append(row_of(context.config, stage, result))
-            if stage.kind == "task_teacher":
-                for each in concerns(rows[-1:]):
-                    logger.warning("%s", each)
-            refuse_stale(context, stage.path)
-        results = {"glmd": __version__, "parameters": context.plan.parameters, "rows": rows}
-        results["of"] = {key: to_dict(context.config)[key] for key in GROWING}
-        if config.sweep:
-            results["best_grid_points"] = best_grid_points(results)
-        # First the results: a week of training is not lost to a folder that does not load.
-        _write_results(context, results | {"exports_verified": False})
-        on_main(lambda: prove_exports(context))
-        return _write_results(context, results | {"exports_verified": True})
+    try:
+        with phase("rest"), prepared_run(config) as context, ExitStack() as held:
+            return _run_stages(context, held)
+    finally:
+        phases.forget()
+
+
+def _run_stages(context: Context, held: ExitStack) -> dict[str, Any]:
+    """`run` of a prepared run. held: what is to end with it."""
+    rows, recorded, is_ahead = [], on_main(lambda: _recorded(context)), False
+    last = [stage.path for stage in context.stages[-3:]]
+    for stage in context.stages:
+        if stage.path in last and not context.is_complete(stage) and is_main() and not is_ahead:
+            held.enter_context(stranger_ahead())  # by the end it has imported what it needs
+            is_ahead = True
+        warn_of_equal_candidates(context, stage)
+        result = complete(context, stage)
+        if stage.kind != "vocabulary":
+            rows.append(row_of(context.config, stage, result))
+        if stage.kind == "task_teacher":
+            for each in concerns(rows[-1:]):
+                logger.warning("%s", each)
+        refuse_stale(context, stage.path)
+    results: dict[str, Any] = {"glmd": __version__, "parameters": context.plan.parameters, "rows": rows}
+    results["of"] = {key: to_dict(context.config)[key] for key in GROWING}
+    if context.config.sweep:
+        results["best_grid_points"] = best_grid_points(results)
+    # First the results: a week of training is not lost to a folder that does not load.
+    _write_results(context, results | {"exports_verified": False})
+    on_main(lambda: prove_exports(context))
+    results["exports_verified"] = True
+    # Of a start that found everything done, nothing is written: the seconds are those of the last one that did not.
+    is_same = {**recorded, "seconds": None} == json.loads(json.dumps(results | {"seconds": None}))
+    results["seconds"] = recorded["seconds"] if is_same else on_main(phases.seconds)
+    return _write_results(context, results)
+
+
+def _recorded(context: Context) -> dict[str, Any]:
+    """The results of the run's last start; empty where it wrote none, or they are damaged or of another version."""
+    try:
+        found = json.loads((context.run_folder.path / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "seconds" in found else {}
 
 
 def make_cache(config: RunConfig) -> None:
@@ -110,8 +138,14 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
 
     makes_caches: all caches of the plan are to be made, not those alone that stages will read.
     """
+    config = with_dtype_of(config)
     folder = require_free_folder(config)
-    with full_disk_refused(folder), cublas_workspace(config.deterministic), _accelerator(config) as accelerator:
+    with (
+        full_disk_refused(folder),
+        cublas_workspace(config.deterministic),
+        _accelerator(config) as accelerator,
+        known_objects_set_aside(),
+    ):
         if config.mixed_precision == "fp16":
             logger.info("mixed_precision fp16: %s", FLOAT16_HEADS)
         if not config.deterministic:
@@ -119,12 +153,14 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
         _require_one_config(config)
         run_folder = RunFolder(folder)
         with run_folder.lock():
-            synthetic = _build_synthetic(folder) if config.data.synthetic else None
-            plan = together(lambda: make_plan(config, synthetic=synthetic, hash_corpus=False, try_out=is_main()))
-            on_main(lambda: require_sizes_and_room(plan, synthetic, number_of_ranks()))
-            sources = corpus_sources(config, synthetic)
-            if sources:  # of which one process reads all
-                plan = replace(plan, corpus=on_main(lambda: corpus_fingerprint(sources)))
+            with phase("synthetic data"):
+                synthetic = _build_synthetic(folder) if config.data.synthetic else None
+            with phase("checks"):
+                plan = together(lambda: make_plan(config, synthetic=synthetic, hash_corpus=False, try_out=is_main()))
+                on_main(lambda: require_sizes_and_room(plan, synthetic, number_of_ranks()))
+                sources = corpus_sources(config, synthetic)
+                if sources:  # of which one process reads all
+                    plan = replace(plan, corpus=on_main(lambda: corpus_fingerprint(sources)))
             run_folder.record_config(config)
             if config.report_to:  # not before: a tracker's files would make the folder of a refused run a foreign one
                 accelerator.init_trackers("glmd")
@@ -139,7 +175,20 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
 
 @contextmanager
 def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
-    """Accelerate's state for this run. Refuses N launched processes that did not become N ranks."""
+    """Accelerate's state for this run, and torch's as it is wanted."""
+    with phase("device"):
+        accelerator = _open_device(config)
+    try:
+        with same_bits(accelerator.device, config.deterministic):
+            yield accelerator
+    finally:
+        accelerator.end_training()
+        end_sharding(accelerator)
+        AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
+
+
+def _open_device(config: RunConfig) -> Accelerator:
+    """Meet the other ranks. Refuses N launched processes that did not become N ranks."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         # Its launcher for one process is given a port only where more were asked for.
@@ -163,13 +212,8 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
     wait()
     _agree_on_kernels(accelerator.device)
     take_up_sharding(accelerator, os.environ)
-    try:
-        with same_bits(accelerator.device, config.deterministic):
-            yield accelerator
-    finally:
-        accelerator.end_training()
-        end_sharding(accelerator)
-        AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
+    torch.zeros(1, device=accelerator.device)  # a GPU is opened by its first tensor
+    return accelerator
 
 
 def _require_one_config(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from glmd.config import GROWING, RunConfig
 from glmd.config_file import differences, dump_config, load_config, to_dict
 from glmd.errors import ConfigError, RunError
 from glmd.models.loading import model_fingerprint
+from glmd.planning.rules import with_dtype
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
 from glmd.storage import describe_files, files_problem, locked, write_atomically, write_problem
 
@@ -53,6 +55,15 @@ BEFORE_THE_RUN = {"lock", "synthetic", "config.yaml.tmp"}
 ON_THE_WAY = ("stage.json", "checkpoints", "best")
 # A model card is its reader's to edit.
 FREE_TO_CHANGE = "README.md"
+
+
+def with_dtype_of(config: RunConfig) -> RunConfig:
+    """The config with `teacher.dtype: auto` decided: as the run in its folder was begun with, else for this machine."""
+    recorded, found = Path(config.output_dir) / "config.yaml", None
+    if config.teacher.dtype == "auto" and recorded.is_file():
+        with suppress(ConfigError):  # `require_free_folder` says so
+            found = load_config(recorded).teacher.dtype
+    return with_dtype(config, None if found == "auto" else found)
 
 
 def require_free_folder(config: RunConfig) -> Path:
@@ -136,7 +147,9 @@ class RunFolder:
                 found = f"{place} was made from other inputs ({'; '.join(changed)})"
                 raise RunError(f"{found}; change them back, or delete {place} to make it again")
             if record["complete"]:
-                if problem := on_main(lambda: files_problem(place, record["files"])):
+                with phase("files"):
+                    problem = on_main(lambda: files_problem(place, record["files"]))
+                if problem:
                     found = f"{place} is not what the complete stage left ({problem})"
                     raise RunError(f"{found}; delete {place} to make it again")
                 self.left[place] = record["files"]
@@ -148,7 +161,8 @@ class RunFolder:
         began = time.monotonic()
         result = work()
         result["seconds"] = round(time.monotonic() - began, 1)
-        self.left[place] = on_main(lambda: _result_files(place))
+        with phase("files"):
+            self.left[place] = on_main(lambda: _result_files(place))
         self._write(path, {"complete": True, "inputs": inputs, "result": result, "files": self.left[place]})
         gc.collect()  # models hold themselves in cycles: gigabytes that would stay for the next stage
         self._forget_the_way(place)
@@ -164,6 +178,7 @@ class RunFolder:
         """Whether a stage will be skipped, or refused."""
         return bool(on_main(lambda: is_complete(place)))
 
+    @phase("files")
     def fingerprint(self, model: str, revision: str | None = None) -> str:
         """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""
         if (model, revision) not in self._fingerprints:

@@ -15,9 +15,11 @@ from glmd.config import TeacherConfig
 from glmd.data.sampling import loader_workers
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import TeacherOutputs
+from glmd.losses.linear import triton_problem
 from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
 from glmd.models.student import build_student
+from glmd.models.weight_headers import stored_embeddings
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import token_counts, training_data
 from glmd.pipeline.exports import export_stage
@@ -25,6 +27,7 @@ from glmd.pipeline.scores import score_language_model, score_task, teacher_answe
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.stages import TEACHER, Stage
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
@@ -52,6 +55,7 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         result["parameters"] = split_parameters(model, set(vocabulary_axes(model.config, type(model))))
     if stage.settings is not None:
         teacher = load_teacher(context, stage)
+        context.at_hand = None
         compared = teacher if stage.leaves_language_model else None  # whose words the model's are scored against
         bits = {} if compared is None else teacher_bits(context, stage, compared)
         if compared is not None:
@@ -74,18 +78,23 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     return result
 
 
+@phase("vocabulary")
 def choose_vocabulary(context: Context, stage: Stage) -> None:
     """The tokens that students keep, by their count in corpus and tasks and by the teacher's embeddings."""
     assert stage.teacher is not None, "whose embeddings are compared"
     settings = context.config.vocabulary
-    model = load_language_model(replace(context.language_model(stage.teacher), dtype="float32"))
-    embeddings = compared_embeddings(model, settings.similarity)
+    teacher = replace(context.language_model(stage.teacher), dtype="float32")
+    embeddings, model = stored_embeddings(teacher, settings.similarity)
+    if embeddings is None:
+        model = load_language_model(teacher)
+        embeddings = compared_embeddings(model, settings.similarity)
     ids = named_ids(model.config, getattr(model, "generation_config", None))
     counts = token_counts(context)
     built = build_vocabulary(context.plan.tokenizer, embeddings, counts, keep_ids=ids, **settings.choice)
     built.save(context.folder(stage))
 
 
+@phase("loading")
 def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     """(language model, task model) as they are before training; None for one that nothing is asked of."""
     if stage.kind == "teacher":
@@ -96,8 +105,11 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     if stage.start is None:
         assert stage.teacher is not None, "whose layers a student is made of"
         # Read in float32 whatever the teacher will run in, so that copied weights are not rounded.
-        source = load_language_model(replace(context.language_model(stage.teacher), dtype="float32"))
+        wide = replace(context.language_model(stage.teacher), dtype="float32")
+        source = load_language_model(wide)
         student = build_student(source, context.vocabulary(stage), context.config.student, seed=stage.seed)
+        if wide == context.language_model(stage.teacher):
+            context.at_hand = wide, source  # the teacher itself, which is not loaded again
         del source
         gc.collect()  # models hold themselves in cycles, and the teacher is loaded next
         return student, None
@@ -110,7 +122,7 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     if not stage.leaves_language_model and "head" not in stage.needs:
         return None, task_model
     is_both = task_model is not None and not context.form(stage).has_own_head
-    return task_model if is_both else load_language_model(TeacherConfig(name)), task_model
+    return task_model if is_both else load_language_model(TeacherConfig(name, dtype="float32")), task_model
 
 
 def load_teacher(context: Context, stage: Stage) -> Teacher | None:
@@ -120,6 +132,7 @@ def load_teacher(context: Context, stage: Stage) -> Teacher | None:
     return cached_teacher(context, stage) if stage.cached else live_teacher(context, stage, context.vocabulary(stage))
 
 
+@phase("training")
 def train(
     context: Context, stage: Stage, language_model: Any, task_model: Any, teacher: Teacher | None
 ) -> dict[str, Any]:
@@ -131,6 +144,11 @@ def train(
     distiller = Distiller(
         stage.objective, token_map, language_model=language_model, classifier=task_model, task_logits=logits
     )
+    if accelerator.device.type == "cuda" and "head" in stage.needs:
+        with phase("kernel"):  # the first step would compile and try it; what this answers is kept
+            triton_problem(
+                accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+            )
     trainer = Trainer(
         accelerator,
         context.folder(stage),

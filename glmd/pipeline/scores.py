@@ -15,9 +15,11 @@ from glmd.pipeline.context import Context
 from glmd.pipeline.data import corpus_blocks, val_data
 from glmd.pipeline.teachers import load_fine_tuned
 from glmd.planning.stages import Stage
+from glmd.runtime.phases import phase
 from glmd.training.trainer import Teacher
 
 
+@phase("scoring")
 def score_language_model(context: Context, stage: Stage, student: Any, teacher: Teacher) -> dict[str, float]:
     """Nearness to the teacher, on held-out blocks or val; of a decoder on the corpus also bits per byte."""
     data = corpus_blocks(context, stage, held_out=True) if stage.task is None else val_data(context, stage)
@@ -35,6 +37,7 @@ def score_language_model(context: Context, stage: Stage, student: Any, teacher: 
     return scores
 
 
+@phase("scoring")
 def teacher_bits(context: Context, stage: Stage, teacher: Teacher) -> dict[str, float]:
     """Bits per byte of a causal teacher on the held-out text; one that is read from a cache is loaded for it."""
     if stage.task is not None or not is_causal(context.plan.teacher_config):
@@ -57,6 +60,7 @@ def _bits(context: Context, model: Any, tokenizer: Any, data: BlockDataset) -> d
     )
 
 
+@phase("scoring")
 def score_task(context: Context, stage: Stage, model: Any) -> dict[str, Any]:
     """Metrics on the validation split, if it has labels; of a student also the share of the teacher's answers."""
     assert stage.task is not None, "a stage of a task"
@@ -69,6 +73,7 @@ def score_task(context: Context, stage: Stage, model: Any) -> dict[str, Any]:
     return result
 
 
+@phase("scoring")
 def teacher_answers(context: Context, stage: Stage) -> np.ndarray:
     """(examples,) the fine-tuned teacher's answers on val: the same for all seeds, grid points and the control."""
     path = context.classifier(stage)

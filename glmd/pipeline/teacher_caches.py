@@ -25,6 +25,7 @@ from glmd.planning.caches import (
     task_cache,
 )
 from glmd.planning.stages import TEACHER, Stage
+from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main, together
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -99,6 +100,7 @@ def _cache(context: Context, stage: Stage, *, sizes_alone: bool = False) -> Teac
     return corpus_cache(context.plan, *parts, teacher_hash=teacher_hash, tokens=context.tokens)
 
 
+@phase("teacher.cache")
 def _complete(context: Context, stage: Stage, cache: TeacherCache) -> None:
     """Make what is missing of a cache, whole shards shared out over the ranks."""
     rank, world_size = context.accelerator.process_index, context.accelerator.num_processes

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective, load_method
@@ -27,12 +27,27 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     Raises ConfigError naming the key.
     """
     method = load_method(config.method)
-    asked, config = config.pretraining.mlm_probability, _resolved(config, method)
+    asked, config = config.pretraining.mlm_probability, _resolved(with_dtype(config), method)
     _check_methods_needs(config, method)
     _check_cache(config, method)
     _check_ensemble(config, method)
     _check_steps(config, method)
     return method, config, asked
+
+
+def with_dtype(config: RunConfig, found: Any = None) -> RunConfig:
+    """The config with `teacher.dtype: auto` decided: as found, else for the device that a run here would have."""
+    if config.teacher.dtype != "auto":
+        return config
+    return replace(config, teacher=replace(config.teacher, dtype=found or _dtype_here()))
+
+
+def _dtype_here() -> Literal["float32", "bfloat16"]:
+    import torch
+
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    has_gpu = torch.cuda.is_available() and not is_on_cpu
+    return "bfloat16" if has_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | None, *, causal: bool) -> RunConfig:

@@ -56,6 +56,7 @@ def results_table(results: dict[str, Any]) -> str:
         _sweep_table(rows),
         _size_table(results),
         _time_table(rows),
+        _phases(results.get("seconds", {})),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -285,6 +286,12 @@ def _time_table(rows: list[dict[str, Any]]) -> str:
         ]
         body.append([f"{system}: {stage}" + (f" {task}" if task else ""), *cells])
     return markdown_table(["stage", "seconds (in all)", "steps", "tokens/s"], body)
+
+
+def _phases(seconds: dict[str, float]) -> str:
+    """What the last start of a run took, in a sentence, the longest first."""
+    parts = ", ".join(f"{name} {taken:.1f}" for name, taken in seconds.items())
+    return f"Seconds of the last start: {sum(seconds.values()):.1f}, of them {parts}." if parts else ""
 
 
 def _mean(values: list[float]) -> str:

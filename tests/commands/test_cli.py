@@ -65,7 +65,8 @@ def test_check_prints_the_plan_and_touches_nothing(glmd, tiny, tmp_path, monkeyp
     def never(*_, **__):
         raise AssertionError("check loads no weights")
 
-    monkeypatch.setattr("glmd.models.loading.require_complete", never)
+    for module in ("tasks", "models"):  # a module that is imported now would keep what it finds in the other
+        monkeypatch.setattr(f"glmd.{module}.loading.require_complete", never)
     run = tmp_path / "run"
     text = glmd("check", tiny.root / "run.yaml", f"output_dir={run}", "seeds=[0,1]", "tasks.RTE.max_steps=5")
     lines = plan_lines(text)

@@ -597,3 +597,23 @@ def test_every_command_refuses_it_in_one_line_before_anything_is_written(faults,
     assert main([command, *arguments[command]]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert source in lines[-1] and not list(Path().glob("out/*/*"))
+
+
+def test_texts_are_cut_as_the_tokenizer_itself_cuts_them_whatever_was_asked_of_it_before(tiny):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.teacher)
+    texts = ["[MASK] abcd [SEP]", "", "größe \u6771\u4eac", "abcd " * 100]
+    plainly = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    tokenizer(texts, truncation=True, padding="max_length", max_length=7)
+    assert token_store.encode_texts(tokenizer, texts) == plainly
+
+    class Own(type(tokenizer)):
+        """With code of its own between a text and its tokens."""
+
+        def _encode_plus(self, *given, **options):
+            encoded = super()._encode_plus(*given, **options)
+            return encoded | {"input_ids": [ids[::-1] for ids in encoded["input_ids"]]}
+
+    own = Own.from_pretrained(tiny.teacher)
+    assert token_store.encode_texts(own, texts) == [ids[::-1] for ids in plainly]

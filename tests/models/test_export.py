@@ -1,5 +1,6 @@
 """Exported folders: stock transformers loads them to the same logits, in any process; what does not is refused."""
 
+import io
 import json
 import re
 import shutil
@@ -12,8 +13,9 @@ from glmd.cli import main
 from glmd.commands.export import export_folder
 from glmd.commands.verify import verify_folder
 from glmd.errors import ModelError, RunError
+from glmd.models import export
 from glmd.models.card import PROBE, ModelCard, card_text
-from glmd.models.export import _probe, check_exports, export_model
+from glmd.models.export import _probe, check_exports, export_model, stranger_ahead
 from glmd.vocabulary.tokenizer import load_tokenizer, stock_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -117,7 +119,7 @@ def test_a_stranger_refuses_a_folder_that_would_give_other_logits(finished, tmp_
         del tensors["classifier.bias"]
 
     def answer(folder: Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["-", str(folder)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([str(folder)])))
         try:
             exec(_STRANGER, {"__name__": "__main__"})
         except SystemExit as end:
@@ -156,8 +158,32 @@ def test_the_fresh_process_has_no_glmd_and_its_refusal_is_one_line(finished, tmp
 
 
 def test_nothing_to_check_starts_no_process(monkeypatch):
-    monkeypatch.setattr("glmd.models.export.subprocess.run", None)
+    monkeypatch.setattr("glmd.models.export.subprocess.Popen", None)
     check_exports([])
+
+
+def test_a_fresh_process_that_was_begun_ahead_is_the_one_that_proves_and_leaves_with_the_run(monkeypatch):
+    code = """
+import json, sys
+print("here", file=sys.stderr, flush=True)
+sys.exit("told " + json.load(sys.stdin)[0])
+"""
+    monkeypatch.setattr("glmd.models.export._STRANGER", code)
+    with stranger_ahead():
+        (ahead,) = export._waiting
+        assert ahead.stderr.readline() == "here\n"
+        with pytest.raises(ModelError, match="told /a"):
+            check_exports([Path("/a")])
+    assert ahead.returncode == 1 and not export._waiting
+    with stranger_ahead():  # one that is not asked
+        (ahead,) = export._waiting
+    assert ahead.returncode == -9 and not export._waiting
+    with stranger_ahead():  # one that has died is replaced
+        (ahead,) = export._waiting
+        ahead.kill()
+        ahead.wait()
+        with pytest.raises(ModelError, match="told /b"):
+            check_exports([Path("/b")])
 
 
 def test_a_card_names_hub_models_and_no_local_paths(tmp_path):
@@ -331,7 +357,7 @@ def strangers_answer(folder: Path, monkeypatch) -> str:
 
     from glmd.models.export import _STRANGER
 
-    monkeypatch.setattr(sys, "argv", ["-", str(folder)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([str(folder)])))
     try:
         exec(_STRANGER, {"__name__": "__main__"})
     except SystemExit as end:

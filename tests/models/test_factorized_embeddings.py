@@ -1,6 +1,7 @@
 """Students with narrow embeddings, as ELECTRA and MobileBERT: where they start, what runs of them leave, refusals."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ def narrow_runs(tiny, tmp_path_factory):
             settings += [f"casting={casting}", f"tasks={json.dumps(tasks)}", "controls.hard_labels=false"]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
+                patch.setattr("glmd.pipeline.run.stranger_ahead", nullcontext)
                 made[folder] = run(tiny.config(folder, *settings))
         return folder, made[folder]
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run import prepared_run, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
 from glmd.planning.plan import make_plan
+from glmd.planning.rules import with_dtype
 from glmd.reporting.report import results_table
 from glmd.tasks.examples import read_split
 from glmd.tasks.tasks import load_task
@@ -93,7 +95,7 @@ def test_a_run_leaves_these_files_and_no_others(finished):
 
 
 def test_the_recorded_config_is_the_run(finished):
-    assert load_config(finished.folder / "config.yaml") == finished.config
+    assert load_config(finished.folder / "config.yaml") == with_dtype(finished.config)
 
 
 def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
@@ -109,6 +111,13 @@ def test_results_have_a_row_for_every_stage_and_are_on_disk(finished):
         assert row_of(finished.results, stage)["training"]["steps"] == steps
     # The control has had the updates of both passes.
     assert row_of(finished.results, "hard_labels", "hard labels")["training"]["steps"] == 3 + 3
+
+
+def test_results_say_what_the_start_took_by_phase(finished):
+    seconds = finished.results["seconds"]
+    assert {"training", "scoring", "proof of exports"} <= seconds.keys() and all(each > 0 for each in seconds.values())
+    trained = sum(row["training"]["seconds"] for row in finished.results["rows"])
+    assert seconds["training"] >= trained - 0.1 * len(finished.results["rows"])
 
 
 def test_word_prediction_comes_nearer_to_the_teacher(finished):
@@ -181,7 +190,7 @@ def test_a_second_run_skips_every_stage_and_returns_the_same(finished, tiny, mon
 
     monkeypatch.setattr("glmd.training.trainer.Trainer.run", never)
     monkeypatch.setattr("glmd.models.loading.require_complete", never)
-    monkeypatch.setattr("glmd.models.export.subprocess.run", never)
+    monkeypatch.setattr("glmd.models.export.subprocess.Popen", never)
     assert run(tiny.config(folder)) == finished.results
     assert {path: (folder / path).read_bytes() for path in listing(folder) - {"lock", "config.yaml"}} == {
         path: before[path] for path in before if path != "config.yaml"
@@ -489,7 +498,7 @@ def test_a_run_that_lost_its_config_goes_by_the_records_of_its_stages(finished, 
         run(tiny.config(folder, "pretraining.learning_rate=0.5"))
     recorded.unlink()
     assert without_times(run(tiny.config(folder))) == without_times(finished.results)
-    assert load_config(recorded) == tiny.config(folder)
+    assert load_config(recorded) == with_dtype(tiny.config(folder))
 
 
 @pytest.mark.parametrize("name", ["exports_checked.json", "results.json"])
@@ -544,6 +553,7 @@ def pretrained(tiny, tmp_path_factory):
     config = tiny.config(tmp_path_factory.mktemp("pretrained") / "run", "tasks={}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
+        patch.setattr("glmd.pipeline.run.stranger_ahead", nullcontext)
         return run(config), Path(config.output_dir)
 
 
@@ -677,12 +687,13 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(
 # change to the run folder: opening a file for writing, renaming, removing, making a folder, or half-way through the
 # bytes of a tensor file. Prints how many children were killed before one came to the end.
 KILLED_CHILDREN = """
-import os, sys
+import contextlib, os, sys
 import glmd.training.checkpoint, glmd.pipeline.run, glmd.pipeline.exports, glmd.data.corpus, glmd.training.trainer
 from glmd.config_file import load_config
 import transformers
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
 glmd.pipeline.exports.check_exports = lambda folders: None
+glmd.pipeline.run.stranger_ahead = contextlib.nullcontext
 config = load_config(sys.argv[1], sys.argv[2:])
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
@@ -819,3 +830,21 @@ def test_results_are_on_disk_before_the_exports_are_proved_and_say_so(finished, 
     results = run(tiny.config(folder))
     assert results["exports_verified"] and json.loads((folder / "results.json").read_text()) == results
     assert main(["report", str(folder)]) == 0 and "verified" not in capsys.readouterr().err
+
+
+def test_the_inputs_of_a_task_are_made_once_for_its_stages_and_each_masks_its_own(
+    finished, tiny, tmp_path, monkeypatch
+):
+    from glmd.pipeline import data
+
+    real, made = data.task_dataset, []
+    monkeypatch.setattr(data, "task_dataset", lambda *given: made.append(given[1]) or real(*given))
+    masked = ("task_lm.mlm_probability=0.3", "seeds=[0,1]")
+    (finished.copy(tmp_path / "run") / "config.yaml").unlink()
+    with prepared_run(tiny.config(tmp_path / "run", *masked)) as context:
+        found = {stage.path: data.training_data(context, stage) for stage in context.stages if stage.task is not None}
+        assert data.val_data(context, context.stage("tasks/RTE/seed-1/task_lm")).masking is None
+        assert made == ["RTE", "RTE"], "training and validation inputs"
+        seeds = [each.masking.seed for path, each in found.items() if path.endswith("task_lm")]
+        assert len(set(seeds)) == 2 and found["tasks/RTE/seed-0/task_soft_labels"].masking is None
+        assert len({id(each.rows) for each in found.values()}) == 1

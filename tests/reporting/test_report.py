@@ -109,7 +109,9 @@ def test_the_table_of_a_run_holds_its_results(finished):
     assert cells(text, "student: pretraining, held-out corpus")[0] == kl
     # Inputs of the task pass are whole: there are no masked tokens to guess.
     assert cells(text, "student: RTE LM pass, val inputs")[2:] == ["–", "–"]
-    assert text.endswith("|\n") and "nan" not in text
+    (sentence,) = [line for line in text.splitlines() if line.startswith("Seconds of the last start: ")]
+    assert all(f"{name} {taken:.1f}" in sentence for name, taken in finished.results["seconds"].items())
+    assert text.endswith(f"|\n\n{sentence}\n") and "nan" not in text
 
 
 def test_a_run_without_tasks_has_no_task_table(finished):

@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_trainer import distiller_of, settings_of, trainer_of
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import glmd.losses.linear
 from glmd.commands.check import describe
 from glmd.config import TeacherConfig
-from glmd.errors import ModelError
+from glmd.config_file import load_config
+from glmd.errors import ModelError, RunError
 from glmd.losses.head import Head
 from glmd.losses.linear import _converted, linear_distillation_loss
 from glmd.models.loading import load_language_model
+from glmd.models.weight_headers import stored_embeddings
 from glmd.planning.plan import make_plan
+from glmd.planning.rules import resolve
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import load_task
 from glmd.training.optimizer import make_optimizer
@@ -134,3 +137,64 @@ def test_a_run_in_fp16_says_once_that_heads_run_in_float32(
     with caplog.at_level(logging.INFO):
         run(tiny.config(tmp_path / "run", "mixed_precision=fp16"))
     assert caplog.text.count("products with LM heads run in float32") == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "cpu_asked", "dtype"),
+    [
+        (False, False, "", "float32"),
+        (True, True, "", "bfloat16"),
+        (True, False, "", "float32"),
+        (True, True, "true", "float32"),
+    ],
+)
+def test_dtype_auto_is_bfloat16_on_a_gpu_that_has_it(tiny, tmp_path, monkeypatch, gpu, bf16, cpu_asked, dtype):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", cpu_asked)
+    config = tiny.config(tmp_path / "run")
+    assert config.teacher.dtype == "auto" and resolve(config)[1].teacher.dtype == dtype
+    asked = tiny.config(tmp_path / "run", "teacher.dtype=float16")
+    assert resolve(asked)[1].teacher.dtype == "float16"
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_with_on_whatever_machine(
+    finished: Any, tiny: Any, tmp_path: Path, trusting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmd.pipeline.run import run
+
+    folder = finished.copy(tmp_path / "run")
+    monkeypatch.setattr("glmd.planning.rules._dtype_here", lambda: "bfloat16")
+    assert run(tiny.config(folder)) == finished.results
+    assert load_config(folder / "config.yaml").teacher.dtype == "float32"
+    with pytest.raises(RunError, match=r"holds another run \(teacher.dtype: 'float32' -> 'bfloat16'\)"):
+        run(tiny.config(folder, "teacher.dtype=bfloat16"))
+    (folder / "config.yaml").unlink()  # the stages know it too
+    with pytest.raises(RunError, match=r"made from other inputs \(teacher_dtype: 'float32' -> 'bfloat16'\)"):
+        run(tiny.config(folder))
+
+
+@pytest.mark.parametrize("half_teacher", [torch.bfloat16, torch.float32], indirect=True)
+def test_embeddings_are_read_alone_and_as_a_whole_model_has_them(
+    half_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = TeacherConfig(str(half_teacher), dtype="float32")
+    expected = load_language_model(teacher)
+    monkeypatch.setattr("glmd.models.loading.require_complete", None)  # which a whole model goes through
+    embeddings, model = stored_embeddings(teacher, "input")
+    assert embeddings.dtype == torch.float32 and torch.equal(embeddings, expected.get_input_embeddings().weight)
+    assert all(each.is_meta for each in model.parameters())
+    tensors = load_file(half_teacher / "model.safetensors")
+    tensors = {name.removeprefix("bert."): each for name, each in tensors.items()}
+    save_file(tensors, half_teacher / "model.safetensors", metadata={"format": "pt"})
+    assert stored_embeddings(teacher, "input")[0] is None, "by another name: the whole model is loaded"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("half_teacher", HALVES, indirect=True)
+def test_a_weight_that_is_not_finite_is_refused(half_teacher: Path, value: float) -> None:
+    tensors = load_file(half_teacher / "model.safetensors")
+    tensors["bert.encoder.layer.1.output.dense.bias"][3] = value
+    save_file(tensors, half_teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layer.1.output.dense.bias holds values that are not finite"):
+        load_language_model(TeacherConfig(str(half_teacher)))
