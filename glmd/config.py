@@ -221,8 +221,8 @@ class RunConfig:
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.
     deterministic: bool = True
-    # Processes that make batches ahead; no number of them changes a batch. None: none where training runs on the CPU,
-    # which needs its cores; else as many as each rank has cores to spare, at most 4
+    # processes that make batches ahead; no number of them changes a batch. None: 0 where training runs on the CPU,
+    # which needs its cores; else as many as a rank has cores to spare, at most 4
     dataloader_num_workers: int | None = None
     # Continue with another number of processes than the run was begun with: the same global batches in the same order,
     # by another gradient_accumulation_steps. Only the last bits of the weights differ.

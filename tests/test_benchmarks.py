@@ -38,6 +38,14 @@ def test_a_tasks_batches_are_timed_by_strategy(tiny) -> None:
     assert pads["longest first"] <= pads["rows' order"]
 
 
+def test_batches_are_timed_the_old_way_and_ours() -> None:
+    said = output_of(
+        "loader.py", "--batches", "2", "--rounds", "1", "--step-ms", "1", "--texts", "100", "--workers", "0"
+    )
+    rows = re.findall(r"\| (.+), (clean|masked) \| (\d) \| .+ \| (\d+\.\d) \| [\d.]+ % \| [\d.]+ % \|", said)
+    assert len(rows) == 6 and {row[0] for row in rows} == {"blocks of 128", "blocks of 512", "pairs of texts"}
+
+
 def test_the_cost_of_the_same_bits_is_a_ratio() -> None:
     said = output_of("deterministic.py", "--shape", "2,1,64,500", "--batch", "2", "--length", "16", "--rounds", "1")
     assert re.search(r"deterministic: true \d+\.\d ms a step, false \d+\.\d ms: ratio \d+\.\d\d", said)

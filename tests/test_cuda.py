@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from glmd.data.batches import Batch, Collate
 from glmd.data.masking import Masking
+from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
@@ -145,6 +146,23 @@ def train(folder: Path, pair: str, precision: str, *, dies_at: int | None = None
         with same_bits(accelerator.device, True):
             Trainer(accelerator, folder, "pretraining", settings, 0, log).run(distiller, answer, Rows(), Collate(0))
     return {name: tensor.cpu() for name, tensor in weights_of(distiller).items()}
+
+
+def test_batches_come_pinned_and_the_same_from_any_number_of_workers() -> None:
+    rows: Any = Rows()
+    plan = StepPlan(len(rows), 16, 2, 0, 1, seed=0)
+    steps = [
+        [
+            batch
+            for step in step_batches(rows, plan, Collate(0), start_step=0, stop_step=6, num_workers=workers)
+            for batch in step
+        ]
+        for workers in (0, 2)
+    ]
+    for alone, ahead in zip(*steps, strict=True):
+        assert alone.keys() == ahead.keys()
+        for name, tensor in alone.items():
+            assert tensor.is_pinned() and ahead[name].is_pinned() and torch.equal(tensor, ahead[name]), name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])

@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 
 def key_columns(keys: Sequence[Key], size: int) -> tuple[np.ndarray, np.ndarray]:
     """(B,) epochs and (B,) example ids of keys into a data set of so many examples. Raises IndexError beyond it."""
-    epochs, ids = np.array(keys, dtype=np.int64).T
+    epochs, ids = np.array(list(zip(*keys, strict=True)), dtype=np.int64)
     if ids.min() < 0 or ids.max() >= size:
         raise IndexError(f"examples {ids.min()} to {ids.max()} of {size}")
     return epochs, ids
@@ -111,10 +111,10 @@ class Collate:
             labeled = examples.tokens["lm_labels"] != IGNORED_LABEL
             batch["labeled_positions"] = torch.from_numpy(positions[labeled])
         for name, tokens in examples.tokens.items():
-            padded = np.full(predicts.size, fill.get(name, 0), dtype=np.int64)
-            padded[positions] = tokens
+            padded = tokens
+            if len(tokens) < predicts.size:
+                padded = np.full(predicts.size, fill.get(name, 0), dtype=np.int64)
+                padded[positions] = tokens
             batch[name] = torch.from_numpy(padded.reshape(predicts.shape))
-        batch |= {name: torch.tensor(each) for name, each in examples.numbers.items()}
-        batch["predicts"], batch["positions"] = torch.from_numpy(predicts), torch.from_numpy(positions)
-        batch["attention_mask"] = batch["predicts"].long()
-        return batch
+        made = {"predicts": predicts, "positions": positions, "attention_mask": predicts.astype(np.int64)}
+        return batch | {name: torch.from_numpy(each) for name, each in (examples.numbers | made).items()}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from glmd.data.batches import Examples, Key, key_columns, positions_in_rows
+from glmd.data.batches import Examples, Key, key_columns
 from glmd.data.masking import Masking, apply_masking
 from glmd.data.token_store import TokenStore
 from glmd.errors import ModelError
@@ -74,19 +74,17 @@ class BlockDataset(Dataset[dict[str, Any]]):
     def __getitems__(self, keys: Sequence[Key]) -> Examples:
         """Examples read at once. Raises IndexError for one that is not there."""
         epochs, ids = key_columns(keys, len(self))
-        before, behind = len(self.start), len(self.end)
         first = (self.blocks.start + ids) * self.block_length
         lengths = np.minimum(self.block_length, self.store.num_tokens - first)  # the last block may be shorter
-        inside, rows = positions_in_rows(lengths), lengths + before + behind
-        ends = np.cumsum(rows)
-        input_ids = np.empty(ends[-1], dtype=np.int64)
-        input_ids[(ends - rows)[:, None] + np.arange(before)] = self.start
-        input_ids[np.repeat(ends - rows + before, lengths) + inside] = self.store.tokens[
-            np.repeat(first, lengths) + inside
-        ]
-        input_ids[(ends - behind)[:, None] + np.arange(behind)] = self.end
+        stored = np.asarray(self.store.tokens)  # a slice of a memory map would be one too, which takes a while to make
+        blocks = (stored[start : start + self.block_length] for start in first.tolist())
+        parts = [part for block in blocks for part in (self.start, block, self.end)]
+        input_ids = np.concatenate(parts, dtype=np.int64)
+        rows = lengths + len(self.start) + len(self.end)
         examples = Examples(rows, {"input_ids": input_ids}, {"example_id": ids})
-        return apply_masking(examples, np.stack([epochs, ids, np.zeros_like(ids)], axis=1), self.masking)
+        if self.masking is None:
+            return examples
+        return apply_masking(examples, (epochs, ids, np.zeros_like(ids)), self.masking)
 
 
 def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:

@@ -4,7 +4,7 @@ Every draw is a hash of these counters, computed for all tokens of a batch at on
 padding, on what else is in its batch, or on what was drawn before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,9 +83,7 @@ def masking_for(tokenizer: Any, probability: float, seed: int, num_maskings: int
     return Masking(probability, tokenizer.mask_token_id, special, ordinary, seed, num_maskings)
 
 
-def apply_masking(examples: Examples, keys: np.ndarray, masking: Masking | None) -> Examples:
-    """The examples with masked ids and their `lm_labels`, or as they are. keys: (R, 3) epoch, example id, choice."""
-    if masking is not None:
-        tokens = examples.tokens
-        tokens["input_ids"], tokens["lm_labels"] = masking(tokens["input_ids"], keys, examples.lengths)
-    return examples
+def apply_masking(examples: Examples, keys: tuple[np.ndarray, ...], masking: Masking) -> Examples:
+    """The examples with masked ids and `lm_labels`. keys: of their rows the (R,) epochs, example ids and choices."""
+    tokens, found = examples.tokens, masking(examples.tokens["input_ids"], np.stack(keys, axis=1), examples.lengths)
+    return replace(examples, tokens=tokens | dict(zip(("input_ids", "lm_labels"), found, strict=True)))

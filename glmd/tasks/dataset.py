@@ -85,12 +85,16 @@ class TaskDataset(Dataset[dict[str, Any]]):
         counts = self.first_row[ids + 1] - self.first_row[ids]
         choices = positions_in_rows(counts)
         rows = np.repeat(self.first_row[ids], counts) + choices
-        lengths = self.row_lengths[rows]
-        places = np.repeat(self.first_token[rows], lengths) + positions_in_rows(lengths)
+        lengths, first = self.row_lengths[rows], self.first_token[rows]
+        spans = [slice(*span) for span in zip(first.tolist(), (first + lengths).tolist(), strict=True)]
+        tokens = {
+            name: np.concatenate([each[span] for span in spans], dtype=np.int64) for name, each in self.tokens.items()
+        }
         numbers = {"labels": self.labels[ids], "example_id": ids}
         numbers |= {name: np.tile(value, (len(ids), *[1] * np.ndim(value))) for name, value in self.columns.items()}
         if self.examples[0].choices:
             numbers["num_choices"] = counts
-        tokens = {name: each[places].astype(np.int64) for name, each in self.tokens.items()}
-        keys_of_rows = np.stack([np.repeat(epochs, counts), np.repeat(ids, counts), choices], axis=1)
-        return apply_masking(Examples(lengths, tokens, numbers), keys_of_rows, self.masking)
+        examples = Examples(lengths, tokens, numbers)
+        if self.masking is None:
+            return examples
+        return apply_masking(examples, (np.repeat(epochs, counts), np.repeat(ids, counts), choices), self.masking)
