@@ -88,7 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--corpus", nargs="+", required=True, help="text or jsonl files, folders, or a data set's id")
     command.add_argument("--keep-ratio", type=float, help="share of the tokens to keep, in (0, 1]")
     command.add_argument("--size", type=_positive, help="or their number")
-    command.add_argument("--multiple-of", type=_positive, help="round the number up to a multiple")
+    command.add_argument(
+        "--multiple-of", type=_positive, help="round the number up to a multiple; that of a ratio to 64 by itself"
+    )
     command.add_argument("--selection", default="closed", choices=("closed", "free"), help="of merged tokens (BPE)")
     command.add_argument("--mapping", default="inner_product", choices=("inner_product", "cosine", "euclidean", "unk"))
     command.add_argument("--within-class", action="store_true", help="map beginnings of words onto such only")

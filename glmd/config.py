@@ -109,7 +109,9 @@ class VocabularyConfig:
 
     keep_ratio: float | None = None  # share of the teacher's tokens, in (0, 1]
     size: int | None = None  # or their number
-    multiple_of: int | None = None  # round the number up to a multiple
+    # Round the number up to a multiple. None: that of keep_ratio to 64 where the teacher has 4,096 tokens or more, as
+    # GPUs multiply by other numbers of tokens several times slower
+    multiple_of: int | None = None
     selection: Literal["closed", "free"] = "closed"  # of merged tokens (BPE): with what they are merged from, or alone
     mapping: Literal["inner_product", "cosine", "euclidean", "unk"] = "inner_product"  # where dropped tokens go
     within_class: bool = False  # beginnings of words only onto such, and what goes on within a word likewise
@@ -221,6 +223,11 @@ class RunConfig:
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.
     deterministic: bool = True
+    torch_compile: bool = False  # backbones of student and teacher; pays on a GPU, after a minute or two of compiling
+    # On CUDA: steps on the corpus start all their kernels at once, which small models and batches are several times
+    # faster by; the same bits. Not with several processes, fp16 or gradient_checkpointing. Without effect elsewhere.
+    cuda_graphs: bool = True
+    tf32: bool = False  # on GPUs that have it: products of float32 matrices are rounded to ten bits, and much faster
     # processes that make batches ahead; no number of them changes a batch. None: 0 where training runs on the CPU,
     # which needs its cores; else as many as a rank has cores to spare, at most 4
     dataloader_num_workers: int | None = None

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from glmd.errors import ModelError
+from glmd.errors import ConfigError, ModelError
 from glmd.losses.head import Head
 from glmd.losses.logits import LogitScaling
 
@@ -193,8 +193,22 @@ class Split:
         return call(**given, **({"use_cache": False} if self.keeps_keys else {}), **asked)
 
     def compile(self, *, dynamic: bool) -> None:
-        """Run the backbone by torch.compile from now on; weights and names stay those of the model."""
-        self.compiled = torch.compile(self.backbone, dynamic=dynamic)
+        """Run the backbone in training by torch.compile from now on; weights and names stay those of the model.
+
+        Raises ConfigError at the first call where that cannot be done.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        body, name = torch.compile(self.backbone, dynamic=dynamic), type(self.model).__name__
+
+        def call(**given: Any) -> Any:
+            try:
+                return body(**given)
+            except TorchDynamoException as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(f"torch_compile: {name} cannot be compiled here ({reason}); remove it") from error
+
+        self.compiled = call
 
     def run_head(
         self, outputs: Any, *, inputs: Mapping[str, Tensor] | None = None, final_linear: FinalLinear | None = None

@@ -137,7 +137,9 @@ class Context:
         task, is_student = stage.task, not stage.trains_teacher
         teacher = stage.teacher if task is None and stage.teacher is not None else TEACHER
         intervention = stage.objective.intervention if stage.objective is not None else None
+        # Keys that came later stand there where they are not as they were before.
         inputs: dict[str, Any] = {} if config.deterministic else {"deterministic": False}
+        inputs |= {name: True for name in ("torch_compile", "tf32") if getattr(config, name)}
         inputs |= {
             "stage": asdict(stage.settings) if stage.settings is not None else None,
             "seed": stage.seed,

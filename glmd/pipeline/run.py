@@ -38,7 +38,15 @@ from glmd.planning.plan import corpus_sources, make_plan
 from glmd.planning.stages import TEACHER, Stage
 from glmd.reporting.report import best_grid_points, concerns
 from glmd.runtime import phases
-from glmd.runtime.determinism import NO_EFFECT, NOT_PROMISED, cublas_workspace, same_bits
+from glmd.runtime.determinism import (
+    NO_EFFECT,
+    NO_TF32,
+    NOT_PROMISED,
+    cublas_workspace,
+    has_tensor_float32,
+    same_bits,
+    tensor_float32,
+)
 from glmd.runtime.phases import known_objects_set_aside, phase
 from glmd.runtime.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
 from glmd.storage import full_disk_refused, write_atomically
@@ -150,6 +158,8 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
             logger.info("mixed_precision fp16: %s", FLOAT16_HEADS)
         if not config.deterministic:
             logger.info(NOT_PROMISED if accelerator.device.type == "cuda" else NO_EFFECT)
+        if config.tf32 and not has_tensor_float32(accelerator.device):
+            logger.info(NO_TF32)
         _require_one_config(config)
         run_folder = RunFolder(folder)
         with run_folder.lock():
@@ -179,7 +189,7 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
     with phase("device"):
         accelerator = _open_device(config)
     try:
-        with same_bits(accelerator.device, config.deterministic):
+        with same_bits(accelerator.device, config.deterministic), tensor_float32(accelerator.device, config.tf32):
             yield accelerator
     finally:
         accelerator.end_training()
@@ -196,7 +206,7 @@ def _open_device(config: RunConfig) -> Accelerator:
             "accelerate launch was asked for several processes and started one, as it does with --cpu; "
             "launch as in docs/multi-gpu.md"
         )
-    require_sound_launch(os.environ, config.mixed_precision)
+    require_sound_launch(os.environ, config.mixed_precision, compiles=config.torch_compile)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),

@@ -158,6 +158,8 @@ def train(
         context.log,
         loader_workers(context.config.dataloader_num_workers, accelerator.device),
         evaluation(context, stage, teacher),
+        compiles=context.config.torch_compile,
+        replays=context.config.cuda_graphs,
     )
     result = trainer.run(distiller, teacher or _silent, training_data(context, stage), context.collate)
     accelerator.free_memory()

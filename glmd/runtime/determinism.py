@@ -23,6 +23,7 @@ WORKSPACES = (":4096:8", ":16:8")  # those that NVIDIA says give the same bits; 
 NOT_PROMISED = (
     "deterministic: false, so equal runs, and one that was killed, end in weights that differ in their last bits"
 )
+NO_TF32 = "tf32: true has no effect on this device, which has no such products"
 NO_EFFECT = "deterministic: false has no effect on this device, and nothing is the faster for it"
 
 
@@ -77,6 +78,23 @@ def same_bits(device: torch.device, wanted: bool) -> Iterator[None]:
         memory.fill_uninitialized_memory = filled
         cudnn.deterministic, cudnn.benchmark = flags
         torch.backends.cuda.enable_cudnn_sdp(sdp)
+
+
+@contextmanager
+def tensor_float32(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Let products of float32 matrices be rounded to TF32 on a GPU that has it."""
+    before = torch.get_float32_matmul_precision()
+    if wanted and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def has_tensor_float32(device: torch.device) -> bool:
+    """Whether that changes anything there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_repeatable(device: torch.device) -> bool:

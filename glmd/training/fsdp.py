@@ -41,7 +41,7 @@ FSDP_SETTINGS = {
 }
 
 
-def require_sound_launch(environment: Mapping[str, str], mixed_precision: str) -> None:
+def require_sound_launch(environment: Mapping[str, str], mixed_precision: str, *, compiles: bool = False) -> None:
     """Refuse what a launch file asks for and would train otherwise than said. Raises ConfigError, one line."""
 
     def says(name: str) -> bool:
@@ -64,6 +64,8 @@ def require_sound_launch(environment: Mapping[str, str], mixed_precision: str) -
             raise ConfigError(f"accelerate: {problem}")
     if mixed_precision == "fp16":
         raise ConfigError("mixed_precision fp16 is not supported with FSDP; give bf16")
+    if compiles:
+        raise ConfigError("torch_compile is not supported with FSDP; give torch_compile: false")
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         raise ConfigError("accelerate: FSDP has nothing to shard in one process; launch more, or with single.yaml")
 

@@ -230,6 +230,10 @@ class Trainer:
 
     def _compile(self, distiller: Distiller, teacher: Teacher, *, dynamic: bool) -> None:
         """Both backbones by torch.compile. dynamic: for batches of any form at once, else anew for each."""
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # no choice of kernels by their speed where it would show in sums
+            inductor.deterministic = torch.are_deterministic_algorithms_enabled()
         live = teacher.teachers if isinstance(teacher, Ensemble) else (teacher,)
         for each in (distiller, *(each for each in live if isinstance(each, OnlineTeacher))):
             each.splits[0].compile(dynamic=dynamic)
