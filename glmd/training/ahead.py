@@ -5,7 +5,7 @@
 On a GPU a thread reads one step ahead and copies on a stream of its own; on a CPU nothing is gained by that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Fed(NamedTuple):
     teacher_outputs: TeacherOutputs | None
 
 
-def ahead(batches: Iterator[list[Batch]], teacher: Any, device: torch.device) -> Iterator[list[Fed]]:
+def ahead(batches: Iterator[list[Batch]], teacher: Any, device: torch.device) -> Generator[list[Fed], None, None]:
     """Each step's micro-batches, fed. Whoever takes them closes `batches`."""
     cached = teacher if isinstance(teacher, CachedTeacher) else None
 

@@ -70,8 +70,9 @@ class Replayed:
         kept_batch = {name: inputs[f"batch.{name}"] for name in batch}
         kept_outputs = outputs
         if outputs is not None:
-            given = {name: inputs[name] for name in ("hidden_states", "task_logits") if name in inputs}
-            kept_outputs = replace(outputs, **given)
+            kept_outputs = replace(
+                outputs, hidden_states=inputs.get("hidden_states"), task_logits=inputs.get("task_logits")
+            )
         graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
         try:
             with torch.cuda.graph(graph, stream=self.stream):

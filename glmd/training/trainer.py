@@ -13,8 +13,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,8 @@ class Trainer:
         steps_per_epoch = max(1, len(dataset) // plan.global_batch_size)
         distiller.learn_from(teacher, seed=self.seed)
         model, trained, optimizer = self._prepare(distiller)
-        if self.compiles:
-            self._compile(trained, teacher, dynamic=not isinstance(dataset, BlockDataset))
-        if isinstance(dataset, BlockDataset) and self._may_replay(distiller.objective, teacher):
+        is_dynamic = not isinstance(dataset, BlockDataset)
+        if not is_dynamic and self._may_replay(distiller.objective, teacher):
             self.replayed = Replayed(self._micro_step(model, teacher, 0.0), accelerator.device)
         checkpoint = load_agreed_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
@@ -164,7 +163,8 @@ class Trainer:
             disable=not _show_bar(accelerator),
         )
         fed, before = ahead(batches, teacher, accelerator.device), None
-        with bar, closing(batches), closing(fed), lost_ranks(), finishes_step() as self.received:
+        compiling = compiled([trained, teacher], is_dynamic) if self.compiles else nullcontext()
+        with bar, closing(batches), closing(fed), compiling, lost_ranks(), finishes_step() as self.received:
             for step, micro_batches in enumerate(fed, start=start_step + 1):
                 made = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 self._settle(before, meter, teacher)
@@ -227,16 +227,6 @@ class Trainer:
         trained = copy.deepcopy(distiller.to("cpu"))
         model, prepared = prepare_sharded(accelerator, trained, make_optimizer(trained, self.settings))
         return model, trained, prepared
-
-    def _compile(self, distiller: Distiller, teacher: Teacher, *, dynamic: bool) -> None:
-        """Both backbones by torch.compile. dynamic: for batches of any form at once, else anew for each."""
-        import torch._inductor.config as inductor
-
-        if hasattr(inductor, "deterministic"):  # no choice of kernels by their speed where it would show in sums
-            inductor.deterministic = torch.are_deterministic_algorithms_enabled()
-        live = teacher.teachers if isinstance(teacher, Ensemble) else (teacher,)
-        for each in (distiller, *(each for each in live if isinstance(each, OnlineTeacher))):
-            each.splits[0].compile(dynamic=dynamic)
 
     def _may_replay(self, objective: Objective, teacher: Teacher) -> bool:
         """Whether a micro-step reads nothing on the host that changes from one to the next."""
@@ -490,6 +480,24 @@ class Trainer:
             mine = torch.tensor([max(self.received, default=0)], device=self.accelerator.device)
             self.stop = int(torch.stack(list(self.accelerator.gather(mine))).max())
         return self.stop
+
+
+@contextmanager
+def compiled(models: list[Any], is_dynamic: bool) -> Iterator[None]:
+    """Run the backbones of distillers and live teachers by torch.compile. is_dynamic: for batches of any form at once."""
+    import torch._inductor.config as inductor
+
+    if hasattr(inductor, "deterministic"):  # no choice of kernels by their speed where it would show in sums
+        inductor.deterministic = torch.are_deterministic_algorithms_enabled()
+    models = [one for each in models for one in (each.teachers if isinstance(each, Ensemble) else (each,))]
+    splits = [each.splits[0] for each in models if isinstance(each, Distiller | OnlineTeacher)]
+    for split in splits:
+        split.compile(dynamic=is_dynamic)
+    try:
+        yield
+    finally:
+        for split in splits:
+            split.compiled = None
 
 
 def _mix(seed: int, counter: int) -> int:
