@@ -25,6 +25,7 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.runtime.determinism import cublas_workspace, same_bits
 from glmd.stage_config import StageConfig
+from glmd.training.ahead import Fed, to_device
 from glmd.training.log import RunLog
 from glmd.training.trainer import Trainer
 
@@ -48,7 +49,9 @@ def seconds_per_step(shape: Shape, rounds: int, precision: str, folder: Path) ->
     def block() -> float:
         began = time.perf_counter()
         for _ in range(BLOCK):
-            trainer._step(wrapped, optimizer, teacher, [next(batches)], next(number), 10**6)
+            batch = next(batches)
+            fed = Fed(batch, {name: to_device(each, device) for name, each in batch.items()}, None)
+            trainer._step(wrapped, optimizer, teacher, [fed], next(number), 10**6)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / BLOCK

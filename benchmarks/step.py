@@ -40,6 +40,7 @@ from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.stage_config import StageConfig
+from glmd.training.ahead import Fed
 from glmd.training.log import RunLog
 from glmd.training.optimizer import make_optimizer
 from glmd.training.trainer import Teacher, Trainer
@@ -252,7 +253,10 @@ def ours(
 
     def step() -> None:
         with patch.object(glmd.distillation.distiller, "linear_distillation_loss", loss):
-            micro_batches = [next(batches) for _ in range(accumulation)]
+            given = [next(batches) for _ in range(accumulation)]
+            micro_batches = [
+                Fed(batch, batch, asked(batch) if isinstance(teacher, CachedTeacher) else None) for batch in given
+            ]
             trainer._step(model, optimizer, asked, micro_batches, next(done), settings.max_steps)
         times = watch.steps[-1]
         times["student forward"] -= times["loss"]

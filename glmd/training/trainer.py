@@ -484,7 +484,7 @@ class Trainer:
 
 @contextmanager
 def compiled(models: list[Any], is_dynamic: bool) -> Iterator[None]:
-    """Run the backbones of distillers and live teachers by torch.compile. is_dynamic: for batches of any form at once."""
+    """Run backbones of distillers and live teachers by torch.compile. is_dynamic: for batches of any form at once."""
     import torch._inductor.config as inductor
 
     if hasattr(inductor, "deterministic"):  # no choice of kernels by their speed where it would show in sums
