@@ -271,7 +271,8 @@ class Blocks(BlockDataset):
         numbers = np.array([[epoch, number, 0] for epoch, number in keys])
         rows = self.ids[numbers[:, 1] % len(self.ids)]
         lengths, tokens = np.full(len(keys), rows.shape[1]), {"input_ids": rows.reshape(-1).copy()}
-        return apply_masking(Examples(lengths, tokens, {"example_id": numbers[:, 1]}), tuple(numbers.T), self.masking)
+        examples = Examples(lengths, tokens, {"example_id": numbers[:, 1]})
+        return examples if self.masking is None else apply_masking(examples, tuple(numbers.T), self.masking)
 
 
 def seconds_of_usual(pair: Pair, steps: int) -> float:
