@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from test_trainer import Killed, assert_identical, weights_of
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from glmd.data.batches import Batch, Collate
+from glmd.data.batches import Batch, Collate, Examples
+from glmd.data.blocks import BlockDataset
 from glmd.data.masking import Masking
 from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.losses.head import Head
+from glmd.losses.linear import linear_distillation_loss
 from glmd.runtime.determinism import cublas_workspace, same_bits
 from glmd.stage_config import StageConfig
 from glmd.training.log import RunLog
@@ -116,7 +119,22 @@ def merging_pair() -> Pair:
     return distiller, bert(BertForMaskedLM, 3, 0.0), vocabulary
 
 
-PAIRS: dict[str, Callable[[], Pair]] = {"masked": masked_pair, "causal": causal_pair, "merging": merging_pair}
+def dropout_pair() -> Pair:
+    """Words alone, of a student with dropout."""
+    student = bert(BertForMaskedLM, 2, 0.1)
+    return (
+        Distiller(Objective((WORDS,)), np.arange(V), language_model=student),
+        bert(BertForMaskedLM, 3, 0.0),
+        Vocabulary.identity(V),
+    )
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    "masked": masked_pair,
+    "causal": causal_pair,
+    "merging": merging_pair,
+    "dropout": dropout_pair,
+}
 
 
 def train(folder: Path, pair: str, precision: str, *, dies_at: int | None = None) -> dict[str, torch.Tensor]:
@@ -245,3 +263,121 @@ def test_the_kernel_says_what_plain_torch_says_and_the_same_twice(loss: str, dty
     assert torch.equal(values[0], values[1]) and torch.equal(gradients[0], gradients[1])
     torch.testing.assert_close(values[0], values[2], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(gradients[0], gradients[2], rtol=2e-2, atol=1e-6)
+
+
+class Blocks(BlockDataset):
+    """Full texts of random words."""
+
+    def __init__(self) -> None:
+        self.ids = np.random.default_rng(0).integers(5, V, (256, 64))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Examples:
+        numbers = np.array([number for _, number in keys])
+        tokens = {"input_ids": self.ids[numbers].reshape(-1)}
+        return Examples(np.full(len(keys), 64), tokens, {"example_id": numbers})
+
+
+def stage_on_blocks(
+    folder: Path, pair: str, *, replays: bool, compiles: bool = False, dies_at: int | None = None
+) -> tuple[dict[str, torch.Tensor], Trainer]:
+    folder.mkdir(exist_ok=True)
+    AcceleratorState._reset_state(True)
+    with cublas_workspace(True):
+        accelerator = Accelerator(mixed_precision="bf16")
+        distiller, model, vocabulary = PAIRS[pair]()
+        distiller.objective = Objective((WORDS,))
+        teacher = OnlineTeacher(model.to(accelerator.device), None, vocabulary)
+        settings = StageConfig(
+            max_steps=STEPS,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            logging_steps=10,
+            save_steps=7,
+        )
+        log = RunLog(folder / "log.jsonl", accelerator)
+        trainer = Trainer(accelerator, folder, "pretraining", settings, 0, log, 2, compiles=compiles, replays=replays)
+        real = trainer._step
+
+        def step(*given: Any) -> Any:
+            if given[-2] == dies_at:
+                raise Killed
+            return real(*given)
+
+        trainer._step = step  # type: ignore[method-assign]
+        with same_bits(accelerator.device, True):
+            trainer.run(distiller, teacher, Blocks(), Collate(0))
+    return {name: tensor.cpu() for name, tensor in weights_of(distiller).items()}, trainer
+
+
+@pytest.mark.parametrize("pair", ["causal", "dropout"])
+def test_replayed_steps_end_in_the_bits_of_steps_that_are_not_and_of_a_stage_that_was_killed(
+    tmp_path: Path, pair: str
+) -> None:
+    expected, trainer = stage_on_blocks(tmp_path / "eager", pair, replays=False)
+    assert trainer.replayed is None
+    replayed, trainer = stage_on_blocks(tmp_path / "replayed", pair, replays=True)
+    assert trainer.replayed is not None and len(trainer.replayed.recorded) == 1, "else nothing was replayed"
+    assert_identical(replayed, expected)
+    with pytest.raises(Killed):
+        stage_on_blocks(tmp_path / "killed", pair, replays=True, dies_at=17)
+    assert_identical(stage_on_blocks(tmp_path / "killed", pair, replays=True)[0], expected)
+
+
+def test_compiled_steps_end_in_the_same_bits_when_the_stage_was_killed(tmp_path: Path) -> None:
+    expected, _ = stage_on_blocks(tmp_path / "whole", "causal", replays=False, compiles=True)
+    with pytest.raises(Killed):
+        stage_on_blocks(tmp_path / "killed", "causal", replays=False, compiles=True, dies_at=17)
+    assert_identical(stage_on_blocks(tmp_path / "killed", "causal", replays=False, compiles=True)[0], expected)
+
+
+def test_a_step_on_a_gpu_waits_for_nothing_but_the_step_before(tmp_path: Path) -> None:
+    """torch's own guard says where the host waits; the one place is `_settle`."""
+    real = Trainer._step
+
+    def guarded(self: Trainer, *given: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if given[-2] > 5 else "default")
+        try:
+            return real(self, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", guarded)
+        stage_on_blocks(tmp_path / "stage", "causal", replays=False)
+        assert train(tmp_path / "texts", "masked", "bf16")
+
+
+@pytest.mark.parametrize("loss", ["kl_divergence", "reverse_kl", "js_divergence", "cross_entropy"])
+@pytest.mark.parametrize("words", [1001, 3000])
+def test_a_loss_on_a_gpu_is_that_of_float64_whatever_the_number_of_words(loss: str, words: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, generator=generator) for s in ((300, 64), (words, 64), (words,)))
+    weight = weight / 4
+
+    def gradients(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [each.to(device, dtype).requires_grad_() for each in (hidden, weight, bias)]
+        theirs = [(each + 0.1 * each.roll(1, 0)).to(device, dtype) for each in (hidden, weight, bias)]
+        factor = torch.tensor(1 / 300, device=device)
+        value = linear_distillation_loss(
+            leaves[0],
+            Head(*leaves[1:]),
+            theirs[0],
+            Head(*theirs[1:]),
+            loss=loss,
+            temperature=15.0,
+            factor=factor,
+        )
+        return [value.detach().cpu().double()] + [g.cpu().double() for g in torch.autograd.grad(value, leaves)]
+
+    exact = gradients("cpu", torch.float64)
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        for ours, expected in zip(gradients("cuda", dtype)[1:], exact[1:], strict=True):
+            assert ours.shape == expected.shape
+            if dtype == torch.float32:
+                assert ((ours - expected).norm() / expected.norm()).item() < most
+            else:  # inputs were rounded too, so only the order of it
+                assert ((ours - expected).norm() / expected.norm()).item() < 10 * most

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glmd.losses.rows import FUSED, LossSpec
 
-BLOCK, NUM_WARPS = 4096, 8  # words of two bytes at a time, of four half as many; more would spill registers
+BLOCK, NUM_WARPS = 2048, 4  # words of two bytes at a time, of four half as many; more would spill registers
 
 
 class TritonRows:

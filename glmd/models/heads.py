@@ -16,7 +16,7 @@ Some models scale or cap their logits after the map; that is a part of it here.
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from glmd.errors import ConfigError, ModelError
 from glmd.losses.head import Head
 from glmd.losses.logits import LogitScaling
+from glmd.models.attention_masks import no_needless_masks
 
 # Fields of a config that say what is done to the logits after the map (Cohere's, Granite's, Falcon H1's), as a factor.
 FACTORS: dict[str, Callable[[float], float]] = {
@@ -190,7 +191,8 @@ class Split:
         """
         given = {name: each for name, each in inputs.items() if not (is_full and name == "attention_mask")}
         call = self.backbone if self.compiled is None else self.compiled
-        return call(**given, **({"use_cache": False} if self.keeps_keys else {}), **asked)
+        with no_needless_masks() if is_full else nullcontext():
+            return call(**given, **({"use_cache": False} if self.keeps_keys else {}), **asked)
 
     def compile(self, *, dynamic: bool) -> None:
         """Run the backbone in training by torch.compile from now on; weights and names stay those of the model.
