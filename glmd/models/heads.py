@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from glmd.errors import ConfigError, ModelError
 from glmd.losses.head import Head
 from glmd.losses.logits import LogitScaling
-from glmd.models.attention_masks import no_needless_masks
+from glmd.models.attention_masks import masks_of
 
 # Fields of a config that say what is done to the logits after the map (Cohere's, Granite's, Falcon H1's), as a factor.
 FACTORS: dict[str, Callable[[float], float]] = {
@@ -183,16 +183,14 @@ class Split:
         """The columns of a batch that the backbone's forward names."""
         return {name: column for name, column in batch.items() if name in self.columns}
 
-    def run_backbone(self, inputs: Mapping[str, Tensor], *, is_full: bool = False, **asked: Any) -> Any:
+    def run_backbone(self, inputs: Mapping[str, Tensor], *, is_full: bool | None = None, **asked: Any) -> Any:
         """The backbone's outputs. A decoder keeps no keys and values: nothing is generated.
 
-        is_full: no row has padding, so that attention needs no mask, which costs it its fastest kernels, and which
-            models would look at on the device. asked: more arguments.
+        is_full: whether no row has padding; None: not known, so that models look. asked: more arguments.
         """
-        given = {name: each for name, each in inputs.items() if not (is_full and name == "attention_mask")}
         call = self.backbone if self.compiled is None else self.compiled
-        with no_needless_masks() if is_full else nullcontext():
-            return call(**given, **({"use_cache": False} if self.keeps_keys else {}), **asked)
+        with nullcontext() if is_full is None else masks_of(is_full=is_full):
+            return call(**inputs, **({"use_cache": False} if self.keeps_keys else {}), **asked)
 
     def compile(self, *, dynamic: bool) -> None:
         """Run the backbone in training by torch.compile from now on; weights and names stay those of the model.

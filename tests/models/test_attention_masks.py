@@ -16,7 +16,7 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
-from glmd.models.attention_masks import no_needless_masks
+from glmd.models.attention_masks import masks_of
 from glmd.models.heads import Split
 
 SHAPE = {
@@ -57,10 +57,32 @@ def test_full_rows_need_no_mask_and_give_what_a_mask_of_ones_gives_traced_or_not
     assert bool(made) == has_local, "a window hides what padding does not"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_padded_rows_have_the_mask_of_transformers_without_a_look_at_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, config = CASES[name]
+    torch.manual_seed(0)
+    split, ids = Split(head(config).eval()), torch.arange(5, 29).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        expected = split.run_backbone(split.inputs(batch))[0]
+        for look in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
+            monkeypatch.setattr(transformers.masking_utils, look, lambda *_: pytest.fail("looks at the mask"))
+        found = split.run_backbone(split.inputs(batch), is_full=False)[0]
+    assert torch.equal(found[mask == 1], expected[mask == 1])
+
+
 def test_what_transformers_does_by_itself_is_there_again_afterwards() -> None:
     functions = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     before = functions["sdpa"]
-    with pytest.raises(ZeroDivisionError), no_needless_masks():
-        assert functions["sdpa"] is not before
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with masks_of(is_full=True):
+            assert functions["sdpa"] is not before
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fails)
     assert functions["sdpa"] is before
