@@ -5,7 +5,7 @@
 
 transformers leaves out a mask that hides nothing, so that attention may use its fastest kernels. For that it looks at
 the mask, which the host has to wait for; and while it is traced it makes one all the same, with which attention keeps
-all its probabilities, in float32, and a step takes three times as long. Who made the batch knows whether it has padding.
+all its probabilities, in float32, and a step takes three times as long. A batch's sizes say whether it has padding.
 """
 
 from collections.abc import Iterator

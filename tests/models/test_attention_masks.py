@@ -84,5 +84,6 @@ def test_what_transformers_does_by_itself_is_there_again_afterwards() -> None:
             assert functions["sdpa"] is not before
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fails)
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert functions["sdpa"] is before
