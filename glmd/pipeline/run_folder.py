@@ -45,6 +45,7 @@ GROWING_KEYS = (
     *GROWING,
     "report_to",
     "dataloader_num_workers",
+    "cuda_graphs",
     "elastic",
     "teacher.cache",
     "teacher.cached_stages",

@@ -1,14 +1,17 @@
 """A micro-step of one shape as a CUDA graph: hundreds of kernels that the host starts with one call.
 
-    micro_step = Replayed(micro_step, device)       # batch, outputs, factors -> (terms,) sums
+    with Replayed.attention():
+        micro_step = Replayed(micro_step, device)       # batch, outputs, factors -> (terms,) sums
 
 The kernels are those of the same call without a graph, in their order, so that the weights are the same, bit for bit.
 A small model's step is then as long as the device needs, where a host that starts each kernel takes several times that.
 """
 
 import logging
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from glmd.data.batches import Batch
 from glmd.distillation.teacher import TeacherOutputs
+from glmd.errors import RunError
 
 logger = logging.getLogger(__name__)
 WARM = 3  # calls of a shape without a graph, in which libraries find their kernels and take their memory
@@ -34,36 +38,71 @@ class _Recorded(NamedTuple):
 class Replayed:
     """A micro-step that is recorded when a shape comes for the fourth time, and replayed from then on.
 
-    It must read nothing on the host that changes, and leave gradients where they are. A model for which that cannot be
-    done goes on as before, which is said once.
+    It must leave gradients where they are. One in which the host waits for the device, as that of a mixture of experts,
+    is found out before and never recorded, which is said once.
     """
 
     def __init__(self, micro_step: MicroStep, device: torch.device) -> None:
         self.micro_step, self.stream = micro_step, torch.cuda.Stream(device)
         self.seen: Counter[Shape] = Counter()
         self.recorded: dict[Shape, _Recorded] = {}
-        self.most = MOST
+        self.may_record = True
+
+    @staticmethod
+    @contextmanager
+    def attention() -> Iterator[None]:
+        """Leave out cuDNN's attention, which cannot be recorded; flash attention can."""
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            yield
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
 
     def __call__(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
-        """The sums, which the next call may overwrite. The seed of dropout is set by whoever calls."""
+        """The sums, which the next call may overwrite. The seed of dropout is set by whoever calls.
+
+        Raises RunError where recording fails, after which a process cannot go on.
+        """
         inputs = _inputs(batch, outputs, factors)
         shape: Shape = tuple((name, each.shape, each.dtype) for name, each in sorted(inputs.items()))
         self.seen[shape] += 1
-        if shape not in self.recorded and self.seen[shape] > WARM and len(self.recorded) < self.most:
+        is_new = shape not in self.recorded and self.may_record and len(self.recorded) < MOST
+        if is_new and self.seen[shape] > WARM:
             self._record(shape, batch, outputs, factors)
         recorded = self.recorded.get(shape)
-        now = torch.cuda.current_stream()
         if recorded is None:
-            # On the stream that graphs are recorded on: autograd adds up a gradient where it was first asked for.
-            self.stream.wait_stream(now)
-            with torch.cuda.stream(self.stream):
-                sums = self.micro_step(batch, outputs, factors)
-            now.wait_stream(self.stream)
-            return sums
+            looks = is_new and self.seen[shape] == WARM
+            return self._unrecorded(batch, outputs, factors, looks=looks)
         for name, each in recorded.inputs.items():
             each.copy_(inputs[name])
         recorded.graph.replay()
         return recorded.sums
+
+    def _unrecorded(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor, *, looks: bool) -> Tensor:
+        """On the stream that graphs are recorded on: autograd adds up a gradient where it was first asked for.
+
+        looks: find out whether the host waits for the device.
+        """
+        now = torch.cuda.current_stream()
+        self.stream.wait_stream(now)
+        with torch.cuda.stream(self.stream), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn" if looks else mode)
+            try:
+                sums = self.micro_step(batch, outputs, factors)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        now.wait_stream(self.stream)
+        waits = [each for each in said if "synchronizing CUDA operation" in str(each.message)]
+        for each in said:
+            if each not in waits:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        if waits:
+            self.may_record = False
+            logger.info("steps are not replayed as a CUDA graph: in one of them the host waits for the device")
+        return sums
 
     def _record(self, shape: Shape, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> None:
         inputs = {name: each.clone() for name, each in _inputs(batch, outputs, factors).items()}
@@ -78,13 +117,14 @@ class Replayed:
             with torch.cuda.graph(graph, stream=self.stream):
                 sums = self.micro_step(kept_batch, kept_outputs, inputs["factors"])
         except RuntimeError as error:
-            self.most = 0
-            torch.cuda.synchronize()
+            # torch's generator then takes itself for one that is being recorded, and fails sooner or later.
             reason = str(error).partition("\n")[0]
-            logger.warning("steps are not replayed as a CUDA graph, and the host starts each kernel: %s", reason)
-        else:
-            self.recorded[shape] = _Recorded(graph, inputs, sums)
+            raise RunError(
+                f"steps of this model cannot be recorded as a CUDA graph ({reason}); give cuda_graphs=false, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
         torch.cuda.set_rng_state(state)
+        self.recorded[shape] = _Recorded(graph, inputs, sums)
 
 
 def _inputs(batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> dict[str, Tensor]:

@@ -13,15 +13,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -33,8 +33,8 @@ from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective
 from glmd.distillation.schedules import learning_rate_factor
-from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, unsound_examples
-from glmd.errors import NumericsError, RunError
+from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs
+from glmd.errors import NumericsError
 from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
@@ -42,41 +42,26 @@ from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset
 from glmd.training.ahead import Fed, ahead, to_device
 from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
+from glmd.training.compiling import compiled
 from glmd.training.fsdp import full_tensors, is_sharded, prepare_sharded
 from glmd.training.graphs import MicroStep, Replayed
 from glmd.training.log import RunLog
 from glmd.training.meter import Meter
+from glmd.training.nonfinite import Made, Progress, leave_out
 from glmd.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
-from glmd.training.state import LIBRARIES, code_of_a_step, copy_weights_into, load_trainable, trainable
+from glmd.training.state import (
+    code_of_a_step,
+    copy_weights_into,
+    load_trainable,
+    require_same_code,
+    trainable,
+    warn_of_other_bits,
+)
 
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], AllOutputs]
 Evaluate = Callable[[Distiller], float]  # a score of the student as it stands, higher is better
 SIGNAL_NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
-
-@dataclass
-class Progress:
-    """What a checkpoint must remember beside tensors. JSON only."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best_score: float | None = None
-    best_step: int | None = None
-    scaler: dict[str, Any] | None = None
-    skipped: int = 0  # steps that were left out because of `skip_nonfinite`
-
-
-@dataclass(frozen=True)
-class Made:
-    """A step that the device may still be at: what the host reads of it a step later, and never waits for."""
-
-    step: int
-    micro_batches: list[Fed]
-    means: Tensor  # (terms,) of all ranks
-    norm: Tensor  # of the gradient
-    status: Tensor  # in host memory: whether the step was left out, and how many ranks had each signal when it began
-    is_there: torch.cuda.Event | None  # when it is
 
 
 @dataclass(frozen=True)
@@ -164,7 +149,8 @@ class Trainer:
         )
         fed, before = ahead(batches, teacher, accelerator.device), None
         compiling = compiled([trained, teacher], is_dynamic) if self.compiles else nullcontext()
-        with bar, closing(batches), closing(fed), compiling, lost_ranks(), finishes_step() as self.received:
+        recording = Replayed.attention() if self.replayed is not None else nullcontext()
+        with bar, closing(batches), closing(fed), compiling, recording, lost_ranks(), finishes_step() as self.received:
             for step, micro_batches in enumerate(fed, start=start_step + 1):
                 made = self._step(model, optimizer, teacher, micro_batches, step, max_steps)
                 self._settle(before, meter, teacher)
@@ -325,37 +311,13 @@ class Trainer:
             made.is_there.synchronize()
         left_out, *told = made.status.tolist()
         if self.accelerator.num_processes > 1:
-            self.stop = max(number if count else 0 for number, count in zip(SIGNAL_NUMBERS, told, strict=True))
+            self.stop = max(self.stop, *(n if count else 0 for n, count in zip(SIGNAL_NUMBERS, told, strict=True)))
         if left_out:
-            self._skip_or_stop(made.means, made.norm, made.step, [fed.batch for fed in made.micro_batches], teacher)
+            leave_out(made, self.stage, self.settings.skip_nonfinite, self.progress, teacher, self.log)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # else it would take the next gradients for unscaled ones
         else:
             meter.add(made.means, sum(len(fed.batch["positions"]) for fed in made.micro_batches))
-
-    def _skip_or_stop(
-        self, means: Tensor, norm: Tensor, step: int, micro_batches: list[Batch], teacher: Teacher
-    ) -> None:
-        """Log the examples of all ranks, which have the same means and norm; stop where no more is tolerated."""
-        ids: list[int] = gather_object([int(i) for batch in micro_batches for i in batch["example_id"]])
-        losses, norm_value = means.tolist(), float(norm)
-        found = {"stage": self.stage, "step": step, "losses": losses, "gradient_norm": norm_value, "examples": ids}
-        self.log.write(found)
-        self.progress.skipped += 1
-        tolerated = self.settings.skip_nonfinite
-        if self.progress.skipped > tolerated:
-            unsound = gather_object([i for batch in micro_batches for i in unsound_examples(teacher(batch), batch)])
-            raise NumericsError(
-                f"{self.stage}: step {step}: loss {losses} or gradient norm {norm_value:g} is not finite; "
-                f"examples {ids}; the last checkpoint is kept. "
-                + (
-                    f"The teacher's outputs for {sorted(set(unsound))} are not finite; check the teacher"
-                    if unsound
-                    else "Lower learning_rate or check the teacher"
-                )
-                + (f"; skip_nonfinite {tolerated} is used up" if tolerated else "")
-            )
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # else it would take the next gradients for unscaled ones
-        logger.warning("%s: step %d is left out (%d of %d)", self.stage, step, self.progress.skipped, tolerated)
 
     def _log(self, meter: Meter, distiller: Distiller, step: int, max_steps: int, optimizer: Any) -> None:
         # Ranks may have texts of different length.
@@ -411,49 +373,15 @@ class Trainer:
         on_main(lambda: save_checkpoint(folder, self.progress.step, tensors, state, keep=keep))
 
     def _restore(self, checkpoint: Checkpoint, distiller: Distiller, optimizer: Any) -> None:
-        self._require_same_code(checkpoint)
+        require_same_code(self.stage, self.folder, checkpoint)
         self.progress = Progress(**checkpoint.state["progress"])
         load_trainable(distiller, checkpoint.tensors["model"])
         load_optimizer(distiller, optimizer, checkpoint.tensors["optimizer"])
         if self.progress.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         self._restore_best()
-        saved_by, threads = checkpoint.state["threads"], torch.get_num_threads()
-        if self.accelerator.device.type == "cpu" and threads != saved_by:
-            # Sums are split over them, so the last bits of the weights depend on their number.
-            logger.warning(
-                "%s: continues with %d CPU threads after %d; OMP_NUM_THREADS=%d would end in identical weights",
-                self.stage,
-                threads,
-                saved_by,
-                saved_by,
-            )
-        if not (checkpoint.state.get("repeatable", True) and is_repeatable(self.accelerator.device)):
-            logger.warning(
-                "%s: was begun, or continues, without deterministic algorithms; its weights will differ in their last "
-                "bits from those of an uninterrupted run",
-                self.stage,
-            )
+        warn_of_other_bits(self.stage, checkpoint.state, self.accelerator.device)
         logger.info("%s: continues after step %d of %s", self.stage, self.progress.step, checkpoint.path)
-
-    def _require_same_code(self, checkpoint: Checkpoint) -> None:
-        """Refuse to go on with other code of glmd; warn of other libraries, which may be gone for good."""
-        before, now = checkpoint.state.get("code", {}), code_of_a_step()
-        if before.get("step") != now["step"]:
-            made = f"by training steps of version {before.get('step', 0)}, and this glmd makes those of {now['step']}"
-            raise RunError(
-                f"{self.stage}: {checkpoint.path} was made {made}; go on with the glmd that began it, or delete "
-                f"{self.folder} to train the stage again"
-            )
-        for name in LIBRARIES:
-            if before[name] != now[name]:
-                logger.warning(
-                    "%s: continues with %s %s after %s, which would end in identical weights",
-                    self.stage,
-                    name,
-                    now[name],
-                    before[name],
-                )
 
     def _restore_best(self) -> None:
         """Forget best weights of steps that are run again."""
@@ -480,24 +408,6 @@ class Trainer:
             mine = torch.tensor([max(self.received, default=0)], device=self.accelerator.device)
             self.stop = int(torch.stack(list(self.accelerator.gather(mine))).max())
         return self.stop
-
-
-@contextmanager
-def compiled(models: list[Any], is_dynamic: bool) -> Iterator[None]:
-    """Run backbones of distillers and live teachers by torch.compile. is_dynamic: for batches of any form at once."""
-    import torch._inductor.config as inductor
-
-    if hasattr(inductor, "deterministic"):  # no choice of kernels by their speed where it would show in sums
-        inductor.deterministic = torch.are_deterministic_algorithms_enabled()
-    models = [one for each in models for one in (each.teachers if isinstance(each, Ensemble) else (each,))]
-    splits = [each.splits[0] for each in models if isinstance(each, Distiller | OnlineTeacher)]
-    for split in splits:
-        split.compile(dynamic=is_dynamic)
-    try:
-        yield
-    finally:
-        for split in splits:
-            split.compiled = None
 
 
 def _mix(seed: int, counter: int) -> int:
