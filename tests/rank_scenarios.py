@@ -52,6 +52,7 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import DataError, GlmdError
+from glmd.runtime.processes import wait
 from glmd.training.fsdp import end_sharding, is_sharded
 from glmd.training.state import trainable
 
@@ -242,6 +243,7 @@ def twins(
         end_sharding(trainer.accelerator)
         assert not any(isinstance(p, DTensor) for p in distiller.parameters()), "the student is whole for the export"
         ends.append(weights_of(distiller))
+        wait()  # until the main rank has written
         logs.append(log_rows(folder / kind))
     assert ends[0].keys() == ends[1].keys()
     return {

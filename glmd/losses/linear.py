@@ -26,6 +26,7 @@ from glmd.losses.logits import LOGIT_LOSSES, LogitScaling, check_temperature
 from glmd.losses.rows import FUSED, EagerRows, Factor, LossSpec, Rows
 
 logger = logging.getLogger(__name__)
+ALIGNED = {"cuda"}  # kinds of device whose products want a multiple of 64 rows, and can end with a bias
 
 
 def linear_distillation_loss(
@@ -253,7 +254,7 @@ def _biases_of_products(
     On CUDA the product of narrow matrices ends with it, in their dtype, as under autocast everywhere; a bias in float32
     beside the rows would be more to read than the rows.
     """
-    if student.device.type != "cuda":
+    if student.device.type not in ALIGNED:
         return None, None, spec
     student_bias, teacher_bias = (
         None if bias is None else _converted(bias, dtype, filled=True)
@@ -344,7 +345,7 @@ def _for_products(side: _Side) -> _Side:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
         bias = None if bias is None else bias * factor
     return _Side(
-        hidden.to(dtype), head._replace(weight=_converted(head.weight, dtype, filled=device == "cuda"), bias=bias)
+        hidden.to(dtype), head._replace(weight=_converted(head.weight, dtype, filled=device in ALIGNED), bias=bias)
     )
 
 

@@ -61,8 +61,8 @@ FREE_TO_CHANGE = "README.md"
 def with_dtype_of(config: RunConfig) -> RunConfig:
     """The config with `teacher.dtype: auto` decided: as the run in its folder was begun with, else for this machine."""
     recorded, found = Path(config.output_dir) / "config.yaml", None
-    if config.teacher.dtype == "auto" and recorded.is_file():
-        with suppress(ConfigError):  # `require_free_folder` says so
+    with suppress(ConfigError, OSError):  # `require_free_folder` says so
+        if config.teacher.dtype == "auto" and recorded.is_file():
             found = load_config(recorded).teacher.dtype
     return with_dtype(config, None if found == "auto" else found)
 

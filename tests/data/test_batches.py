@@ -551,6 +551,7 @@ def test_a_batch_is_padded_to_its_longest_example_and_the_mask_says_where() -> N
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         "predicts": [[True, True, True, False, False], [True] * 5],
         "positions": [0, 1, 2, 5, 6, 7, 8, 9],
+        "labeled_positions": [0, 1, 2, 5, 6, 7, 8, 9],
     }
     assert all(tensor.dtype == torch.int64 for name, tensor in batch.items() if name != "predicts")
 

@@ -337,7 +337,7 @@ def test_the_tied_embedding_gets_the_gradients_of_words_and_of_the_task() -> Non
 
 def test_a_micro_batch_without_corrupted_tokens_adds_zero_and_still_reaches_every_weight() -> None:
     distiller, inputs = Distiller(Objective((MASKED, WORD_LABELS)), TOKEN_MAP, **students()), batch()
-    inputs["lm_labels"] = torch.full_like(inputs["lm_labels"], -100)
+    inputs = with_positions(inputs | {"lm_labels": torch.full_like(inputs["lm_labels"], -100)})
     sums = distiller(inputs, teacher()(inputs))
     assert sums.tolist() == [0.0, 0.0]
     sums.sum().backward()

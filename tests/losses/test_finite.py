@@ -81,6 +81,7 @@ def test_examples_of_which_hidden_states_are_not_finite_are_found() -> None:
         "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
         "predicts": torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
         "example_id": torch.tensor([3, 11]),
+        "positions": torch.tensor([0, 1, 2, 3, 4]),
     }
     outputs = teacher(batch)
     assert unsound_examples(outputs, batch) == []

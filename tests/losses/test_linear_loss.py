@@ -130,6 +130,42 @@ def chunks_of(tokens: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("loss", LOGIT_LOSSES)
+@pytest.mark.parametrize("words", [37, 64, 150])
+def test_rows_that_fill_up_a_head_and_biases_within_the_products_change_nothing(
+    loss: str, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where matrices of another number of rows are slow."""
+    monkeypatch.setattr(linear, "ALIGNED", {"cpu"})
+    with chunks_of(8):
+        assert_equal_to_plain(make(k=words, biases="student teacher"), loss, 1.0)
+    case = make(k=words, biases="student").to(torch.float64)
+    labels = torch.arange(23) % words
+    logits = torch.nn.functional.linear(case.student_hidden, case.student_weight, case.student_bias)
+    exact = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(*case.sides()[:2], labels), exact)
+
+
+@pytest.mark.parametrize("loss", [*LOGIT_LOSSES, "hard_cross_entropy"])
+@pytest.mark.parametrize("is_tensor", [True, False])
+def test_a_factor_multiplies_the_loss_and_its_gradients(loss: str, is_tensor: bool) -> None:
+    factor = torch.tensor(0.375, dtype=torch.float64) if is_tensor else 0.375
+
+    def value_of(case: Case, **options: Any) -> Tensor:
+        student, head, *teacher = case.sides()
+        if loss == "hard_cross_entropy":
+            return linear_cross_entropy(student, head, torch.arange(23) % 37, **options)
+        return linear_distillation_loss(student, head, *teacher, loss=loss, **options)
+
+    ours, plain_one = (make(biases="student", weights=False).to(torch.float64) for _ in range(2))
+    value, expected = value_of(ours, factor=factor), 0.375 * value_of(plain_one)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    for gradient, twin in zip(ours.gradients, plain_one.gradients, strict=True):
+        torch.testing.assert_close(gradient, twin)
+
+
 def test_there_is_a_row_form_of_every_logit_loss() -> None:
     assert list(ROW_LOSSES) == [*LOGIT_LOSSES, *LABEL_LOSSES]
 

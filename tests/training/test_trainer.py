@@ -472,7 +472,7 @@ def test_a_run_continued_with_another_torch_says_so(
 ) -> None:
     with pytest.raises(Killed):
         train(tmp_path, teacher=teacher_that(die, 6))
-    monkeypatch.setattr("glmd.training.trainer.code_of_a_step", lambda: {**code_of_a_step(), "torch": "9.9"})
+    monkeypatch.setattr("glmd.training.state.code_of_a_step", lambda: {**code_of_a_step(), "torch": "9.9"})
     train(tmp_path)
     assert f"continues with torch 9.9 after {torch.__version__}, which would end in identical weights" in caplog.text
 
@@ -691,6 +691,21 @@ def test_as_many_bad_steps_as_tolerated_are_left_out_and_the_next_one_stops(tmp_
     assert [np.isfinite(row["loss"]) for row in rows if "loss" in row] == [True, False, False], "no NaN is hidden"
     found = load_checkpoint(tmp_path / "checkpoints")
     assert found is not None and found.state["progress"]["skipped"] == 1
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_though_the_next_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host reads of it a step later; who waits for each step ends in the same weights, and logs the same."""
+    rare = {"logging_steps": 100, "save_steps": 100, "skip_nonfinite": 2}
+    ours = train(tmp_path / "later", teacher=spoiled_at(2, 5), **rare)
+    monkeypatch.setattr(Trainer, "_waits", True)
+    assert_identical(train(tmp_path / "at once", teacher=spoiled_at(2, 5), **rare), ours)
+    assert all(each.isfinite().all() for each in ours.values())
+    rows = [log_rows(tmp_path / name) for name in ("later", "at once")]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [2, 3, 5]
+    with pytest.raises(NumericsError, match=r"step 3: .*skip_nonfinite 1 is used up"):
+        train(tmp_path / "stopped", teacher=spoiled_at(2, 5), **rare | {"skip_nonfinite": 1})
 
 
 def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(tmp_path: Path) -> None:

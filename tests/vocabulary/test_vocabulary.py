@@ -73,11 +73,19 @@ def test_no_dropped_token_was_seen_more_often_than_a_kept_one(data, counts):
 
 def test_a_ratio_counts_as_written_and_may_be_rounded_up_to_a_multiple():
     assert len(choose_kept_ids(np.zeros(100, dtype=int), set(), keep_ratio=0.29)) == 29
-    assert len(choose_kept_ids(np.zeros(30524, dtype=int), set(), keep_ratio=0.5)) == 15262
+    assert len(choose_kept_ids(np.zeros(30524, dtype=int), set(), keep_ratio=0.5, multiple_of=1)) == 15262
     assert len(choose_kept_ids(np.zeros(30524, dtype=int), set(), keep_ratio=0.5, multiple_of=128)) == 15360
-    assert len(choose_kept_ids(np.zeros(30522, dtype=int), set(), keep_ratio=0.5)) == 15261
+    assert len(choose_kept_ids(np.zeros(30522, dtype=int), set(), keep_ratio=0.5, multiple_of=1)) == 15261
     for everything in ({"keep_ratio": 1.0}, {"size": 10}, {"size": 9, "multiple_of": 8}):
         assert choose_kept_ids(np.arange(10), set(), **everything).tolist() == list(range(10))
+
+
+def test_a_ratio_of_a_large_vocabulary_is_rounded_up_to_64_unless_something_else_is_asked_for():
+    kept = {v: len(choose_kept_ids(np.zeros(v, dtype=int), set(), keep_ratio=0.5)) for v in (4095, 4096, 30522)}
+    assert kept == {4095: 2047, 4096: 2048, 30522: 15296}
+    assert len(choose_kept_ids(np.zeros(30522, dtype=int), set(), size=15261)) == 15261
+    for ratio in (0.9999, 1.0):
+        assert len(choose_kept_ids(np.zeros(30522, dtype=int), set(), keep_ratio=ratio)) == 30522, "never more"
 
 
 @pytest.mark.parametrize(
@@ -803,7 +811,7 @@ def test_a_real_masked_lm_keeps_its_predictions_with_half_of_its_vocabulary(shar
     embeddings = model.get_input_embeddings().weight
     words = ["yes", "no", "maybe", "true", "false"]
     vocabulary = build_vocabulary(tokenizer, embeddings, counts, keep_ratio=0.5, keep_words=words)
-    assert vocabulary.size == 15261
+    assert vocabulary.size == 15296, "half of 30,522, rounded up to 64"
     assert vocabulary.coverage > 0.97
     special = vocabulary.token_map[tokenizer.all_special_ids]
     assert vocabulary.kept_ids[special].tolist() == tokenizer.all_special_ids
