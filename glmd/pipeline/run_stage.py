@@ -162,6 +162,7 @@ def train(
         replays=context.config.cuda_graphs,
     )
     result = trainer.run(distiller, teacher or _silent, training_data(context, stage), context.collate)
+    del trainer  # with what its graphs hold
     accelerator.free_memory()
     return asdict(result)
 

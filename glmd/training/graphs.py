@@ -68,38 +68,38 @@ class Replayed:
         shape: Shape = tuple((name, each.shape, each.dtype) for name, each in sorted(inputs.items()))
         self.seen[shape] += 1
         is_new = shape not in self.recorded and self.may_record and len(self.recorded) < MOST
+        if is_new and self.seen[shape] == WARM:
+            return self._watched(batch, outputs, factors)
         if is_new and self.seen[shape] > WARM:
             self._record(shape, batch, outputs, factors)
         recorded = self.recorded.get(shape)
         if recorded is None:
-            looks = is_new and self.seen[shape] == WARM
-            return self._unrecorded(batch, outputs, factors, looks=looks)
+            return self._unrecorded(batch, outputs, factors)
         for name, each in recorded.inputs.items():
             each.copy_(inputs[name])
         recorded.graph.replay()
         return recorded.sums
 
-    def _unrecorded(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor, *, looks: bool) -> Tensor:
-        """On the stream that graphs are recorded on: autograd adds up a gradient where it was first asked for.
-
-        looks: find out whether the host waits for the device.
-        """
+    def _unrecorded(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+        """On the stream that graphs are recorded on: autograd adds up a gradient where it was first asked for."""
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
-        with torch.cuda.stream(self.stream), warnings.catch_warnings(record=True) as said:
+        with torch.cuda.stream(self.stream):
+            sums = self.micro_step(batch, outputs, factors)
+        now.wait_stream(self.stream)
+        return sums
+
+    def _watched(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+        """The same, and find out whether the host waits for the device, of which torch warns then."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("warn" if looks else mode)
+            torch.cuda.set_sync_debug_mode("warn")
             try:
-                sums = self.micro_step(batch, outputs, factors)
+                sums = self._unrecorded(batch, outputs, factors)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        now.wait_stream(self.stream)
-        waits = [each for each in said if "synchronizing CUDA operation" in str(each.message)]
-        for each in said:
-            if each not in waits:
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        if waits:
+        if any("synchronizing CUDA operation" in str(each.message) for each in said):
             self.may_record = False
             logger.info("steps are not replayed as a CUDA graph: in one of them the host waits for the device")
         return sums

@@ -231,7 +231,8 @@ class Trainer:
     @property
     def _waits(self) -> bool:
         """Whether the host looks at each step before the optimizer does, which cannot be told on the device."""
-        return self.accelerator.scaler is not None or is_sharded(self.accelerator)
+        is_told = self.accelerator.device.type in ("cpu", "cuda")
+        return not is_told or self.accelerator.scaler is not None or is_sharded(self.accelerator)
 
     def _micro_step(self, model: nn.Module, teacher: Teacher, progress: float) -> MicroStep:
         """Forward and backward of a micro-batch. It returns each term's sum times its factor (terms,)."""
@@ -277,7 +278,8 @@ class Trainer:
             torch.manual_seed(_mix(self.seed, (step * len(micro_batches) + i) * world_size + accelerator.process_index))
             last = i == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                sums += micro_step(objective.columns(fed.on_device), fed.teacher_outputs, factors)
+                batch = objective.columns(fed.on_device) if self.replayed else fed.on_device
+                sums += micro_step(batch, fed.teacher_outputs, factors)
         means = (reduce(sums, "sum") if world_size > 1 else sums) / world_size
         norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -299,7 +301,8 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=self.replayed is None)
         left_out = (~finite).float()[None]
-        status = (torch.cat([left_out, told]) if world_size > 1 else left_out).to("cpu", non_blocking=True)
+        status = torch.cat([left_out, told]) if world_size > 1 else left_out
+        status = status.to("cpu", non_blocking=device.type == "cuda")
         is_there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         return Made(step, micro_batches, means, norm, status, is_there)
 
