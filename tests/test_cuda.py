@@ -35,6 +35,14 @@ from glmd.vocabulary.vocabulary import Vocabulary
 pytestmark = pytest.mark.cuda
 
 V, STEPS = 3001, 30
+SETTINGS = StageConfig(
+    max_steps=STEPS,
+    per_device_train_batch_size=16,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-3,
+    logging_steps=10,
+    save_steps=7,
+)
 WORDS = Term("lm_logits", "kl_divergence", options={"temperature": 15.0})
 LABELS = Term("lm_labels", "hard_cross_entropy", 0.3, "masked")
 TASK = Term("task_labels", "hard_cross_entropy")
@@ -152,17 +160,9 @@ def train(folder: Path, pair: str, precision: str, *, dies_at: int | None = None
                 raise Killed
             return teacher(batch)
 
-        settings = StageConfig(
-            max_steps=STEPS,
-            per_device_train_batch_size=16,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-3,
-            logging_steps=10,
-            save_steps=7,
-        )
         log = RunLog(folder / "log.jsonl", accelerator)
         with same_bits(accelerator.device, True):
-            Trainer(accelerator, folder, "pretraining", settings, 0, log).run(distiller, answer, Rows(), Collate(0))
+            Trainer(accelerator, folder, "pretraining", SETTINGS, 0, log).run(distiller, answer, Rows(), Collate(0))
     return {name: tensor.cpu() for name, tensor in weights_of(distiller).items()}
 
 
@@ -290,16 +290,8 @@ def stage_on_blocks(
         distiller, model, vocabulary = PAIRS[pair]()
         distiller.objective = Objective((WORDS,))
         teacher = OnlineTeacher(model.to(accelerator.device), None, vocabulary)
-        settings = StageConfig(
-            max_steps=STEPS,
-            per_device_train_batch_size=16,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-3,
-            logging_steps=10,
-            save_steps=7,
-        )
         log = RunLog(folder / "log.jsonl", accelerator)
-        trainer = Trainer(accelerator, folder, "pretraining", settings, 0, log, 2, compiles=compiles, replays=replays)
+        trainer = Trainer(accelerator, folder, "pretraining", SETTINGS, 0, log, 2, compiles=compiles, replays=replays)
         real = trainer._step
 
         def step(*given: Any) -> Any:

@@ -103,6 +103,27 @@ def _logits(
 
 
 @triton.jit
+def _both_logits(
+    student, teacher, student_bias, teacher_bias, words, student_stride, teacher_stride, exists,
+    student_softcap, teacher_softcap, HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr, IS_HARD: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A block of both models; against labels the student's twice."""
+    s = _logits(
+        student, student_bias, words, student_stride, exists, student_softcap, HAS_STUDENT_BIAS,
+        HAS_STUDENT_SOFTCAP, LAST,
+    )  # fmt: skip
+    if IS_HARD:
+        t = s
+    else:
+        t = _logits(
+            teacher, teacher_bias, words, teacher_stride, exists, teacher_softcap, HAS_TEACHER_BIAS,
+            HAS_TEACHER_SOFTCAP, LAST,
+        )  # fmt: skip
+    return s, t
+
+
+@triton.jit
 def _log1p(x):
     """Kahan's, which keeps the digits of a small x."""
     near = 1 + x
@@ -233,16 +254,11 @@ def _rows_kernel(
         for start in range(first, stop, BLOCK):
             words = start + columns
             exists = words < num_words
-            s = _logits(
-                student, student_bias, words, student_stride, exists, student_softcap,
-                HAS_STUDENT_BIAS, HAS_STUDENT_SOFTCAP, part == 1,
+            s, t = _both_logits(
+                student, teacher, student_bias, teacher_bias, words, student_stride, teacher_stride, exists,
+                student_softcap, teacher_softcap, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_STUDENT_SOFTCAP,
+                HAS_TEACHER_SOFTCAP, IS_HARD, part == 1,
             )  # fmt: skip
-            t = s
-            if not IS_HARD:
-                t = _logits(
-                    teacher, teacher_bias, words, teacher_stride, exists, teacher_softcap,
-                    HAS_TEACHER_BIAS, HAS_TEACHER_SOFTCAP, part == 1,
-                )  # fmt: skip
             s_max, t_max, s_sums, t_sums, gaps = _sums(
                 s, t, s_max, t_max, s_sums, t_sums, gaps, exists, scale, LOSS, part == 1
             )
@@ -267,13 +283,10 @@ def _rows_kernel(
         for start in range(0, num_words, BLOCK):
             words = start + columns
             exists = words < num_words
-            s = _logits(
-                student, student_bias, words, student_stride, exists, student_softcap,
-                HAS_STUDENT_BIAS, HAS_STUDENT_SOFTCAP, True,
-            )  # fmt: skip
-            t = _logits(
-                teacher, teacher_bias, words, teacher_stride, exists, teacher_softcap,
-                HAS_TEACHER_BIAS, HAS_TEACHER_SOFTCAP, True,
+            s, t = _both_logits(
+                student, teacher, student_bias, teacher_bias, words, student_stride, teacher_stride, exists,
+                student_softcap, teacher_softcap, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_STUDENT_SOFTCAP,
+                HAS_TEACHER_SOFTCAP, IS_HARD, True,
             )  # fmt: skip
             s = s * scale - s_top
             _, of_q = _js_logs(0.6931471805599453 * (t * scale - t_top - s + log_ratio))
@@ -295,16 +308,11 @@ def _rows_kernel(
         for start in range(first, stop, BLOCK):
             words = start + columns
             exists = words < num_words
-            s = _logits(
-                student, student_bias, words, student_stride, exists, student_softcap,
-                HAS_STUDENT_BIAS, HAS_STUDENT_SOFTCAP, part == 1,
+            s, t = _both_logits(
+                student, teacher, student_bias, teacher_bias, words, student_stride, teacher_stride, exists,
+                student_softcap, teacher_softcap, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_STUDENT_SOFTCAP,
+                HAS_TEACHER_SOFTCAP, IS_HARD, part == 1,
             )  # fmt: skip
-            t = s
-            if not IS_HARD:
-                t = _logits(
-                    teacher, teacher_bias, words, teacher_stride, exists, teacher_softcap,
-                    HAS_TEACHER_BIAS, HAS_TEACHER_SOFTCAP, part == 1,
-                )  # fmt: skip
             binary, natural, gradient = _ends(
                 s, t, s_top, t_top, s_share, t_share, s_log, log_ratio, mean_gap, label, words, exists, scale,
                 LOSS, part == 1,
