@@ -223,9 +223,11 @@ class RunConfig:
     # On CUDA: the same bits from equal runs, and from one that was killed and started again. False is faster and
     # promises neither. Without effect on a CPU, where it is always so, but allowed: one config serves both.
     deterministic: bool = True
-    torch_compile: bool = False  # backbones of student and teacher; pays on a GPU, after a minute or two of compiling
+    # Backbones of student and teacher by torch.compile: pays on a GPU, after half a minute of compiling for each stage
+    torch_compile: bool = False
     # On CUDA: steps on the corpus start all their kernels at once, which small models and batches are several times
-    # faster by; the same bits. Not with several processes, fp16 or gradient_checkpointing. Without effect elsewhere.
+    # faster by; the same bits. Not with several processes, fp16, gradient_checkpointing, an intervention, a weight
+    # that changes or terms on masked tokens, which the log says. Without effect elsewhere.
     cuda_graphs: bool = True
     tf32: bool = False  # on GPUs that have it: products of float32 matrices are rounded to ten bits, and much faster
     # processes that make batches ahead; no number of them changes a batch. None: 0 where training runs on the CPU,

@@ -1,8 +1,11 @@
 """A plan for a person to read, as `glmd check` prints it: models, stages, steps."""
 
+import torch
+
 from glmd.config import FLOAT16_HEADS
 from glmd.planning.plan import Plan
 from glmd.planning.stages import Stage, lines
+from glmd.runtime.determinism import NO_TF32, has_tensor_float32
 
 
 def describe(plan: Plan, world_size: int) -> str:
@@ -35,7 +38,9 @@ def _precision(plan: Plan) -> str:
     kept = str(held).removeprefix("torch.") if held is not None else "float32"
     whose = f", though the teacher's file holds {kept}" if kept != "float32" and config.teacher.scratch is None else ""
     said = f"trained in float32{whose}; the teacher runs in {config.teacher.dtype}"
-    return f"{said}; {FLOAT16_HEADS}" if config.mixed_precision == "fp16" else said
+    said = f"{said}; {FLOAT16_HEADS}" if config.mixed_precision == "fp16" else said
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return f"{said}; {NO_TF32}" if config.tf32 and not has_tensor_float32(device) else said
 
 
 def _stage_line(stage: Stage, world_size: int) -> str:

@@ -50,7 +50,8 @@ def linear_distillation_loss(
 
     Returns a scalar, differentiable once in the student's hidden states, weight and bias; the teacher is a constant.
     Matrix products run in bfloat16 where both factors are bfloat16 or autocast says so; everything between
-    them, and the sum of the weight's gradient, in float32 (float64 where an input is). Float16 is widened to
+    them, and the sum of the weight's gradient, in float32 (float64 where an input is). On CUDA a bias is added by the
+    product, in its dtype. Float16 is widened to
     float32: the gradient of one logit lies near or below the smallest number it can hold. Without tokens the
     result is 0 and still reaches every gradient, so that no rank of a data-parallel run waits for another.
     """
@@ -349,7 +350,7 @@ def _for_products(side: _Side) -> _Side:
     )
 
 
-# The weights of frozen heads as they are multiplied, with the version that was converted.
+# The weights of frozen heads in the forms that are multiplied, each with the version that was converted.
 _constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -364,10 +365,12 @@ def _converted(weight: Tensor, dtype: torch.dtype, *, filled: bool = False) -> T
         return weight
     if weight.requires_grad or weight.grad_fn is not None or weight.is_inference():
         return _copied(weight, dtype, surplus)
-    known = _constants.get(weight)
-    if known is None or known[0] != weight._version or known[1].dtype != dtype:
-        known = _constants[weight] = (weight._version, _copied(weight, dtype, surplus))
-    return known[1]
+    # Each form for itself: a CUDA graph goes on reading the one that it was recorded with.
+    known = _constants.setdefault(weight, {})
+    form = dtype, surplus
+    if form not in known or known[form][0] != weight._version:
+        known[form] = (weight._version, _copied(weight, dtype, surplus))
+    return known[form][1]
 
 
 @torch.no_grad()

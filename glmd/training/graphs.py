@@ -114,7 +114,8 @@ class Replayed:
             )
         graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # Other threads read the next step meanwhile, and pin memory, which is none of this one's.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 sums = self.micro_step(kept_batch, kept_outputs, inputs["factors"])
         except RuntimeError as error:
             # torch's generator then takes itself for one that is being recorded, and fails sooner or later.

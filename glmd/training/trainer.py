@@ -215,18 +215,21 @@ class Trainer:
         return model, trained, prepared
 
     def _may_replay(self, objective: Objective, teacher: Teacher) -> bool:
-        """Whether a micro-step reads nothing on the host that changes from one to the next."""
-        accelerator, is_ours = self.accelerator, isinstance(teacher, OnlineTeacher | CachedTeacher | Ensemble)
-        return (
-            self.replays
-            and accelerator.device.type == "cuda"
-            and accelerator.num_processes == 1
-            and accelerator.scaler is None
-            and not is_sharded(accelerator)
-            and not self.settings.gradient_checkpointing
-            and is_ours
-            and objective.is_constant
-        )
+        """Whether a micro-step reads nothing on the host that changes from one to the next; says why it does."""
+        accelerator = self.accelerator
+        if not self.replays or accelerator.device.type != "cuda":
+            return False
+        against = {
+            "several processes": accelerator.num_processes > 1,
+            "mixed_precision fp16": accelerator.scaler is not None,
+            "gradient_checkpointing": self.settings.gradient_checkpointing,
+            "a teacher of another kind": not isinstance(teacher, OnlineTeacher | CachedTeacher | Ensemble),
+            "an intervention, a weight that changes, or a term on masked tokens": not objective.is_constant,
+        }
+        found = [name for name, holds in against.items() if holds]
+        if found:
+            logger.info("%s: steps are not replayed as CUDA graphs: %s", self.stage, ", ".join(found))
+        return not found
 
     @property
     def _waits(self) -> bool:
