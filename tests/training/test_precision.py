@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_trainer import distiller_of, settings_of, trainer_of
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-import glmd.losses.linear
+import glmd.losses.products
 from glmd.commands.check import describe
 from glmd.config import TeacherConfig
 from glmd.config_file import load_config
 from glmd.errors import ModelError, RunError
 from glmd.losses.head import Head
-from glmd.losses.linear import _converted, linear_distillation_loss
+from glmd.losses.linear import linear_distillation_loss
+from glmd.losses.products import converted
 from glmd.models.loading import load_language_model
 from glmd.models.weight_headers import stored_embeddings
 from glmd.planning.plan import make_plan
@@ -106,14 +107,14 @@ def test_a_frozen_head_is_converted_once_and_anew_when_it_changes() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return linear_distillation_loss(hidden, Head(student), hidden, Head(frozen[0]))
 
-    before, ours = loss(), _converted(frozen[0], torch.bfloat16)
-    assert ours.dtype == torch.bfloat16 and _converted(frozen[0], torch.bfloat16) is ours
-    assert torch.equal(loss(), before) and student not in glmd.losses.linear._constants
+    before, ours = loss(), converted(frozen[0], torch.bfloat16)
+    assert ours.dtype == torch.bfloat16 and converted(frozen[0], torch.bfloat16) is ours
+    assert torch.equal(loss(), before) and student not in glmd.losses.products._constants
     frozen[0].add_(1.0 * torch.arange(40)[:, None])
-    assert torch.equal(_converted(frozen[0], torch.bfloat16), frozen[0].bfloat16()) and not torch.equal(loss(), before)
-    known = len(glmd.losses.linear._constants)
+    assert torch.equal(converted(frozen[0], torch.bfloat16), frozen[0].bfloat16()) and not torch.equal(loss(), before)
+    known = len(glmd.losses.products._constants)
     del frozen[:]
-    assert len(glmd.losses.linear._constants) == known - 1, "it is kept no longer than the teacher"
+    assert len(glmd.losses.products._constants) == known - 1, "it is kept no longer than the teacher"
 
 
 def test_the_loss_scale_begins_anew_in_each_stage(tmp_path: Path) -> None:
