@@ -9,16 +9,17 @@ wrong key is answered at once.
 import dataclasses
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from glmd.errors import suggestion
+from glmd.errors import RENAMED, suggestion
 from glmd.stage_config import StageConfig, require
 from glmd.strict_yaml import build, coerce
 
+# Stages whose settings are keys of the config; a method may have others on tasks, whose settings stand in `stages`.
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
 GridPoint = dict[str, Any]  # a point of a sweep: "task_soft_labels.learning_rate" -> value
-SWEPT_STAGES = ("task_lm", "task_soft_labels")
+NEVER_SWEPT = ("pretraining", "task_teacher")  # the teachers and the pretrained student are shared by all grid points
 # Settings that train nothing otherwise, and those that the data of all grid points are checked and scored by.
 NOT_SWEPT = (
     "logging_steps",
@@ -53,7 +54,7 @@ class TeacherConfig:
     # A folder for the teachers' outputs of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
     # Stages that read from the cache; None: all that need a teacher
-    cached_stages: list[Literal["pretraining", "task_lm", "task_soft_labels"]] | None = None
+    cached_stages: list[str] | None = None
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
     pretraining: StageConfig | None = None  # how `scratch` is trained
@@ -210,6 +211,8 @@ class RunConfig:
     task_teacher: StageConfig = field(default_factory=_task_defaults)
     task_lm: StageConfig = field(default_factory=_task_defaults)
     task_soft_labels: StageConfig = field(default_factory=_task_defaults)
+    # stage of the method's own -> what its settings differ in from those of task_soft_labels
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     # How tasks are put to a model: head, to a task head; cloze, to a language model that fills it in (the paper's form)
     casting: str = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
@@ -256,7 +259,7 @@ class RunConfig:
             known = [each.name for each in dataclasses.fields(StageConfig)] + list(TASK_FILES)
             for key in self.tasks[task]:
                 require(key in known, f"tasks.{task}.{key} is unknown{suggestion(str(key), known)}")
-            for stage in ("task_teacher", "task_lm", "task_soft_labels"):
+            for stage in ("task_teacher", "task_lm", "task_soft_labels", *self.stages):
                 self.stage(stage, task)
             for name in TASK_FILES:
                 value = coerce(str | None, self.tasks[task].get(name), f"tasks.{task}.{name}")
@@ -296,22 +299,25 @@ class RunConfig:
         """Every combination of the sweep's values, by the keys' names; one that changes nothing without a sweep."""
         axes = {
             f"{stage}.{key}": self._swept(stage, key)
-            for stage in SWEPT_STAGES
-            if stage in self.sweep
+            for stage in sorted(self.sweep)
             for key in sorted(self.sweep[stage])
         }
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
     def stage(self, name: str, task: str | None = None, grid_point: GridPoint | None = None) -> StageConfig:
         """The settings of a stage, with what the task changes and then what the grid point of a sweep does."""
-        stage: StageConfig = getattr(self, name)
+        others_settings = replace(self.task_soft_labels, mlm_probability=None, num_maskings=None)
+        stage: StageConfig = getattr(self, name, others_settings)
+        own = self.stages.get(name, {})
         # A teacher is fine-tuned on clean inputs, whatever the passes of its task are given.
         others = (*TASK_FILES, *(("mlm_probability", "num_maskings") if name == "task_teacher" else ()))
         changes = {key: value for key, value in self.tasks.get(task or "", {}).items() if key not in others}
         swept = {
             key.partition(".")[2]: value for key, value in (grid_point or {}).items() if key.startswith(f"{name}.")
         }
-        for each, where in ((changes, f"tasks.{task}" if task else name), (swept, f"sweep.{name}")):
+        of_task = f"tasks.{task}" if task else name
+        for given, where in ((own, f"stages.{name}"), (changes, of_task), (swept, f"sweep.{name}")):
+            each = dict(given)
             if "max_steps" in each and "num_train_epochs" not in each:
                 each["num_train_epochs"] = None
             if "num_train_epochs" in each and "max_steps" not in each:
@@ -323,6 +329,16 @@ class RunConfig:
         )
         return stage
 
+    def key_of(self, stage: str) -> str:
+        """Under which key the settings of a stage stand."""
+        return stage if hasattr(self, stage) else f"stages.{stage}"
+
+    def with_stage(self, name: str, **changes: Any) -> "RunConfig":
+        """The config with other settings of a stage."""
+        if hasattr(self, name):
+            return replace(self, **{name: replace(getattr(self, name), **changes)})
+        return replace(self, stages={**self.stages, name: {**self.stages.get(name, {}), **changes}})
+
     def _swept(self, stage: str, key: str) -> list[Any]:
         """The values of one axis as the stage has them: 1 is 1.0 where a number is wanted."""
         return [getattr(self.stage(stage, None, {f"{stage}.{key}": v}), key) for v in self.sweep[stage][key]]
@@ -331,8 +347,8 @@ class RunConfig:
         known = [each.name for each in dataclasses.fields(StageConfig) if each.name not in NOT_SWEPT]
         for stage, keys in self.sweep.items():
             require(
-                stage in SWEPT_STAGES,
-                f"sweep.{stage} is no stage that can be swept; {' and '.join(SWEPT_STAGES)} can: the teachers and the "
+                stage not in (*NEVER_SWEPT, *RENAMED),
+                f"sweep.{stage} is no stage that can be swept; those of the method on a task can: the teachers and the "
                 "pretrained student are shared",
             )
             require(len(keys) > 0, f"sweep.{stage} names no setting; name one, or remove it")
@@ -348,7 +364,7 @@ class RunConfig:
             f"sweep: a grid point's folder would have a name of {longest} characters; sweep fewer settings",
         )
         for task, grid_point in itertools.product(self.tasks, self.grid_points):
-            for stage in SWEPT_STAGES:
+            for stage in self.sweep:
                 self.stage(stage, task, grid_point)
 
 

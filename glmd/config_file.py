@@ -128,7 +128,7 @@ def _is_ignored(path: str, ignore: Sequence[str]) -> bool:
     return any(path == p or path.startswith(f"{p}.") or (p.startswith("*.") and path.endswith(p[1:])) for p in ignore)
 
 
-_STAGE_FIELDS = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")
+_STAGE_FIELDS = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")  # fields of RunConfig
 
 
 _GROUPS: dict[str, type] = {

@@ -356,7 +356,7 @@ def test_a_folder_or_another_file_given_as_config_is_named_as_what_it_is(tmp_pat
         ("task_lm: {train_sampling_strategy: batch_rebalance}", "random, group_by_length; got 'batch_rebalance'"),
         (
             "sweep: {task_labels: {learning_rate: [1, 2]}}",
-            "sweep.task_labels is no stage that can be swept; task_lm and",
+            "sweep.task_labels is no stage that can be swept; those of the method",
         ),
     ],
 )

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from glmd.config import RunConfig
+from glmd.distillation.objective import load_method
 from glmd.models.card import opens_plainly
 from glmd.models.loading import load_model_config
-from glmd.planning.rules import task_of
+from glmd.planning.rules import passes, task_of
 from glmd.planning.stages import pass_path
 from glmd.reporting.report import best_rows
 from glmd.vocabulary.tokenization_glmd import TOKEN_MAP_FILE
@@ -34,9 +35,10 @@ def _folders(config: RunConfig, results: dict[str, Any]) -> dict[str | None, lis
     if not config.tasks:
         return {None: [root / "pretraining" / "student"]}
     found: dict[str | None, list[Path]] = {}
+    last = passes(load_method(config.method))[-1]
     for row in best_rows(results["rows"]):
-        if (row["system"], row["stage"]) == ("student", "task_soft_labels"):
-            path = pass_path("task_soft_labels", row["task"], row["seed"], row.get("grid_point", {}))
+        if (row["system"], row["stage"]) == ("student", last):
+            path = pass_path(last, row["task"], row["seed"], row.get("grid_point", {}))
             found.setdefault(row["task"], []).append(root / path / "student")
     return found
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from glmd.data.batches import is_full
 from glmd.distillation.interventions import INTERVENTIONS
+from glmd.distillation.layer_losses import layer_sum
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, StudentOutputs, pairs_of
-from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, layers_of, of_each
+from glmd.distillation.signals import SIGNALS, pairs_of
+from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.positions import rows_at
+from glmd.models.attention import prove_attention
 from glmd.models.heads import Split, share_backbone
-from glmd.models.probes import prove_attentions
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -72,17 +73,16 @@ class Distiller(nn.Module):
         proof that attentions are what they should be. Raises ConfigError or ModelError where both do not fit.
         """
         self.teacher = teacher if isinstance(teacher, OnlineTeacher) else None
-        terms = [term for term in self.objective.terms if SIGNALS[term.signal].level == "layer"]
+        terms = self.objective.layer_terms
         if not terms:
             return
         if self.teacher is None:
             raise ConfigError(f"{terms[0].signal} are compared with those of one live teacher; remove teacher.cache")
         student, live = self.splits[0], self.teacher.splits[0]
-        if "attentions" in self.objective.needs:
+        inside = "attention_inputs" in self.objective.needs
+        if not is_proved and (inside or "attentions" in self.objective.needs):
             for split, training in ((student, True), (live, False)):
-                split.backbone.set_attn_implementation("eager")  # type: ignore[operator]
-                if not is_proved:
-                    prove_attentions(split.model, training=training)
+                prove_attention(split.model, inside=inside, training=training)
         for i, term in enumerate(terms):
             self.layer_pairs[term.name] = pairs_of(term, student.model.config, live.model.config)
             asked = {layer for _, layer in self.layer_pairs[term.name]} | {*self.teacher.layers.get(term.signal, ())}
@@ -122,9 +122,9 @@ class Distiller(nn.Module):
         factor_of = dict(zip((term.name for term in self.objective.terms), factors.unbind(), strict=True))
         student, needs, teachers = self.splits[0], self.objective.needs, of_each(teacher_outputs)
         inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
-        asked = {f"output_{need}": True for need in ("hidden_states", "attentions") if need in needs}
+        signals = {term.signal for term in self.objective.layer_terms}
         with self._intervention(batch, progress):
-            outputs = student.run_backbone(inputs, is_full=is_full(batch), **asked)
+            outputs, read = run_and_read(student, inputs, signals, is_full=is_full(batch))
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
 
@@ -143,9 +143,13 @@ class Distiller(nn.Module):
             logits = self.task_logits(student, outputs, inputs, batch, self.token_map)
             sums |= {} if "task_head" in needs else {"": logits[:0].sum()}
         for term in self.objective.terms:
-            if term.name not in sums:
-                asked_of = self._asked_of(term, outputs, batch, logits)
-                sums[term.name] = self._pair_sum(term, batch, teachers[0], asked_of) * factor_of[term.name]
+            if term.name in self.layer_pairs:
+                pairs, theirs = self.layer_pairs[term.name], teachers[0].layers[term.signal]
+                ours = {layer: read(term.signal, layer) for layer, _ in pairs}
+                project = dict(self.projections.items()).get(_key(term), _as_it_is)
+                sums[term.name] = layer_sum(term, pairs, ours, theirs, batch, project) * factor_of[term.name]
+            elif term.name not in sums:
+                sums[term.name] = self._task_sum(term, batch, teachers[0], logits, progress) * factor_of[term.name]
         total = torch.stack([sums[term.name] for term in self.objective.terms])
         return total + sums[""] if "" in sums else total
 
@@ -193,29 +197,18 @@ class Distiller(nn.Module):
         # For the forward KL this has the gradient of the KL to the teachers' mean probability.
         return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
-    def _asked_of(self, term: Term, outputs: Any, batch: Mapping[str, Tensor], logits: Tensor | None) -> StudentOutputs:
-        """What a term compares of the student."""
-        pairs = self.layer_pairs.get(term.name)
-        if pairs is None:
-            return StudentOutputs(task_logits=logits)
-        layers = layers_of(outputs, term.signal, [layer for layer, _ in pairs], batch["positions"])
-        if _key(term) in self.projections:
-            layers = [self.projections[_key(term)](each) for each in layers]
-        return StudentOutputs(layers=layers, partners=[layer for _, layer in pairs])
-
-    def _pair_sum(
-        self, term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, student: StudentOutputs
+    def _task_sum(
+        self, term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, logits: Tensor | None, progress: float
     ) -> Tensor:
-        """A term's sum over examples or tokens; of layers that of their mean."""
+        """A term's sum over examples, of (B, C) logits of the student."""
         signal = SIGNALS[term.signal]
-        assert signal.pair is not None, "words are compared within the call of the head"
-        values = [signal.losses[term.loss](*pair, **term.options) for pair in signal.pair(student, teacher, batch)]
-        if signal.level != "layer":
-            return torch.stack([each.sum() for each in values]).mean() if len(values) > 1 else values[0].sum()
-        of_tokens = torch.stack(values).mean(0)
-        if term.tokens == "masked":
-            of_tokens = of_tokens[torch.searchsorted(batch["positions"], positions_of(term, batch))]
-        return of_tokens.sum()
+        target = batch[signal.labels] if signal.labels is not None else teacher.task_logits
+        assert logits is not None and target is not None, "both have a task head"
+        return signal.losses[term.loss](logits, target, **term.options).sum()
+
+
+def _as_it_is(layer: Tensor) -> Tensor:
+    return layer
 
 
 def _key(term: Term) -> str:

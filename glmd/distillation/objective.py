@@ -7,6 +7,7 @@ A term yields one number per token or example; the objective sums them, counts w
 divides once. A YAML may only name options that the loss function has.
 """
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +21,9 @@ from glmd.config import STAGES
 from glmd.distillation.interventions import INTERVENTIONS, Intervention
 from glmd.distillation.schedules import scheduled_weight
 from glmd.distillation.signals import SIGNALS, Need
-from glmd.errors import ConfigError, suggestion
-from glmd.strict_yaml import coerce, load_yaml, named_file
+from glmd.errors import RENAMED, ConfigError, suggestion
+from glmd.models.layers import LayerChoice, Layers
+from glmd.strict_yaml import build, coerce, load_yaml, named_file
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class Term:
     signal: str  # a key of SIGNALS
     loss: str
     weight: float | dict[str, float] = 1.0  # a number, or {from: a, to: b} over the stage's progress
-    tokens: Literal["all", "masked"] = "all"  # of words and layers: every non-pad token, or only the masked ones
+    # Of words and layers: every non-pad token, or only the masked ones; of layers also the first one of each text, or
+    # the mean of its tokens
+    tokens: Literal["all", "masked", "first", "mean"] = "all"
     options: dict[str, Any] = field(default_factory=dict)  # keyword options of the loss, e.g. temperature
     gkd_compat: bool = False  # lm_logits: divide by all B * S positions, pads included, as GLMD's published code does
-    layers: str | tuple[tuple[int, ...], ...] = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
+    layers: Layers = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
+    over_layers: Literal["mean", "sum"] = "mean"  # what is taken of the values of the layers
     projection: Literal["none", "linear"] = "none"  # hidden_states: a learned map from the student's width
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
@@ -67,13 +72,18 @@ class Objective:
         return frozenset().union(*(SIGNALS[term.signal].needs for term in asking))
 
     @property
+    def layer_terms(self) -> tuple[Term, ...]:
+        """The terms that compare layers."""
+        return tuple(term for term in self.terms if SIGNALS[term.signal].level == "layer")
+
+    @property
     def reads_layers(self) -> bool:
         """Whether a live teacher has to give more than its logits."""
-        return any(SIGNALS[term.signal].level == "layer" for term in self.terms)
+        return bool(self.layer_terms)
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether a term speaks of single tokens, so that masking its inputs changes what it says."""
+        """Whether a term speaks of tokens, so that masking its inputs changes what it says."""
         return any(SIGNALS[term.signal].level != "example" for term in self.terms)
 
     @property
@@ -111,6 +121,8 @@ class Objective:
             return len(batch["example_id"]) if signal.labels is None else int((batch[signal.labels] >= 0).sum())
         if term.gkd_compat:
             return batch["input_ids"].numel()
+        if term.tokens in ("first", "mean"):
+            return len(batch["input_ids"])
         return len(positions_of(term, batch))
 
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -133,15 +145,15 @@ def positions_of(term: Term, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def load_method(name: str) -> dict[str, Objective]:
-    """Stage -> objective, from a built-in method or a YAML of the user's.
+    """Stage -> objective in the order in which they are run, from a built-in method or a YAML of the user's.
 
-    Raises ConfigError naming file, stage, term and key.
+    `pretraining` is the one on the corpus; the others are over a task, `task_lm`, `task_soft_labels` or of a name of
+    the method's own. Raises ConfigError naming file, stage, term and key.
     """
     path = named_file("methods", name)
-    method = {}
+    method: dict[str, Objective] = {}
     for stage, given in load_yaml(path).items():
-        if stage not in STAGES:
-            raise ConfigError(f"{path}: {stage} is unknown{suggestion(stage, STAGES)}")
+        _check_stage(stage, list(method), str(path))
         where, intervention, terms = f"{path}: {stage}", None, given
         if isinstance(given, dict) and "terms" in given:
             for key in given.keys() - {"terms", "intervention"}:
@@ -160,6 +172,20 @@ def load_method(name: str) -> dict[str, Objective]:
     if not method:
         raise ConfigError(f"{path}: no stage; name at least one of {', '.join(STAGES)}")
     return method
+
+
+def _check_stage(name: Any, before: list[str], path: str) -> None:
+    """Refuse a name that no stage has, or that is most likely mistyped."""
+    known, own = [each for each in STAGES if each not in before], r"task_[a-z0-9_]+"
+    is_own = isinstance(name, str) and re.fullmatch(own, name) is not None and name != "task_teacher"
+    is_mistyped = name not in STAGES and bool(difflib.get_close_matches(str(name), STAGES, n=1, cutoff=0.9))
+    if name not in STAGES and (not is_own or is_mistyped or name in RENAMED):
+        raise ConfigError(
+            f"{path}: stage {name} is unknown{suggestion(str(name), known)}; a method's own begin with task_, "
+            "in small letters"
+        )
+    if name == "pretraining" and before:
+        raise ConfigError(f"{path}: pretraining stands behind {before[-1]}; stages run in their order: put it first")
 
 
 def parse_term(values: Any, where: str, stage: str) -> Term:
@@ -181,7 +207,7 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     own = {"weight", "label"}
     own |= {"tokens"} if kind.level != "example" and kind.labels is None else set()
     own |= {"gkd_compat"} if signal == "lm_logits" else set()
-    own |= {"layers"} if kind.level == "layer" else set()
+    own |= {"layers", "over_layers"} if kind.level == "layer" else set()
     own |= {"projection"} if "hidden_states" in kind.needs else set()
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
@@ -191,18 +217,21 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     tokens: Any = (
         "masked"
         if signal == "lm_labels"
-        else coerce(Literal["all", "masked"], values.get("tokens", "all"), f"{where}.tokens")
+        else coerce(_tokens_of(kind.losses[loss], kind.level), values.get("tokens", "all"), f"{where}.tokens")
     )
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
     gkd_compat = coerce(bool, values.get("gkd_compat", False), f"{where}.gkd_compat")
     layers = _checked_layers(values.get("layers", "uniform"), f"{where}.layers")
+    over_layers: Any = coerce(Literal["mean", "sum"], values.get("over_layers", "mean"), f"{where}.over_layers")
+    if "over_layers" in values and getattr(kind.losses[loss], "takes_all_layers", False):
+        raise ConfigError(f"{where}.over_layers has no effect on {loss}, which compares all layers at once; remove it")
     projection: Any = coerce(Literal["none", "linear"], values.get("projection", "none"), f"{where}.projection")
     label = coerce(str, values.get("label", ""), f"{where}.label")
     if not re.fullmatch(r"\w*", label):
         raise ConfigError(f"{where}.label must be letters, digits and _, got {label!r}")
-    return Term(signal, loss, weight, tokens, given, gkd_compat, layers, projection, label)
+    return Term(signal, loss, weight, tokens, given, gkd_compat, layers, over_layers, projection, label)
 
 
 def parse_intervention(values: Any, where: str) -> Intervention:
@@ -220,22 +249,32 @@ def parse_intervention(values: Any, where: str) -> Intervention:
     return Intervention(name, given)
 
 
-def _checked_layers(given: Any, where: str) -> str | tuple[tuple[int, ...], ...]:
-    if given in ("uniform", "last", "first", "all"):
+def _tokens_of(loss: Any, level: str) -> Any:
+    """What a term's `tokens` may be."""
+    if level == "layer" and getattr(loss, "unit", "token") == "token":
+        return Literal["all", "masked", "first", "mean"]
+    return Literal["all", "masked"]
+
+
+def _checked_layers(given: Any, where: str) -> Layers:
+    maps = ("uniform", "last", "first", "all", "every")
+    if given in maps:
         return str(given)
+    if isinstance(given, dict):
+        return build(LayerChoice, given, where)
     try:
         pairs = tuple(tuple(pair) for pair in coerce(list[list[int]], given, where))
     except ConfigError:
         pairs = ()
     if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
-        wanted = "uniform, last, first, all, or different pairs [[student, teacher], ...]"
+        wanted = f"{', '.join(maps)}, some of these {{map: uniform, start: -1}}, or pairs [[student, teacher], ...]"
         raise ConfigError(f"{where} must be {wanted}; got {given!r}")
     return pairs
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only options of a loss or an intervention, with their types."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(getattr(function, "function", function)).parameters.values()
     return {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 

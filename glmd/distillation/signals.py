@@ -1,38 +1,27 @@
 """What a term can compare: a row of a table for each signal.
 
     signal = SIGNALS["hidden_states"]
-    pairs = signal.pair(student, teacher, batch)      # [(student's tensor, teacher's or labels), ...]
-    values = signal.losses["mse"](*pairs[0])          # one per token or example
+    values = signal.losses["mse"](ours, theirs)       # one per token or example
 
 A new loss is an entry of a row's `losses`, a new signal a row; nothing else knows their names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor
 
-from glmd.distillation.teacher import TeacherOutputs
 from glmd.errors import ConfigError
-from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES
+from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSES, SCORE_LOSSES, FeatureLoss
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES
+from glmd.models.attention import key_value_heads
 from glmd.models.layers import layer_pairs
 
-Need = Literal["head", "task_head", "hidden_states", "attentions"]
-
-
-@dataclass(frozen=True)
-class StudentOutputs:
-    """What one term asks of the student: `task_logits` (B, C), or its layers, projected, with their partners."""
-
-    task_logits: Tensor | None = None
-    layers: Sequence[Tensor] = ()  # (N, H) or (N, A, S) each
-    partners: Sequence[int] = ()  # the teacher's layer of each
-
-
-Pairs = list[tuple[Tensor, Tensor]]
+# attention_inputs: queries, keys, values, and the scores they give.
+Need = Literal["head", "task_head", "hidden_states", "attentions", "attention_inputs"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +30,8 @@ class Signal:
 
     level: whether a loss gives a value per example, per token, or per token of each of some layers.
     needs: which parts of a model give it.
-    losses: name -> pure function of the two tensors of a pair; an option is a keyword-only parameter.
-    pair: the tensors to compare; None where `losses.linear` makes the logits itself.
+    losses: name -> pure function of the student's tensor and the teacher's, or the labels; an option is a keyword-only
+        parameter. Those of layers may say by a FeatureLoss that they take more than two (N, ...).
     labels: the batch's column that the student is compared with; None for the teacher.
     couples: whether the value of an example depends on the others of its batch.
     """
@@ -50,29 +39,8 @@ class Signal:
     level: Literal["token", "example", "layer"]
     needs: frozenset[Need]
     losses: Mapping[str, Callable[..., Tensor]]
-    pair: Callable[[StudentOutputs, TeacherOutputs, Mapping[str, Tensor]], Pairs] | None = None
     labels: str | None = None
     couples: bool = False
-
-
-def pair_task_logits(student: StudentOutputs, teacher: TeacherOutputs, batch: Mapping[str, Tensor]) -> Pairs:
-    assert student.task_logits is not None and teacher.task_logits is not None, "both have a task head"
-    return [(student.task_logits, teacher.task_logits)]
-
-
-def pair_task_labels(student: StudentOutputs, teacher: TeacherOutputs, batch: Mapping[str, Tensor]) -> Pairs:
-    assert student.task_logits is not None, "the student has a task head"
-    return [(student.task_logits, batch["labels"])]
-
-
-def pair_layers(signal: str) -> Callable[[StudentOutputs, TeacherOutputs, Mapping[str, Tensor]], Pairs]:
-    """The pairing of a signal that each layer has."""
-
-    def pair(student: StudentOutputs, teacher: TeacherOutputs, batch: Mapping[str, Tensor]) -> Pairs:
-        theirs = teacher.layers[signal]
-        return [(ours, theirs[layer]) for ours, layer in zip(student.layers, student.partners, strict=True)]
-
-    return pair
 
 
 SIGNALS: dict[str, Signal] = {
@@ -81,14 +49,26 @@ SIGNALS: dict[str, Signal] = {
     # The student over the kept vocabulary against the masked token.
     "lm_labels": Signal("token", frozenset({"head"}), LABEL_LOSSES, labels="lm_labels"),
     # Student and teacher over a task's classes.
-    "task_logits": Signal("example", frozenset({"task_head"}), LOGIT_LOSSES, pair_task_logits),
+    "task_logits": Signal("example", frozenset({"task_head"}), LOGIT_LOSSES),
     # The student over a task's classes against the label.
-    "task_labels": Signal("example", frozenset({"task_head"}), LABEL_LOSSES, pair_task_labels, labels="labels"),
-    # What layers give: (N, H). The last one as the model gives it, after a final norm where it has one.
-    "hidden_states": Signal("layer", frozenset({"hidden_states"}), HIDDEN_LOSSES, pair_layers("hidden_states")),
-    # Attention probabilities: (N, A, S).
-    "attentions": Signal("layer", frozenset({"attentions"}), ATTENTION_LOSSES, pair_layers("attentions")),
+    "task_labels": Signal("example", frozenset({"task_head"}), LABEL_LOSSES, labels="labels"),
+    # What layers give: (R, S, H). The last one as the model gives it, after a final norm where it has one.
+    "hidden_states": Signal("layer", frozenset({"hidden_states"}), HIDDEN_LOSSES),
+    # Attention probabilities, and scores before the softmax, of each query: (R, S, A, S).
+    "attentions": Signal("layer", frozenset({"attentions"}), ATTENTION_LOSSES),
+    "attention_scores": Signal("layer", frozenset({"attention_inputs"}), SCORE_LOSSES),
+    # What attention is made from, as it is used (after rotation by position): (R, S, A, D).
+    **{
+        name: Signal("layer", frozenset({"attention_inputs"}), RELATION_LOSSES)
+        for name in ("queries", "keys", "values")
+    },
 }
+
+
+def feature_loss(term: Any) -> FeatureLoss:
+    """The loss of a Term of a signal of layers."""
+    loss = SIGNALS[term.signal].losses[term.loss]
+    return loss if isinstance(loss, FeatureLoss) else FeatureLoss(loss)
 
 
 def pairs_of(term: Any, student: Any, teacher: Any) -> list[tuple[int, int]]:
@@ -96,20 +76,42 @@ def pairs_of(term: Any, student: Any, teacher: Any) -> list[tuple[int, int]]:
 
     term: a Term of a signal of layers. Raises ConfigError, one line, for layers, widths or heads that do not fit.
     """
-    student, teacher = student.get_text_config(), teacher.get_text_config()
+    student, teacher, loss = student.get_text_config(), teacher.get_text_config(), feature_loss(term)
     try:
         pairs = layer_pairs(term.layers, student.num_hidden_layers, teacher.num_hidden_layers)
     except ConfigError as error:
         raise ConfigError(f"{term.name}: {error}") from None
-    name, remedy = (
-        ("hidden_size", "give projection: linear")
-        if term.signal == "hidden_states"
-        else ("num_attention_heads", "give a student with as many")
-    )
-    ours, theirs = getattr(student, name), getattr(teacher, name)
-    if ours != theirs and term.projection == "none":
-        raise ConfigError(f"{term.name}: the student's {name} is {ours}, the teacher's {theirs}; {remedy}")
+    if any(layer < 0 for pair in pairs for layer in pair) and term.signal != "hidden_states":
+        raise ConfigError(f"{term.name}: layers: the embeddings have no {term.signal}; give embeddings: false")
+    if len(pairs) < loss.least_layers:
+        raise ConfigError(f"{term.name}: layers: {loss.least_layers} are needed, {pairs} are fewer; give uniform")
+    count: Callable[[Any], int]
+    if term.signal == "hidden_states":
+        name, remedy, count = "hidden_size", "give projection: linear", attrgetter("hidden_size")
+        fits = not loss.same_width or term.projection != "none"
+    else:
+        is_shared = term.signal in ("keys", "values")  # by several heads of queries, in many decoders
+        name, count = "num_attention_heads", attrgetter("num_attention_heads")
+        if is_shared and any(key_value_heads(each) != count(each) for each in (student, teacher)):
+            name, count = "num_key_value_heads", key_value_heads
+        remedy = "give a student with as many" + (", or relation_heads" if loss.unit == "row" else "")
+        fits = term.options.get("relation_heads") is not None
+    if count(student) != count(teacher) and not fits:
+        found = f"the student's {name} is {count(student)}, the teacher's {count(teacher)}"
+        raise ConfigError(f"{term.name}: {found}; {remedy}")
+    if term.options.get("relation_heads") is not None:
+        _require_divisor(term, student, teacher, count)
     return pairs
+
+
+def _require_divisor(term: Any, student: Any, teacher: Any, count: Callable[[Any], int]) -> None:
+    wanted = term.options["relation_heads"]
+    for name, config in (("student", student), ("teacher", teacher)):
+        width = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * count(config)
+        if wanted < 1 or width % wanted:
+            raise ConfigError(
+                f"{term.name}: relation_heads {wanted} does not divide {width}, the width of the {name}'s {term.signal}"
+            )
 
 
 def require_layers(terms: Sequence[Any], student: Any, teacher: Any) -> None:

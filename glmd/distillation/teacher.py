@@ -4,7 +4,9 @@ teacher = OnlineTeacher(language_model, classifier=None, vocabulary=vocabulary)
 outputs = teacher(batch)      # TeacherOutputs
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,9 @@ from glmd.data.batches import is_full
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
 from glmd.losses.positions import rows_at
+from glmd.models.attention import AttentionCalls, is_heard, key_value_heads, require_each_layer
 from glmd.models.heads import Split, share_backbone
+from glmd.models.layers import EMBEDDINGS
 from glmd.tasks.forms import TaskLogits, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -28,7 +32,7 @@ class TeacherOutputs:
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
     head: Head | None = None  # of K tokens: the teacher's, sliced to those that are kept
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
-    layers: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)  # signal -> layer -> (N, ...)
+    layers: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)  # signal -> layer -> (R, S, ...)
 
 
 # The outputs of one teacher, or of several whose predictions count alike.
@@ -86,18 +90,14 @@ class OnlineTeacher:
         device = next(self.base.parameters()).device
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
         inputs = self.splits[0].inputs(batch)
-        asked = {f"output_{signal}": True for signal in self.layers}
-        outputs = self.splits[0].run_backbone(inputs, is_full=is_full(batch), **asked)
+        outputs, read = run_and_read(self.splits[0], inputs, self.layers, is_full=is_full(batch))
         hidden = task_logits = None
         if self.language_model is not None:
             hidden = rows_at(self.splits[-1].hidden_before_final(outputs), batch["positions"])
         if self.classifier is not None:
             task_logits = self.task_logits(self.splits[0], outputs, inputs, batch).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
-        layers = {
-            signal: dict(zip(numbers, layers_of(outputs, signal, numbers, batch["positions"]), strict=True))
-            for signal, numbers in self.layers.items()
-        }
+        layers = {signal: {number: read(signal, number) for number in self.layers[signal]} for signal in self.layers}
         return TeacherOutputs(hidden, self.head, task_logits, layers)
 
 
@@ -111,14 +111,37 @@ class Ensemble:
         return tuple(teacher(batch) for teacher in self.teachers)
 
 
-def layers_of(outputs: Any, signal: str, numbers: Sequence[int], positions: Tensor) -> list[Tensor]:
-    """Of a backbone's outputs what each numbered layer gave at (N,) flat positions.
+Read = Callable[[str, int], Tensor]
 
-    (N, H) of hidden_states, (N, A, S) of attentions.
+
+def run_and_read(
+    split: Split, inputs: Mapping[str, Tensor], signals: Collection[str], *, is_full: bool
+) -> tuple[Any, Read]:
+    """A backbone's outputs, and what reads of one of the signals what a numbered layer gave: (R, S, ...).
+
+    (R, S, H) of hidden_states, (R, S, A, S) of attentions and attention_scores, (R, S, A, D) of queries, keys and
+    values. Layers are counted from 0, and what goes into the first is EMBEDDINGS.
     """
-    if signal == "hidden_states":  # the first ones are the embeddings
-        return [rows_at(outputs.hidden_states[1 + number], positions) for number in numbers]
-    return [rows_at(outputs.attentions[number].transpose(1, 2), positions) for number in numbers]
+    inside = set(signals) - {"hidden_states"}
+    calls = AttentionCalls() if inside and is_heard(split.model) else None
+    asked = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in signals}
+    if calls is not None:
+        asked.pop("output_attentions", None)
+    with calls or nullcontext():
+        outputs = split.run_backbone(inputs, is_full=is_full, **asked)
+    if calls is not None:
+        require_each_layer(calls, split.model, len(inputs["input_ids"]))
+
+    def read(signal: str, number: int) -> Tensor:
+        if signal == "hidden_states":  # the first ones are the embeddings
+            states: Tensor = outputs.hidden_states[number - EMBEDDINGS]
+            return states
+        if calls is None:
+            attentions: Tensor = outputs.attentions[number].transpose(1, 2)
+            return attentions
+        return calls.layers[number].read(signal, key_value_heads(split.model.config))
+
+    return outputs, read
 
 
 def of_each(outputs: AllOutputs) -> tuple[TeacherOutputs, ...]:
@@ -145,11 +168,12 @@ def unsound_examples(outputs: AllOutputs, batch: Mapping[str, Tensor]) -> list[i
     """The examples of a batch for which an output of a teacher is not finite. Reads all outputs."""
     found: set[int] = set()
     for one in of_each(outputs):
-        of_layers = [each for layers in one.layers.values() for each in layers.values()]
+        of_layers = [rows_at(each, batch["positions"]) for layers in one.layers.values() for each in layers.values()]
         for states in [one.hidden_states, *of_layers]:
             if states is None:
                 continue
-            bad = (~torch.isfinite(states).flatten(1).all(-1)).cpu()
+            is_sound = torch.isfinite(states) | (states == -math.inf)  # scores, where a token may not look
+            bad = (~is_sound.flatten(1).all(-1)).cpu()
             found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
         if one.task_logits is not None:
             bad = torch.isnan(spoiled(one.task_logits, batch.get("num_choices"))).any(-1).cpu()

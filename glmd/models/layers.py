@@ -7,11 +7,30 @@ The same mapping starts a student from a teacher's layers and aligns hidden stat
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from glmd.errors import ConfigError
 
 LAYER_CHOICES = ("first", "last", "uniform", "even")
+EMBEDDINGS = -1  # the number of what goes into the first layer
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Some of the pairs that a map gives: the whole list, with the embeddings before it if asked, from start to stop.
+
+    start, stop: as Python slices a list. {map: uniform, start: -1} is the last layer of both, {map: uniform, stop: -1}
+    all but that.
+    """
+
+    map: Literal["uniform", "last", "first", "all", "every"] = "uniform"
+    embeddings: bool = False
+    start: int | None = None
+    stop: int | None = None
+
+
+Layers = str | tuple[tuple[int, ...], ...] | LayerChoice
 
 
 def layer_lists(model: Any) -> dict[str, Any]:
@@ -66,14 +85,24 @@ def _checked_layers(layers: list[int], num_student_layers: int, num_teacher_laye
 
 
 def layer_pairs(
-    how: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int
+    how: Layers | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int
 ) -> list[tuple[int, int]]:
-    """Zero-based (student layer, teacher layer) pairs that a term compares.
+    """Zero-based (student layer, teacher layer) pairs that a term compares; EMBEDDINGS are what goes into the first.
 
     how: "uniform", "first" and "last" give each student layer one of the teacher's (`layer_indices`); "all" the layer
-        of its own number; or the pairs themselves. Raises ConfigError for layers that are not there.
+        of its own number; "every" each of the teacher's; some of these (LayerChoice); or the pairs themselves. Raises
+        ConfigError for layers that are not there.
     """
     n, total = num_student_layers, num_teacher_layers
+    if isinstance(how, LayerChoice):
+        pairs = [(EMBEDDINGS, EMBEDDINGS)] * how.embeddings + layer_pairs(how.map, n, total)
+        if not pairs[how.start : how.stop]:
+            raise ConfigError(
+                f"layers from start {how.start} to stop {how.stop}: none of {len(pairs)} pairs of {how.map} is left"
+            )
+        return pairs[how.start : how.stop]
+    if how == "every":
+        return [(student, teacher) for student in range(n) for teacher in range(total)]
     if not isinstance(how, str):
         for student, teacher in how:
             if not (0 <= student < n and 0 <= teacher < total):

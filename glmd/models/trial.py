@@ -6,7 +6,8 @@ The architecture is the student's own; it has few tokens, so that even one of a 
 refuses would be refused by a run too, days later.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError
-from glmd.models.heads import backbone, share_backbone
+from glmd.models.attention import prove_attention
+from glmd.models.heads import share_backbone
 from glmd.models.loading import language_model_class
-from glmd.models.probes import prove_attentions, prove_config, prove_language_model, prove_task_model
+from glmd.models.probes import prove_config, prove_language_model, prove_task_model
 from glmd.models.student import student_model_config
 from glmd.vocabulary.renumbering import renumber_config, token_id_fields
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -33,14 +35,14 @@ def try_student(
     length: int,
     task_heads: Iterable[str] = (),
     is_whole: bool = False,
-    attentions: bool = False,
+    needs: Collection[str] = (),
 ) -> None:
     """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
 
     chosen: the teacher's layers to copy, None from scratch. length: the most tokens that it reads at once.
     task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
     is_whole: the student keeps every row, so that its ids stay and need not be known.
-    attentions: they are compared with the teacher's.
+    needs: what is compared with the teacher's, by the names of `distillation.signals`.
     """
     import transformers
 
@@ -53,7 +55,9 @@ def try_student(
     config = student_model_config(few, student, num_layers, chosen)
     of_words: Any = language_model_class(config)
     try:
-        prove_config(config, of_words, _prove_with_attentions if attentions else prove_language_model, length=length)
+        inside = "attention_inputs" in needs
+        prove = partial(_prove_with_attention, inside=inside) if inside or "attentions" in needs else prove_language_model
+        prove_config(config, of_words, prove, length=length)
         for head in sorted(task_heads):
             of_task: Any = getattr(transformers, f"AutoModelFor{head}")
             prove_config(config, of_task, prove_task_model, length=length)
@@ -67,10 +71,9 @@ def try_student(
         raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None
 
 
-def _prove_with_attentions(model: Any) -> None:
+def _prove_with_attention(model: Any, *, inside: bool) -> None:
     prove_language_model(model)
-    backbone(model).set_attn_implementation("eager")  # type: ignore[operator]
-    prove_attentions(model, training=True)
+    prove_attention(model, inside=inside, training=True)
 
 
 def _with_few_tokens(config: Any) -> Any:

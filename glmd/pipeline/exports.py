@@ -11,14 +11,14 @@ from glmd.models.export import check_exports, export_model
 from glmd.models.loading import auto_class_name
 from glmd.pipeline.context import Context
 from glmd.pipeline.rows import selection_of
-from glmd.planning.stages import Kind, Stage
+from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main
 from glmd.storage import write_atomically
 from glmd.version import __version__
 
 # Title of a card, and what the model was made from.
-_TOLD: dict[Kind, tuple[str, str]] = {
+_TOLD: dict[str, tuple[str, str]] = {
     "teacher": ("Teacher trained from scratch", "masked tokens of the corpus"),
     "task_teacher": ("Teacher fine-tuned on {task}", "the labels of {task}"),
     "pretraining": ("Student", "the teacher's word prediction on the corpus"),
@@ -45,7 +45,8 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
         facts["max_length"] = str(stage.length)
     if not stage.leaves_language_model and not stage.trains_teacher:
         facts |= {"checkpoint": selection_of(config, stage), "scored on": f"{task} val"}
-    title, made_from = (text.format(task=task) for text in _TOLD[stage.kind])
+    own = "Student" if stage.leaves_language_model else "Student for {task}", f"{stage.kind} of method {config.method}"
+    title, made_from = (text.format(task=task) for text in _TOLD.get(stage.kind, own))
     card = ModelCard(
         title,
         base or "",

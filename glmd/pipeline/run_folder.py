@@ -194,6 +194,9 @@ def _numbers_of_steps(config: dict[str, Any]) -> list[str]:
     """The keys of a config that a stage may grow by: its own record decides, when its turn comes."""
     names = ("pretraining", "task_teacher", "task_lm", "task_soft_labels")
     stages = {name: config[name] for name in names} | {"teacher.pretraining": config["teacher"]["pretraining"] or {}}
+    # Those of a method's own differ from task_soft_labels.
+    own = config.get("stages", {})
+    stages |= {f"stages.{name}": {**config["task_soft_labels"], **changes} for name, changes in own.items()}
     return [f"{name}.max_steps" for name, stage in stages.items() if _is_steady(stage)]
 
 

@@ -51,16 +51,17 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     model = language_model if stage.leaves_language_model else task_model
     result: dict[str, Any] = {}
     metrics: dict[str, float] = {}
-    if not stage.trains_teacher and stage.kind != "task_lm":
+    if not stage.trains_teacher and (stage.task is None or not stage.leaves_language_model):
         result["parameters"] = split_parameters(model, set(vocabulary_axes(model.config, type(model))))
     if stage.settings is not None:
         teacher = load_teacher(context, stage)
         context.at_hand = None
-        compared = teacher if stage.leaves_language_model else None  # whose words the model's are scored against
+        # Whose words the model's are scored against.
+        compared = teacher if stage.leaves_language_model and stage.asks_lm_logits else None
         bits = {} if compared is None else teacher_bits(context, stage, compared)
         if compared is not None:
             result["lm_scores_before"] = score_language_model(context, stage, model, compared)
-        elif not stage.trains_teacher:
+        elif not stage.leaves_language_model and not stage.trains_teacher:
             teacher_answers(context, stage)  # now, while nothing else fills the memory
         result["training"] = train(context, stage, language_model, task_model, teacher)
         if compared is not None:
@@ -172,8 +173,9 @@ def evaluation(context: Context, stage: Stage, teacher: Teacher | None) -> Evalu
     selection = context.config.selection
     if selection == "last" or stage.task is None:
         return None
-    if stage.leaves_language_model and ("head" in stage.needs or "task_head" not in stage.needs):
-        assert teacher is not None, "a pass over LM logits has a teacher"
+    if stage.leaves_language_model:
+        if teacher is None or not stage.asks_lm_logits:  # nothing ranks layers, or predictions of labels
+            return None
         return lambda distiller: (
             -score_language_model(context, stage, distiller.language_model, teacher)["kl_divergence"]
         )

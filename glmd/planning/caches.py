@@ -74,7 +74,7 @@ def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier
     data = task_dataset(plan, task.name, planned.inputs, stage.length)
     data.masking = masking_for(plan.tokenizer, probability, stage.seed, maskings)
     parts = [(data, maskings or 1)]
-    if stage.kind == "task_lm":
+    if stage.leaves_language_model and stage.asks_lm_logits:
         parts.append((task_dataset(plan, task.name, planned.val, stage.length), 1))
     made_from = {
         # In a blank the fine-tuned model predicts tokens by a head of its own.

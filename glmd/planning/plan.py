@@ -109,7 +109,6 @@ def _try_student(plan: Plan) -> None:
     student, total = plan.config.student, plan.teacher_config.num_hidden_layers
     count = student.num_hidden_layers or total
     heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
-    attentions = [stage for stage, objective in plan.method.items() if "attentions" in objective.needs]
     try_student(
         student,
         plan.teacher_config,
@@ -118,7 +117,7 @@ def _try_student(plan: Plan) -> None:
         length=max(stage_lengths(plan.config, plan.method, plan.tasks).values()),
         task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
-        attentions=bool(attentions),
+        needs=frozenset().union(*(objective.needs for objective in plan.method.values())),
     )
 
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from glmd.config import RunConfig
+from glmd.config import STAGES, RunConfig
 from glmd.distillation.objective import Objective, load_method
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, suggestion
 from glmd.stage_config import StageConfig
 from glmd.tasks.forms import CASTINGS, task_form
 from glmd.tasks.tasks import Task, load_task
@@ -70,8 +70,12 @@ def learns_from_train(config: RunConfig, name: str) -> bool:
 
 def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
     """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
-    names = ["task_teacher", *(name for name in ("task_lm", "task_soft_labels") if name in method)]
-    return {name: config.stage(name, task) for name in names}
+    return {name: config.stage(name, task) for name in ["task_teacher", *passes(method)]}
+
+
+def passes(method: dict[str, Objective]) -> list[str]:
+    """The stages of a method over a task, in their order."""
+    return [name for name in method if name != "pretraining"]
 
 
 def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
@@ -87,8 +91,18 @@ def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
 
 
 def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
-    """Cached stages of which hidden states are kept; task_lm compares LM logits at least to be scored."""
-    return [stage for stage in cached if stage == "task_lm" or "head" in method[stage].teacher_needs]
+    """Cached stages of which hidden states are kept: those that LM logits are compared in, or scored by."""
+    return [stage for stage in cached if is_scored_by_words(stage, method[stage])]
+
+
+def is_scored_by_words(stage: str, objective: Objective) -> bool:
+    """Whether a stage asks a teacher for LM logits: it compares them, or its student is scored by them."""
+    return stage in ("pretraining", "task_lm") or "head" in objective.teacher_needs
+
+
+def is_clean(stage: str, objective: Objective) -> bool:
+    """Whether nothing is masked in a stage: labels are learned from clean inputs, unless tokens are compared too."""
+    return stage not in ("pretraining", "task_lm") and not objective.reads_tokens
 
 
 def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
@@ -97,32 +111,30 @@ def _resolved(config: RunConfig, method: dict[str, Objective]) -> RunConfig:
     if len(tasks) < len(config.tasks):
         raise ConfigError(f"tasks: {', '.join(config.tasks)} names a task twice")
     teachers = {task_of(config, name).name: model for name, model in config.teacher.tasks.items()}
-    stages: dict[str, Any] = {}
-    for name in ("pretraining", "task_lm", "task_soft_labels"):
-        stage: StageConfig = getattr(config, name)
+    config = replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers))
+    for name in dict.fromkeys([*STAGES, *method]):
+        probability, key = config.stage(name).mlm_probability, config.key_of(name)
         needed = name in method and method[name].needs_masking
-        if stage.mlm_probability is None:
-            default = 0.15 if needed or name == "pretraining" else 0.0
-            stages[name] = replace(stage, mlm_probability=default)
-        elif stage.mlm_probability == 0 and needed:
+        if probability is None:
+            config = config.with_stage(name, mlm_probability=0.15 if needed or name == "pretraining" else 0.0)
+        elif probability == 0 and needed:
             raise ConfigError(
-                f"{name}.mlm_probability is 0, but method {config.method} speaks of masked tokens; give 0.15"
+                f"{key}.mlm_probability is 0, but method {config.method} speaks of masked tokens; give 0.15"
             )
-        elif name == "task_soft_labels" and stage.mlm_probability and not method["task_soft_labels"].reads_tokens:
-            raise ConfigError("task_soft_labels.mlm_probability has no effect: its terms compare no tokens; remove it")
-    config = replace(config, tasks=tasks, teacher=replace(config.teacher, tasks=teachers), **stages)
+        elif probability and name in method and is_clean(name, method[name]):
+            raise ConfigError(f"{key}.mlm_probability has no effect: its terms compare no tokens; remove it")
     _check_maskings(config)
     return config
 
 
 def _check_maskings(config: RunConfig) -> None:
     """Refuse a number of maskings where nothing is masked."""
-    for name in ("pretraining", "task_lm", "task_soft_labels"):
-        stage: StageConfig = getattr(config, name)
+    for name in (*STAGES, *config.stages):
+        stage = config.stage(name)
         if stage.num_maskings and not stage.mlm_probability:
-            raise ConfigError(f"{name}.num_maskings has no effect: nothing is masked there; remove it")
+            raise ConfigError(f"{config.key_of(name)}.num_maskings has no effect: nothing is masked there; remove it")
     for task, changes in config.tasks.items():
-        stages = [config.stage(name, task) for name in ("task_lm", "task_soft_labels")]
+        stages = [config.stage(name, task) for name in (*STAGES[1:], *config.stages)]
         if changes.get("num_maskings") and not any(stage.mlm_probability for stage in stages):
             raise ConfigError(f"tasks.{task}.num_maskings has no effect: nothing is masked there; remove it")
 
@@ -136,7 +148,7 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
     if any(objective.needs_masking for objective in method.values()):
         raise ConfigError(f"method {config.method} speaks of masked tokens; a causal teacher has none: give glmd")
     given = {"pretraining": mlm_probability} | {
-        name: getattr(config, name).mlm_probability for name in ("task_lm", "task_soft_labels")
+        config.key_of(name): config.stage(name).mlm_probability for name in (*STAGES[1:], *config.stages)
     }
     given |= {f"tasks.{task}": changes.get("mlm_probability") for task, changes in config.tasks.items()}
     for name, probability in given.items():
@@ -172,13 +184,41 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
         raise ConfigError(f"tasks is empty and method {config.method} has no pretraining; name a task")
     if vocabulary.keep_ratio is None and vocabulary.size is None:
         raise ConfigError("vocabulary.keep_ratio is missing; 0.5 is the paper's, 1.0 keeps the whole vocabulary")
-    if config.tasks and "task_soft_labels" not in method:
-        raise ConfigError(f"method {config.method} has no task_soft_labels stage, but tasks are given")
+    if config.tasks and not passes(method):
+        raise ConfigError(f"method {config.method} has no stage on a task, but tasks are given; give tasks={{}}")
+    if config.tasks and config.casting == "head":
+        _check_order(config, method)
+    for name in config.stages:
+        if name not in method.keys() - {*STAGES}:
+            instead = f"give {name} itself" if name in STAGES else f"remove it{suggestion(name, method)}"
+            raise ConfigError(f"stages.{name} has no effect: it is no stage of method {config.method}'s own; {instead}")
     for stage in config.sweep:
         if stage not in method:
-            raise ConfigError(f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it")
+            raise ConfigError(
+                f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it"
+                f"{suggestion(stage, passes(method))}"
+            )
     if config.controls.full_vocabulary and vocabulary.keep_ratio == 1:
         raise ConfigError("controls.full_vocabulary has no effect: vocabulary.keep_ratio is 1")
+
+
+def _check_order(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse stages on a task of which one leaves no model that the next, or the user, could take up."""
+    names, left = passes(method), ""
+    if "task_head" not in method[names[-1]].needs:
+        raise ConfigError(
+            f"method {config.method}: {names[-1]}, its last stage on a task, trains no task head; give it a term of "
+            "task_logits or task_labels"
+        )
+    for name in names:
+        needs = method[name].needs
+        if left and ("head" in needs or "task_head" not in needs):
+            raise ConfigError(
+                f"method {config.method}: {name} needs a language model, but {left} before it leaves a model of the "
+                "task; put it before, or compare LM logits in both"
+            )
+        if "task_head" in needs and "head" not in needs:
+            left = name
 
 
 def _require_trackers(names: Sequence[str]) -> None:
@@ -263,8 +303,7 @@ def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse to keep a teacher's answers to texts that are masked again in each epoch."""
-    # The inputs of task_soft_labels are masked for terms that compare LM logits, and for no others.
-    names = [name for name in cached_stages(config, method) if name == "task_lm" or method[name].reads_tokens]
+    names = [name for name in cached_stages(config, method) if not is_clean(name, method[name])]
     stages = [(name, config.pretraining) for name in names if name == "pretraining"]
     stages += [(name, config.stage(name, task)) for name in names if name != "pretraining" for task in config.tasks]
     for name, stage in stages:

@@ -14,14 +14,13 @@ from glmd.config import GridPoint, grid_point_name
 from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.signals import Need
 from glmd.planning.plan import Plan
-from glmd.planning.rules import cached_stages
+from glmd.planning.rules import cached_stages, is_clean, is_scored_by_words, passes
 from glmd.planning.task_plan import TaskPlan
 from glmd.stage_config import StageConfig
 from glmd.tasks.examples import TaskExample
 
-Kind = Literal["teacher", "vocabulary", "task_teacher", "pretraining", "task_lm", "task_soft_labels", "hard_labels"]
 Variant = Literal["teacher", "student", "full vocabulary"]
-PASSES = ("task_lm", "task_soft_labels", "hard_labels")  # the stages of a task's student, in their order
+CONTROL = "hard_labels"  # the kind of the stage in which a student learns labels alone
 TEACHER = "teacher"  # path of the pretrained teacher: a stage where it is trained here, else the model that is named
 # Settings that say how many updates a stage has.
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -31,15 +30,17 @@ LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "
 class Stage:
     """A unit of work of a run.
 
+    kind: "teacher", "vocabulary", "task_teacher", "hard_labels", or a stage of the method by its name.
     settings: None where nothing is trained: for the vocabulary, a named teacher of a task, a student without
         pretraining. objective: None for the vocabulary and a student without pretraining.
     variant: whose vocabulary its model has. "full vocabulary" is the control with the teacher's.
     grid_point: what of the sweep's it depends on. cached: it reads the teacher's outputs from `teacher.cache`.
     start: path of the stage whose model it begins from; None where it makes its own, of the teacher's layers.
     teacher: path of the stage whose model it learns from; None where it learns from labels alone.
+    last: the method's last stage over a task, which leaves the model of the task, and whose settings the control has.
     """
 
-    kind: Kind
+    kind: str
     path: str
     settings: StageConfig | None
     objective: Objective | None
@@ -50,6 +51,7 @@ class Stage:
     start: str | None = None
     teacher: str | None = None
     cached: bool = False
+    last: str = ""
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ class Stage:
     @property
     def is_control(self) -> bool:
         """Whether it is the student that learns the labels alone."""
-        return self.kind == "hard_labels"
+        return self.kind == CONTROL
 
     @property
     def trains_teacher(self) -> bool:
@@ -72,13 +74,16 @@ class Stage:
 
     @property
     def leaves_language_model(self) -> bool:
-        """Else it leaves a model of its task."""
-        return self.kind in ("teacher", "pretraining", "task_lm")
+        """Else it leaves a model of its task; before the last pass only one whose task head was trained is that."""
+        if self.task is None:
+            return True
+        on_its_way = self.variant != "teacher" and not self.is_control and self.kind != self.last
+        return on_its_way and ("head" in self.needs or "task_head" not in self.needs)
 
     @property
     def own_grid_point(self) -> GridPoint:
-        """What of the grid point changes its settings; the control follows the second pass."""
-        own = "task_lm." if self.kind == "task_lm" else "task_soft_labels."
+        """What of the grid point changes its settings; the control follows the last pass."""
+        own = f"{self.last if self.is_control else self.kind}."
         return {key.removeprefix(own): value for key, value in self.grid_point.items() if key.startswith(own)}
 
     @property
@@ -95,8 +100,8 @@ class Stage:
 
     @property
     def asks_lm_logits(self) -> bool:
-        """Whether the teacher's predictions are asked for; pretraining and task_lm are scored by them at least."""
-        return self.kind in ("pretraining", "task_lm") or "head" in self.teacher_needs
+        """Whether the teacher's predictions are asked for, to be compared or to score the student by."""
+        return self.objective is not None and is_scored_by_words(self.kind, self.objective)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -116,13 +121,9 @@ class Stage:
 
     @property
     def masking(self) -> tuple[float, int | None]:
-        """Share of masked tokens, and the number of maskings, which no grid point of a sweep changes.
-
-        Labels are learned from clean inputs, unless single tokens are compared beside them.
-        """
-        reads_tokens = self.objective is not None and self.objective.reads_tokens
-        is_clean = self.kind in ("task_soft_labels", "hard_labels") and not reads_tokens
-        return (0.0, None) if is_clean else (self.training.mlm_probability or 0.0, self.training.num_maskings)
+        """Share of masked tokens, and the number of maskings, which no grid point of a sweep changes."""
+        clean = self.task is not None and self.objective is not None and is_clean(self.kind, self.objective)
+        return (0.0, None) if clean else (self.training.mlm_probability or 0.0, self.training.num_maskings)
 
     @property
     def length(self) -> int:
@@ -177,30 +178,28 @@ def _passes(
     """The passes of a student over a task, and the control on hard labels from the same start."""
     config, method, name = plan.config, plan.method, task.task.name
     cached, teacher, pretrained = cached_stages(config, method), task_teacher_path(name), f"{_root(variant)}pretraining"
-    settings = {kind: config.stage(kind, name, grid_point) for kind in PASSES if kind in method}
-    # Grid points that differ in the second pass alone share the first.
-    first = {key: value for key, value in grid_point.items() if key.startswith("task_lm.")}
-    start = pretrained
-    kinds: dict[Kind, GridPoint] = {"task_lm": first, "task_soft_labels": grid_point}
-    for kind, point in kinds.items():
-        if kind in method:
-            path = pass_path(kind, name, seed, point, variant)
-            is_cached = kind in cached
-            yield Stage(
-                kind, path, settings[kind], method[kind], seed, variant, task, point, start, teacher, is_cached
-            )  # fmt: skip
-            start = path
+    kinds = passes(method)
+    settings = {kind: config.stage(kind, name, grid_point) for kind in kinds}
+    last, start = kinds[-1], pretrained
+    for i, kind in enumerate(kinds):
+        # Grid points that differ in later passes alone share the earlier ones.
+        point = {key: value for key, value in grid_point.items() if key.partition(".")[0] in kinds[: i + 1]}
+        path = pass_path(kind, name, seed, point, variant)
+        yield Stage(
+            kind, path, settings[kind], method[kind], seed, variant, task, point, start, teacher, kind in cached, last
+        )
+        start = path
     if config.controls.hard_labels and variant == "student":
-        # Of the first pass the control has but the number of updates.
+        # Of the passes before the last one the control has but the number of updates.
         point = {
             key: value
             for key, value in grid_point.items()
-            if key.startswith("task_soft_labels.") or key.partition(".")[2] in LENGTH_KEYS
+            if key.startswith(f"{last}.") or key.partition(".")[2] in LENGTH_KEYS
         }
-        path = pass_path("hard_labels", name, seed, point, variant)
+        path = pass_path(CONTROL, name, seed, point, variant)
         steps = sum(each.steps(len(task.inputs), processes) for each in settings.values())
-        longer = replace(settings["task_soft_labels"], max_steps=steps, num_train_epochs=None)
-        yield Stage("hard_labels", path, longer, HARD_LABELS, seed, variant, task, point, pretrained)
+        longer = replace(settings[last], max_steps=steps, num_train_epochs=None)
+        yield Stage(CONTROL, path, longer, HARD_LABELS, seed, variant, task, point, pretrained, last=last)
 
 
 def _root(variant: Variant) -> str:
@@ -226,13 +225,13 @@ def lines(plan: Plan, processes: int) -> list[list[Stage]]:
     for stage in stages(plan, processes):
         if stage.settings is not None and stage.variant != "full vocabulary":
             found.setdefault((stage.name, stage.settings), []).append(stage)
-    tasks = list(plan.tasks)
+    tasks, kinds = list(plan.tasks), [*passes(plan.method), CONTROL]
 
     def place(line: list[Stage]) -> tuple[int, int]:
         """Passes in order of their task and kind, behind all else as it comes."""
         stage = line[0]
-        if stage.task is None or stage.kind not in PASSES:
+        if stage.task is None or stage.kind not in kinds:
             return -1, -1
-        return tasks.index(stage.task.task.name), PASSES.index(stage.kind)
+        return tasks.index(stage.task.task.name), kinds.index(stage.kind)
 
     return sorted(found.values(), key=place)

@@ -53,7 +53,7 @@ def plan_task(
     """
     task, files = task_of(config, name), config.tasks[name]
     require_metrics(task)
-    own_inputs, uses_labels = files.get("inputs"), method["task_soft_labels"].reads("labels")
+    own_inputs, uses_labels = files.get("inputs"), any(each.reads("labels") for each in method.values())
     train: list[TaskExample] = []
     if learns_from_train(config, name):
         needs_labels = name not in config.teacher.tasks or config.controls.hard_labels or uses_labels

@@ -208,7 +208,7 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
         if below > max(0.05, of_task[0].get("examples", 1) ** -0.5):
             found.append(
                 f"{task}: the student's {metric} is {below:.3f} below that of its control, which learned the labels "
-                "alone. Try another task_soft_labels.learning_rate or more of its epochs, a longer pretraining, or "
+                "alone. Try another learning_rate of its last stage or more of its epochs, a longer pretraining, or "
                 "a larger "
                 "vocabulary.keep_ratio."
             )
@@ -217,8 +217,8 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _control_note(rows: list[dict[str, Any]]) -> str:
     """The control's number of updates, by the passes that the student has."""
-    has_both = any(row["system"] == "student" and row["stage"] == "task_lm" for row in rows)
-    passes = "both its passes together" if has_both else "its pass over the task"
+    count = len({row["stage"] for row in rows if row["system"] == "student" and row["task"] is not None})
+    passes = {1: "its pass over the task", 2: "both its passes together"}.get(count, "all its passes together")
     return f" The hard-label control has the student's start and as many updates as {passes}."
 
 

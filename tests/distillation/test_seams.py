@@ -174,10 +174,10 @@ def test_options_of_layers_are_checked_like_all_others(write: Write) -> None:
     good = load_method(str(write("good.yaml", f"task_lm: [{base}, layers: all, projection: linear, tokens: masked}}]")))
     assert good["task_lm"].terms == (Term("hidden_states", "mse", tokens="masked", layers="all", projection="linear"),)
     for given, message in (
-        (f"{base}, layers: middle}}", "layers must be uniform, last, first, all"),
-        (f"{base}, layers: [[0, 1, 2]]}}", "different pairs"),
-        (f"{base}, layers: [[0, 1], [0, 1]]}}", "different pairs"),
-        (f"{base}, layers: []}}", "different pairs"),
+        (f"{base}, layers: middle}}", "layers must be uniform, last, first, all, every"),
+        (f"{base}, layers: [[0, 1, 2]]}}", "or pairs"),
+        (f"{base}, layers: [[0, 1], [0, 1]]}}", "or pairs"),
+        (f"{base}, layers: []}}", "or pairs"),
         (f"{base}, projection: deep}}", "projection must be one of none, linear"),
         (f"{base}, temperature: 2}}", "temperature has no effect on hidden_states mse"),
         ("{signal: attentions, loss: mse, projection: linear}", "projection has no effect on attentions mse"),
@@ -210,7 +210,10 @@ def test_attentions_are_those_of_the_models_own_forward_and_leave_no_trace_in_th
     distiller.learn_from(teacher)
     total, expected = distiller(batch, teacher(batch))[0], 0.0
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    asked = [model(**given, output_attentions=True) for model in (distiller.language_model, teacher.language_model)]
+    asked = []
+    for model in (distiller.language_model, teacher.language_model):
+        model.set_attn_implementation("eager")
+        asked.append(model(**given, output_attentions=True))
     ours, theirs = asked[0].attentions[1], asked[1].attentions[3]
     for row, place in batch["attention_mask"].nonzero().tolist():
         there = batch["attention_mask"][row].bool()
@@ -244,7 +247,6 @@ def test_where_only_layers_are_compared_every_weight_has_a_gradient(head: Any) -
         (Term("hidden_states", "mse", layers=((0, 4),)), {}, {"width": 8}, "the teacher's 0 to 3"),
         (Term("hidden_states", "mse", layers=((2, 3),)), {}, {"width": 8}, "student's layers count 0 to 1"),
         (Term("attentions", "mse"), {"num_attention_heads": 4}, {}, "num_attention_heads is 4, the teacher's 2"),
-        (Term("attentions", "mse"), {"attention_probs_dropout_prob": 0.2}, {}, "after attention dropout"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_in_one_line(term: Term, model: Any, teacher: Any, message: str) -> None:
@@ -252,6 +254,23 @@ def test_layers_that_do_not_fit_are_refused_in_one_line(term: Term, model: Any, 
     with pytest.raises((ConfigError, ModelError)) as refused:
         distiller.learn_from(teacher_of(**teacher))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_attentions_are_read_before_dropout_where_they_can_be_and_else_refused() -> None:
+    objective = Objective((Term("attentions", "mse", layers=((0, 0),)),))
+    dropping = {"attention_probs_dropout_prob": 0.2}
+    distiller, plain = distiller_of(objective, model_of(**dropping)), distiller_of(objective)
+    teacher, batch, found = teacher_of(width=8), batch_of(0, 1), []
+    for each in (distiller, plain):
+        each.learn_from(teacher)
+        found.append(each.train()(batch, teacher(batch)))
+    torch.testing.assert_close(*found)
+    alone = model_of(**dropping)
+    alone.set_attn_implementation("eager")
+    with pytest.raises(ModelError, match="after attention dropout"):
+        distiller_of(objective, alone).learn_from(teacher)
+    with pytest.raises(ModelError, match="its attention is eager, not torch's scaled_dot_product_attention"):
+        distiller_of(Objective((Term("values", "relation_kl"),)), alone).learn_from(teacher)
 
 
 def test_layers_of_a_teacher_that_is_not_live_are_refused() -> None:

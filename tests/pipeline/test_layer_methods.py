@@ -127,14 +127,6 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
     assert message in capsys.readouterr().err
 
 
-def test_check_refuses_attention_dropout_where_attentions_are_compared(tiny, tmp_path, write, capsys):
-    path = write("attentions.yaml", "pretraining: [{signal: attentions, loss: mse, layers: last}]")
-    words = ["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}"]
-    assert main([*words, SPREAD]) == 0
-    assert main(words) == 2
-    assert "they are given after attention dropout; give student.config.attention" in capsys.readouterr().err
-
-
 def test_layers_that_do_not_exist_are_refused_with_method_and_stage(tiny, tmp_path, write):
     path = write("far.yaml", "pretraining: [{signal: hidden_states, loss: mse, layers: [[5, 2]]}]")
     with pytest.raises(ConfigError, match=r"far.yaml: pretraining: hidden_states.mse: layers"):

@@ -171,7 +171,7 @@ def test_check_prints_the_lines_of_a_sweep(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("sweep.task_teacher.learning_rate=[1, 2]", "sweep.task_teacher is no stage that can be swept; task_lm and"),
+        ("sweep.task_teacher.learning_rate=[1, 2]", "sweep.task_teacher is no stage that can be swept; those of the m"),
         ("sweep.task_soft_labels.learning_rte=[1, 2]", "no setting that can be swept; did you mean learning_rate?"),
         (
             "sweep.task_soft_labels.max_length=[16, 32]",
