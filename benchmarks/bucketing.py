@@ -19,7 +19,7 @@ from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.batches import Batch, Collate
 from glmd.data.sampling import StepPlan, evaluation_batches
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import load_method
+from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.models.heads import Split
 from glmd.models.loading import load_language_model, load_source_tokenizer

@@ -31,7 +31,7 @@ from glmd.data.sampling import StepPlan, step_batches
 from glmd.data.token_store import build_token_store
 from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import load_method
+from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.models.heads import final_linear

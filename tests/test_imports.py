@@ -11,7 +11,7 @@ import pytest
 import glmd
 from glmd.config import RunConfig
 from glmd.config_file import config_keys, dump_config, load_config
-from glmd.distillation.objective import load_method
+from glmd.distillation.methods import load_method
 from glmd.evaluation.metrics import require_metrics
 from glmd.strict_yaml import configs_root, load_yaml
 from glmd.tasks.tasks import load_task

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glmd.config import RunConfig
-from glmd.distillation.objective import load_method
+from glmd.distillation.methods import load_method
 from glmd.models.card import opens_plainly
 from glmd.models.loading import load_model_config
 from glmd.planning.rules import passes, task_of

@@ -4,8 +4,9 @@ The loss is computed inside this forward, and inside the call of the final linea
 weights: reading the LM head's weight outside trains wrongly under DDP, FSDP2 and ZeRO-3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from glmd.data.batches import is_full
 from glmd.distillation.interventions import INTERVENTIONS
-from glmd.distillation.layer_losses import layer_sum
+from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, pairs_of
+from glmd.distillation.signals import SIGNALS, pairs_of, takes_progress
 from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
@@ -24,6 +25,7 @@ from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.positions import rows_at
 from glmd.models.attention import prove_attention
 from glmd.models.heads import Split, share_backbone
+from glmd.models.layers import LayerChoice
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -62,7 +64,7 @@ class Distiller(nn.Module):
         self.splits = [Split(model) for model in models.values()]
         self.projections = nn.ModuleDict()
         self.teacher: OnlineTeacher | None = None
-        self.layer_pairs: dict[str, list[tuple[int, int]]] = {}
+        self.pairs: dict[str, Callable[[float], list[tuple[int, int]]]] = {}  # of terms on layers, by progress
         self.token_map: Tensor
         self.register_buffer("token_map", torch.from_numpy(token_map), persistent=False)
 
@@ -74,21 +76,30 @@ class Distiller(nn.Module):
         """
         self.teacher = teacher if isinstance(teacher, OnlineTeacher) else None
         terms = self.objective.layer_terms
-        if not terms:
+        if self.teacher is None and self.objective.reads_layers:
+            what = f"{terms[0].signal} are" if terms else "layers are"
+            raise ConfigError(f"{what} compared with those of one live teacher; remove teacher.cache")
+        if self.teacher is not None:
+            self.teacher.is_silent = self.objective.teacher_needs == {"layers"}
+        if not terms or self.teacher is None:
             return
-        if self.teacher is None:
-            raise ConfigError(f"{terms[0].signal} are compared with those of one live teacher; remove teacher.cache")
         student, live = self.splits[0], self.teacher.splits[0]
         inside = "attention_inputs" in self.objective.needs
         if not is_proved and (inside or "attentions" in self.objective.needs):
             for split, training in ((student, True), (live, False)):
                 prove_attention(split.model, inside=inside, training=training)
+        configs: list[Any] = [split.model.config for split in (student, live)]
+        widths = [config.get_text_config().hidden_size for config in configs]
+        like = next(student.model.parameters())
         for i, term in enumerate(terms):
-            self.layer_pairs[term.name] = pairs_of(term, student.model.config, live.model.config)
-            asked = {layer for _, layer in self.layer_pairs[term.name]} | {*self.teacher.layers.get(term.signal, ())}
-            self.teacher.layers[term.signal] = sorted(asked)
-            if term.projection == "linear":
-                self.projections[_key(term)] = _projection(student, live, seed + i)
+            self.pairs[term.name] = partial(_pairs_at, term, configs[0], configs[1], f"{seed}-{i}")
+            pairs = self.pairs[term.name](0.0)
+            drawn = isinstance(term.layers, LayerChoice) and term.layers.map == "random"
+            numbers = range(configs[1].get_text_config().num_hidden_layers) if drawn else [layer for _, layer in pairs]
+            self.teacher.layers[term.signal] = sorted({*numbers, *self.teacher.layers.get(term.signal, ())})
+            made = make_projections(term, student=widths[0], teacher=widths[1], pairs=pairs, like=like, seed=seed + i)
+            if made is not None:
+                self.projections[_key(term)] = made
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Class and config of each student model by attribute name, so that a checkpoint can become a folder."""
@@ -143,13 +154,16 @@ class Distiller(nn.Module):
             logits = self.task_logits(student, outputs, inputs, batch, self.token_map)
             sums |= {} if "task_head" in needs else {"": logits[:0].sum()}
         for term in self.objective.terms:
-            if term.name in self.layer_pairs:
-                pairs, theirs = self.layer_pairs[term.name], teachers[0].layers[term.signal]
+            if term.of_layers:
+                pairs, theirs = self.pairs[term.name](progress), teachers[0].layers[term.signal]
                 ours = {layer: read(term.signal, layer) for layer, _ in pairs}
-                project = dict(self.projections.items()).get(_key(term), _as_it_is)
-                sums[term.name] = layer_sum(term, pairs, ours, theirs, batch, project) * factor_of[term.name]
+                made = dict(self.projections.items()).get(_key(term))
+                sums[term.name] = layer_sum(term, pairs, ours, theirs, batch, made, progress) * factor_of[term.name]
             elif term.name not in sums:
                 sums[term.name] = self._task_sum(term, batch, teachers[0], logits, progress) * factor_of[term.name]
+        for term in self.objective.terms:
+            if term.in_turn and not term.of_layers and not self._is_last_turn(progress):
+                sums[term.name] = sums[term.name] * 0
         total = torch.stack([sums[term.name] for term in self.objective.terms])
         return total + sums[""] if "" in sums else total
 
@@ -197,6 +211,11 @@ class Distiller(nn.Module):
         # For the forward KL this has the gradient of the KL to the teachers' mean probability.
         return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
+    def _is_last_turn(self, progress: float) -> bool:
+        """Whether the layers that are in turn have had theirs."""
+        counts = [len(self.pairs[term.name](progress)) for term in self.objective.layer_terms if term.in_turn]
+        return turn(progress, max(counts)) == max(counts)
+
     def _task_sum(
         self, term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, logits: Tensor | None, progress: float
     ) -> Tensor:
@@ -204,11 +223,9 @@ class Distiller(nn.Module):
         signal = SIGNALS[term.signal]
         target = batch[signal.labels] if signal.labels is not None else teacher.task_logits
         assert logits is not None and target is not None, "both have a task head"
-        return signal.losses[term.loss](logits, target, **term.options).sum()
-
-
-def _as_it_is(layer: Tensor) -> Tensor:
-    return layer
+        loss = signal.losses[term.loss]
+        more = {"progress": progress} if takes_progress(loss) else {}
+        return loss(logits, target, **term.options, **more).sum()
 
 
 def _key(term: Term) -> str:
@@ -216,12 +233,7 @@ def _key(term: Term) -> str:
     return term.name.replace(".", "_")
 
 
-def _projection(student: Split, teacher: Split, seed: int) -> nn.Linear:
-    """From the student's width to the teacher's, drawn alike on every rank."""
-    configs: list[Any] = [split.model.config for split in (student, teacher)]
-    width, wanted = (config.get_text_config().hidden_size for config in configs)
-    linear, like = nn.Linear(width, wanted, bias=False, device="meta"), next(student.model.parameters())
-    generator, bound = torch.Generator().manual_seed(seed), width**-0.5
-    drawn = torch.empty(wanted, width, device="cpu").uniform_(-bound, bound, generator=generator)
-    linear.weight = nn.Parameter(drawn.to(like.device, like.dtype))
-    return linear
+def _pairs_at(term: Term, student: Any, teacher: Any, seed: str, progress: float) -> list[tuple[int, int]]:
+    """The layers that a term compares now; drawn ones are the same on every rank, and when a stage is resumed."""
+    redraws = term.layers.redraws if isinstance(term.layers, LayerChoice) else 1
+    return pairs_of(term, student, teacher, f"{seed}-{min(int(progress * redraws), redraws - 1)}")

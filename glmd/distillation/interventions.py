@@ -25,9 +25,28 @@ changes it puts back. Options are keyword-only parameters.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-INTERVENTIONS: dict[str, Callable[..., AbstractContextManager[None]]] = {}
+from glmd.distillation.theseus import require_alike, theseus
+
+
+@dataclass(frozen=True)
+class OfLayers:
+    """An intervention that uses layers of a live teacher, whatever the terms ask of it.
+
+    check: of the configs of student and teacher; raises ConfigError, one line, where they do not fit.
+    """
+
+    function: Callable[..., AbstractContextManager[None]]
+    check: Callable[[Any, Any], None]
+
+    def __call__(self, *given: Any, **options: Any) -> AbstractContextManager[None]:
+        return self.function(*given, **options)
+
+
+INTERVENTIONS: dict[str, Callable[..., AbstractContextManager[None]]] = {
+    "theseus": OfLayers(theseus, require_alike),
+}
 
 
 @dataclass(frozen=True)
@@ -36,3 +55,14 @@ class Intervention:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, student: Any, teacher: Any) -> None:
+        """Raises ConfigError where models of these configs do not fit."""
+        kind = INTERVENTIONS[self.name]
+        if isinstance(kind, OfLayers):
+            kind.check(student, teacher)
+
+    @property
+    def teacher_needs(self) -> frozenset[Literal["layers"]]:
+        """What of a live teacher it uses."""
+        return frozenset({"layers"}) if isinstance(INTERVENTIONS[self.name], OfLayers) else frozenset()

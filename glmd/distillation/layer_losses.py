@@ -1,49 +1,117 @@
 """The sum of a term that compares layers: which tokens, which layers at a time, and what is done with pads.
 
-total = layer_sum(term, [(0, 1), (1, 3)], student_layers, teacher_layers, batch)
+projections = make_projections(term, student=384, teacher=768, pairs=pairs, like=weight, seed=0)
+total = layer_sum(term, pairs, student_layers, teacher_layers, batch, projections, progress)
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glmd.distillation.objective import Term, positions_of
 from glmd.distillation.signals import feature_loss
 from glmd.losses.positions import rows_at
 
+Pairs = Sequence[tuple[int, int]]  # (student layer, teacher layer)
+
+
+class Projections(nn.Module):
+    """Maps of each layer to a common width, of its own: the student's and the teacher's, in the layers' order."""
+
+    def __init__(self, student: Sequence[nn.Linear], teacher: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.ModuleList(student), nn.ModuleList(teacher)
+
+
+def make_projections(
+    term: Term, *, student: int, teacher: int, pairs: Pairs, like: Tensor, seed: int
+) -> nn.Linear | Projections | None:
+    """What a term projects with; None for nothing.
+
+    student, teacher: widths. like: a weight, for device and dtype. seed: of the first weights, which all ranks draw
+    alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if term.projection == "none":
+        return None
+    if term.projection == "linear":
+        return _linear(student, teacher, like, generator)
+    size, (ours, theirs) = term.projection_size or teacher, _numbers(pairs)
+    return Projections(
+        [_linear(student, size, like, generator) for _ in ours],
+        [_linear(teacher, size, like, generator) for _ in theirs],
+    )
+
+
+def _linear(width: int, wanted: int, like: Tensor, generator: torch.Generator) -> nn.Linear:
+    linear, bound = nn.Linear(width, wanted, bias=False, device="meta"), width**-0.5
+    drawn = torch.empty(wanted, width, device="cpu").uniform_(-bound, bound, generator=generator)
+    linear.weight = nn.Parameter(drawn.to(like.device, like.dtype))
+    return linear
+
 
 def layer_sum(
     term: Term,
-    pairs: Sequence[tuple[int, int]],
+    pairs: Pairs,
     student: Mapping[int, Tensor],
     teacher: Mapping[int, Tensor],
     batch: Mapping[str, Tensor],
-    project: Callable[[Tensor], Tensor],
+    projections: nn.Module | None,
+    progress: float,
 ) -> Tensor:
     """Scalar: the sum over tokens, or rows, of the mean or sum over layers of a term's loss.
 
-    pairs: (student layer, teacher layer). student, teacher: layer -> (R, S, ...), pads included. project: from the
-        student's width to the teacher's.
+    student, teacher: layer -> (R, S, ...), pads included. progress: of the stage.
     """
     loss, choose = feature_loss(term), _chooser(term, batch)
-    ours = {layer: project(choose(student[layer])) for layer in sorted({layer for layer, _ in pairs})}
-    theirs = {layer: choose(teacher[layer]) for layer in sorted({layer for _, layer in pairs})}
+    ours, theirs = ({layer: choose(of[layer]) for layer in numbers} for of, numbers in _both(student, teacher, pairs))
+    if isinstance(projections, Projections):
+        ours = {layer: each(ours[layer]) for layer, each in zip(ours, projections.student, strict=True)}
+        theirs = {layer: each(theirs[layer]) for layer, each in zip(theirs, projections.teacher, strict=True)}
+    elif projections is not None:
+        ours = {layer: projections(each) for layer, each in ours.items()}
     compared = [(ours[a], theirs[b]) for a, b in pairs]
     if loss.takes_all_layers:
         compared = [(torch.stack([*ours.values()]), torch.stack([*theirs.values()]))]
-    more = (batch["predicts"],) if loss.unit == "row" else ()
+    more = () if loss.unit == "token" else (batch["predicts"],)
     with torch.autocast(compared[0][0].device.type, enabled=False):
-        values = torch.stack([loss(*pair, *more, **term.options) for pair in compared])
-    of_layers = values.sum(0) if term.over_layers == "sum" else values.mean(0)
+        values = [loss(*pair, *more, **term.options) for pair in compared]
+    weights = turn_weights(term, len(values), progress)
+    total = torch.stack([each if weight == 1 else each * weight for each, weight in zip(values, weights, strict=True)])
+    of_layers = total.sum(0) if term.over_layers == "sum" else total.mean(0)
     if loss.unit == "row" and term.tokens == "masked":
         of_layers = rows_at(of_layers, positions_of(term, batch))
     return of_layers.sum()
 
 
+def turn(progress: float, layers: int) -> int:
+    """Whose turn it is: 0 to layers - 1, or that of what comes after them."""
+    return min(int(progress * (layers + 1)), layers)
+
+
+def turn_weights(term: Term, layers: int, progress: float) -> list[float]:
+    """How much each pair of layers counts: its place in turn decides, where the term is in turn."""
+    now = turn(progress, layers)
+    if not term.in_turn:
+        return [1.0] * layers
+    return [0.0 if now == layers or i > now else 1.0 if i == now else term.older_weight for i in range(layers)]
+
+
+def _numbers(pairs: Pairs) -> tuple[list[int], list[int]]:
+    """The layers of each model among pairs, in their order."""
+    return sorted({layer for layer, _ in pairs}), sorted({layer for _, layer in pairs})
+
+
+def _both(
+    student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], pairs: Pairs
+) -> list[tuple[Mapping[int, Tensor], list[int]]]:
+    return [*zip((student, teacher), _numbers(pairs), strict=True)]
+
+
 def _chooser(term: Term, batch: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """What of (R, S, ...) a term's loss is given: rows as they are, (N, ...) of tokens, or (R, ...) one for each."""
-    if feature_loss(term).unit == "row":
+    if feature_loss(term).unit != "token":
         return lambda layer: layer
     if term.tokens == "first":
         return lambda layer: layer[:, 0]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from glmd.errors import ConfigError
 
 KINDS = ("linear", "cosine", "constant")
+Weight = float | Mapping[str, float] | tuple[tuple[float, float], ...]
 
 
 def learning_rate_factor(
@@ -35,8 +36,19 @@ def learning_rate_factor(
     return min_ratio + (1 - min_ratio) * left
 
 
-def scheduled_weight(weight: float | Mapping[str, float], progress: float) -> float:
-    """A term's weight at `progress`: a number stays; {"from": a, "to": b} is a straight line."""
+def scheduled_weight(weight: Weight, progress: float) -> float:
+    """A term's weight at `progress`: a number stays; {"from": a, "to": b} is a straight line.
+
+    Points (progress, weight) are joined by straight lines, and level before the first and behind the last; of two at
+    one place the second holds from there on.
+    """
+    if isinstance(weight, tuple):
+        before = [point for point in weight if point[0] <= progress]
+        after = [point for point in weight if point[0] > progress]
+        if not before or not after:
+            return float((before or after)[-1 if before else 0][1])
+        (left, low), (right, high) = before[-1], after[0]
+        return low + (high - low) * (progress - left) / (right - left)
     if not isinstance(weight, Mapping):
         return float(weight)
     if set(weight) != {"from", "to"}:

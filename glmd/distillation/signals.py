@@ -6,22 +6,26 @@
 A new loss is an entry of a row's `losses`, a new signal a row; nothing else knows their names.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor
 
 from glmd.errors import ConfigError
-from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSES, SCORE_LOSSES, FeatureLoss
+from glmd.losses.feature_loss import FeatureLoss
+from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSES, SCORE_LOSSES
 from glmd.losses.labels import LABEL_LOSSES
-from glmd.losses.logits import LOGIT_LOSSES
+from glmd.losses.logits import LOGIT_LOSSES, TASK_LOGIT_LOSSES
 from glmd.models.attention import key_value_heads
 from glmd.models.layers import layer_pairs
 
 # attention_inputs: queries, keys, values, and the scores they give.
-Need = Literal["head", "task_head", "hidden_states", "attentions", "attention_inputs"]
+# layers: the modules themselves, of a live teacher.
+Need = Literal["head", "task_head", "hidden_states", "attentions", "attention_inputs", "layers"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ SIGNALS: dict[str, Signal] = {
     # The student over the kept vocabulary against the masked token.
     "lm_labels": Signal("token", frozenset({"head"}), LABEL_LOSSES, labels="lm_labels"),
     # Student and teacher over a task's classes.
-    "task_logits": Signal("example", frozenset({"task_head"}), LOGIT_LOSSES),
+    "task_logits": Signal("example", frozenset({"task_head"}), TASK_LOGIT_LOSSES),
     # The student over a task's classes against the label.
     "task_labels": Signal("example", frozenset({"task_head"}), LABEL_LOSSES, labels="labels"),
     # What layers give: (R, S, H). The last one as the model gives it, after a final norm where it has one.
@@ -71,14 +75,21 @@ def feature_loss(term: Any) -> FeatureLoss:
     return loss if isinstance(loss, FeatureLoss) else FeatureLoss(loss)
 
 
-def pairs_of(term: Any, student: Any, teacher: Any) -> list[tuple[int, int]]:
+@cache
+def takes_progress(loss: Any) -> bool:
+    """Whether a loss is another one as a stage goes on."""
+    return "progress" in inspect.signature(getattr(loss, "function", loss)).parameters
+
+
+def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tuple[int, int]]:
     """The layers that a term compares, checked against the configs of both models.
 
-    term: a Term of a signal of layers. Raises ConfigError, one line, for layers, widths or heads that do not fit.
+    term: a Term of a signal of layers. draw: what drawn layers are a function of. Raises ConfigError, one line, for
+    layers, widths or heads that do not fit.
     """
     student, teacher, loss = student.get_text_config(), teacher.get_text_config(), feature_loss(term)
     try:
-        pairs = layer_pairs(term.layers, student.num_hidden_layers, teacher.num_hidden_layers)
+        pairs = layer_pairs(term.layers, student.num_hidden_layers, teacher.num_hidden_layers, draw)
     except ConfigError as error:
         raise ConfigError(f"{term.name}: {error}") from None
     if any(layer < 0 for pair in pairs for layer in pair) and term.signal != "hidden_states":

@@ -66,6 +66,7 @@ class OnlineTeacher:
             model.eval().requires_grad_(False)
         self.splits = [Split(model) for model in models]
         self.layers: dict[str, list[int]] = {}  # which of its layers it is asked for, by signal
+        self.is_silent = False  # nothing is asked of it but to lend its layers
         self.head: Head | None = None
         if language_model is not None:
             self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
@@ -87,6 +88,8 @@ class OnlineTeacher:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Run on source `input_ids` (B, S), from whatever device they come."""
+        if self.is_silent:
+            return TeacherOutputs()
         device = next(self.base.parameters()).device
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
         inputs = self.splits[0].inputs(batch)

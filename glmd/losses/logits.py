@@ -117,6 +117,39 @@ def centered_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return centered.square().sum(-1) / count[:, 0]
 
 
+def annealed_mse(
+    student_logits: Tensor, teacher_logits: Tensor, *, progress: float, max_temperature: float = 7.0
+) -> Tensor:
+    """`mse` to the teacher's logits times a factor that rises to 1, as in Annealing-KD (arXiv:2104.07163).
+
+    student_logits, teacher_logits: (N, K) scores. progress: of the stage; the temperature falls from max_temperature to
+        1 in whole steps, and the factor is 1 - (temperature - 1) / max_temperature. Returns (N,).
+    """
+    return mse(student_logits, teacher_logits * _annealing(progress, max_temperature))
+
+
+def margin_mse(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    progress: float,
+    max_temperature: float = 10.0,
+    margin: float = 1.0,
+) -> Tensor:
+    """`annealed_mse` where it is above the margin times the factor, else 0, as in Continuation-KD (arXiv:2212.05998).
+
+    student_logits, teacher_logits: (N, K) scores. Returns (N,).
+    """
+    values = annealed_mse(student_logits, teacher_logits, progress=progress, max_temperature=max_temperature)
+    return values * (values > margin * _annealing(progress, max_temperature))
+
+
+def _annealing(progress: float, max_temperature: float) -> float:
+    if not 1 <= max_temperature < math.inf:
+        raise ConfigError(f"max_temperature must be at least 1 and finite, got {max_temperature}")
+    return 1 - (max(1, math.ceil((1 - progress) * max_temperature)) - 1) / max_temperature
+
+
 # What a term's `loss` may name. An option is a keyword-only parameter of the function.
 LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl_divergence": kl_divergence,
@@ -126,6 +159,8 @@ LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": mse,
     "centered_mse": centered_mse,
 }
+# And one of a task's logits.
+TASK_LOGIT_LOSSES = LOGIT_LOSSES | {"annealed_mse": annealed_mse, "margin_mse": margin_mse}
 
 
 def check_temperature(temperature: float) -> None:

@@ -6,6 +6,7 @@
 The same mapping starts a student from a teacher's layers and aligns hidden states.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,13 +22,18 @@ class LayerChoice:
     """Some of the pairs that a map gives: the whole list, with the embeddings before it if asked, from start to stop.
 
     start, stop: as Python slices a list. {map: uniform, start: -1} is the last layer of both, {map: uniform, stop: -1}
-    all but that.
+        all but that. redraws: of map random, how many times in a stage teacher layers are drawn anew.
     """
 
-    map: Literal["uniform", "last", "first", "all", "every"] = "uniform"
+    map: Literal["uniform", "last", "first", "all", "every", "random"] = "uniform"
     embeddings: bool = False
     start: int | None = None
     stop: int | None = None
+    redraws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.redraws < 1 or (self.redraws > 1 and self.map != "random"):
+            raise ConfigError(f"redraws must be at least 1, and have map: random; got {self.redraws} with {self.map}")
 
 
 Layers = str | tuple[tuple[int, ...], ...] | LayerChoice
@@ -85,22 +91,33 @@ def _checked_layers(layers: list[int], num_student_layers: int, num_teacher_laye
 
 
 def layer_pairs(
-    how: Layers | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int
+    how: Layers | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int, draw: str = ""
 ) -> list[tuple[int, int]]:
     """Zero-based (student layer, teacher layer) pairs that a term compares; EMBEDDINGS are what goes into the first.
 
     how: "uniform", "first" and "last" give each student layer one of the teacher's (`layer_indices`); "all" the layer
-        of its own number; "every" each of the teacher's; some of these (LayerChoice); or the pairs themselves. Raises
-        ConfigError for layers that are not there.
+        of its own number; "every" each of the teacher's; "random" the last one for the last, and for the others as many
+        drawn ones in their order; "middle" is the middle one of the student and its uniform partner, "embeddings" what
+        goes into the first of both; some of these (LayerChoice); or the pairs themselves.
+    draw: of "random", what the drawn layers are a function of.
+    Raises ConfigError for layers that are not there.
     """
     n, total = num_student_layers, num_teacher_layers
     if isinstance(how, LayerChoice):
-        pairs = [(EMBEDDINGS, EMBEDDINGS)] * how.embeddings + layer_pairs(how.map, n, total)
+        pairs = [(EMBEDDINGS, EMBEDDINGS)] * how.embeddings + layer_pairs(how.map, n, total, draw)
         if not pairs[how.start : how.stop]:
             raise ConfigError(
                 f"layers from start {how.start} to stop {how.stop}: none of {len(pairs)} pairs of {how.map} is left"
             )
         return pairs[how.start : how.stop]
+    if how == "embeddings":
+        return [(EMBEDDINGS, EMBEDDINGS)]
+    if how == "middle":
+        return [layer_pairs("uniform", n, total)[(n - 1) // 2]]
+    if how == "random":
+        layer_indices("uniform", n, total)  # refuses a student with more layers
+        drawn = sorted(random.Random(draw).sample(range(total - 1), n - 1))
+        return list(enumerate([*drawn, total - 1]))
     if how == "every":
         return [(student, teacher) for student in range(n) for teacher in range(total)]
     if not isinstance(how, str):

@@ -56,7 +56,9 @@ def try_student(
     of_words: Any = language_model_class(config)
     try:
         inside = "attention_inputs" in needs
-        prove = partial(_prove_with_attention, inside=inside) if inside or "attentions" in needs else prove_language_model
+        prove = (
+            partial(_prove_with_attention, inside=inside) if inside or "attentions" in needs else prove_language_model
+        )
         prove_config(config, of_words, prove, length=length)
         for head in sorted(task_heads):
             of_task: Any = getattr(transformers, f"AutoModelFor{head}")

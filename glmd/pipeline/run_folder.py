@@ -209,7 +209,7 @@ def only_goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether a stage gets more steps, and those that it has made would be the same."""
     before, after = old.get("stage") or {}, new.get("stage") or {}
     were, are = before.get("max_steps") or 0, after.get("max_steps") or 0
-    is_fading = any(isinstance(term["weight"], dict) for term in old.get("terms", []))
+    is_fading = old.get("changes", False) or any(isinstance(term["weight"], dict) for term in old.get("terms", []))
     # The end of a stage is scored too: a best checkpoint chosen there would not be one of the longer stage.
     return bool(_is_steady(before) and not is_fading and new.get("selection") == "last" and 0 < were < are)
 

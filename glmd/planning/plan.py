@@ -242,6 +242,8 @@ def _with_parameters(plan: Plan) -> Plan:
     for stage, objective in plan.method.items():
         try:
             require_layers(objective.terms, student_config, plan.teacher_config)
+            if objective.intervention is not None:
+                objective.intervention.check(student_config, plan.teacher_config)
         except ConfigError as error:
             raise ConfigError(f"method {plan.config.method}: {stage}: {error}") from None
     small = model_on_meta("student", saved_and_reopened(student_config))

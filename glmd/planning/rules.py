@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glmd.config import STAGES, RunConfig
-from glmd.distillation.objective import Objective, load_method
+from glmd.distillation.methods import load_method
+from glmd.distillation.objective import Objective
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError, suggestion
 from glmd.stage_config import StageConfig

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from glmd.config import STAGES
 from glmd.data.batches import with_positions
-from glmd.distillation.objective import Objective, Term, load_method, parse_term, positions_of
+from glmd.distillation.methods import load_method, parse_term
+from glmd.distillation.objective import Objective, Term, positions_of
 from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError
 from glmd.losses.logits import LOGIT_LOSSES

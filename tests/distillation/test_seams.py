@@ -30,7 +30,8 @@ from glmd.data.sampling import StepPlan, step_batches
 from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.interventions import INTERVENTIONS
-from glmd.distillation.objective import Objective, Term, load_method
+from glmd.distillation.methods import load_method
+from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import ConfigError, ModelError
 from glmd.losses.features import HIDDEN_LOSSES
@@ -381,7 +382,7 @@ def test_an_intervention_is_given_both_models_the_batch_and_the_progress_and_end
 def test_what_an_intervention_cannot_mean_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     terms = "terms: [{signal: lm_logits, loss: mse}]"
     for given, message in (
-        (f"{{{terms}, intervention: {{name: theseus}}}}", "name 'theseus' is unknown; none is registered"),
+        (f"{{{terms}, intervention: {{name: thesus}}}}", "name 'thesus' is unknown; did you mean theseus"),
         (f"{{{terms}, intervention: noise}}", "intervention must be a mapping with a name"),
         (f"{{{terms}, intervntion: {{name: x}}}}", "pretraining.intervntion is unknown; did you mean intervention"),
         ("{terms: []}", "pretraining must be a list of terms"),

@@ -17,7 +17,7 @@ from glmd.data.batches import Collate, with_positions
 from glmd.data.blocks import BlockDataset, block_frame, block_texts
 from glmd.data.token_store import build_token_store, open_token_store
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import load_method
+from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.errors import DataError
 from glmd.evaluation.bits_per_byte import score_text

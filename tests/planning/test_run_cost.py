@@ -16,7 +16,8 @@ from glmd.cli import main
 from glmd.config_file import load_config
 from glmd.data.batches import with_positions
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.objective import Objective, Term, load_method
+from glmd.distillation.methods import load_method
+from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.errors import ConfigError
 from glmd.models.loading import language_model_class
