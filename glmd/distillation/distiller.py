@@ -17,7 +17,7 @@ from glmd.data.batches import is_full
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, pairs_of, takes_progress
+from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of, takes_progress
 from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
@@ -25,7 +25,8 @@ from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.positions import rows_at
 from glmd.models.attention import prove_attention
 from glmd.models.heads import Split, share_backbone
-from glmd.models.layers import LayerChoice
+from glmd.models.layers import LayerChoice, Place
+from glmd.models.module_outputs import shapes_of
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -64,7 +65,7 @@ class Distiller(nn.Module):
         self.splits = [Split(model) for model in models.values()]
         self.projections = nn.ModuleDict()
         self.teacher: OnlineTeacher | None = None
-        self.pairs: dict[str, Callable[[float], list[tuple[int, int]]]] = {}  # of terms on layers, by progress
+        self.pairs: dict[str, Callable[[float], list[tuple[Place, Place]]]] = {}  # of terms on layers, by progress
         self.token_map: Tensor
         self.register_buffer("token_map", torch.from_numpy(token_map), persistent=False)
 
@@ -96,7 +97,10 @@ class Distiller(nn.Module):
             pairs = self.pairs[term.name](0.0)
             drawn = isinstance(term.layers, LayerChoice) and term.layers.map == "random"
             numbers = range(configs[1].get_text_config().num_hidden_layers) if drawn else [layer for _, layer in pairs]
-            self.teacher.layers[term.signal] = sorted({*numbers, *self.teacher.layers.get(term.signal, ())})
+            asked = [*self.teacher.layers.get(term.signal, ()), *numbers]
+            self.teacher.layers[term.signal] = [*dict.fromkeys(asked)]
+            if term.signal == "modules" and not is_proved:
+                _require_like_shapes(term, student.model, live.model)
             made = make_projections(term, student=widths[0], teacher=widths[1], pairs=pairs, like=like, seed=seed + i)
             if made is not None:
                 self.projections[_key(term)] = made
@@ -133,9 +137,11 @@ class Distiller(nn.Module):
         factor_of = dict(zip((term.name for term in self.objective.terms), factors.unbind(), strict=True))
         student, needs, teachers = self.splits[0], self.objective.needs, of_each(teacher_outputs)
         inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
-        signals = {term.signal for term in self.objective.layer_terms}
+        places: dict[str, list[Place]] = {}
+        for term in self.objective.layer_terms:
+            places.setdefault(term.signal, []).extend(layer for layer, _ in self.pairs[term.name](progress))
         with self._intervention(batch, progress):
-            outputs, read = run_and_read(student, inputs, signals, is_full=is_full(batch))
+            outputs, read = run_and_read(student, inputs, places, is_full=is_full(batch))
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
 
@@ -233,7 +239,18 @@ def _key(term: Term) -> str:
     return term.name.replace(".", "_")
 
 
-def _pairs_at(term: Term, student: Any, teacher: Any, seed: str, progress: float) -> list[tuple[int, int]]:
+def _require_like_shapes(term: Term, student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ConfigError where modules do not give what the loss could compare."""
+    ours, theirs = (shapes_of(model, [pair[i] for pair in term.modules]) for i, model in enumerate((student, teacher)))
+    for mine, other in term.modules:
+        if ours[mine] != theirs[other] and feature_loss(term).same_width:
+            raise ConfigError(
+                f"{term.name}: modules: the student's {mine} gives {ours[mine]} for a token, the teacher's {other} "
+                f"{theirs[other]}; compare what has one width, or by a loss of your own"
+            )
+
+
+def _pairs_at(term: Term, student: Any, teacher: Any, seed: str, progress: float) -> list[tuple[Place, Place]]:
     """The layers that a term compares now; drawn ones are the same on every rank, and when a stage is resumed."""
     redraws = term.layers.redraws if isinstance(term.layers, LayerChoice) else 1
     return pairs_of(term, student, teacher, f"{seed}-{min(int(progress * redraws), redraws - 1)}")

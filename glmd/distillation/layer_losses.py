@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from glmd.distillation.objective import Term, positions_of
 from glmd.distillation.signals import feature_loss
 from glmd.losses.positions import rows_at
+from glmd.models.layers import Place
 
-Pairs = Sequence[tuple[int, int]]  # (student layer, teacher layer)
+Pairs = Sequence[tuple[Place, Place]]  # (student layer, teacher layer)
 
 
 class Projections(nn.Module):
@@ -54,8 +55,8 @@ def _linear(width: int, wanted: int, like: Tensor, generator: torch.Generator) -
 def layer_sum(
     term: Term,
     pairs: Pairs,
-    student: Mapping[int, Tensor],
-    teacher: Mapping[int, Tensor],
+    student: Mapping[Place, Tensor],
+    teacher: Mapping[Place, Tensor],
     batch: Mapping[str, Tensor],
     projections: nn.Module | None,
     progress: float,
@@ -98,14 +99,16 @@ def turn_weights(term: Term, layers: int, progress: float) -> list[float]:
     return [0.0 if now == layers or i > now else 1.0 if i == now else term.older_weight for i in range(layers)]
 
 
-def _numbers(pairs: Pairs) -> tuple[list[int], list[int]]:
-    """The layers of each model among pairs, in their order."""
-    return sorted({layer for layer, _ in pairs}), sorted({layer for _, layer in pairs})
+def _numbers(pairs: Pairs) -> tuple[list[Place], list[Place]]:
+    """The layers of each model among pairs, in their order; modules as they are given."""
+    sides = [[*dict.fromkeys(pair[side] for pair in pairs)] for side in (0, 1)]
+    ours, theirs = (sorted(each) if isinstance(each[0], int) else each for each in sides)
+    return ours, theirs
 
 
 def _both(
-    student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], pairs: Pairs
-) -> list[tuple[Mapping[int, Tensor], list[int]]]:
+    student: Mapping[Place, Tensor], teacher: Mapping[Place, Tensor], pairs: Pairs
+) -> list[tuple[Mapping[Place, Tensor], list[Place]]]:
     return [*zip((student, teacher), _numbers(pairs), strict=True)]
 
 

@@ -9,11 +9,13 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from glmd.config import STAGES
 from glmd.distillation.interventions import INTERVENTIONS, Intervention
 from glmd.distillation.objective import Objective, Term
+from glmd.distillation.own_losses import add_own_loss, is_own
 from glmd.distillation.schedules import Weight
 from glmd.distillation.signals import SIGNALS
 from glmd.errors import RENAMED, ConfigError, suggestion
@@ -41,7 +43,7 @@ def load_method(name: str) -> dict[str, Objective]:
                 intervention = parse_intervention(given["intervention"], f"{where}.intervention")
         if not isinstance(terms, list) or not terms:
             raise ConfigError(f"{where} must be a list of terms, or {{terms: [...], intervention: ...}}, got {given!r}")
-        parsed = tuple(parse_term(term, f"{where}[{i}]", stage) for i, term in enumerate(terms))
+        parsed = tuple(parse_term(term, f"{where}[{i}]", stage, path) for i, term in enumerate(terms))
         if any(term.in_turn for term in parsed) and not any(term.in_turn and term.of_layers for term in parsed):
             raise ConfigError(f"{where}: in_turn has no effect: no term on layers is in turn; remove it")
         names = [term.name for term in parsed]
@@ -68,8 +70,11 @@ def _check_stage(name: Any, before: list[str], path: str) -> None:
         raise ConfigError(f"{path}: pretraining stands behind {before[-1]}; stages run in their order: put it first")
 
 
-def parse_term(values: Any, where: str, stage: str) -> Term:
-    """A checked term from its YAML mapping. Raises ConfigError that begins with `where`."""
+def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.yaml")) -> Term:
+    """A checked term from its YAML mapping. Raises ConfigError that begins with `where`.
+
+    beside: the file that it stands in; one of a loss of the user's own lies in its folder.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping, got {values!r}")
     for key in ("signal", "loss"):
@@ -81,9 +86,14 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     if signal not in allowed:
         raise ConfigError(f"{where}.signal {signal!r} is not possible here{suggestion(str(signal), allowed)}")
     kind = SIGNALS[signal]
+    source = ""
+    if is_own(loss):
+        loss, source = add_own_loss(loss, signal, beside, where)
     if loss not in kind.losses:
         raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), kind.losses)}")
     function: Any = kind.losses[loss]
+    if source and signal == "lm_logits" and _options(function).keys() - {"temperature"}:
+        raise ConfigError(f"{where}.loss: of lm_logits it may have the option temperature alone")
     options, of_layers = _options(function), _of_layers(function) if kind.level == "layer" else None
     own = _keys_of(signal, of_layers)
     for key in values:
@@ -99,8 +109,10 @@ def parse_term(values: Any, where: str, stage: str) -> Term:
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
+    if signal == "modules" and "modules" not in fields:
+        raise ConfigError(f"{where}.modules is missing; give pairs of names [[student's, teacher's], ...]")
     _check_together(fields, of_layers, where)
-    return Term(signal, loss, options=given, **fields)
+    return Term(signal, loss, options=given, source=source, **fields)
 
 
 def _keys_of(signal: str, loss: FeatureLoss | None) -> set[str]:
@@ -110,7 +122,7 @@ def _keys_of(signal: str, loss: FeatureLoss | None) -> set[str]:
     is_of_texts = loss is not None and loss.unit == "text"
     keys |= {"tokens"} if kind.level != "example" and kind.labels is None and not is_of_texts else set()
     keys |= {"gkd_compat"} if signal == "lm_logits" else set()
-    keys |= {"layers"} if loss is not None else set()
+    keys |= {"modules" if signal == "modules" else "layers"} if loss is not None else set()
     keys |= {"over_layers", "older_weight"} if loss is not None and not loss.takes_all_layers else set()
     keys |= {"projection", "projection_size"} if "hidden_states" in kind.needs else set()
     return keys - ({"in_turn"} if loss is not None and loss.takes_all_layers else set())
@@ -120,6 +132,8 @@ def _checked(key: str, value: Any, where: str, tokens: tuple[str, ...]) -> Any:
     """The value of a term's own key."""
     if key == "weight":
         return _checked_weight(value, where)
+    if key == "modules":
+        return _checked_modules(value, where)
     if key == "layers":
         return _checked_layers(value, where)
     kinds: dict[str, Any] = {
@@ -191,6 +205,16 @@ def _options(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only options of a loss or an intervention, with their types; `progress` is the stage's."""
     parameters = inspect.signature(getattr(function, "function", function)).parameters.values()
     return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
+
+
+def _checked_modules(given: Any, where: str) -> tuple[tuple[str, str], ...]:
+    try:
+        pairs = coerce(list[list[str]], given, where)
+    except ConfigError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ConfigError(f"{where} must be pairs of names [[student's, teacher's], ...]; got {given!r}")
+    return tuple((ours, theirs) for ours, theirs in pairs)
 
 
 def _checked_weight(weight: Any, where: str) -> Weight:

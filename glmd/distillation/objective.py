@@ -7,7 +7,7 @@ divides once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)  # keyword options of the loss, e.g. temperature
     gkd_compat: bool = False  # lm_logits: divide by all B * S positions, pads included, as GLMD's published code does
     layers: Layers = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
+    modules: tuple[tuple[str, str], ...] = ()  # of modules: (the student's, the teacher's), by names in the backbones
     over_layers: Literal["mean", "sum"] = "mean"  # what is taken of the values of the layers
     # hidden_states: a learned map from the student's width to the teacher's, one for all layers; or maps of both
     # models' widths, each layer's its own, to projection_size, the teacher's width where it is not given
@@ -41,11 +42,18 @@ class Term:
     # it, which then weigh older_weight; in the last turn no layers count, and terms in turn of other signals do.
     in_turn: bool = False
     older_weight: float = 1.0
+    source: str = ""  # sha256 of the file of a loss of the user's own
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
     @property
     def name(self) -> str:
         return f"{self.signal}.{self.loss}" + (f".{self.label}" if self.label else "")
+
+    def record(self) -> dict[str, Any]:
+        """What it is, for a stage's record; keys that came later stand there where they are not as they were before."""
+        later = ("modules", "over_layers", "projection_size", "in_turn", "older_weight", "source")
+        plain = {each.name: each.default for each in fields(self) if each.name in later}
+        return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
 
     @property
     def of_layers(self) -> bool:

@@ -21,11 +21,11 @@ from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSE
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES, TASK_LOGIT_LOSSES
 from glmd.models.attention import key_value_heads
-from glmd.models.layers import layer_pairs
+from glmd.models.layers import Place, layer_pairs
 
 # attention_inputs: queries, keys, values, and the scores they give.
 # layers: the modules themselves, of a live teacher.
-Need = Literal["head", "task_head", "hidden_states", "attentions", "attention_inputs", "layers"]
+Need = Literal["head", "task_head", "hidden_states", "attentions", "attention_inputs", "modules", "layers"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ SIGNALS: dict[str, Signal] = {
         name: Signal("layer", frozenset({"attention_inputs"}), RELATION_LOSSES)
         for name in ("queries", "keys", "values")
     },
+    # What a part of the backbone gives, by its name there: (R, S, H).
+    "modules": Signal("layer", frozenset({"modules"}), HIDDEN_LOSSES),
 }
 
 
@@ -81,12 +83,14 @@ def takes_progress(loss: Any) -> bool:
     return "progress" in inspect.signature(getattr(loss, "function", loss)).parameters
 
 
-def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tuple[int, int]]:
+def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tuple[Place, Place]]:
     """The layers that a term compares, checked against the configs of both models.
 
     term: a Term of a signal of layers. draw: what drawn layers are a function of. Raises ConfigError, one line, for
     layers, widths or heads that do not fit.
     """
+    if term.signal == "modules":
+        return list(term.modules)
     student, teacher, loss = student.get_text_config(), teacher.get_text_config(), feature_loss(term)
     try:
         pairs = layer_pairs(term.layers, student.num_hidden_layers, teacher.num_hidden_layers, draw)
@@ -112,7 +116,7 @@ def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tupl
         raise ConfigError(f"{term.name}: {found}; {remedy}")
     if term.options.get("relation_heads") is not None:
         _require_divisor(term, student, teacher, count)
-    return pairs
+    return list(pairs)
 
 
 def _require_divisor(term: Any, student: Any, teacher: Any, count: Callable[[Any], int]) -> None:

@@ -20,7 +20,8 @@ from glmd.losses.head import Head
 from glmd.losses.positions import rows_at
 from glmd.models.attention import AttentionCalls, is_heard, key_value_heads, require_each_layer
 from glmd.models.heads import Split, share_backbone
-from glmd.models.layers import EMBEDDINGS
+from glmd.models.layers import EMBEDDINGS, Place
+from glmd.models.module_outputs import ModuleOutputs
 from glmd.tasks.forms import TaskLogits, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -32,7 +33,7 @@ class TeacherOutputs:
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
     head: Head | None = None  # of K tokens: the teacher's, sliced to those that are kept
     task_logits: Tensor | None = None  # (B, C); -inf for a choice that an example has not
-    layers: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)  # signal -> layer -> (R, S, ...)
+    layers: Mapping[str, Mapping[Place, Tensor]] = field(default_factory=dict)  # signal -> layer -> (R, S, ...)
 
 
 # The outputs of one teacher, or of several whose predictions count alike.
@@ -65,7 +66,7 @@ class OnlineTeacher:
         for model in models:
             model.eval().requires_grad_(False)
         self.splits = [Split(model) for model in models]
-        self.layers: dict[str, list[int]] = {}  # which of its layers it is asked for, by signal
+        self.layers: dict[str, list[Place]] = {}  # which of its layers, or modules, it is asked for, by signal
         self.is_silent = False  # nothing is asked of it but to lend its layers
         self.head: Head | None = None
         if language_model is not None:
@@ -114,28 +115,32 @@ class Ensemble:
         return tuple(teacher(batch) for teacher in self.teachers)
 
 
-Read = Callable[[str, int], Tensor]
+Read = Callable[[str, Place], Tensor]
 
 
 def run_and_read(
-    split: Split, inputs: Mapping[str, Tensor], signals: Collection[str], *, is_full: bool
+    split: Split, inputs: Mapping[str, Tensor], signals: Mapping[str, Collection[Place]], *, is_full: bool
 ) -> tuple[Any, Read]:
     """A backbone's outputs, and what reads of one of the signals what a numbered layer gave: (R, S, ...).
 
-    (R, S, H) of hidden_states, (R, S, A, S) of attentions and attention_scores, (R, S, A, D) of queries, keys and
-    values. Layers are counted from 0, and what goes into the first is EMBEDDINGS.
+    signals: what will be read of each. (R, S, H) of hidden_states, (R, S, A, S) of attentions and attention_scores,
+    (R, S, A, D) of queries, keys and values. Layers are counted from 0, and what goes into the first is EMBEDDINGS. Of
+    modules what a part of that name gave.
     """
-    inside = set(signals) - {"hidden_states"}
+    inside = set(signals) - {"hidden_states", "modules"}
     calls = AttentionCalls() if inside and is_heard(split.model) else None
+    parts = ModuleOutputs(split.backbone, [str(name) for name in signals.get("modules", ())])
     asked = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in signals}
     if calls is not None:
         asked.pop("output_attentions", None)
-    with calls or nullcontext():
+    with calls or nullcontext(), parts:
         outputs = split.run_backbone(inputs, is_full=is_full, **asked)
     if calls is not None:
         require_each_layer(calls, split.model, len(inputs["input_ids"]))
 
-    def read(signal: str, number: int) -> Tensor:
+    def read(signal: str, number: Place) -> Tensor:
+        if isinstance(number, str):
+            return parts.read(number)
         if signal == "hidden_states":  # the first ones are the embeddings
             states: Tensor = outputs.hidden_states[number - EMBEDDINGS]
             return states

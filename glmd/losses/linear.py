@@ -9,6 +9,7 @@ checkpointing does, would take six. `linear_cross_entropy` is the same for label
 """
 
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 from functools import lru_cache
@@ -354,7 +355,7 @@ def _check_loss(loss: str, temperature: float) -> None:
     if loss not in LOGIT_LOSSES:
         raise ConfigError(f"loss {loss!r} is unknown{suggestion(loss, LOGIT_LOSSES)}")
     check_temperature(temperature)
-    if loss in ("mse", "centered_mse") and temperature != 1:
+    if "temperature" not in inspect.signature(LOGIT_LOSSES[loss]).parameters and temperature != 1:
         raise ConfigError(f"temperature has no effect on {loss}, got {temperature}")
 
 

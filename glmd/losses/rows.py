@@ -7,6 +7,7 @@ In plain torch; `losses.triton_rows` is the same for CUDA. Compiling was tried o
 is not done.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -202,6 +203,22 @@ def _hard_cross_entropy_rows(
     normalizer = _write_softmax(student, out=gradient)
     gradient.scatter_(1, places, gradient.gather(1, places) - 1).mul_(factor)
     return (normalizer.value - student.gather(1, places)[:, 0]).to(student.dtype)
+
+
+def rows_by_autograd(function: Callable[..., Tensor]) -> RowLoss:
+    """The row form of a function of two (n, K) logits that has no gradient written down: it costs their graph."""
+    takes_temperature = "temperature" in inspect.signature(function).parameters
+
+    def rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor) -> Tensor:
+        options = {"temperature": temperature} if takes_temperature else {}
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            values = function(leaf, teacher, **options)
+            (found,) = torch.autograd.grad(values.sum(), leaf)
+        gradient.copy_(found).mul_(factor)
+        return values.detach().to(student.dtype)
+
+    return rows
 
 
 # The row form of each function in LOGIT_LOSSES, and of the one on labels.

@@ -15,6 +15,7 @@ from glmd.errors import ConfigError
 
 LAYER_CHOICES = ("first", "last", "uniform", "even")
 EMBEDDINGS = -1  # the number of what goes into the first layer
+Place = int | str  # a layer by its number, or a module by its name
 
 
 @dataclass(frozen=True)

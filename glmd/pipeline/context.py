@@ -140,10 +140,12 @@ class Context:
         # Keys that came later stand there where they are not as they were before.
         inputs: dict[str, Any] = {} if config.deterministic else {"deterministic": False}
         inputs |= {name: True for name in ("torch_compile", "tf32") if getattr(config, name)}
+        if stage.objective is not None and stage.objective.changes:
+            inputs["changes"] = True
         inputs |= {
             "stage": asdict(stage.settings) if stage.settings is not None else None,
             "seed": stage.seed,
-            "terms": [asdict(term) for term in stage.objective.terms] if stage.objective is not None else [],
+            "terms": [term.record() for term in stage.objective.terms] if stage.objective is not None else [],
             "intervention": asdict(intervention) if intervention is not None else None,
             "mixed_precision": config.mixed_precision,
             "selection": config.selection if task is not None else "last",

@@ -18,6 +18,7 @@ from glmd.data.corpus import corpus_fingerprint, require_corpus
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
 from glmd.models.heads import is_causal, split_parameters
+from glmd.models.module_outputs import require_modules
 from glmd.planning.checks import (
     model_on_meta,
     require_blanks,
@@ -247,6 +248,13 @@ def _with_parameters(plan: Plan) -> Plan:
         except ConfigError as error:
             raise ConfigError(f"method {plan.config.method}: {stage}: {error}") from None
     small = model_on_meta("student", saved_and_reopened(student_config))
+    for stage, objective in plan.method.items():
+        for term in objective.layer_terms:
+            try:
+                for i, (whose, model) in enumerate((("student", small), ("teacher", teacher))):
+                    require_modules(model, [pair[i] for pair in term.modules], whose=whose)
+            except ConfigError as error:
+                raise ConfigError(f"method {plan.config.method}: {stage}: {term.name}: {error}") from None
     require_checkpointing(plan.config, plan.method, teacher, small)
     if chosen is not None:
         weight_origins(small, model_on_meta("teacher", cut_config), chosen, student.config)

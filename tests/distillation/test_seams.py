@@ -175,7 +175,7 @@ def test_options_of_layers_are_checked_like_all_others(write: Write) -> None:
     good = load_method(str(write("good.yaml", f"task_lm: [{base}, layers: all, projection: linear, tokens: masked}}]")))
     assert good["task_lm"].terms == (Term("hidden_states", "mse", tokens="masked", layers="all", projection="linear"),)
     for given, message in (
-        (f"{base}, layers: middle}}", "layers must be uniform, last, first, all, every"),
+        (f"{base}, layers: central}}", "layers must be uniform, last, first, all, every"),
         (f"{base}, layers: [[0, 1, 2]]}}", "or pairs"),
         (f"{base}, layers: [[0, 1], [0, 1]]}}", "or pairs"),
         (f"{base}, layers: []}}", "or pairs"),

@@ -1,0 +1,252 @@
+"""Losses of a user's own file, modules by their names, layers in turn and drawn layers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_seams import V, batch_of, distiller_of, model_of, teacher_of
+from torch import Tensor
+
+from glmd.distillation.distiller import Distiller
+from glmd.distillation.layer_losses import turn_weights
+from glmd.distillation.methods import load_method
+from glmd.distillation.objective import Objective, Term
+from glmd.distillation.teacher import OnlineTeacher
+from glmd.errors import ConfigError, ModelError
+from glmd.models.layers import LayerChoice, layer_pairs
+from glmd.vocabulary.vocabulary import Vocabulary
+
+LOSSES = """
+def absolute(student, teacher, *, power: float = 1.0):
+    return (student - teacher).abs().pow(power).mean(-1)
+
+def softened(student, teacher, *, temperature: float = 1.0):
+    p, q = ((each / temperature).log_softmax(-1) for each in (teacher, student))
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+def one_number(student, teacher):
+    return (student - teacher).square().mean()
+
+def with_option(student, teacher, *, sharpness: float = 1.0):
+    return sharpness * (student - teacher).square().mean(-1)
+
+def kl_divergence(student, teacher):
+    return (student - teacher).square().mean(-1)
+
+def broken(student, teacher):
+    return undefined
+"""
+
+
+@pytest.fixture
+def own(write: Any) -> Any:
+    write("mine/losses.py", LOSSES)
+    return lambda term, stage="pretraining": load_method(str(write("mine/method.yaml", f"{stage}: [{term}]")))[stage]
+
+
+def sums_and_gradients(objective: Objective, teacher: Any = None) -> tuple[Tensor, list[Tensor]]:
+    distiller, teacher = distiller_of(objective, model_of(layers=2, width=8)), teacher or teacher_of(width=8)
+    distiller.learn_from(teacher)
+    batch = batch_of(0, 1, 2)
+    sums = distiller(batch, teacher(batch))
+    return sums, list(torch.autograd.grad(sums.sum(), [p for p in distiller.parameters() if p.requires_grad]))
+
+
+def test_a_function_of_a_file_is_the_loss_of_words_as_one_that_comes_with_glmd(own: Any) -> None:
+    ours = sums_and_gradients(own("{signal: lm_logits, loss: 'losses.py:softened', temperature: 4}"))
+    theirs = sums_and_gradients(Objective((Term("lm_logits", "kl_divergence", options={"temperature": 4.0}),)))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -> None:
+    objective = own("{signal: hidden_states, loss: 'losses.py:absolute', power: 2}")
+    assert objective.terms[0].name == "hidden_states.absolute" and len(objective.terms[0].source) == 64
+    torch.testing.assert_close(
+        sums_and_gradients(objective), sums_and_gradients(Objective((Term("hidden_states", "mse"),)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("{signal: hidden_states, loss: 'none.py:absolute'}", "none.py is no file"),
+        ("{signal: hidden_states, loss: 'losses.py:absolut'}", "losses.py has no function absolut"),
+        ("{signal: hidden_states, loss: 'losses.py:one_number'}", r"value for each of 3 rows of \(3, 5\), gave \(\)"),
+        ("{signal: hidden_states, loss: 'losses.py:broken'}", "NameError: name 'undefined'"),
+        ("{signal: lm_logits, loss: 'losses.py:kl_divergence'}", "kl_divergence is the name of a loss that comes with"),
+        ("{signal: lm_logits, loss: 'losses.py:with_option'}", "may have the option temperature alone"),
+        ("{signal: lm_labels, loss: 'losses.py:absolute'}", "lm_labels have one loss"),
+        ("{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}", "strength has no effect"),
+    ],
+)
+def test_a_function_that_cannot_be_a_loss_is_refused_in_one_line(own: Any, term: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        own(term)
+    assert ("\n" not in str(refused.value) and "pretraining[0].loss" in str(refused.value)) or "strength" in message
+
+
+def test_modules_by_their_names_are_what_layers_give() -> None:
+    pairs = (("encoder.layer.0", "encoder.layer.1"), ("encoder.layer.1", "encoder.layer.3"))
+    by_name = Objective((Term("modules", "mse", modules=pairs),))
+    torch.testing.assert_close(
+        sums_and_gradients(by_name), sums_and_gradients(Objective((Term("hidden_states", "mse"),)))
+    )
+
+
+def test_modules_that_cannot_be_compared_are_refused_in_one_line(write: Any) -> None:
+    for given, message in (
+        ("{signal: modules, loss: mse}", "modules is missing"),
+        ("{signal: modules, loss: mse, modules: [a, b]}", "must be pairs of names"),
+        ("{signal: modules, loss: mse, modules: [[a, b]], layers: all}", "layers has no effect"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_method(str(write("method.yaml", f"pretraining: [{given}]")))
+    wide = Objective((Term("modules", "mse", modules=(("encoder.layer.0", "encoder.layer.0.intermediate"),)),))
+    with pytest.raises(ConfigError, match=r"encoder.layer.0 gives \(8,\) for a token, the teacher's"):
+        sums_and_gradients(wide)
+    pooled = Objective((Term("modules", "mse", modules=(("encoder", "encoder.layer.0.intermediate"),)),))
+    with pytest.raises(ModelError, match="module encoder gives"):
+        sums_and_gradients(pooled)
+
+
+def test_layers_join_in_turn_and_what_comes_after_them_counts_last() -> None:
+    term = Term("hidden_states", "mse", in_turn=True, older_weight=0.1)
+    assert [turn_weights(term, 2, at) for at in (0.0, 0.34, 0.67, 1.0)] == [[1, 0], [0.1, 1], [0, 0], [0, 0]]
+    objective = Objective((term, Term("lm_logits", "kl_divergence", in_turn=True)))
+    distiller, teacher, batch = distiller_of(objective), teacher_of(width=8), batch_of(0, 1)
+    distiller.learn_from(teacher)
+    found = [distiller(batch, teacher(batch), at) for at in (0.0, 0.5, 1.0)]
+    assert [(value > 0).tolist() for value in found] == [[True, False], [True, False], [False, True]]
+    alone = Objective((Term("hidden_states", "mse", layers=((0, 1),)),))
+    twin = distiller_of(alone)
+    twin.learn_from(teacher)
+    torch.testing.assert_close(found[0][0], twin(batch, teacher(batch))[0] / 2)  # of two layers the mean
+
+
+def test_drawn_layers_rise_change_with_progress_and_are_drawn_alike_again() -> None:
+    pairs = [layer_pairs("random", 4, 12, f"0-{draw}") for draw in range(8)]
+    assert all(each == sorted(each) and each[-1] == (3, 11) and len(each) == 4 for each in pairs)
+    assert len({tuple(each) for each in pairs}) > 4
+    assert pairs[3] == layer_pairs("random", 4, 12, "0-3")
+    choice = LayerChoice("random", redraws=4)
+    objective = Objective((Term("hidden_states", "mse", layers=choice),))
+    distiller, teacher, batch = distiller_of(objective), teacher_of(layers=8, width=8), batch_of(0, 1)
+    distiller.learn_from(teacher, seed=1)
+    values = [float(distiller(batch, teacher(batch), at)) for at in (0.0, 0.2, 0.3, 0.6, 0.9)]
+    assert values[0] == values[1] and len(set(values)) > 2
+
+
+def test_both_models_are_projected_layer_by_layer_to_the_size_that_is_asked() -> None:
+    term = Term("hidden_states", "concatenated_mse", projection="both", projection_size=5, tokens="mean")
+    teacher, distiller, batch = teacher_of(), distiller_of(Objective((term,))), batch_of(0, 1, 2)
+    distiller.learn_from(teacher)
+    made = dict(distiller.projections.named_parameters())
+    assert {tuple(each.shape) for each in made.values()} == {(5, 8), (5, 12)} and len(made) == 4
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    wide, mask = [], batch["attention_mask"][..., None].double()
+    for side, model in (("student", distiller.language_model), ("teacher", teacher.language_model)):
+        hidden = model(**given, output_hidden_states=True).hidden_states
+        numbers = (1, 2) if side == "student" else (2, 4)
+        joined = torch.cat([(hidden[n] * mask).sum(1) / mask.sum(1) for n in numbers], dim=1)
+        matrix = torch.cat([made[f"hidden_states_concatenated_mse.{side}.{i}.weight"] for i in (0, 1)], dim=1)
+        wide.append(torch.nn.functional.normalize(joined @ matrix.T, dim=-1))
+    expected = (wide[0] - wide[1]).square().sum()
+    torch.testing.assert_close(distiller(batch, teacher(batch))[0], expected)
+
+
+@pytest.mark.parametrize("signal", ["queries", "keys", "values"])
+def test_attention_inputs_are_those_that_the_models_own_layers_make(signal: str) -> None:
+    """And a term on them sees all heads, and the first ones alone where keys and values are shared."""
+    module = {"queries": "query", "keys": "key", "values": "value"}[signal]
+    teacher, batch = teacher_of(width=8), batch_of(0, 1)
+    teacher.layers = {signal: [2]}
+    found = teacher(batch).layers[signal][2]
+    states = []
+    layer = teacher.language_model.bert.encoder.layer[2].attention.self
+    handle = getattr(layer, module).register_forward_hook(lambda _, __, output: states.append(output))
+    teacher.language_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    torch.testing.assert_close(found.flatten(2), states[0])
+
+
+def test_scores_are_logits_of_the_attention_probabilities() -> None:
+    teacher, batch = teacher_of(width=8), batch_of(0, 1, 2)
+    teacher.layers = {"attention_scores": [1], "attentions": [1]}
+    found = teacher(batch).layers
+    torch.testing.assert_close(found["attention_scores"][1].softmax(-1), found["attentions"][1])
+    hidden = found["attention_scores"][1].isneginf().any(2)
+    assert hidden.eq(batch["attention_mask"][:, None] == 0).all()
+
+
+def test_first_and_mean_tokens_count_each_text_once() -> None:
+    objective = Objective(tuple(Term("hidden_states", "mse", tokens=each, label=each) for each in ("first", "mean")))
+    batch = batch_of(0, 1, 2)
+    assert objective.counts(batch).tolist() == [3, 3]
+    teacher, distiller = teacher_of(width=8), distiller_of(objective)
+    distiller.learn_from(teacher)
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    hidden = [model(**given, output_hidden_states=True).hidden_states for model in (distiller.language_model, teacher.language_model)]  # fmt: skip  # noqa: E501
+    expected = []
+    for pick in (lambda x, n: x[0], lambda x, n: x[:n].mean(0)):
+        total = torch.zeros((), dtype=torch.float64)
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            for mine, other in ((1, 2), (2, 4)):
+                a, b = pick(hidden[0][mine][row], length), pick(hidden[1][other][row], length)
+                total = total + (a - b).square().mean() / 2
+        expected.append(total)
+    torch.testing.assert_close(distiller(batch, teacher(batch)), torch.stack(expected))
+
+
+def test_theseus_runs_the_teachers_blocks_where_the_student_is_replaced_and_fades(write: Any) -> None:
+    text = "pretraining: {terms: [{signal: lm_logits, loss: kl_divergence}], intervention: {name: theseus, "
+    never, always = (
+        load_method(str(write("t.yaml", f"{text}replacing_rate: {rate}, until: 0.5}}}}")))["pretraining"]
+        for rate in (1.0, 0.0)
+    )
+    teacher, batch = teacher_of(width=8), batch_of(0, 1)
+    student = distiller_of(Objective((Term("lm_logits", "kl_divergence"),)))
+    plain = student(batch, teacher(batch))
+    for objective, progress in ((never, 0.0), (always, 0.5)):
+        distiller = distiller_of(objective)
+        distiller.learn_from(teacher)
+        torch.testing.assert_close(distiller(batch, teacher(batch), progress), plain)
+    distiller = distiller_of(always)
+    distiller.learn_from(teacher)
+    found = distiller(batch, teacher(batch), 0.0)
+    assert not torch.allclose(found, plain)
+    body, theirs = distiller.language_model.bert, teacher.language_model.bert
+    hidden = body.embeddings(batch["input_ids"])
+    mask = torch.where(batch["attention_mask"][:, None, None].bool(), 0.0, -torch.inf).double()
+    for layer in theirs.encoder.layer:
+        hidden = layer(hidden, mask)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    logits = distiller.language_model.cls(hidden)
+    p, q = teacher.language_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, logits
+    valid = batch["attention_mask"].bool()
+    p, q = (each[valid].log_softmax(-1) for each in (p, q))
+    torch.testing.assert_close(found[0], (p.exp() * (p - q)).sum())
+    found.sum().backward()
+    gradients = [p.grad for name, p in distiller.named_parameters() if "encoder.layer" in name]
+    assert all(each is not None and not each.any() for each in gradients)
+    assert not any(p.requires_grad for p in teacher.language_model.parameters())
+
+
+def test_theseus_on_labels_asks_nothing_of_the_teacher_but_its_layers(write: Any) -> None:
+    path = write("t.yaml", "task_hard_labels: {terms: [{signal: task_labels, loss: hard_cross_entropy}], intervention: {name: theseus}}")  # fmt: skip  # noqa: E501
+    objective = load_method(str(path))["task_hard_labels"]
+    assert objective.teacher_needs == {"layers"} and objective.reads_layers and objective.changes
+    teacher = OnlineTeacher(model_of(layers=4, width=8).double(), None, Vocabulary.identity(V))
+    distiller = Distiller(objective, np.arange(V), classifier=model_of())
+    distiller.learn_from(teacher)
+    assert teacher(batch_of(0)).hidden_states is None
+    with pytest.raises(ConfigError, match="hidden_size is 8, the teacher's 12"):
+        objective.intervention.check(model_of().config, teacher_of().language_model.config)
+
+
+def test_paths_of_own_losses_count_from_the_yaml(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+    write("there/losses.py", LOSSES)
+    path = write("there/method.yaml", "pretraining: [{signal: hidden_states, loss: 'losses.py:absolute'}]")
+    assert load_method(str(path))["pretraining"].terms[0].loss == "absolute"
