@@ -171,7 +171,17 @@ def student_of(name: str) -> Distiller:
     return Distiller(WORDS_ALONE, np.arange(V), language_model=model_class(model_class.config_class(**settings)))
 
 
-LAYERS = Objective((Term("hidden_states", "mse", layers=((0, 1),), projection="linear"),))
+# A term of each kind of signal, of projection, and of what a loss is given.
+LAYERS = Objective(
+    (
+        Term("hidden_states", "mse", layers=((0, 1),), projection="linear"),
+        Term("hidden_states", "concatenated_mse", tokens="mean", projection="both", projection_size=4),
+        Term("hidden_states", "energy_mse", in_turn=True, older_weight=0.5),
+        Term("attentions", "kl_divergence"),
+        Term("values", "relation_kl", options={"relation_heads": 4}),
+        Term("modules", "energy_mse", modules=(("encoder.layer.0", "encoder.layer.1"),)),
+    )
+)
 
 
 def layered_student() -> Distiller:
