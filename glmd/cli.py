@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "--sharding",
                 default="none",
                 choices=("none", "fsdp"),
-                help="fsdp: split the student over the devices",
+                help="fsdp: split student and teacher over the devices",
             )
             command.add_argument("--measure", action="store_true", help="time the steps on this machine")
             command.add_argument("--json", action="store_true", help="for programs: bytes and seconds")

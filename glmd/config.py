@@ -51,6 +51,12 @@ class TeacherConfig:
     # Of the frozen weights; losses are float32 anyway. auto: bfloat16 on a GPU that has it, else float32, or what the
     # run in output_dir was begun with
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # 8 or 4 bits a weight in the layers of all teachers while they teach, by bitsandbytes (pip install
+    # 'glmd[quantization]'): about a half or a third of what 16 bits take, for an error that the run says. Embeddings
+    # and heads keep `dtype`; students begin with the whole weights
+    quantization: Literal["8bit", "4bit"] | None = None
+    # Under FSDP2 share out the layers of the teachers over the ranks too. None: there, unless they are quantized
+    sharded: bool | None = None
     # A folder for the teachers' outputs of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
     # Stages that read from the cache; None: all that need a teacher
@@ -81,6 +87,10 @@ class TeacherConfig:
         stages = self.cached_stages
         given = stages is not None
         require(not given or self.cache is not None, "cached_stages has no effect without cache; give a folder there")
+        require(
+            not (self.quantization and self.sharded),
+            "quantization and sharded are both given; quantized weights cannot be shared out: keep one",
+        )
         require(stages != [], "cached_stages names no stage; name one, or remove cache")
         require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
 

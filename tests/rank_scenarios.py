@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent / "training"))
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from test_trainer import (
     MASKED_LABELS,
@@ -52,9 +53,13 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import DataError, GlmdError
+from glmd.evaluation.bits_per_byte import text_bits
+from glmd.evaluation.scoring import score_lm
+from glmd.pipeline.scores import InParts
 from glmd.runtime.processes import wait
-from glmd.training.fsdp import end_sharding, is_sharded
+from glmd.training.fsdp import end_sharding, is_sharded, shard_backbones
 from glmd.training.state import trainable
+from glmd.vocabulary.vocabulary import Vocabulary
 
 glmd.storage.sync_to_disk = lambda path: None
 
@@ -198,8 +203,61 @@ def train_twins(folder: Path, rank: int) -> None:
         "layers": twins(folder / "layers", rank, LAYERS, student=layered_student),
         "idle ranks": twins(folder / "idle", rank, RARE, RareRows()),
         **{name: twins(folder / name, rank, student=partial(student_of, name), max_steps=3) for name in BODIES},
+        "teachers": {name: shared_teacher(name) for name in ("pair", "opt", *BODIES)},
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+class FewRows(Rows):
+    """Three rows: two for the first rank, one for the second."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        return [self[epoch, int(row)] for epoch, row in keys]
+
+
+def shared_teacher(name: str) -> dict[str, Any]:
+    """A frozen teacher whole and shared out over the ranks: what it answers, and what this rank holds of it."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    AcceleratorState._reset_state()
+    accelerator, student = Accelerator(cpu=True), model_of(BertForMaskedLM, 1, 5)
+    batch, found = Collate(0)([FewRows()[0, 0], FewRows()[0, 1]]), []
+    for is_shared in (False, True):
+        teacher = teacher_of() if name == "pair" else OnlineTeacher(teacher_body(name), None, Vocabulary.identity(V))
+        models = [model for model in (teacher.classifier, teacher.language_model) if model is not None]
+        if is_shared:
+            shard_backbones(models, accelerator.device)
+            teacher = OnlineTeacher(models[-1], None if name != "pair" else models[0], Vocabulary.identity(V))
+        outputs, own = teacher(batch), models[-1].eval()
+        assert outputs.head is not None and outputs.hidden_states is not None
+        assert not any(isinstance(each, DTensor) for each in (outputs.head.weight, outputs.hidden_states))
+        answers = {
+            "logits": outputs.head.logits(outputs.hidden_states).tolist(),
+            "task": None if outputs.task_logits is None else outputs.task_logits.tolist(),
+            "scores": score_lm(
+                student, teacher, FewRows(), Collate(0), token_map=np.arange(V), accelerator=accelerator, batch_size=1
+            ),
+        }
+        if type(own).__name__.endswith(("CausalLM", "LMHeadModel")):
+            texts = [[5, 6, 7], [8, 9], [6, 6, 7, 8]]
+            answers["bits"] = text_bits(InParts(own), texts, start=[5], max_length=8, accelerator=accelerator)
+        found.append(answers)
+    parts = {
+        key: p.to_local().numel() / p.numel() for key, p in teacher.base.named_parameters() if isinstance(p, DTensor)
+    }
+    return {"whole": found[0], "shared": found[1], "parts": parts}
+
+
+def teacher_body(name: str) -> Any:
+    if name != "opt":
+        return student_of(name).language_model
+    config = transformers.OPTConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16
+    )
+    torch.manual_seed(4)
+    return transformers.OPTForCausalLM(config)  # whose own forward calls a part of its backbone
 
 
 def twins(

@@ -152,7 +152,8 @@ save_total_limit per_device_eval_batch_size"""
 KEYS = {
     "": """output_dir method tasks stages casting sweep seeds selection mixed_precision deterministic
         torch_compile cuda_graphs tf32 dataloader_num_workers elastic report_to""",
-    "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages tasks scratch",
+    "teacher.": "model revision trust_remote_code ensemble dtype quantization sharded cache cached_stages tasks "
+    "scratch",
     "student.": "num_hidden_layers initialization config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
     "corpus_weights",

@@ -38,6 +38,7 @@ def _precision(plan: Plan) -> str:
     kept = str(held).removeprefix("torch.") if held is not None else "float32"
     whose = f", though the teacher's file holds {kept}" if kept != "float32" and config.teacher.scratch is None else ""
     said = f"trained in float32{whose}; the teacher runs in {config.teacher.dtype}"
+    said += f", its layers in {config.teacher.quantization}" if config.teacher.quantization else ""
     said = f"{said}; {FLOAT16_HEADS}" if config.mixed_precision == "fp16" else said
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return f"{said}; {NO_TF32}" if config.tf32 and not has_tensor_float32(device) else said

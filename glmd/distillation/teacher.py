@@ -19,7 +19,7 @@ from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
 from glmd.losses.positions import rows_at
 from glmd.models.attention import AttentionCalls, is_heard, key_value_heads, require_each_layer
-from glmd.models.heads import Split, share_backbone
+from glmd.models.heads import Split, backbone, share_backbone
 from glmd.models.layers import EMBEDDINGS, Place
 from glmd.models.module_outputs import ModuleOutputs
 from glmd.tasks.forms import TaskLogits, class_logits
@@ -59,7 +59,11 @@ class OnlineTeacher:
         task_logits: TaskLogits = class_logits,
     ) -> None:
         self.task_logits = task_logits
-        if language_model is not None and classifier not in (None, language_model):
+        if (
+            language_model is not None
+            and classifier is not None
+            and backbone(classifier) is not backbone(language_model)
+        ):
             share_backbone(classifier, language_model)
         self.language_model, self.classifier = language_model, classifier
         models = [model for model in (classifier, language_model) if model is not None]

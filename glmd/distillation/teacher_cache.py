@@ -159,30 +159,43 @@ class TeacherCache:
                 write_atomically(self.folder / f"{name}.json", json.dumps(record))
         self._write_manifest({})
 
+    def batches(self, number: int, batch_size: int) -> int:
+        """How often the teacher is asked for one shard."""
+        return -(-len(self._rows(number)) // batch_size)
+
+    def batch(self, first: int, last: int, collate: Collate) -> Batch:
+        """The examples of rows of the cache."""
+        return collate([self._example(row) for row in range(first, last)])
+
     def write_shard(
-        self, number: int, teacher: Callable[[Batch], AllOutputs], collate: Collate, *, batch_size: int
+        self,
+        number: int,
+        teacher: Callable[[Batch], AllOutputs],
+        collate: Collate,
+        *,
+        batch_size: int,
+        name: str = "the teacher",
     ) -> None:
-        """Ask the teacher for the examples of one shard. It is on disk whole, or not at all.
+        """Ask the teacher, of this name, for the examples of one shard. It is on disk whole, or not at all.
 
         Raises ModelError where 16 bits cannot hold the hidden states, RunError where the disk refuses.
         """
-        first = number * self.rows_per_shard
-        rows = range(first, min(first + self.rows_per_shard, self.ends[-1]))
+        rows = self._rows(number)
         names: list[bytes] = []
         said: dict[str, list[Tensor]] = {}
         counts: dict[str, list[int]] = {}
-        for start in range(0, len(rows), batch_size):
-            batch = collate([self._example(row) for row in rows[start : start + batch_size]])
+        for start in rows[::batch_size]:
+            batch = self.batch(start, min(start + batch_size, rows.stop), collate)
             names += digests(batch)
             outputs = teacher(batch)
             assert isinstance(outputs, TeacherOutputs), "several teachers are not kept"
-            parts, numbers = self._kept(outputs, batch, getattr(teacher, "name", "the teacher"))
-            for name, part in parts.items():
-                said.setdefault(name, []).append(part.cpu())
-            for name, each in numbers.items():
-                counts.setdefault(name, []).extend(each)
-        tensors = {name: torch.cat(each) for name, each in said.items()}
-        tensors |= {name: torch.tensor([0, *accumulate(each)]) for name, each in counts.items()}
+            parts, numbers = self._kept(outputs, batch, name)
+            for key, part in parts.items():
+                said.setdefault(key, []).append(part.cpu())
+            for key, each in numbers.items():
+                counts.setdefault(key, []).extend(each)
+        tensors = {key: torch.cat(each) for key, each in said.items()}
+        tensors |= {key: torch.tensor([0, *accumulate(each)]) for key, each in counts.items()}
         tensors["digests"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8).view(-1, DIGEST)
         self._write_file(number, tensors)
 
@@ -198,6 +211,11 @@ class TeacherCache:
     def open(self) -> CachedOutputs:
         """The complete cache, to read from."""
         return CachedOutputs([self.folder / _shard_name(number) for number in range(self.num_shards)])
+
+    def _rows(self, number: int) -> range:
+        """The examples of one shard."""
+        first = number * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.ends[-1]))
 
     def _example(self, row: int) -> dict[str, Any]:
         """An example as a batch of an epoch would have it; masking after masking of one data set after the other."""

@@ -87,10 +87,14 @@ def text_bits(
     room = max_length - len(start)
     total, bad = 0.0, set()
     jobs = [(number, text, *window) for number, text in enumerate(texts) for window in windows(len(text), room)]
-    for number, text, begin, scored, end in jobs[accelerator.process_index :: accelerator.num_processes]:
+    mine = jobs[accelerator.process_index :: accelerator.num_processes]
+    spare = jobs[: -(-len(jobs) // accelerator.num_processes) - len(mine)]  # a sharded model waits for all at each call
+    for place, (number, text, begin, scored, end) in enumerate([*mine, *spare]):
         ids = torch.tensor([*start, *text[begin:end]], device=accelerator.device)
         first = len(start) + scored - begin
         logits = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1]
+        if place >= len(mine):
+            continue
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += nn.functional.cross_entropy(logits, ids[first:], reduction="sum").item() / math.log(2)
         if not math.isfinite(total):

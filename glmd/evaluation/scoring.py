@@ -47,10 +47,12 @@ def predict(
     own_ids = None if token_map is None else torch.from_numpy(token_map).to(accelerator.device)
     ids: list[int] = []
     rows: list[list[float]] = []
-    for batch in _share(dataset, collate, accelerator, batch_size):
-        ids += batch["example_id"].tolist()
+    for batch, is_own in _share(dataset, collate, accelerator, batch_size):
         inputs = _student_inputs(split, batch, token_map)
         logits = dataset.form.logits(split, split.run_backbone(inputs), inputs, batch, own_ids)
+        if not is_own:
+            continue
+        ids += batch["example_id"].tolist()
         table = logits.float().tolist()
         counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
         rows += [row[:count] for row, count in zip(table, counts, strict=True)]
@@ -86,8 +88,10 @@ def score_lm(
     to_student = torch.from_numpy(token_map).to(accelerator.device)
     totals = np.zeros(6)
     bad: set[int] = set()
-    for batch in _share(dataset, collate, accelerator, batch_size):
+    for batch, is_own in _share(dataset, collate, accelerator, batch_size):
         outputs = of_each(teacher(batch))[0]
+        if not is_own:
+            continue
         hidden = split.hidden_before_final(split.run_backbone(_student_inputs(split, batch, token_map)))
         valid = batch["predicts"]
         labels = batch["lm_labels"][valid] if "lm_labels" in batch else None
@@ -123,11 +127,22 @@ def answers_of(task: Task, logits: np.ndarray) -> np.ndarray:
 
 def _share(
     dataset: BlockDataset | TaskDataset, collate: Collate, accelerator: Accelerator, batch_size: int
-) -> Iterator[Batch]:
-    """This rank's batches, on its device, one at a time."""
+) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, on its device, one at a time, and whether they are its own.
+
+    A rank that has fewer ends with another's: a sharded model waits for all ranks at each call.
+    """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = evaluation_batches(dataset, collate, batch_size=batch_size, rank=rank, world_size=world_size)
-    return ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in batches)
+
+    def share_of(rank: int) -> Iterator[Batch]:
+        batches = evaluation_batches(dataset, collate, batch_size=batch_size, rank=rank, world_size=world_size)
+        return ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in batches)
+
+    most, made = -(-len(dataset) // world_size), 0  # that the first rank has
+    for made, batch in enumerate(share_of(rank), start=1):  # noqa: B007
+        yield batch, True
+    for _ in range(-(-most // batch_size) - made):
+        yield next(share_of(0)), False
 
 
 def _student_inputs(split: Split, batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from glmd.config import TeacherConfig
 from glmd.errors import GlmdError, ModelError, counted
 from glmd.models.heads import is_causal
 from glmd.models.probes import prove_language_model, silence_padding
+from glmd.models.quantization import quantized_loading
 
 logger = logging.getLogger(__name__)
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
@@ -120,21 +121,20 @@ def auto_class_name(model: Any) -> str:
     return name
 
 
-def load_language_model(teacher: TeacherConfig) -> Any:
-    """A masked or causal LM with a trained head, in the teacher's dtype, in evaluation mode.
+def load_language_model(teacher: TeacherConfig, *, device: torch.device | str = "cpu") -> Any:
+    """A masked or causal LM with a trained head, in the teacher's dtype and quantization, in evaluation mode.
 
-    A plan has decided what dtype `auto` is; outside of one it is float32.
+    A plan has decided what dtype `auto` is; outside of one it is float32. device: where a quantized one is made; others
+    are on the CPU, in the dtype of their files without memory of their own but for what the file system keeps.
     """
     assert teacher.model is not None, "checked before"
     dtype = torch.float32 if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    model, info = from_pretrained(
-        language_model_class(load_model_config(teacher.model, **options)),
-        teacher.model,
-        dtype=dtype,
-        **WEIGHTS,
-        **options,
-    )
+    config = load_model_config(teacher.model, **options)
+    auto_class = language_model_class(config)
+    if teacher.quantization is not None:
+        options |= quantized_loading(teacher.quantization, config, auto_class, dtype=dtype, device=device)
+    model, info = from_pretrained(auto_class, teacher.model, dtype=dtype, **WEIGHTS, **options)
     require_complete(model, info, teacher.model, allowed_missing=())
     proved(model.eval(), prove_language_model)  # first, as it refuses a model without output embeddings
     _require_tied(model, teacher.model)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glmd.errors import GlmdError, ModelError, disk_error
 from glmd.models.heads import Split, final_linear, is_causal
+from glmd.models.quantization import is_quantized
 
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
 # Largest difference, as a share of the largest output, that is still rounding: one value for each width of a number.
@@ -201,7 +202,8 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         why = f"it overflows in {model.dtype}; give teacher.dtype=float32" if is_half else "its weights are damaged"
         found = "gives logits that are not finite (nan or inf) for plain ids"
         raise ModelError(f"{type(model).__name__}: {found}: {why}")
-    return logits
+    # A last bit may send an activation to the next of 255 steps: compared as what is rounded to half precision.
+    return logits.to(torch.bfloat16) if is_quantized(model) else logits
 
 
 def _require_causal(model: Any, own: Tensor) -> None:

@@ -20,6 +20,7 @@ from glmd.data.batches import Collate
 from glmd.data.token_store import TokenStore
 from glmd.distillation.cached_teacher import CachedOutputs
 from glmd.distillation.teacher_cache import STORED
+from glmd.errors import ConfigError
 from glmd.models.heads import is_causal
 from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run_folder import RunFolder, begun_with
@@ -50,9 +51,15 @@ class Context:
         self.at_hand: tuple[TeacherConfig, Any] | None = (
             None  # a language model that is in memory, for who wants it next
         )
+        self.whole_answers: torch.Tensor | None = None  # of the teacher before it was quantized
         self.said: set[str] = set()  # what is said once
         # Batch sizes and accumulation speak of so many processes, and the last bits of sums depend on who shares what.
-        self.is_sharded = is_sharded(accelerator)
+        self.is_sharded, teacher = is_sharded(accelerator), plan.config.teacher
+        if teacher.sharded and not self.is_sharded:
+            raise ConfigError(
+                "teacher.sharded has no effect without FSDP; launch with configs/accelerate/fsdp2.yaml, or remove it"
+            )
+        self.shards_teachers = self.is_sharded and teacher.sharded is not False and not teacher.quantization
         self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
         if self.config.elastic:
             begun = on_main(lambda: begun_with(run_folder.path))
@@ -88,7 +95,8 @@ class Context:
             return replace(self.config.teacher, model=self.model(path), scratch=None, pretraining=None)
         stage = self.stage(path)
         if stage.leaves_language_model:
-            return TeacherConfig(self.model(path), dtype=self.config.teacher.dtype)
+            teacher = self.config.teacher
+            return TeacherConfig(self.model(path), dtype=teacher.dtype, quantization=teacher.quantization)
         assert stage.start is not None, "a model of a task begins from a language model"
         return self.language_model(stage.start)
 
@@ -142,6 +150,7 @@ class Context:
         inputs |= {name: True for name in ("torch_compile", "tf32") if getattr(config, name)}
         if stage.objective is not None and stage.objective.changes:
             inputs["changes"] = True
+        inputs |= {"teacher.quantization": config.teacher.quantization} if config.teacher.quantization else {}
         inputs |= {
             "stage": asdict(stage.settings) if stage.settings is not None else None,
             "seed": stage.seed,

@@ -37,7 +37,7 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
     if teacher.model is not None and not (place / "manifest.json").is_file():
         # A teacher that cannot serve is refused before hours of reading text.
         with phase("loading"):
-            on_main(lambda: load_language_model(teacher) and None)
+            on_main(lambda: load_language_model(teacher, device=context.accelerator.device) and None)
     options: dict[str, Any] = {"text_field": context.config.data.text_field, "fingerprint": plan.corpus}
     on_main(lambda: build_token_store(place, sources, plan.tokenizer, **options).manifest)
     context.store = together(lambda: open_token_store(place))

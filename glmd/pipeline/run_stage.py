@@ -23,7 +23,14 @@ from glmd.models.weight_headers import stored_embeddings
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import token_counts, training_data
 from glmd.pipeline.exports import export_stage
-from glmd.pipeline.scores import score_language_model, score_task, teacher_answers, teacher_bits
+from glmd.pipeline.scores import (
+    quantization_error,
+    score_language_model,
+    score_task,
+    teacher_answers,
+    teacher_bits,
+    whole_answers,
+)
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.stages import TEACHER, Stage
@@ -58,6 +65,8 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         context.at_hand = None
         # Whose words the model's are scored against.
         compared = teacher if stage.leaves_language_model and stage.asks_lm_logits else None
+        if stage.start is None and stage.task is None and context.config.teacher.quantization and compared is not None:
+            result["quantization"] = quantization_error(context, stage, context.whole_answers, compared)
         bits = {} if compared is None else teacher_bits(context, stage, compared)
         if compared is not None:
             result["lm_scores_before"] = score_language_model(context, stage, model, compared)
@@ -70,7 +79,8 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         scores = score_task(context, stage, model)
         shown = {"agreement with the teacher": scores["agreement"]} if "agreement" in scores else {}
         metrics = scores.get("metrics", {}) | shown
-        if stage.trains_teacher and context.config.teacher.dtype != "float32":
+        config = context.config.teacher
+        if stage.trains_teacher and (config.dtype != "float32" or config.quantization):
             # The folder's own scores are on its card, those of the table are of the precision that it teaches in.
             export_stage(context, stage, model, metrics)
             return result | score_task(context, stage, load_fine_tuned(context, stage))
@@ -84,7 +94,7 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
     """The tokens that students keep, by their count in corpus and tasks and by the teacher's embeddings."""
     assert stage.teacher is not None, "whose embeddings are compared"
     settings = context.config.vocabulary
-    teacher = replace(context.language_model(stage.teacher), dtype="float32")
+    teacher = whole(context.language_model(stage.teacher))
     embeddings, model = stored_embeddings(teacher, settings.similarity)
     if embeddings is None:
         model = load_language_model(teacher)
@@ -106,8 +116,9 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
     if stage.start is None:
         assert stage.teacher is not None, "whose layers a student is made of"
         # Read in float32 whatever the teacher will run in, so that copied weights are not rounded.
-        wide = replace(context.language_model(stage.teacher), dtype="float32")
+        wide = whole(context.language_model(stage.teacher))
         source = load_language_model(wide)
+        context.whole_answers = whole_answers(context, stage, source)
         student = build_student(source, context.vocabulary(stage), context.config.student, seed=stage.seed)
         if wide == context.language_model(stage.teacher):
             context.at_hand = wide, source  # the teacher itself, which is not loaded again
@@ -124,6 +135,11 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         return None, task_model
     is_both = task_model is not None and not context.form(stage).has_own_head
     return task_model if is_both else load_language_model(TeacherConfig(name, dtype="float32")), task_model
+
+
+def whole(teacher: TeacherConfig) -> TeacherConfig:
+    """The teacher as its files have it, whatever it is rounded to while it teaches."""
+    return replace(teacher, dtype="float32", quantization=None)
 
 
 def load_teacher(context: Context, stage: Stage) -> Teacher | None:

@@ -1,22 +1,31 @@
 """How a stage's model is scored: by the teacher's predictions, by the answers to a task."""
 
+import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from glmd.data.batches import Batch
 from glmd.data.blocks import BlockDataset, block_texts
-from glmd.distillation.teacher import Ensemble
+from glmd.distillation.teacher import Ensemble, of_each
 from glmd.evaluation.bits_per_byte import score_text
 from glmd.evaluation.metrics import score
 from glmd.evaluation.scoring import answers_of, predict, score_lm
-from glmd.models.heads import is_causal
-from glmd.models.loading import load_language_model
+from glmd.losses.logits import kl_divergence
+from glmd.models.heads import Split, is_causal
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import corpus_blocks, val_data
-from glmd.pipeline.teachers import load_fine_tuned
+from glmd.pipeline.teachers import load_fine_tuned, placed_language_model
 from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
+from glmd.runtime.processes import is_main, on_main
 from glmd.training.trainer import Teacher
+
+logger = logging.getLogger(__name__)
+FEW = 4  # held-out blocks on which a quantized teacher is compared with the whole one, which is on the CPU
 
 
 @phase("scoring")
@@ -44,9 +53,23 @@ def teacher_bits(context: Context, stage: Stage, teacher: Teacher) -> dict[str, 
         return {}
     assert stage.teacher is not None, "the stage learns from a teacher"
     first = teacher.teachers[0] if isinstance(teacher, Ensemble) else teacher
-    model = getattr(first, "language_model", None) or load_language_model(context.language_model(stage.teacher))
+    model = getattr(first, "language_model", None) or placed_language_model(context, stage.teacher)
     held_out = corpus_blocks(context, stage, held_out=True)
-    return {"teacher_bits_per_byte": _bits(context, model, context.plan.tokenizer, held_out)["bits_per_byte"]}
+    return {"teacher_bits_per_byte": _bits(context, InParts(model), context.plan.tokenizer, held_out)["bits_per_byte"]}
+
+
+class InParts(nn.Module):
+    """A language model that runs its backbone by a call: OPT's own forward calls a part of it alone, whose weights
+    other ranks may hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.split = model, Split(model)
+
+    def forward(self, *, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        """As of the model. No keys are kept whatever `use_cache` says."""
+        inputs = {"input_ids": input_ids}
+        return SimpleNamespace(logits=self.split.run_head(self.split.run_backbone(inputs), inputs=inputs))
 
 
 def _bits(context: Context, model: Any, tokenizer: Any, data: BlockDataset) -> dict[str, float]:
@@ -58,6 +81,46 @@ def _bits(context: Context, model: Any, tokenizer: Any, data: BlockDataset) -> d
         max_length=len(data.start) + data.block_length + len(data.end),
         accelerator=context.accelerator,
     )
+
+
+@phase("scoring")
+@torch.no_grad()
+def whole_answers(context: Context, stage: Stage, source: nn.Module) -> Tensor | None:
+    """(N, H) what a teacher's head sees of a few held-out blocks before it is quantized. None where it will not be."""
+    if context.config.teacher.quantization is None or stage.task is not None or not is_main():
+        return None
+    batch, split = _few_blocks(context, stage), Split(source.eval())
+    return split.hidden_before_final(split.run_backbone(split.inputs(batch)))[batch["predicts"]]
+
+
+@phase("scoring")
+@torch.no_grad()
+def quantization_error(context: Context, stage: Stage, whole: Tensor | None, teacher: Teacher) -> dict[str, float]:
+    """How far a quantized teacher is from what it was, over the tokens that its student keeps; the same on every rank.
+
+    kl_divergence: nats a token at temperature 1 from the whole one in float32. agreement: share of tokens whose
+    likeliest token is the same. whole: what `whole_answers` gave.
+    """
+
+    def find() -> dict[str, float]:
+        assert whole is not None, "the main rank has asked it"
+        outputs = of_each(teacher(_few_blocks(context, stage)))[0]
+        assert outputs.hidden_states is not None and outputs.head is not None, "the teacher has an LM head"
+        bias, weight = outputs.head.bias, outputs.head.weight.float()
+        head = outputs.head._replace(weight=weight, bias=None if bias is None else bias.float())
+        ours, theirs = head.logits(outputs.hidden_states.float()), head.logits(whole.to(weight.device))
+        agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+        return {"kl_divergence": kl_divergence(ours, theirs).mean().item(), "agreement": agreement.item()}
+
+    found = on_main(find)
+    shown = f"KL {found['kl_divergence']:.4f} nats a token, same top token {found['agreement']:.1%}"
+    logger.info("teacher.quantization %s: %s, from the whole teacher", context.config.teacher.quantization, shown)
+    return found
+
+
+def _few_blocks(context: Context, stage: Stage) -> Batch:
+    data = corpus_blocks(context, stage, held_out=True)
+    return context.collate(data.__getitems__([(0, i) for i in range(min(FEW, len(data)))]))
 
 
 @phase("scoring")

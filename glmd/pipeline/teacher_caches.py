@@ -10,9 +10,11 @@ from contextlib import ExitStack
 
 from tqdm import tqdm
 
+from glmd.data.batches import Batch
 from glmd.distillation.cached_teacher import CachedTeacher
+from glmd.distillation.teacher import TeacherOutputs
 from glmd.distillation.teacher_cache import LESS, TeacherCache, free_bytes, gigabytes
-from glmd.errors import RunError
+from glmd.errors import GlmdError, RunError
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import corpus_blocks
 from glmd.pipeline.teachers import first_teacher
@@ -79,7 +81,7 @@ def cached_teacher(context: Context, stage: Stage) -> CachedTeacher:
         context.opened[folder] = cache.open()
     if stage.asks_lm_logits:
         # The head's rows are those of the fine-tuned embeddings where they are tied. The model itself is not kept.
-        language_model = first_teacher(context, stage, vocabulary).language_model
+        language_model = first_teacher(context, stage, vocabulary, is_asked=False).language_model
     merges, device = context.config.vocabulary.teacher_mass == "merge", context.accelerator.device
     return CachedTeacher(context.opened[folder], language_model, vocabulary, merge_dropped=merges, device=device)
 
@@ -103,7 +105,6 @@ def _cache(context: Context, stage: Stage, *, sizes_alone: bool = False) -> Teac
 @phase("teacher.cache")
 def _complete(context: Context, stage: Stage, cache: TeacherCache) -> None:
     """Make what is missing of a cache, whole shards shared out over the ranks."""
-    rank, world_size = context.accelerator.process_index, context.accelerator.num_processes
 
     def missing(*, whole: bool) -> list[int]:
         # Half a cache has shards of the size that it was begun with.
@@ -120,17 +121,36 @@ def _complete(context: Context, stage: Stage, cache: TeacherCache) -> None:
             return
         on_main(cache.begin)
         _say_how_often_read(context, stage, cache)
-        together(lambda: _write_shards(context, stage, cache, wanted[rank::world_size]))
+        together(lambda: _write_shards(context, stage, cache, wanted))
         on_main(cache.finish)
 
 
-def _write_shards(context: Context, stage: Stage, cache: TeacherCache, numbers: Sequence[int]) -> None:
-    if not numbers:
+def _write_shards(context: Context, stage: Stage, cache: TeacherCache, wanted: Sequence[int]) -> None:
+    """This rank's part of the shards."""
+    rank, world_size = context.accelerator.process_index, context.accelerator.num_processes
+    mine, batch_size, asked = wanted[rank::world_size], stage.training.per_device_eval_batch_size, 0
+    if not mine and not context.shards_teachers:
         return
     teacher = first_teacher(context, stage, Vocabulary.identity(len(context.plan.tokenizer)))
-    batch_size = stage.training.per_device_eval_batch_size
-    for number in tqdm(numbers, desc="teacher.cache", unit="shard", disable=None):
-        cache.write_shard(number, teacher, context.collate, batch_size=batch_size)
+
+    def ask(batch: Batch) -> TeacherOutputs:
+        nonlocal asked
+        asked += 1
+        return teacher(batch)
+
+    def keep_up() -> None:
+        """A sharded teacher waits for all ranks at each call: ask as often as the rank with most to ask."""
+        calls = [sum(cache.batches(each, batch_size) for each in wanted[i::world_size]) for i in range(world_size)]
+        for _ in range(max(calls) - asked if context.shards_teachers else 0):
+            ask(cache.batch(0, 1, context.collate))
+
+    try:
+        for number in tqdm(mine, desc="teacher.cache", unit="shard", disable=None):
+            cache.write_shard(number, ask, context.collate, batch_size=batch_size, name=teacher.name)
+    except GlmdError:  # of which the others hear after their shards
+        keep_up()
+        raise
+    keep_up()
 
 
 def _say_how_often_read(context: Context, stage: Stage, cache: TeacherCache) -> None:

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 
+from glmd.config import TeacherConfig
 from glmd.distillation.teacher import Ensemble, OnlineTeacher
+from glmd.models.heads import share_backbone
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
 from glmd.planning.stages import TEACHER, Stage
 from glmd.runtime.phases import phase
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
+from glmd.training.fsdp import shard_backbones
 from glmd.vocabulary.vocabulary import Vocabulary
 
 
@@ -22,32 +25,48 @@ def live_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> Onli
     if stage.task is not None or stage.teacher != TEACHER or not config.ensemble:
         return first
     configs = [replace(config, model=each, revision=None, ensemble=[]) for each in config.ensemble]
-    return Ensemble([first, *(_online(context, load_language_model(each), None, vocabulary) for each in configs)])
+    return Ensemble([first, *(_online(context, _loaded(context, each), None, vocabulary) for each in configs)])
 
 
 @phase("loading")
-def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> OnlineTeacher:
-    """The same without the further ones of `teacher.ensemble`."""
+def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary, *, is_asked: bool = True) -> OnlineTeacher:
+    """The same without the further ones of `teacher.ensemble`. is_asked: else its head alone is wanted."""
     teacher, classifier, language_model = stage.teacher, None, None
     assert teacher is not None, "the stage learns from a teacher"
     if teacher != TEACHER:
         assert context.stage(teacher).variant != "student", "a teacher reads and predicts all source tokens"
     if stage.task is not None:
-        classifier = load_fine_tuned(context, stage)
+        classifier = _classifier(context, stage)
     if stage.asks_lm_logits:
         # In a blank the fine-tuned model has predicted tokens itself; else it gets the LM head that it began with.
         predicts_itself = stage.task is not None and not context.form(stage).has_own_head
         language_model = classifier if predicts_itself else _language_model(context, teacher)
     logits = context.form(stage).logits if stage.task is not None else class_logits
-    return _online(context, language_model, classifier, vocabulary, logits)
+    return _online(context, language_model, classifier, vocabulary, logits, is_asked=is_asked)
 
 
 @phase("loading")
 def load_fine_tuned(context: Context, stage: Stage) -> Any:
-    """The fine-tuned teacher of a stage in the precision that it teaches in, and is scored in."""
+    """The fine-tuned teacher of a stage in the precision that it teaches in, and is scored in, on its device."""
+    return _placed(context, [_classifier(context, stage)])[0]
+
+
+@phase("loading")
+def placed_language_model(context: Context, path: str) -> Any:
+    """The language model of a stage as it teaches, on its device."""
+    return _placed(context, [_language_model(context, path)])[0]
+
+
+def _classifier(context: Context, stage: Stage) -> Any:
     assert stage.task is not None, "a stage of a task"
-    dtype = getattr(torch, context.config.teacher.dtype)
-    return load_classifier(context.model(context.classifier(stage)), stage.task.task, dtype=dtype)
+    teacher = context.config.teacher
+    return load_classifier(
+        context.model(context.classifier(stage)),
+        stage.task.task,
+        dtype=getattr(torch, teacher.dtype),
+        quantization=teacher.quantization,
+        device=context.accelerator.device,
+    )
 
 
 def _language_model(context: Context, path: str) -> Any:
@@ -55,14 +74,33 @@ def _language_model(context: Context, path: str) -> Any:
     wanted = context.language_model(path)
     if context.at_hand is not None and context.at_hand[0] == wanted:
         return context.at_hand[1]
-    return load_language_model(wanted)
+    return _loaded(context, wanted)
+
+
+def _loaded(context: Context, teacher: TeacherConfig) -> Any:
+    return load_language_model(teacher, device=context.accelerator.device)
+
+
+def _placed(context: Context, models: list[Any]) -> list[Any]:
+    """Models that share a backbone, if there are two, on the device: its part of them where they are shared out."""
+    if context.shards_teachers:
+        shard_backbones(models, context.accelerator.device)
+    return [model.to(context.accelerator.device) for model in models]
 
 
 def _online(
-    context: Context, language_model: Any, classifier: Any, vocabulary: Vocabulary, logits: Any = class_logits
+    context: Context,
+    language_model: Any,
+    classifier: Any,
+    vocabulary: Vocabulary,
+    logits: Any = class_logits,
+    *,
+    is_asked: bool = True,
 ) -> OnlineTeacher:
-    for model in (language_model, classifier):
-        if model is not None:
-            model.to(context.accelerator.device)
+    models = [model for model in (classifier, language_model) if model is not None]
+    if language_model is not None and classifier not in (None, language_model):
+        share_backbone(classifier, language_model)
+    if is_asked:
+        _placed(context, models)
     merges = context.config.vocabulary.teacher_mass == "merge"
     return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)

@@ -202,6 +202,8 @@ def _cache(
     words: bool,
     num_classes: int | None = None,
 ) -> TeacherCache:
+    if plan.config.teacher.quantization:
+        made_from = made_from | {"quantization": plan.config.teacher.quantization}
     return TeacherCache(
         folder,
         parts,

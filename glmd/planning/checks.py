@@ -7,6 +7,7 @@ from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
 from glmd.models.heads import is_causal
+from glmd.models.quantization import quantized_linears
 from glmd.planning.rules import task_of, task_stages
 from glmd.planning.task_plan import TaskPlan
 from glmd.tasks.dataset import TaskDataset
@@ -59,7 +60,10 @@ def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> 
         theirs = load_source_tokenizer(model, words=not is_causal(model_config))
         _require_same_tokenizer(tokenizer, theirs, field)
         require_lengths(config, {"pretraining": Objective(())}, {}, field, model_config)
-        final_linear(model_on_meta(field, model_config))
+        on_meta = model_on_meta(field, model_config)
+        final_linear(on_meta)
+        if config.teacher.quantization is not None:
+            quantized_linears(on_meta)
 
 
 def _require_same_tokenizer(ours: Any, theirs: Any, where: str) -> None:

@@ -19,6 +19,7 @@ from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
 from glmd.models.heads import is_causal, split_parameters
 from glmd.models.module_outputs import require_modules
+from glmd.models.quantization import quantized_linears
 from glmd.planning.checks import (
     model_on_meta,
     require_blanks,
@@ -232,6 +233,8 @@ def _with_parameters(plan: Plan) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"student.initialization and num_hidden_layers: {error}") from None
     teacher = model_on_meta("teacher", plan.teacher_config)
+    if plan.config.teacher.quantization is not None:
+        quantized_linears(teacher)
     is_whole = plan.kept_size == plan.source_size
     require_vocabulary_effects(plan.config, plan.method, teacher, is_whole=is_whole)
     cut_config = copy.deepcopy(plan.teacher_config)

@@ -17,6 +17,7 @@ from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError, suggestion
+from glmd.models.quantization import require_library
 from glmd.stage_config import StageConfig
 from glmd.tasks.forms import CASTINGS, task_form
 from glmd.tasks.tasks import Task, load_task
@@ -169,6 +170,8 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("mixed_precision fp16 has no effect without a GPU; give bf16 or no")
     _require_trackers(config.report_to)
+    if teacher.quantization is not None:
+        require_library()
     if teacher.revision is not None and teacher.model is not None and Path(teacher.model).is_dir():
         raise ConfigError(f"teacher.revision has no effect on the folder {teacher.model}; remove it")
     if teacher.model is None and teacher.scratch is None:

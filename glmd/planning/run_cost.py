@@ -168,7 +168,8 @@ def _fitting(cast: Cast, once: Count, twice: Count, batch: int, tokens: int, lay
 
     memory = _memory(once, layout)
     room = layout.usable - memory["in all"] + max(memory["teacher forward"], memory["student step"])
-    return _largest_batch(once, twice, batch, room, chunk)
+    gathered = memory["teacher forward"] - once.teacher_forward  # does not grow with the texts either
+    return _largest_batch(once, twice, batch, room, chunk, gathered)
 
 
 def each_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,6 +200,8 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         plan.source_size,
         plan.teacher_config if objective.teacher_needs else None,
         config.teacher.dtype,
+        config.teacher.quantization,
+        config.teacher.sharded is not False,
         merge_dropped=config.vocabulary.teacher_mass == "merge",
         is_cached=stage.cached,
         form=form,
@@ -212,11 +215,11 @@ def _memory(count: Count, layout: Layout) -> dict[str, float]:
     """Bytes of one device by part. Sharded, the student's weights, gradients and moments are split over all devices.
 
     DDP sends gradients from buckets, which are a copy of them. FSDP holds some weights and their gradients whole at a
-    time. The teacher is whole on each device, and its forward over when the student's begins.
+    time, and of the teacher's some weights in its forward, which is over when the student's begins.
     """
     shards = layout.devices if layout.sharding == "fsdp" else 1
     fixed = {
-        "teacher": float(count.teacher),
+        "teacher": count.teacher - count.teacher_shared * (1 - 1 / shards),
         "head": float(count.head),
         "student": count.student / shards,
         "gradients": count.student / shards,
@@ -224,16 +227,19 @@ def _memory(count: Count, layout: Layout) -> dict[str, float]:
         "buckets": float(count.student if layout.devices > 1 and shards == 1 else 0),
         "gathered": 2.0 * count.student_gathered if shards > 1 else 0.0,
     }
-    moving = {"teacher forward": float(count.teacher_forward), "student step": float(count.student_step)}
+    forward = count.teacher_forward + (count.teacher_gathered if shards > 1 else 0)
+    moving = {"teacher forward": float(forward), "student step": float(count.student_step)}
     in_all = sum(fixed.values()) + max(moving.values())
     return fixed | moving | {"of it loss": float(count.loss), "in all": in_all}
 
 
-def _largest_batch(once: Count, twice: Count, batch: int, room: float, chunk: Callable[[int], int]) -> int:
+def _largest_batch(
+    once: Count, twice: Count, batch: int, room: float, chunk: Callable[[int], int], gathered: float
+) -> int:
     """Texts of a micro-batch whose two peaks stay in `room` bytes; but for the loss's chunk both grow in proportion."""
 
     def needed(texts: int) -> float:
-        forward = _at(texts, batch, once.teacher_forward, twice.teacher_forward)
+        forward = gathered + _at(texts, batch, once.teacher_forward, twice.teacher_forward)
         step = _at(texts, batch, once.student_step - once.chunk, twice.student_step - twice.chunk)
         return max(forward, step + chunk(texts))
 
@@ -263,6 +269,7 @@ def _left_out(plan: Plan) -> list[str]:
     cached = cached_stages(plan.config, plan.method)
     return [
         "scoring",
+        *(["the time of quantized products"] if plan.config.teacher.quantization else []),
         *(["teacher.ensemble"] if plan.config.teacher.ensemble else []),
         *(["controls.full_vocabulary"] if plan.config.controls.full_vocabulary else []),
         *(["making teacher.cache, an epoch of the teacher for each masking"] if cached else []),
@@ -292,7 +299,7 @@ def to_json(cost: RunCost) -> str:
 def table(cost: RunCost) -> str:
     """All figures for a person."""
     layout, is_timed = cost.layout, cost.stages[0].step_seconds is not None
-    how = {"none": "each with all weights", "fsdp": "the student sharded"}[layout.sharding]
+    how = {"none": "each with all weights", "fsdp": "the weights sharded"}[layout.sharding]
     number = "1 device" if layout.devices == 1 else f"{layout.devices} devices, {how},"
     unit, scale = ("GB", 1e9) if max(each.memory["in all"] for each in cost.stages) >= 1e9 else ("MB", 1e6)
     width = max(22, *(len(each.name) for each in cost.stages))

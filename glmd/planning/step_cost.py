@@ -32,8 +32,9 @@ from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
-from glmd.models.heads import final_linear
+from glmd.models.heads import backbone, backbone_name, final_linear
 from glmd.models.loading import language_model_class
+from glmd.models.quantization import Quantization, quantized_linears, quantized_savings
 from glmd.tasks.forms import TaskForm, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -51,7 +52,8 @@ class Cast:
     """Who is on stage: the models of a step, by their configs, and what it compares.
 
     teacher: None where nothing is asked of one. is_cached: its hidden states are read from disk. source_size: V.
-    form: how a task is asked; None on a corpus. masked: share of tokens with a label.
+    form: how a task is asked; None on a corpus. masked: share of tokens with a label. shares_teacher: under FSDP the
+    ranks share out its backbone.
     """
 
     objective: Objective
@@ -59,6 +61,8 @@ class Cast:
     source_size: int
     teacher: Any | None = None
     teacher_dtype: str = "float32"
+    quantization: Quantization | None = None
+    shares_teacher: bool = True
     merge_dropped: bool = False
     is_cached: bool = False
     form: TaskForm | None = None
@@ -71,7 +75,9 @@ class Cast:
 class Count:
     """Bytes and floating-point operations of one micro-batch on one device."""
 
-    teacher: int  # weights
+    teacher: int  # weights, quantized where they will be
+    teacher_shared: int  # of them, what FSDP shares out
+    teacher_gathered: int  # of them, what a sharded teacher holds whole at a time
     head: int  # the teacher's, sliced
     student: int
     student_gathered: int  # of them, what a sharded student holds whole at a time
@@ -196,9 +202,17 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
         loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
     head = None if step.teacher is None else step.teacher.head
-    whole = [] if step.teacher is None or cast.is_cached else [step.teacher.base, step.teacher.language_model]
+    live = None if cast.is_cached else step.teacher
+    weights = 0 if live is None else _bytes([live.base, live.language_model])
+    if live is not None and cast.quantization is not None:
+        weights -= quantized_savings(live.base, cast.quantization)
+        if cast.quantization == "4bit":  # a matrix is whole again for its product
+            teacher_forward += max(each.weight.nbytes for each in quantized_linears(live.base).values())
+    shared = backbone(live.base) if live is not None and cast.shares_teacher and not cast.quantization else None
     return Count(
-        teacher=_bytes(whole),
+        teacher=weights,
+        teacher_shared=0 if shared is None or live is None else _bytes([shared]) - _tied_bytes(live),
+        teacher_gathered=0 if shared is None else _gathered(shared),
         head=0 if head is None else sum(each.nbytes for each in (head.weight, head.bias) if each is not None),
         student=student,
         student_gathered=_gathered(step.distiller),
@@ -296,6 +310,16 @@ def _is_mask(index: Any) -> bool:
 def _bytes(models: list[Any]) -> int:
     tensors: Iterator[Tensor] = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in models if m is not None)
     return sum({id(each): each.nbytes for each in tensors}.values())
+
+
+def _tied_bytes(teacher: OnlineTeacher) -> int:
+    """What a backbone shares with the heads over it, which stay whole."""
+    inside = {id(each): each.nbytes for each in backbone(teacher.base).parameters()}
+    outside: set[int] = set()
+    for split in teacher.splits:
+        prefix, named = f"{backbone_name(split.model)}.", split.model.named_parameters(remove_duplicate=False)
+        outside |= {id(each) for name, each in named if not name.startswith(prefix)}
+    return sum(size for name, size in inside.items() if name in outside)
 
 
 def _gathered(student: nn.Module) -> int:

@@ -15,6 +15,7 @@ from glmd.models.loading import (
     require_keys,
     require_weight_files,
 )
+from glmd.models.quantization import Quantization, quantized_loading
 from glmd.models.weight_headers import require_one_matrix, without_memory
 from glmd.tasks.forms import TaskForm, task_form
 from glmd.tasks.tasks import Task
@@ -29,13 +30,21 @@ def form_of(task: Task, name: str, **options: Any) -> TaskForm:
 
 
 def load_classifier(
-    name: str, task: Task, *, new_head: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+    name: str,
+    task: Task,
+    *,
+    new_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> Any:
     """A stock model for `task`, in evaluation mode: a classifier, a multiple-choice model, or a language model.
 
     new_head: begin a task head on a language model (drawn from torch's generator: seed it); otherwise the
         checkpoint must hold one with the task's labels in the task's order.
     dtype: of the weights, whatever the file holds: float32 for what is trained, and for what is scored by itself.
+    quantization: of a backbone that only teaches, which is then made on `device`.
     """
     remote = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     config = load_model_config(name, **remote)
@@ -44,6 +53,8 @@ def load_classifier(
         options |= form.new_head()
     else:
         form.require(config, name)
+    if quantization is not None:
+        options |= quantized_loading(quantization, config, form.model_class(config), dtype=dtype, device=device)
     model, info = from_pretrained(form.model_class(config), name, dtype=dtype, **WEIGHTS, **options)
     require_complete(model, info, name, allowed_missing=HEADS if new_head and form.has_own_head else ())
     proved(model.eval(), form.prove)

@@ -8,17 +8,20 @@ Ranks then hold a part of each weight, its gradient and its moments. What is wri
 without sharding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glmd.distillation.distiller import Distiller
 from glmd.errors import ConfigError
+from glmd.models.heads import backbone, backbone_name
 from glmd.models.layers import layer_lists
 
 # What Accelerate's launcher says by its environment, why that is refused, and what would work.
@@ -111,6 +114,26 @@ def prepare_sharded(
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(_layer_classes(distiller))
     model, prepared = accelerator.prepare(distiller, optimizer)
     return model, prepared
+
+
+def shard_backbones(models: Sequence[nn.Module], device: torch.device) -> None:
+    """Share out over all ranks the backbone that frozen models have in common, layer by layer. Heads stay whole.
+
+    Each layer is moved to the device and cut there before the next, and gathered for its own forward: all ranks have to
+    call the backbone equally often. The models are on the CPU before, and on the device then.
+    """
+    body, mesh = backbone(models[0]), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    inside = {id(each) for each in body.buffers()} | {id(each) for each in body.parameters()}
+    for model in models:
+        model.requires_grad_(False)
+        for each in (*model.parameters(), *model.buffers()):
+            if id(each) not in inside:
+                each.data = each.data.to(device)
+    prefix = f"{backbone_name(models[0])}."
+    for name, layers in layer_lists(models[0]).items():
+        for layer in layers if name.startswith(prefix) else ():
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(body, mesh=mesh, reshard_after_forward=True)
 
 
 def _layer_classes(distiller: Distiller) -> set[str]:

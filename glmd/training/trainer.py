@@ -35,6 +35,7 @@ from glmd.distillation.objective import Objective
 from glmd.distillation.schedules import learning_rate_factor
 from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs
 from glmd.errors import NumericsError
+from glmd.models.quantization import is_quantized
 from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
@@ -219,11 +220,13 @@ class Trainer:
         accelerator = self.accelerator
         if not self.replays or accelerator.device.type != "cuda":
             return False
+        live = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
         against = {
             "several processes": accelerator.num_processes > 1,
             "mixed_precision fp16": accelerator.scaler is not None,
             "gradient_checkpointing": self.settings.gradient_checkpointing,
             "a teacher of another kind": not isinstance(teacher, OnlineTeacher | CachedTeacher | Ensemble),
+            "teacher.quantization": any(is_quantized(each.base) for each in live if isinstance(each, OnlineTeacher)),
             "an intervention, a weight that changes, or a term on masked tokens": not objective.is_constant,
         }
         found = [name for name, holds in against.items() if holds]

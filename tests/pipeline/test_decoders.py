@@ -363,7 +363,8 @@ def test_a_teacher_in_half_precision_is_the_one_that_from_pretrained_gives(
     seen = []
     real = glmd.pipeline.teachers.load_language_model
     monkeypatch.setattr(
-        "glmd.pipeline.teachers.load_language_model", lambda *rest: (seen.append(real(*rest)), seen[-1])[1]
+        "glmd.pipeline.teachers.load_language_model",
+        lambda *rest, **options: (seen.append(real(*rest, **options)), seen[-1])[1],
     )
     name = models / "LlamaForCausalLM"
     run(

@@ -206,7 +206,10 @@ def test_devices_divide_nothing_but_the_steps_unless_weights_are_sharded(cost_of
     assert many.memory["buckets"] == many.memory["gradients"] and one.memory["buckets"] == 0
     assert [4 * sharded.memory[name] for name in parts] == [one.memory[name] for name in parts]
     assert sharded.memory["gathered"] > 0 == many.memory["gathered"]  # what is whole for a time
-    assert sharded.memory["teacher"] == one.memory["teacher"] and sharded.step_flops == 4 * one.step_flops
+    assert one.memory["teacher"] / 4 < sharded.memory["teacher"] < one.memory["teacher"], "its head is whole"
+    whole = pretraining(cost_of("tasks={}", "teacher.sharded=false", devices=4, sharding="fsdp"))
+    assert whole.memory["teacher"] == one.memory["teacher"] and sharded.step_flops == 4 * one.step_flops
+    assert sharded.memory["teacher forward"] > whole.memory["teacher forward"], "its gathered layers"
 
 
 def test_a_smaller_vocabulary_shrinks_the_head(cost_of):

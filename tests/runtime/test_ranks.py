@@ -171,6 +171,14 @@ def test_a_sharded_stage_trains_and_logs_as_under_ddp(twins: list[dict[str, Any]
     assert twins[0][stage]["idle"] + twins[1][stage]["idle"] > 0 or stage != "idle ranks"
 
 
+@pytest.mark.parametrize("name", ["pair", "opt", *list(GROUPS)[-6:]])
+def test_a_sharded_teacher_answers_and_scores_as_a_whole_one(twins: list[dict[str, Any]], name: str) -> None:
+    """To the bit; the ranks score unequal numbers of batches. Each holds half of the backbone, and the whole head."""
+    for found in (rank["teachers"][name] for rank in twins):
+        assert found["shared"] == found["whole"] and ("bits" in found["whole"]) == (name in ("opt", "llama", "gpt2"))
+        assert found["parts"] and set(found["parts"].values()) == {0.5}
+
+
 def test_the_best_of_a_sharded_stage_is_that_of_ddp_and_the_student_is_whole(twins: list[dict[str, Any]]) -> None:
     for found in (rank["tied"] for rank in twins):
         assert found["best"][0] == found["best"][1] == ["step-000001"]
