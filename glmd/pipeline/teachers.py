@@ -42,7 +42,9 @@ def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary, *, is_
         predicts_itself = stage.task is not None and not context.form(stage).has_own_head
         language_model = classifier if predicts_itself else _language_model(context, teacher)
     logits = context.form(stage).logits if stage.task is not None else class_logits
-    return _online(context, language_model, classifier, vocabulary, logits, is_asked=is_asked)
+    # Layers that are lent are called by each rank as it likes, which those that are shared out cannot be.
+    whole = "layers" in stage.teacher_needs
+    return _online(context, language_model, classifier, vocabulary, logits, is_asked=is_asked, whole=whole)
 
 
 @phase("loading")
@@ -81,9 +83,9 @@ def _loaded(context: Context, teacher: TeacherConfig) -> Any:
     return load_language_model(teacher, device=context.accelerator.device)
 
 
-def _placed(context: Context, models: list[Any]) -> list[Any]:
+def _placed(context: Context, models: list[Any], *, whole: bool = False) -> list[Any]:
     """Models that share a backbone, if there are two, on the device: its part of them where they are shared out."""
-    if context.shards_teachers:
+    if context.shards_teachers and not whole:
         shard_backbones(models, context.accelerator.device)
     return [model.to(context.accelerator.device) for model in models]
 
@@ -96,11 +98,12 @@ def _online(
     logits: Any = class_logits,
     *,
     is_asked: bool = True,
+    whole: bool = False,
 ) -> OnlineTeacher:
     models = [model for model in (classifier, language_model) if model is not None]
     if language_model is not None and classifier not in (None, language_model):
         share_backbone(classifier, language_model)
     if is_asked:
-        _placed(context, models)
+        _placed(context, models, whole=whole)
     merges = context.config.vocabulary.teacher_mass == "merge"
     return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)
