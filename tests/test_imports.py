@@ -151,7 +151,7 @@ save_total_limit per_device_eval_batch_size"""
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
     "": """output_dir method tasks casting sweep seeds selection mixed_precision deterministic
-        torch_compile cuda_graphs tf32 dataloader_num_workers elastic report_to""",
+        torch_compile cuda_graphs attn_implementation tf32 dataloader_num_workers elastic report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype cache cached_stages tasks scratch",
     "student.": "num_hidden_layers initialization config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "

@@ -139,7 +139,8 @@ class Context:
         intervention = stage.objective.intervention if stage.objective is not None else None
         # Keys that came later stand there where they are not as they were before.
         inputs: dict[str, Any] = {} if config.deterministic else {"deterministic": False}
-        inputs |= {name: True for name in ("torch_compile", "tf32") if getattr(config, name)}
+        given = {name: getattr(config, name) for name in ("torch_compile", "tf32", "attn_implementation")}
+        inputs |= {name: value for name, value in given.items() if value}
         inputs |= {
             "stage": asdict(stage.settings) if stage.settings is not None else None,
             "seed": stage.seed,

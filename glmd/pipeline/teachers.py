@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from glmd.distillation.teacher import Ensemble, OnlineTeacher
+from glmd.models.attention import set_attention
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
 from glmd.planning.stages import TEACHER, Stage
@@ -61,8 +62,11 @@ def _language_model(context: Context, path: str) -> Any:
 def _online(
     context: Context, language_model: Any, classifier: Any, vocabulary: Vocabulary, logits: Any = class_logits
 ) -> OnlineTeacher:
+    implementation = context.config.attn_implementation
     for model in (language_model, classifier):
         if model is not None:
             model.to(context.accelerator.device)
+            if implementation is not None:
+                set_attention(model, implementation)
     merges = context.config.vocabulary.teacher_mass == "merge"
     return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)
