@@ -150,7 +150,7 @@ class Context:
             "selection": config.selection if task is not None else "last",
             "teacher": "" if stage.kind == "teacher" else self.fingerprint(teacher),
             "teacher_dtype": config.teacher.dtype,
-            "tokenizer": tokenizer_fingerprint(plan.tokenizer),
+            "tokenizer": self._source_tokenizer,
             "vocabulary": self.vocabulary(stage).fingerprint() if is_student else None,
             "teacher_mass": config.vocabulary.teacher_mass if is_student else None,
             "data": task.fingerprint() if task is not None else plan.corpus,
@@ -165,6 +165,11 @@ class Context:
         if stage.kind == "pretraining":
             inputs["ensemble"] = [self.run_folder.fingerprint(each) for each in config.teacher.ensemble] or None
         return inputs
+
+    @cached_property
+    def _source_tokenizer(self) -> str:
+        """Fingerprint of the teacher's tokenizer."""
+        return tokenizer_fingerprint(self.plan.tokenizer)
 
     @property
     def tokens(self) -> str | None:
