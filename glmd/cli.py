@@ -201,7 +201,10 @@ def _run(options: argparse.Namespace) -> None:
         from glmd.pipeline.run import run
         from glmd.reporting.report import results_table
 
-    results = run(config)
+    try:
+        results = run(config)
+    finally:
+        gc.unfreeze()  # what was imported, also where the run was refused before it began
     if int(os.environ.get("RANK", "0")) == 0:
         say(results_table(results), end="")
         say(f"\n{describe_students(config, results)}\n`glmd report {config.output_dir}` prints the table again.")
