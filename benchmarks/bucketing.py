@@ -1,15 +1,17 @@
 """Pads and time of a task's steps, by how its examples are put into batches, in one process.
 
     python benchmarks/bucketing.py MODEL --data SUPERGLUE --tasks RTE BoolQ --batch 8 --accumulation 2 --steps 20
+    python benchmarks/bucketing.py MODEL --data SUPERGLUE --tasks RTE CB --pads 8 16 32       # pads alone, untimed
 
 For each strategy of `train_sampling_strategy`: the share of pads in an epoch, and the time of the first word-prediction
 steps (teacher, student of half its layers, loss, backward, AdamW), which alternate between the strategies. For scoring:
-the share of pads, and the time of a forward, in the rows' order and longest first.
+the share of pads, and the time of a forward, in the rows' order and longest first. With --pads only the shares, over
+whole epochs and the whole validation split, for each of these batch sizes: the most that packed texts could save.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,14 @@ from glmd.vocabulary.vocabulary import Vocabulary
 STRATEGIES = ("random", "group_by_length")
 
 
-def share_of_pads(batches: Sequence[np.ndarray]) -> float:
-    """From the lengths of the examples of each batch."""
-    total = sum(len(each) * int(each.max()) for each in batches)
-    return 1 - sum(int(each.sum()) for each in batches) / total
+def share_of_pads(data: TaskDataset, batches: Iterable[Sequence[int]]) -> float:
+    """Of the positions of batches with these examples; the choices of an example are rows of their own."""
+    lengths, positions = 0, 0
+    for each in batches:
+        rows = [data.row_lengths[slice(*data.first_row[i : i + 2])] for i in each]
+        lengths += sum(int(row.sum()) for row in rows)
+        positions += sum(map(len, rows)) * max(int(row.max()) for row in rows)
+    return 1 - lengths / positions
 
 
 def main() -> None:
@@ -50,8 +56,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--pads", type=int, nargs="+", metavar="BATCH", help="time nothing; a table of pads by batch size"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="the process's time, where the machine is busy")
     arguments = parser.parse_args()
+    if arguments.pads:
+        print("| task, longest text | pads: |" + "".join(f" batches of {size} |" for size in arguments.pads))
+        print("|---" * (2 + len(arguments.pads)) + "|")
+        for task in arguments.tasks:
+            tabulate_pads(task, arguments)
+        return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; batch {arguments.batch}, ", end="")
     print(f"accumulation {arguments.accumulation}; time of {arguments.steps} steps\n")
     print("| task | batches | pads | ms of 1,000 tokens | speed-up |\n|---|---|---|---|---|")
@@ -59,12 +74,40 @@ def main() -> None:
         compare(task, arguments)
 
 
+def read_task(name: str, arguments: argparse.Namespace, split: str, tokenizer: Any) -> TaskDataset:
+    task = load_task(name)
+    examples = read_split(task, arguments.data, split, require_labels=False)
+    return TaskDataset(examples, task_form(task, causal=False), tokenizer, max_length=task.max_length)
+
+
+def tabulate_pads(name: str, arguments: argparse.Namespace) -> None:
+    """Print a task's share of pads, of an epoch by strategy and of the validation split by order."""
+    tokenizer = load_source_tokenizer(arguments.model)
+    data, val = (read_task(name, arguments, split, tokenizer) for split in (arguments.split, "val"))
+    orders = {"rows' order": np.arange(len(val)), "longest first": np.argsort(-val.lengths, kind="stable")}
+    shares: dict[str, list[float]] = {}
+    for size in arguments.pads:
+        for strategy in STRATEGIES:
+            plan = StepPlan(len(data), size, 1, 0, 1, 0, strategy, data.lengths)
+            keys = plan.micro_batches(0, max(1, len(data) // size))
+            shares.setdefault(f"training, {strategy}", []).append(
+                share_of_pads(data, ([i for _, i in k] for k in keys))
+            )
+        for order, ids in orders.items():
+            batches = (ids[first : first + size] for first in range(0, len(ids), size))
+            shares.setdefault(f"scoring, {order}", []).append(share_of_pads(val, batches))
+    for kind, each in shares.items():
+        print(
+            f"| {name}, {data.lengths.max()} | {kind} |" + "".join(f" {100 * share:.1f} % |" for share in each),
+            flush=True,
+        )
+
+
 def compare(name: str, arguments: argparse.Namespace) -> None:
     """Print the rows of one task."""
-    tokenizer, task = load_source_tokenizer(arguments.model), load_task(name)
-    examples = read_split(task, arguments.data, arguments.split, require_labels=False)
-    form = task_form(task, causal=False)
-    data, collate = TaskDataset(examples, form, tokenizer, max_length=task.max_length), Collate(tokenizer.pad_token_id)
+    tokenizer = load_source_tokenizer(arguments.model)
+    data, collate = read_task(name, arguments, arguments.split, tokenizer), Collate(tokenizer.pad_token_id)
+    examples, form, max_length = data.examples, data.form, load_task(name).max_length
     vocabulary = Vocabulary.identity(len(tokenizer))
     model = load_language_model(TeacherConfig(arguments.model))
     split, layers = Split(model), max(1, model.config.num_hidden_layers // 2)
@@ -90,7 +133,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     for strategy in STRATEGIES:
         plan = StepPlan(len(data), arguments.batch, arguments.accumulation, 0, 1, 0, strategy, data.lengths)
         keys = list(plan.micro_batches(0, len(data) // plan.global_batch_size))
-        pads[strategy] = share_of_pads([data.lengths[[i for _, i in each]] for each in keys])
+        pads[strategy] = share_of_pads(data, ([i for _, i in each] for each in keys))
         # Spread over the epoch: the first steps of grouped ones are of a few lengths.
         chosen = np.linspace(0, len(keys) // arguments.accumulation - 1, arguments.steps + 1).astype(int)
         micro = arguments.accumulation
@@ -99,7 +142,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     _report(name, "training", steps, pads, train, clock)
 
     size = 64
-    part = TaskDataset(examples[: 3 * size], form, tokenizer, max_length=task.max_length)
+    part = TaskDataset(examples[: 3 * size], form, tokenizer, max_length=max_length)
     longest_first = list(evaluation_batches(part, collate, batch_size=size))
     ids = [range(first, min(first + size, len(part))) for first in range(0, len(part), size)]
     orders = {"rows' order": [collate([part[0, i] for i in each]) for each in ids], "longest first": longest_first}

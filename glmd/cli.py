@@ -6,6 +6,8 @@ stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
 """
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -24,6 +26,8 @@ from glmd.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # As Python ends it would look for garbage among all that was imported, for a second.
+    atexit.register(gc.freeze)
     prepare_streams()
     _set_up_logging()
 
@@ -197,7 +201,10 @@ def _run(options: argparse.Namespace) -> None:
         from glmd.pipeline.run import run
         from glmd.reporting.report import results_table
 
-    results = run(config)
+    try:
+        results = run(config)
+    finally:
+        gc.unfreeze()  # what was imported, also where the run was refused before it began
     if int(os.environ.get("RANK", "0")) == 0:
         say(results_table(results), end="")
         say(f"\n{describe_students(config, results)}\n`glmd report {config.output_dir}` prints the table again.")

@@ -242,6 +242,10 @@ class RunConfig:
     # faster by; the same bits. Not with several processes, fp16, gradient_checkpointing, an intervention, a weight
     # that changes or terms on masked tokens, which the log says. Without effect elsewhere.
     cuda_graphs: bool = True
+    # By which code student and teacher compute attention in training, as transformers calls it: sdpa, eager,
+    # flex_attention, flash_attention_2, ... None: what transformers chooses, sdpa where the architecture has it. It is
+    # tried by `check`. Models are scored and exported by transformers' choice.
+    attn_implementation: str | None = None
     tf32: bool = False  # on GPUs that have it: products of float32 matrices are rounded to ten bits, and much faster
     # processes that make batches ahead; no number of them changes a batch. None: 0 where training runs on the CPU,
     # which needs its cores; else as many as a rank has cores to spare, at most 4
@@ -260,6 +264,12 @@ class RunConfig:
         require(
             self.dataloader_num_workers is None or self.dataloader_num_workers >= 0,
             f"dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}",
+        )
+        attention = self.attn_implementation
+        require(
+            attention is None or re.fullmatch("[a-z0-9_]+", attention) is not None,
+            f"attn_implementation must be a name like sdpa or flash_attention_2, got {attention!r}; kernels of the "
+            "hub, which are code that is downloaded, are not used",
         )
         for task in self.tasks:
             require(

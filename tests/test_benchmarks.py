@@ -38,6 +38,14 @@ def test_a_tasks_batches_are_timed_by_strategy(tiny) -> None:
     assert pads["longest first"] <= pads["rows' order"]
 
 
+def test_a_tasks_pads_are_counted_without_a_model_that_runs(tiny) -> None:
+    options = ("--data", str(tiny.superglue), "--tasks", "RTE", "--pads", "1", "4")
+    rows = dict(
+        re.findall(r"\| RTE, \d+ \| ([\w', ]+) \|(.+) \|", output_of("bucketing.py", str(tiny.teacher), *options))
+    )
+    assert len(rows) == 4 and all(each.split("|")[0].strip() == "0.0 %" for each in rows.values()), "of one text"
+
+
 def test_batches_are_timed_the_old_way_and_ours() -> None:
     said = output_of(
         "loader.py", "--batches", "2", "--rounds", "1", "--step-ms", "1", "--texts", "100", "--workers", "0"

@@ -29,6 +29,7 @@ def describe(plan: Plan, world_size: int) -> str:
     controls = [name for name, on in vars(config.controls).items() if on]
     text += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
     text += [f"sweep     {len(config.grid_points)} grid points: {', '.join(swept)}"] if swept else []
+    text += [f"attention {config.attn_implementation}"] if config.attn_implementation else []
     return "\n".join([*text, f"output    {config.output_dir}"])
 
 

@@ -23,7 +23,7 @@ from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.positions import rows_at
-from glmd.models.attention import prove_attention
+from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import Split, share_backbone
 from glmd.models.layers import LayerChoice, Place
 from glmd.models.module_outputs import shapes_of

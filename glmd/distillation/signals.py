@@ -20,7 +20,7 @@ from glmd.losses.feature_loss import FeatureLoss
 from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSES, SCORE_LOSSES
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES, TASK_LOGIT_LOSSES
-from glmd.models.attention import key_value_heads
+from glmd.models.attention_calls import key_value_heads
 from glmd.models.layers import Place, layer_pairs
 
 # attention_inputs: queries, keys, values, and the scores they give.

@@ -18,7 +18,7 @@ from glmd.data.batches import is_full
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
 from glmd.losses.positions import rows_at
-from glmd.models.attention import AttentionCalls, is_heard, key_value_heads, require_each_layer
+from glmd.models.attention_calls import AttentionCalls, is_heard, key_value_heads, require_each_layer
 from glmd.models.heads import Split, backbone, share_backbone
 from glmd.models.layers import EMBEDDINGS, Place
 from glmd.models.module_outputs import ModuleOutputs

@@ -19,6 +19,7 @@ from glmd.data.sampling import evaluation_batches
 from glmd.distillation.teacher import AllOutputs, of_each
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
+from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import Split
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.tasks import Task
@@ -86,7 +87,7 @@ def score_lm(
     split = Split(student.eval())
     head = split.head
     to_student = torch.from_numpy(token_map).to(accelerator.device)
-    totals = np.zeros(6)
+    totals, block = np.zeros(6), BLOCK_ROWS.get(accelerator.device.type, 512)
     bad: set[int] = set()
     for batch, is_own in _share(dataset, collate, accelerator, batch_size):
         outputs = of_each(teacher(batch))[0]
@@ -100,7 +101,9 @@ def score_lm(
         for rows in torch.arange(len(student_hidden), device=student_hidden.device).split(ROWS):
             ours = head.logits(student_hidden[rows]).float()
             theirs = outputs.head.logits(teacher_hidden[rows]).float()
-            best, teacher_best, kl = ours.argmax(-1), theirs.argmax(-1), kl_divergence(ours, theirs)
+            best, teacher_best = ours.argmax(-1), theirs.argmax(-1)
+            blocks = zip(ours.split(block), theirs.split(block), strict=True)
+            kl = torch.cat([kl_divergence(*each) for each in blocks])
             totals[:3] += [len(rows), kl.sum().item(), (best == teacher_best).sum().item()]
             if not np.isfinite(totals[1]):
                 bad |= set(examples_of_tokens(batch)[rows][~torch.isfinite(kl)].tolist())

@@ -15,17 +15,33 @@ from typing import Any
 
 @contextmanager
 def masks_of(*, is_full: bool) -> Iterator[None]:
-    """Let `sdpa` attention of all models take a batch's word for whether a row has padding.
+    """Let attention of all models take a batch's word for whether a row has padding.
 
-    is_full: none has. Then there is no mask but for a window that is shorter than the text, or a model's own pattern.
+    is_full: none has. Then `sdpa` has no mask but for a window that is shorter than the text, or a model's own pattern;
+    and flash-attention, whose mask is of padding alone, has none. Other implementations have that of transformers.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _of_full_rows if is_full else _of_padded_rows
+    ours = {"sdpa": _of_full_rows if is_full else _of_padded_rows}
+    if is_full:
+        ours |= {name: _no_mask for name in FUNCTIONS.valid_keys() if is_flash(name)}
+    FUNCTIONS.update(ours)
     try:
         yield
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]  # the one of transformers shows again
+        for name in ours:
+            del FUNCTIONS[name]  # the one of transformers shows again
+
+
+def is_flash(implementation: str | None) -> bool:
+    """Whether it is one of the flash-attention packages, which run on GPUs alone, and in half precision."""
+    from transformers.utils.generic import is_flash_attention_requested
+
+    return bool(is_flash_attention_requested(requested_attention_implementation=implementation))
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
 
 
 def _of_full_rows(*args: Any, **given: Any) -> Any:

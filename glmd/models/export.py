@@ -120,7 +120,7 @@ def _end_stranger(stranger: subprocess.Popen[str]) -> None:
 def _begin_stranger() -> subprocess.Popen[str]:
     """A process without glmd, which ends with this one if it is told no folders."""
     # -P keeps the working folder off the path, so that a checkout of glmd there is not what makes it work.
-    command = [sys.executable, "-P", "-c", _STRANGER]
+    command = [sys.executable, "-P", "-c", _NO_GARBAGE + _STRANGER]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -135,6 +135,8 @@ def _begin_stranger() -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, env=environment, **pipes)
 
 
+# Nothing of what is imported is garbage; looking for it, as Python ends too, takes two of the process's six seconds.
+_NO_GARBAGE = "import atexit, gc; gc.disable(); atexit.register(gc.freeze)\n"
 # What a stranger does with the folder. Kept free of glmd.
 _STRANGER = f"""
 import json, sys, torch, transformers

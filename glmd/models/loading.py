@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from glmd.errors import GlmdError, ModelError, counted
 from glmd.models.heads import is_causal
 from glmd.models.probes import prove_language_model, silence_padding
 from glmd.models.quantization import quantized_loading
+from glmd.storage import file_sha256
 
 logger = logging.getLogger(__name__)
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
@@ -31,6 +34,8 @@ WEIGHTS: dict[str, Any] = {
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
 }
+# What was proved within `each_proved_once`: files, class, precision and proof -> whether the pad's vector was silenced
+_known: dict[tuple[Any, ...], bool] | None = None
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
@@ -136,7 +141,7 @@ def load_language_model(teacher: TeacherConfig, *, device: torch.device | str = 
         options |= quantized_loading(teacher.quantization, config, auto_class, dtype=dtype, device=device)
     model, info = from_pretrained(auto_class, teacher.model, dtype=dtype, **WEIGHTS, **options)
     require_complete(model, info, teacher.model, allowed_missing=())
-    proved(model.eval(), prove_language_model)  # first, as it refuses a model without output embeddings
+    proved(model.eval(), prove_language_model, teacher.model)  # first, as it refuses a model without output embeddings
     _require_tied(model, teacher.model)
     return model
 
@@ -168,8 +173,24 @@ def not_tied(name: str) -> ModelError:
     )
 
 
-def proved(model: Any, prove: Callable[[Any], None]) -> None:
-    """`prove(model)`, with a vector of zeros for the pad token where nothing else stands in the way."""
+def proved(model: Any, prove: Callable[[Any], None], name: str | None = None) -> None:
+    """`prove(model)`, with a vector of zeros for the pad token where nothing else stands in the way.
+
+    name: of the folder whose weights the model has, all of them. Within `each_proved_once` what was proved of the same
+    files holds for the next model that they are loaded into.
+    """
+    files = None if name is None else _files(name)
+    key = files, type(model), model.dtype, prove.__qualname__
+    if files is None or _known is None:
+        _prove_or_silence(model, prove)
+    elif key not in _known:
+        _known[key] = _prove_or_silence(model, prove)
+    elif _known[key]:
+        silence_padding(model)
+
+
+def _prove_or_silence(model: Any, prove: Callable[[Any], None]) -> bool:
+    """`proved` of a model of which nothing is known; whether the pad's vector was set to zero for it."""
     try:
         prove(model)
     except ModelError as error:
@@ -183,6 +204,27 @@ def proved(model: Any, prove: Callable[[Any], None]) -> None:
             "%s: the vector of its pad token, which the last token of a text can see, is set to zero",
             type(model).__name__,
         )
+        return True
+    return False
+
+
+@contextmanager
+def each_proved_once() -> Iterator[None]:
+    """As long as a run takes: its stages load the same folders again and again."""
+    global _known
+    before, _known = _known, {}
+    try:
+        yield
+    finally:
+        _known = before
+
+
+def _files(name: str) -> tuple[tuple[str, int, int, int], ...] | None:
+    """Which files a local folder's model is, as they are now; None for a hub id."""
+    if not Path(name).is_dir():
+        return None
+    found = ((path, path.stat()) for path in sorted([Path(name, "config.json"), *Path(name).glob("*.safetensors")]))
+    return tuple((str(path), file.st_ino, file.st_size, file.st_mtime_ns) for path, file in found)
 
 
 def compared_embeddings(model: Any, similarity: str) -> nn.Parameter:
@@ -241,8 +283,13 @@ def model_positions(config: Any) -> int | None:
     return positions
 
 
-def model_fingerprint(name: str, revision: str | None = None) -> str:
-    """sha256 over a local folder's config and weights; for a hub id its commit."""
+def model_fingerprint(
+    name: str, revision: str | None = None, *, known: Mapping[Path, str] = MappingProxyType({})
+) -> str:
+    """sha256 over a local folder's config and weights; for a hub id its commit.
+
+    known: files -> their sha256, of those that need not be read again.
+    """
     folder = Path(name)
     if not folder.is_dir():
         commit = getattr(load_model_config(name, revision=revision), "_commit_hash", None)
@@ -250,8 +297,7 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(known.get(path) or file_sha256(path)))
     return digest.hexdigest()
 
 

@@ -36,17 +36,17 @@ def prove_language_model(model: Any) -> None:
     with as_it_was(model):
         inputs = probe_inputs(model)
         own = logits_of(model, inputs)
-        with _refused(model, "its head does not run on its backbone's outputs alone"):
+        with refused(model, "its head does not run on its backbone's outputs alone"):
             parts = Split(model)
             split = head.logits(parts.hidden_before_final(parts.run_backbone(inputs)))
         valid = inputs["attention_mask"].bool()
         if own.shape != split.shape:
             raise ModelError(f"{name}: its logits are {tuple(own.shape)}, those of its split {tuple(split.shape)}")
-        if _differ(split[valid], own[valid]):
+        if differ(split[valid], own[valid]):
             _require_repeatable(model, inputs, own)
             raise ModelError(
                 f"{name}: hidden states times the output embeddings differ from its logits (relative difference "
-                f"{_difference(split[valid], own[valid]):.1e}); its head is more than one linear map and is not "
+                f"{difference(split[valid], own[valid]):.1e}); its head is more than one linear map and is not "
                 "supported"
             )
         _require_padding_unseen(model, inputs, own)
@@ -72,14 +72,14 @@ def prove_task_model(model: Any) -> None:
     with as_it_was(model):
         inputs = probe_inputs(model)
         own = logits_of(model, shaped(inputs))
-        with _refused(model, "its head does not run on its backbone's outputs alone"):
+        with refused(model, "its head does not run on its backbone's outputs alone"):
             parts = Split(model)
             split = parts.run_head(parts.run_backbone(inputs), inputs=shaped(inputs))
-        if own.shape != split.shape or _differ(split, own):
+        if own.shape != split.shape or differ(split, own):
             _require_repeatable(model, shaped(inputs), own)
             raise ModelError(
                 f"{type(model).__name__}: its task head on its backbone's outputs differs from its own logits "
-                f"(relative difference {_difference(split, own):.1e}); it does more, which is not supported"
+                f"(relative difference {difference(split, own):.1e}); it does more, which is not supported"
             )
         _require_padding_unseen(model, inputs, own, shaped)
 
@@ -130,7 +130,7 @@ def prove_config(
 
 def _require_reloadable(model: Any) -> None:
     """Prove that a model's folder gives back what was saved: Youtu's loses the vector of its pad token."""
-    with _refused(model, "it cannot be saved and opened again"), tempfile.TemporaryDirectory() as folder:
+    with refused(model, "it cannot be saved and opened again"), tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
     changed = [key for key, value in model.state_dict().items() if not _same(value, again.get(key))]
@@ -143,14 +143,14 @@ def _require_reloadable(model: Any) -> None:
 def require_length(model: Any, length: int) -> None:
     """Prove that a model reads so many tokens, whatever its table of positions is called."""
     ids = probe_inputs(model)["input_ids"][:1, :1].expand(1, length)
-    with _refused(model, f"it does not read {length} tokens at once", "give a smaller max_length"):
+    with refused(model, f"it does not read {length} tokens at once", "give a smaller max_length"):
         model.eval()(**_shape_of(model)({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
 
 
 def _require_trainable(model: Any) -> None:
     """Prove that a step can be made: Reformer, trained, reads texts of one length alone."""
     model.train()
-    with _refused(model, "it cannot be trained"), torch.enable_grad():
+    with refused(model, "it cannot be trained"), torch.enable_grad():
         model(**_shape_of(model)(probe_inputs(model))).logits.square().mean().backward()
     if model.get_input_embeddings().weight.grad is None:
         raise ModelError(f"{type(model).__name__}: no gradient reaches its embeddings; it is not supported")
@@ -162,7 +162,7 @@ def _require_trainable(model: Any) -> None:
 
 
 @contextmanager
-def _refused(model: Any, what: str, remedy: str = "it is not supported") -> Iterator[None]:
+def refused(model: Any, what: str, remedy: str = "it is not supported") -> Iterator[None]:
     """Whatever a model's own code raises, as one line; a full disk and our own refusals as they are."""
     try:
         yield
@@ -194,7 +194,7 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    with _refused(model, "it does not read plain ids"):
+    with refused(model, "it does not read plain ids"):
         logits: Tensor = model(**inputs).logits
     read = logits[inputs["attention_mask"].bool()] if logits.ndim == 3 else logits
     if not read.isfinite().all():
@@ -208,7 +208,7 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _require_causal(model: Any, own: Tensor) -> None:
     """The first two rows differ in their last id alone."""
-    if _differ(own[1, :-1], own[0, :-1]):
+    if differ(own[1, :-1], own[0, :-1]):
         raise ModelError(
             f"{type(model).__name__}: its config names a causal LM, but the last token changes the logits of earlier "
             "ones; it reads text in both directions (is_decoder or is_causal in its config), which is not supported"
@@ -222,21 +222,21 @@ def _require_padding_unseen(
     count = int(inputs["attention_mask"][2].sum())
     alone = logits_of(model, shaped({key: each[2:, :count] for key, each in inputs.items()}))[0]
     padded = own[2, :count] if own.ndim == 3 else own[2]
-    if _differ(padded, alone):
+    if differ(padded, alone):
         raise ModelError(
             f"{type(model).__name__}: padding changes its output (relative difference "
-            f"{_difference(padded, alone):.1e}); it does not keep to its attention mask and is not supported"
+            f"{difference(padded, alone):.1e}); it does not keep to its attention mask and is not supported"
         )
 
 
 def _require_repeatable(model: Any, inputs: Mapping[str, Tensor], own: Tensor) -> None:
-    if _differ(logits_of(model, inputs), own):
+    if differ(logits_of(model, inputs), own):
         raise ModelError(
             f"{type(model).__name__}: gives another output each time for the same ids; it is not supported"
         )
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference as a share of the largest value of `theirs`.
 
     In half precision that of the median position: rounding sends single tokens to other experts of a mixture.
@@ -249,8 +249,8 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return (of_positions.median() if is_half else of_positions.max()).item()
 
 
-def _differ(ours: Tensor, theirs: Tensor) -> bool:
-    return not _difference(ours, theirs) <= ROUNDING[theirs.dtype]
+def differ(ours: Tensor, theirs: Tensor) -> bool:
+    return not difference(ours, theirs) <= ROUNDING[theirs.dtype]
 
 
 @contextmanager
@@ -308,7 +308,7 @@ def prove_attentions(model: Any, *, training: bool) -> None:
     inputs = probe_inputs(model)
     try:
         model.train(training)
-        with torch.random.fork_rng(), _refused(model, "it does not give its attentions"):
+        with torch.random.fork_rng(), refused(model, "it does not give its attentions"):
             found = split.run_backbone(inputs, output_attentions=True).attentions
     finally:
         for module, mode in modes.items():

@@ -265,7 +265,9 @@ def _settings_of(layer: nn.Module) -> dict[str, Any]:
     for name, module in layer.named_modules():
         found[f"{name} (class)".strip()] = type(module).__name__
         plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
-        found |= {f"{name}.{key}".lstrip("."): value for key, value in plain.items() if key != "training"}
+        # Neither says what the layer is: its mode, and whether transformers has drawn its weights.
+        plain = {key: value for key, value in plain.items() if key not in ("training", "_is_hf_initialized")}
+        found |= {f"{name}.{key}".lstrip("."): value for key, value in plain.items()}
     return found
 
 

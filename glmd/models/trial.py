@@ -6,7 +6,7 @@ The architecture is the student's own; it has few tokens, so that even one of a 
 refuses would be refused by a run too, days later.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError
-from glmd.models.attention import prove_attention
+from glmd.models.attention import prove_implementation
+from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import share_backbone
 from glmd.models.loading import language_model_class
 from glmd.models.probes import prove_config, prove_language_model, prove_task_model
@@ -46,12 +47,7 @@ def try_student(
     """
     import transformers
 
-    try:
-        few = _with_few_tokens(teacher_config)
-    except ModelError:
-        if not is_whole:
-            raise
-        few = teacher_config
+    few = _with_few_tokens(teacher_config, is_whole=is_whole)
     config = student_model_config(few, student, num_layers, chosen)
     of_words: Any = language_model_class(config)
     try:
@@ -73,16 +69,46 @@ def try_student(
         raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None
 
 
+def try_attention(
+    implementation: str,
+    shapes: Mapping[str, StudentConfig],
+    teacher_config: Any,
+    chosen: list[int] | None,
+    *,
+    num_layers: int,
+    mixed_precision: str,
+    trained: Collection[str],
+) -> None:
+    """Refuse an `attn_implementation` by which models give something else, or cannot be trained. Raises ConfigError.
+
+    shapes: "student", and "teacher" as one of the same number of layers. trained: those that learn.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    few = _with_few_tokens(teacher_config, is_whole=True)
+    for name, shape in shapes.items():
+        config = student_model_config(few, shape, num_layers, chosen)
+        prove = partial(prove_implementation, implementation=implementation, half=half, trains=name in trained)
+        try:
+            prove_config(config, language_model_class(config), prove)
+        except ModelError as error:
+            raise ConfigError(f"the {name}: {error}") from None
+
+
 def _prove_with_attention(model: Any, *, inside: bool) -> None:
     prove_language_model(model)
     prove_attention(model, inside=inside, training=True)
 
 
-def _with_few_tokens(config: Any) -> Any:
-    """The config with its special tokens and the first few others, renumbered."""
+def _with_few_tokens(config: Any, *, is_whole: bool) -> Any:
+    """The config with its special tokens and the first few others, renumbered; one that cannot be stays if it may."""
     rows = config.vocab_size
     special = [i for _, i in token_id_fields(config) if 0 <= i < rows]
     kept = np.unique([*range(min(TOKENS, rows)), *special])
     token_map = np.zeros(rows, dtype=np.int64)
     token_map[kept] = np.arange(len(kept))
-    return renumber_config(config, Vocabulary(kept, token_map))
+    try:
+        return renumber_config(config, Vocabulary(kept, token_map))
+    except ModelError:
+        if not is_whole:
+            raise
+        return config

@@ -147,7 +147,8 @@ class Context:
         intervention = stage.objective.intervention if stage.objective is not None else None
         # Keys that came later stand there where they are not as they were before.
         inputs: dict[str, Any] = {} if config.deterministic else {"deterministic": False}
-        inputs |= {name: True for name in ("torch_compile", "tf32") if getattr(config, name)}
+        given = {name: getattr(config, name) for name in ("torch_compile", "tf32", "attn_implementation")}
+        inputs |= {name: value for name, value in given.items() if value}
         if stage.objective is not None and stage.objective.changes:
             inputs["changes"] = True
         inputs |= {"teacher.quantization": config.teacher.quantization} if config.teacher.quantization else {}
@@ -160,7 +161,7 @@ class Context:
             "selection": config.selection if task is not None else "last",
             "teacher": "" if stage.kind == "teacher" else self.fingerprint(teacher),
             "teacher_dtype": config.teacher.dtype,
-            "tokenizer": tokenizer_fingerprint(plan.tokenizer),
+            "tokenizer": self._source_tokenizer,
             "vocabulary": self.vocabulary(stage).fingerprint() if is_student else None,
             "teacher_mass": config.vocabulary.teacher_mass if is_student else None,
             "data": task.fingerprint() if task is not None else plan.corpus,
@@ -175,6 +176,11 @@ class Context:
         if stage.kind == "pretraining":
             inputs["ensemble"] = [self.run_folder.fingerprint(each) for each in config.teacher.ensemble] or None
         return inputs
+
+    @cached_property
+    def _source_tokenizer(self) -> str:
+        """Fingerprint of the teacher's tokenizer."""
+        return tokenizer_fingerprint(self.plan.tokenizer)
 
     @property
     def tokens(self) -> str | None:

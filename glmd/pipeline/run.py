@@ -26,6 +26,7 @@ from glmd.data.corpus import corpus_fingerprint
 from glmd.errors import ConfigError, RunError
 from glmd.losses.linear import allow_triton, triton_problem
 from glmd.models.export import stranger_ahead
+from glmd.models.loading import each_proved_once
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import open_corpus, warn_of_equal_candidates
 from glmd.pipeline.exports import prove_exports
@@ -54,6 +55,9 @@ from glmd.training.fsdp import end_sharding, require_sound_launch, take_up_shard
 from glmd.version import __version__
 
 logger = logging.getLogger(__name__)
+# Steps before a run's end at which the process that proves its exports begins. It imports for five seconds, and then
+# holds some 0.4 GB until it is told the folders.
+NEAR_THE_END = 1000
 
 
 def run(
@@ -79,9 +83,9 @@ def run(
 def _run_stages(context: Context, held: ExitStack) -> dict[str, Any]:
     """`run` of a prepared run. held: what is to end with it."""
     rows, recorded, is_ahead = [], on_main(lambda: _recorded(context)), False
-    last = [stage.path for stage in context.stages[-3:]]
+    near = _near_the_end(context)
     for stage in context.stages:
-        if stage.path in last and not context.is_complete(stage) and is_main() and not is_ahead:
+        if stage.path in near and is_main() and not is_ahead:
             held.enter_context(stranger_ahead())  # by the end it has imported what it needs
             is_ahead = True
         warn_of_equal_candidates(context, stage)
@@ -104,6 +108,18 @@ def _run_stages(context: Context, held: ExitStack) -> dict[str, Any]:
     is_same = {**recorded, "seconds": None} == json.loads(json.dumps(results | {"seconds": None}))
     results["seconds"] = recorded["seconds"] if is_same else on_main(phases.seconds)
     return _write_results(context, results)
+
+
+def _near_the_end(context: Context) -> list[str]:
+    """Paths of the stages to come that begin less than so many steps, or three stages, before the run's end."""
+    near: list[str] = []
+    steps = 0
+    for stage in reversed([each for each in context.stages if not context.is_complete(each)]):
+        steps += stage.settings.steps(len(stage.examples), context.processes) if stage.settings is not None else 0
+        if len(near) >= 3 and steps > NEAR_THE_END:
+            break
+        near.append(stage.path)
+    return near
 
 
 def _recorded(context: Context) -> dict[str, Any]:
@@ -153,6 +169,7 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
         cublas_workspace(config.deterministic),
         _accelerator(config) as accelerator,
         known_objects_set_aside(),
+        each_proved_once(),
     ):
         if config.mixed_precision == "fp16":
             logger.info("mixed_precision fp16: %s", FLOAT16_HEADS)

@@ -181,9 +181,13 @@ class RunFolder:
 
     @phase("files")
     def fingerprint(self, model: str, revision: str | None = None) -> str:
-        """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage."""
+        """`model_fingerprint`, of each model once: many stages start from one, and none changes after its stage.
+
+        What a stage left was hashed as it ended, or as it was found complete.
+        """
         if (model, revision) not in self._fingerprints:
-            self._fingerprints[model, revision] = on_main(lambda: model_fingerprint(model, revision))
+            known = {place / name: each["sha256"] for place, files in self.left.items() for name, each in files.items()}
+            self._fingerprints[model, revision] = on_main(lambda: model_fingerprint(model, revision, known=known))
         return self._fingerprints[model, revision]
 
     def _write(self, path: Path, record: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from glmd.data.sampling import loader_workers
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.teacher import TeacherOutputs
 from glmd.losses.linear import triton_problem
+from glmd.models.attention import attention_of
 from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
 from glmd.models.student import build_student
@@ -178,7 +179,9 @@ def train(
         compiles=context.config.torch_compile,
         replays=context.config.cuda_graphs,
     )
-    result = trainer.run(distiller, teacher or _silent, training_data(context, stage), context.collate)
+    models = (split.model for split in distiller.splits)
+    with attention_of(*models, implementation=context.config.attn_implementation):
+        result = trainer.run(distiller, teacher or _silent, training_data(context, stage), context.collate)
     del trainer  # with what its graphs hold
     accelerator.free_memory()
     return asdict(result)

@@ -1,6 +1,7 @@
 """How a stage's model is scored: by the teacher's predictions, by the answers to a task."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from glmd.evaluation.bits_per_byte import score_text
 from glmd.evaluation.metrics import score
 from glmd.evaluation.scoring import answers_of, predict, score_lm
 from glmd.losses.logits import kl_divergence
+from glmd.models.attention import attention_of, chosen_by_transformers
 from glmd.models.heads import Split, is_causal
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import corpus_blocks, val_data
@@ -32,15 +34,16 @@ FEW = 4  # held-out blocks on which a quantized teacher is compared with the who
 def score_language_model(context: Context, stage: Stage, student: Any, teacher: Teacher) -> dict[str, float]:
     """Nearness to the teacher, on held-out blocks or val; of a decoder on the corpus also bits per byte."""
     data = corpus_blocks(context, stage, held_out=True) if stage.task is None else val_data(context, stage)
-    scores = score_lm(
-        student.to(context.accelerator.device),
-        teacher,
-        data,
-        context.collate,
-        token_map=context.vocabulary(stage).token_map,
-        accelerator=context.accelerator,
-        batch_size=stage.training.per_device_eval_batch_size,
-    )
+    with _plain_attention(context, student):
+        scores = score_lm(
+            student.to(context.accelerator.device),
+            teacher,
+            data,
+            context.collate,
+            token_map=context.vocabulary(stage).token_map,
+            accelerator=context.accelerator,
+            batch_size=stage.training.per_device_eval_batch_size,
+        )
     if isinstance(data, BlockDataset) and is_causal(context.plan.teacher_config):
         scores |= _bits(context, student, context.tokenizer(stage), data)
     return scores
@@ -74,13 +77,21 @@ class InParts(nn.Module):
 
 def _bits(context: Context, model: Any, tokenizer: Any, data: BlockDataset) -> dict[str, float]:
     """Bits per byte of a causal LM on the text of held-out blocks, with the model's own tokenizer."""
-    return score_text(
-        model.to(context.accelerator.device),
-        tokenizer,
-        block_texts(data, context.plan.tokenizer),
-        max_length=len(data.start) + data.block_length + len(data.end),
-        accelerator=context.accelerator,
-    )
+    with _plain_attention(context, model):
+        return score_text(
+            model.to(context.accelerator.device),
+            tokenizer,
+            block_texts(data, context.plan.tokenizer),
+            max_length=len(data.start) + data.block_length + len(data.end),
+            accelerator=context.accelerator,
+        )
+
+
+def _plain_attention(context: Context, model: Any) -> AbstractContextManager[None]:
+    """Transformers' choice in place of `attn_implementation`, for a model that may be in training."""
+    if context.config.attn_implementation is None:
+        return nullcontext()
+    return attention_of(model, implementation=chosen_by_transformers(model))
 
 
 @phase("scoring")
@@ -148,13 +159,14 @@ def teacher_answers(context: Context, stage: Stage) -> np.ndarray:
 def _answers(context: Context, stage: Stage, model: Any, *, is_teacher: bool) -> np.ndarray:
     """(examples,) class ids, or positions of choices, on the validation split."""
     assert stage.task is not None, "a stage of a task"
-    logits = predict(
-        model.to(context.accelerator.device),
-        val_data(context, stage),
-        context.collate,
-        token_map=None if is_teacher else context.vocabulary(stage).token_map,
-        accelerator=context.accelerator,
-        batch_size=stage.training.per_device_eval_batch_size,
-        name=f"{stage.task.task.name}: the {'teacher' if is_teacher else 'student'}",
-    )
+    with _plain_attention(context, model):
+        logits = predict(
+            model.to(context.accelerator.device),
+            val_data(context, stage),
+            context.collate,
+            token_map=None if is_teacher else context.vocabulary(stage).token_map,
+            accelerator=context.accelerator,
+            batch_size=stage.training.per_device_eval_batch_size,
+            name=f"{stage.task.task.name}: the {'teacher' if is_teacher else 'student'}",
+        )
     return answers_of(stage.task.task, logits)

@@ -7,6 +7,7 @@ import torch
 
 from glmd.config import TeacherConfig
 from glmd.distillation.teacher import Ensemble, OnlineTeacher
+from glmd.models.attention import set_attention
 from glmd.models.heads import share_backbone
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
@@ -105,5 +106,8 @@ def _online(
         share_backbone(classifier, language_model)
     if is_asked:
         _placed(context, models, whole=whole)
+    if context.config.attn_implementation is not None:
+        for model in models:
+            set_attention(model, context.config.attn_implementation)
     merges = context.config.vocabulary.teacher_mass == "merge"
     return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)

@@ -1,5 +1,6 @@
 """What a plan refuses of models and lengths: teachers that are not one another's, weights, positions, settings."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,6 +165,22 @@ def require_vocabulary_effects(
     for name, default in (("within_class", False), ("similarity", "input"), ("corpus_weights", [])):
         if is_whole and getattr(settings, name) != default:
             raise ConfigError(f"vocabulary.{name} has no effect: every token is kept; remove it")
+
+
+def require_attention(config: RunConfig, student_config: Any, teacher_config: Any) -> None:
+    """Refuse an `attn_implementation` that this machine, or a class of the student or of a teacher, has not."""
+    from glmd.models.attention import set_attention
+    from glmd.models.loading import load_model_config
+
+    name, teacher = config.attn_implementation, config.teacher
+    if name is None:
+        return
+    others = {f"teacher.tasks.{task}": model for task, model in teacher.tasks.items()}
+    others |= {f"teacher.ensemble: {model}": model for model in teacher.ensemble}
+    configs = {"teacher": teacher_config, "student": student_config}
+    configs |= {field: load_model_config(model) for field, model in others.items()}
+    for field, model_config in configs.items():
+        set_attention(model_on_meta(field, copy.deepcopy(model_config)), name)  # which is said in the config
 
 
 def model_on_meta(name: str, model_config: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from glmd.config import RunConfig, VocabularyConfig
+from glmd.config import RunConfig, StudentConfig, VocabularyConfig
 from glmd.data.corpus import corpus_fingerprint, require_corpus
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
@@ -22,6 +22,7 @@ from glmd.models.module_outputs import require_modules
 from glmd.models.quantization import quantized_linears
 from glmd.planning.checks import (
     model_on_meta,
+    require_attention,
     require_blanks,
     require_checkpointing,
     require_ensemble,
@@ -106,9 +107,9 @@ def make_plan(
 
 def _try_student(plan: Plan) -> None:
     from glmd.models.student import chosen_layers
-    from glmd.models.trial import try_student
+    from glmd.models.trial import try_attention, try_student
 
-    student, total = plan.config.student, plan.teacher_config.num_hidden_layers
+    config, student, total = plan.config, plan.config.student, plan.teacher_config.num_hidden_layers
     count = student.num_hidden_layers or total
     heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
     try_student(
@@ -121,6 +122,19 @@ def _try_student(plan: Plan) -> None:
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
         needs=frozenset().union(*(objective.needs for objective in plan.method.values())),
     )
+    if config.attn_implementation is not None:
+        trains_teacher = config.teacher.scratch is not None or any(
+            task not in config.teacher.tasks for task in plan.tasks
+        )
+        try_attention(
+            config.attn_implementation,
+            {"student": student, "teacher": StudentConfig(count)},
+            plan.teacher_config,
+            chosen_layers(student, count, total),
+            num_layers=count,
+            mixed_precision=config.mixed_precision,
+            trained={"student", "teacher"} if trains_teacher else {"student"},
+        )
 
 
 def corpus_sources(config: RunConfig, synthetic: Path | None) -> list[str]:
@@ -259,6 +273,7 @@ def _with_parameters(plan: Plan) -> Plan:
             except ConfigError as error:
                 raise ConfigError(f"method {plan.config.method}: {stage}: {term.name}: {error}") from None
     require_checkpointing(plan.config, plan.method, teacher, small)
+    require_attention(plan.config, student_config, plan.teacher_config)
     if chosen is not None:
         weight_origins(small, model_on_meta("teacher", cut_config), chosen, student.config)
     parameters = {

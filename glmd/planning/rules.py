@@ -34,6 +34,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     _check_cache(config, method)
     _check_ensemble(config, method)
     _check_steps(config, method)
+    _check_attention(config, method)
     return method, config, asked
 
 
@@ -303,6 +304,28 @@ def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
                 f"method {config.method} compares the examples of a batch with each other in {name}, which several "
                 "processes would divide; launch one"
             )
+
+
+def _check_attention(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse attention that does not show what a method compares of it, or that has not the precision it needs."""
+    from glmd.models.attention_masks import is_flash
+
+    name = config.attn_implementation
+    for stage, objective in method.items():
+        showing = ("sdpa",) if "attention_inputs" in objective.needs else ("sdpa", "eager")
+        if name not in (None, *showing) and {"attentions", "attention_inputs"} & objective.needs:
+            raise ConfigError(
+                f"attn_implementation {name}: {stage} of method {config.method} compares attention, which "
+                f"{' and '.join(showing)} alone can show; remove it"
+            )
+    if is_flash(name):
+        for key, given, other in (
+            ("mixed_precision", config.mixed_precision, "no"),
+            ("teacher.dtype", config.teacher.dtype, "float32"),
+        ):
+            if given == other:
+                wanted = "bf16" if key == "mixed_precision" else "bfloat16"
+                raise ConfigError(f"attn_implementation {name} runs in half precision alone; give {key}={wanted}")
 
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:

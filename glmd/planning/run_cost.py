@@ -208,6 +208,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         masked=stage.masking[0],
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=stage.training.gradient_checkpointing,
+        attention=config.attn_implementation,
     )
 
 

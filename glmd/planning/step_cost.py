@@ -12,7 +12,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -32,6 +32,7 @@ from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
+from glmd.models.attention import set_attention
 from glmd.models.heads import backbone, backbone_name, final_linear
 from glmd.models.loading import language_model_class
 from glmd.models.quantization import Quantization, quantized_linears, quantized_savings
@@ -52,8 +53,9 @@ class Cast:
     """Who is on stage: the models of a step, by their configs, and what it compares.
 
     teacher: None where nothing is asked of one. is_cached: its hidden states are read from disk. source_size: V.
-    form: how a task is asked; None on a corpus. masked: share of tokens with a label. shares_teacher: under FSDP the
-    ranks share out its backbone.
+    form: how a task is asked; None on a corpus. masked: share of tokens with a label. attention: `attn_implementation`;
+        those that keep no probabilities are counted as sdpa is. shares_teacher: under FSDP the ranks share out its
+        backbone.
     """
 
     objective: Objective
@@ -69,6 +71,7 @@ class Cast:
     masked: float = 0.0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ class Step:
             words = words if "head" in needs or task is None else None
             self.teacher = OnlineTeacher(words, task, vocabulary, merge_dropped=cast.merge_dropped, task_logits=logits)
             self.distiller.learn_from(self.teacher, is_proved=True)
+        models = {*self.distiller.splits, *(() if self.teacher is None else self.teacher.splits)}
+        for split in models:
+            if cast.attention is not None:
+                set_attention(split.model, cast.attention)
         self.parameters = list(self.distiller.parameters())
 
     def teach(self, batch: Batch) -> TeacherOutputs:
@@ -181,7 +188,7 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
     flops = FlopCounterMode(display=False)
     flops.flop_registry |= MORE_FLOPS
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():  # whose draws may look at what they drew
-        step = Step(cast)
+        step = Step(cast if cast.attention == "eager" else replace(cast, attention=None))
         for parameter in step.parameters:
             parameter.grad = torch.zeros_like(parameter)
     # Outside of the mode ids and masks stay real, so that code may look at them; weights stay what they are.

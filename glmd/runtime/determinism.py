@@ -19,6 +19,7 @@ import torch
 from glmd.errors import ConfigError
 
 VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # transformers reads it and asks the flash-attention package for that
 WORKSPACES = (":4096:8", ":16:8")  # those that NVIDIA says give the same bits; the second is slower and smaller
 NOT_PROMISED = (
     "deterministic: false, so equal runs, and one that was killed, end in weights that differ in their last bits"
@@ -55,11 +56,13 @@ def same_bits(device: torch.device, wanted: bool) -> Iterator[None]:
     if not wanted or device.type != "cuda":
         yield
         return
+    flash = os.environ.get(FLASH)
     memory: Any = torch.utils.deterministic
     mode, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     cudnn, sdp = torch.backends.cudnn, torch.backends.cuda.cudnn_sdp_enabled()
     flags = cudnn.deterministic, cudnn.benchmark
     try:
+        os.environ[FLASH] = "1"
         torch.use_deterministic_algorithms(True)  # strict: where it only warns, attention keeps its ways
         memory.fill_uninitialized_memory = False  # a help for finding faults, and slow
         cudnn.deterministic, cudnn.benchmark = True, False
@@ -74,6 +77,8 @@ def same_bits(device: torch.device, wanted: bool) -> Iterator[None]:
             "deterministic: false, and equal runs may differ in the last bits of their weights"
         ) from error
     finally:
+        os.environ.pop(FLASH)
+        os.environ |= {} if flash is None else {FLASH: flash}
         torch.set_deterministic_debug_mode(mode)
         memory.fill_uninitialized_memory = filled
         cudnn.deterministic, cudnn.benchmark = flags

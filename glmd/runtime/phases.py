@@ -51,13 +51,17 @@ def _credit() -> None:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """The phase "imports". Garbage is not looked for meanwhile: nothing of what is imported is any."""
+    """The phase "imports" of a process that has begun with it.
+
+    Garbage is not looked for meanwhile, nor among what was imported later: nothing of it is any.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
         with phase("imports"):
             yield
     finally:
+        gc.freeze()
         if collects:
             gc.enable()
 

@@ -57,7 +57,8 @@ def load_classifier(
         options |= quantized_loading(quantization, config, form.model_class(config), dtype=dtype, device=device)
     model, info = from_pretrained(form.model_class(config), name, dtype=dtype, **WEIGHTS, **options)
     require_complete(model, info, name, allowed_missing=HEADS if new_head and form.has_own_head else ())
-    proved(model.eval(), form.prove)
+    # Of a new head's weights no folder tells.
+    proved(model.eval(), form.prove, None if new_head else name)
     return model
 
 

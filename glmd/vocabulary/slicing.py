@@ -98,6 +98,7 @@ def slice_model(model: "nn.Module", vocabulary: Rows) -> "nn.Module":
     generation configuration are renumbered; dtype, device, tied weights, training mode and requires_grad are kept.
     """
     import torch
+    from transformers.initialization import no_init_weights
 
     _refuse_unsliceable(model, vocabulary)
     config: Any = model.config
@@ -108,8 +109,9 @@ def slice_model(model: "nn.Module", vocabulary: Rows) -> "nn.Module":
     new_config = renumber_config(config, vocabulary)
     _refuse_moved_positions(model, axes, config, new_config)
     tensors = {name: _kept_rows(tensor, axes.get(name), vocabulary) for name, tensor in model.state_dict().items()}
-    # Weights are drawn and then overwritten; the caller's random numbers must not depend on it.
-    with torch.random.fork_rng(devices=[]), torch.device(tensors[next(iter(axes))].device):
+    # No weights are drawn that are then replaced. What draws all the same must not change the caller's random numbers.
+    device = torch.device(tensors[next(iter(axes))].device)
+    with torch.random.fork_rng(devices=[]), no_init_weights(), device:
         sliced = type(model)(new_config)
     sliced.load_state_dict(tensors, strict=True, assign=True)
     sliced.tie_weights()  # type: ignore[operator]

@@ -20,11 +20,12 @@ from glmd.config_file import load_config
 from glmd.errors import ConfigError, GlmdError, ModelError, RunError
 from glmd.pipeline.context import Context
 from glmd.pipeline.elastic import require_shareable
-from glmd.pipeline.run import prepared_run, run
+from glmd.pipeline.run import _near_the_end, prepared_run, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
 from glmd.planning.plan import make_plan
 from glmd.planning.rules import with_dtype
 from glmd.reporting.report import results_table
+from glmd.stage_config import StageConfig
 from glmd.tasks.examples import read_split
 from glmd.tasks.tasks import load_task
 from glmd.training.checkpoint import load_checkpoint
@@ -454,7 +455,9 @@ def test_each_result_of_a_finished_run_is_hashed_once(finished, tiny, tmp_path, 
         monkeypatch.setattr(
             module,
             name,
-            lambda first, *more, real=real, name=name: hashed.append((name, str(first))) or real(first, *more),
+            lambda first, *more, real=real, name=name, **known: (
+                hashed.append((name, str(first))) or real(first, *more, **known)
+            ),
         )
     run(tiny.config(folder))
     assert len(hashed) == len(set(hashed))
@@ -808,6 +811,27 @@ def test_a_corpus_is_read_once_to_know_it_by(tiny, tmp_path, monkeypatch):
     with prepared_run(tiny.config(tmp_path / "run")):
         pass
     assert read.count("corpus.txt") == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "complete", "expected"),
+    [
+        ([500, 300, 200, 100, 50], (), [1, 2, 3, 4]),
+        ([500, 300, 200, 100, 50], (3, 4), [0, 1, 2]),
+        ([9, 9, 9, 9000, 9000], (), [2, 3, 4]),
+        ([9, 9, 9], (), [0, 1, 2]),
+        ([9, 9], (0, 1), []),
+    ],
+)
+def test_the_process_that_proves_exports_begins_near_the_end(monkeypatch, steps, complete, expected):
+    monkeypatch.setattr("glmd.pipeline.run.NEAR_THE_END", 700)
+
+    def stage(number, count):
+        return SimpleNamespace(path=str(number), examples=(), settings=StageConfig(max_steps=count))
+
+    stages = [stage(*each) for each in enumerate(steps)]
+    context = SimpleNamespace(stages=stages, processes=1, is_complete=lambda stage: int(stage.path) in complete)
+    assert sorted(_near_the_end(context)) == [str(each) for each in expected]
 
 
 def test_results_are_on_disk_before_the_exports_are_proved_and_say_so(finished, tiny, tmp_path, monkeypatch, capsys):

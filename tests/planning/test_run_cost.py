@@ -130,7 +130,10 @@ def test_nothing_is_asked_of_a_cached_teacher():
 
 def test_a_gpus_attention_keeps_no_probabilities():
     fused, plain = (counted(cast_of(), examples=B, length=256, fused_attention=on) for on in (True, False))
-    assert plain.student_step - fused.student_step > 2 * B * 4 * 256 * 256 * 4  # of two layers
+    probabilities = 2 * B * 4 * 256 * 256 * 4  # of two layers
+    assert plain.student_step - fused.student_step > probabilities
+    eager, flex = (counted(cast_of(attention=name), examples=B, length=256) for name in ("eager", "flex_attention"))
+    assert eager.student_step - fused.student_step > probabilities and flex == fused
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glmd.errors import ConfigError
-from glmd.runtime.determinism import VARIABLE, cublas_workspace, is_repeatable, same_bits
+from glmd.runtime.determinism import FLASH, VARIABLE, cublas_workspace, is_repeatable, same_bits
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -23,6 +23,7 @@ def switches() -> list[Any]:
         cudnn.deterministic,
         cudnn.benchmark,
         torch.backends.cuda.cudnn_sdp_enabled(),
+        os.environ.get(FLASH),
     ]
 
 
@@ -36,7 +37,7 @@ def test_a_run_on_a_gpu_has_its_switches_and_gives_them_back() -> None:
 
     with pytest.raises(KeyError):
         fail()
-    assert seen == [[True, False, False, True, False, False, True]]
+    assert seen == [[True, False, False, True, False, False, "1", True]]
     assert switches() == before and not is_repeatable(CUDA)
 
 

@@ -54,6 +54,16 @@ def test_a_phase_that_is_refused_has_ended(clock):
     assert phases.seconds() == {"checks": 2.0, "rest": 1.0}
 
 
+def test_what_a_command_imports_is_set_aside_until_a_run_has_ended(clock):
+    with phases.imports():
+        assert not gc.isenabled()
+        clock[0] += 4
+    assert gc.isenabled() and gc.get_freeze_count() > 1000
+    with known_objects_set_aside():
+        pass
+    assert gc.get_freeze_count() == 0 and phases.seconds() == {"imports": 4.0}
+
+
 def test_garbage_of_a_run_is_found_and_what_was_there_before_is_found_after_it():
     class Model:
         def __init__(self):
