@@ -18,9 +18,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def _made_configuration() -> str:
-    path = ROOT / "docs" / "make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", path)
+def _made(script: str) -> str:
+    path = ROOT / "docs" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(script, path)
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,9 +28,10 @@ def _made_configuration() -> str:
     return page
 
 
-def test_the_page_of_config_keys_is_what_its_script_makes():
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == _made_configuration(), "run python docs/make_configuration.py"
+@pytest.mark.parametrize("page", ["configuration", "methods"])
+def test_a_page_is_what_its_script_makes(page):
+    made = _made(f"make_{page}")
+    assert made == (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), f"run python docs/make_{page}.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,9 +13,7 @@ from glmd.distillation.methods import load_method, parse_term
 from glmd.distillation.objective import Objective, Term, positions_of
 from glmd.errors import ConfigError
 from glmd.losses.logits import LOGIT_LOSSES
-from glmd.strict_yaml import configs_root
 
-METHODS = sorted(path.stem for path in (configs_root() / "methods").glob("*.yaml"))
 WORDS = Term("lm_logits", "kl_divergence", options={"temperature": 15.0})
 MASKED = Term("lm_logits", "kl_divergence", tokens="masked")
 LABELS = Term("lm_labels", "hard_cross_entropy", tokens="masked")

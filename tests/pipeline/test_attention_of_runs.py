@@ -59,7 +59,10 @@ def test_students_and_teachers_train_by_it_and_are_scored_and_saved_without_it(
             ["attn_implementation=flex_attention"],
             "the student: BertForMaskedLM: it does not run by attn_implementation",
         ),
-        (["attn_implementation=flex_attention", "method={method}"], "compares attention, which sdpa and eager alone can"),
+        (
+            ["attn_implementation=flex_attention", "method={method}"],
+            "compares attention, which sdpa and eager alone can",
+        ),
     ],
 )
 def test_check_refuses_what_cannot_be_had_in_one_line(
