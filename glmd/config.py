@@ -253,6 +253,9 @@ class RunConfig:
     # Continue with another number of processes than the run was begun with: the same global batches in the same order,
     # by another gradient_accumulation_steps. Only the last bits of the weights differ.
     elastic: bool = False
+    # layer_distances: at each logging step of pretraining, how far the student's layers are from the teacher's, on a
+    # few held-out texts; nothing is trained on that. In log.jsonl, results.json, the report and a picture
+    analysis: Literal["none", "layer_distances"] = "none"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # beside log.jsonl
 
     def __post_init__(self) -> None:

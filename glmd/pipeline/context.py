@@ -59,6 +59,10 @@ class Context:
             raise ConfigError(
                 "teacher.sharded has no effect without FSDP; launch with configs/accelerate/fsdp2.yaml, or remove it"
             )
+        if self.is_sharded and plan.config.analysis != "none":
+            raise ConfigError(
+                f"analysis: {plan.config.analysis} looks at whole layers, which FSDP shares out; launch without it"
+            )
         self.shards_teachers = self.is_sharded and teacher.sharded is not False and not teacher.quantization
         self.processes, self.sharding = accelerator.num_processes, "FSDP2" if self.is_sharded else None
         if self.config.elastic:
@@ -174,6 +178,7 @@ class Context:
             "sharding": self.sharding,
         }
         if stage.kind == "pretraining":
+            inputs |= {"analysis": config.analysis} if config.analysis != "none" else {}
             inputs["ensemble"] = [self.run_folder.fingerprint(each) for each in config.teacher.ensemble] or None
         return inputs
 

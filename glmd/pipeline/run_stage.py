@@ -21,6 +21,7 @@ from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
 from glmd.models.student import build_student
 from glmd.models.weight_headers import stored_embeddings
+from glmd.pipeline.analysis import LayerDistances, is_analyzed, told
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import token_counts, training_data
 from glmd.pipeline.exports import export_stage
@@ -74,6 +75,8 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         elif not stage.leaves_language_model and not stage.trains_teacher:
             teacher_answers(context, stage)  # now, while nothing else fills the memory
         result["training"] = train(context, stage, language_model, task_model, teacher)
+        if is_analyzed(context, stage):
+            result["layer_distances"] = on_main(lambda: told(context, stage))
         if compared is not None:
             result["lm_scores"] = metrics = score_language_model(context, stage, model, compared) | bits
     if not stage.leaves_language_model:
@@ -176,6 +179,7 @@ def train(
         context.log,
         loader_workers(context.config.dataloader_num_workers, accelerator.device),
         evaluation(context, stage, teacher),
+        LayerDistances(context, stage, teacher) if teacher is not None and is_analyzed(context, stage) else None,
         compiles=context.config.torch_compile,
         replays=context.config.cuda_graphs,
     )

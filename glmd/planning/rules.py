@@ -35,6 +35,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     _check_ensemble(config, method)
     _check_steps(config, method)
     _check_attention(config, method)
+    _check_analysis(config, method)
     return method, config, asked
 
 
@@ -306,12 +307,31 @@ def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
             )
 
 
+def _check_analysis(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse an analysis of layers that nobody has."""
+    if config.analysis == "none":
+        return
+    if "pretraining" not in method:
+        raise ConfigError(f"analysis has no effect: method {config.method} has no pretraining; remove it")
+    if "pretraining" in cached_stages(config, method):
+        raise ConfigError(
+            f"analysis: {config.analysis} needs the teacher's layers, which teacher.cache does not keep; leave "
+            "pretraining out of teacher.cached_stages, or remove one of the two"
+        )
+
+
 def _check_attention(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse attention that does not show what a method compares of it, or that has not the precision it needs."""
     from glmd.models.attention_masks import is_flash
 
     name = config.attn_implementation
     for stage, objective in method.items():
+        inside = {"attentions", "attention_inputs", "modules"} & objective.needs
+        if config.torch_compile and inside:
+            raise ConfigError(
+                f"torch_compile: {stage} of method {config.method} compares {', '.join(sorted(inside))}, which "
+                "compiled code does not show; remove it"
+            )
         showing = ("sdpa",) if "attention_inputs" in objective.needs else ("sdpa", "eager")
         if name not in (None, *showing) and {"attentions", "attention_inputs"} & objective.needs:
             raise ConfigError(

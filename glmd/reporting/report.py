@@ -54,6 +54,7 @@ def results_table(results: dict[str, Any]) -> str:
         *(f"Warning: {each}" for each in concerns(chosen)),
         _word_table(chosen),
         _quantization_note(rows),
+        _distance_table(rows),
         _sweep_table(rows),
         _size_table(results),
         _time_table(rows),
@@ -251,6 +252,24 @@ def _word_table(rows: list[dict[str, Any]]) -> str:
     if not body:
         return ""
     return markdown_table(["word prediction, before → after", *columns.values()], body)
+
+
+def _distance_table(rows: list[dict[str, Any]]) -> str:
+    """How far the student's layers are from the teacher's, and how that goes with the loss on words."""
+    found = [row["layer_distances"] for row in rows if "layer_distances" in row and row["system"] == "student"]
+    if not found:
+        return ""
+    distances = {name: value for name, value in found[0].items() if isinstance(value, dict)}
+    body = []
+    for i in range(max(len(each["before"]) for each in distances.values())):
+        cells = [str(i + 1)]
+        for each in distances.values():
+            correlation = each["spearman"][i]
+            shown = "–" if correlation is None else f"{correlation:.2f}"
+            cells.append(f"{each['before'][i]:.3g} → {each['after'][i]:.3g} ({shown})")
+        body.append(cells)
+    header = ["student layer: distance before → after (Spearman with the loss on words)", *distances]
+    return markdown_table(header, body)
 
 
 def _quantization_note(rows: list[dict[str, Any]]) -> str:

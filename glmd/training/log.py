@@ -64,7 +64,9 @@ def _line(row: dict[str, Any]) -> str:
         elif key == "tokens_per_second":
             parts.append(f"{value} tokens/s")
         elif isinstance(value, list):
-            parts.append(f"{key} {value}")
+            parts.append(
+                f"{key} [{', '.join(f'{each:.4g}' if isinstance(each, float) else str(each) for each in value)}]"
+            )
         elif key not in ("stage", "step", "max_steps", "seconds"):
             parts.append(f"{key} {value:.4g}")
     return "  ".join(parts)

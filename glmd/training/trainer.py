@@ -62,6 +62,7 @@ from glmd.training.state import (
 logger = logging.getLogger(__name__)
 Teacher = Callable[[Batch], AllOutputs]
 Evaluate = Callable[[Distiller], float]  # a score of the student as it stands, higher is better
+Observe = Callable[[Distiller], dict[str, Any]]  # what a row of the log says of it beside
 SIGNAL_NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -82,7 +83,8 @@ class Trainer:
     """One stage of training.
 
     folder: where `checkpoints/` lie. stage: its name in the log. evaluate: if given, called after each epoch, and
-        the best weights are kept instead of the last. compiles: backbones by torch.compile. replays: as CUDA graphs,
+        the best weights are kept instead of the last. observe: asked before the first step and at each logging step,
+        by the main process. compiles: backbones by torch.compile. replays: as CUDA graphs,
         where that can be done.
     """
 
@@ -94,6 +96,7 @@ class Trainer:
     log: RunLog
     num_workers: int = 0
     evaluate: Evaluate | None = None
+    observe: Observe | None = None
     compiles: bool = False
     replays: bool = True
     progress: Progress = field(default_factory=Progress)
@@ -134,12 +137,14 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint, trained, optimizer)
         start_step, began = self.progress.step, time.monotonic() - self.progress.seconds
-        self.log.drop_after(self.stage, start_step)
+        self.log.drop_after(self.stage, start_step or -1)
         model.train()
 
         batches = step_batches(
             dataset, plan, collate, start_step=start_step, stop_step=max_steps, num_workers=self.num_workers
         )
+        if start_step == 0:
+            self._observe(distiller, 0)
         meter = Meter([term.name for term in distiller.objective.terms])
         bar = tqdm(
             total=max_steps,
@@ -167,6 +172,8 @@ class Trainer:
                     before, stop = None, self._signal()
                 if logs or is_last:
                     self._log(meter, distiller, step, max_steps, optimizer)
+                    with meter.paused():
+                        self._observe(distiller, step)
                 if evaluates:
                     with meter.paused():
                         copy_weights_into(distiller, trained)
@@ -344,6 +351,10 @@ class Trainer:
             "seconds": round(self.progress.seconds, 1),
         }
         self.log.write(row)
+
+    def _observe(self, distiller: Distiller, step: int) -> None:
+        if self.observe is not None and self.accelerator.is_main_process:
+            self.log.write({"stage": self.stage, "step": step, **self.observe(distiller)})
 
     def _keep_best(self, distiller: Distiller) -> None:
         assert self.evaluate is not None
