@@ -35,20 +35,25 @@ class Attention:
     is_causal: bool
 
     def scores(self) -> Tensor:
-        """(R, A, S, S) in float32 or better, scaled, before the softmax; -inf where a query may not look."""
+        """(R, A, S, S) in float32 or better, scaled, before the softmax; -inf where a query may not look.
+
+        Of a query that may look nowhere, which is padding, some numbers that are finite.
+        """
         query, key = _widened(self.query), _widened(self.key)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         with torch.autocast(query.device.type, enabled=False):
             scores = query @ key.transpose(-1, -2) * self.scale
         if self.is_causal:
-            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        if self.mask is None:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        elif self.mask is None:
             return scores
-        if self.mask.dtype == torch.bool:
-            return scores.masked_fill(~self.mask, float("-inf"))
-        hidden = self.mask <= torch.finfo(self.mask.dtype).min / 2  # as far down as transformers writes it
-        return (scores + self.mask.to(scores)).masked_fill(hidden, float("-inf"))
+        elif self.mask.dtype == torch.bool:
+            hidden = ~self.mask
+        else:
+            hidden = self.mask <= torch.finfo(self.mask.dtype).min / 2  # as far down as transformers writes it
+            scores = scores + self.mask.to(scores)
+        # A pad behind a window of local attention sees nothing: its softmax, and the gradient of that, would be nan.
+        return scores.masked_fill(hidden & ~hidden.all(-1, keepdim=True), float("-inf"))
 
     def read(self, signal: str, key_value_heads: int) -> Tensor:
         """(R, S, A, S) `attentions`, before any dropout, or `attention_scores`; (R, S, A, D) the inputs by their names.

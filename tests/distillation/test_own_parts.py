@@ -87,6 +87,15 @@ def test_a_function_that_cannot_be_a_loss_is_refused_in_one_line(own: Any, term:
     assert ("\n" not in str(refused.value) and "pretraining[0].loss" in str(refused.value)) or "strength" in message
 
 
+def test_a_file_that_has_changed_is_read_again(own: Any, write: Any) -> None:
+    term = "{signal: hidden_states, loss: 'losses.py:absolute'}"
+    before, source = sums_and_gradients(own(term))[0], own(term).terms[0].source
+    write("mine/losses.py", LOSSES.replace(".mean(-1)", ".sum(-1)"))
+    objective = load_method(str(write("mine/method.yaml", f"pretraining: [{term}]")))["pretraining"]
+    assert objective.terms[0].source != source
+    torch.testing.assert_close(sums_and_gradients(objective)[0], 8 * before)
+
+
 def test_modules_by_their_names_are_what_layers_give() -> None:
     pairs = (("encoder.layer.0", "encoder.layer.1"), ("encoder.layer.1", "encoder.layer.3"))
     by_name = Objective((Term("modules", "mse", modules=pairs),))
@@ -123,6 +132,18 @@ def test_layers_join_in_turn_and_what_comes_after_them_counts_last() -> None:
     twin = distiller_of(alone)
     twin.learn_from(teacher)
     torch.testing.assert_close(found[0][0], twin(batch, teacher(batch))[0] / 2)  # of two layers the mean
+
+
+def test_layers_are_averaged_or_added_and_taken_in_their_order() -> None:
+    pairs = ((1, 3), (0, 1))  # as a user may write them
+    found = [
+        sums_and_gradients(Objective((Term("hidden_states", "mse", layers=pairs, over_layers=over),)))[0]
+        for over in ("mean", "sum")
+    ]
+    torch.testing.assert_close(found[1], 2 * found[0])
+    of_all = (Term("hidden_states", "gram_mse", layers=each) for each in (pairs, pairs[::-1]))
+    ours, theirs = (sums_and_gradients(Objective((term,)))[0] for term in of_all)
+    torch.testing.assert_close(ours, theirs)  # from each layer into the next, not the one that is written next
 
 
 def test_drawn_layers_rise_change_with_progress_and_are_drawn_alike_again() -> None:

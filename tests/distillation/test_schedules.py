@@ -80,3 +80,9 @@ def test_a_weight_goes_straight_from_one_number_to_the_other(progress: float, st
 def test_a_weight_without_both_ends_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight must be a number or"):
         scheduled_weight({"from": 1.0, "until": 0.0}, 0.5)
+
+
+def test_points_are_joined_by_lines_and_the_second_of_two_at_one_place_holds_from_there():
+    points = ((0.2, 1.0), (0.6, 3.0), (0.6, 0.0), (0.8, 1.0))
+    found = [scheduled_weight(points, at) for at in (0.0, 0.2, 0.4, 0.6 - 1e-9, 0.6, 0.7, 0.8, 1.0)]
+    assert found == pytest.approx([1, 1, 2, 3, 0, 0.5, 1, 1], abs=1e-6)

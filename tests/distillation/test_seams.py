@@ -35,6 +35,7 @@ from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import ConfigError, ModelError
 from glmd.losses.features import HIDDEN_LOSSES
+from glmd.models.layers import LayerChoice
 from glmd.vocabulary.vocabulary import Vocabulary
 
 V = 30
@@ -248,6 +249,10 @@ def test_where_only_layers_are_compared_every_weight_has_a_gradient(head: Any) -
         (Term("hidden_states", "mse", layers=((0, 4),)), {}, {"width": 8}, "the teacher's 0 to 3"),
         (Term("hidden_states", "mse", layers=((2, 3),)), {}, {"width": 8}, "student's layers count 0 to 1"),
         (Term("attentions", "mse"), {"num_attention_heads": 4}, {}, "num_attention_heads is 4, the teacher's 2"),
+        (Term("values", "relation_kl", layers="embeddings"), {}, {}, "the embeddings have no values"),
+        (Term("values", "relation_kl", options={"relation_heads": 3}), {}, {}, "relation_heads 3 does not divide 8"),
+        (Term("hidden_states", "gram_mse", layers="middle"), {}, {"width": 8}, "layers: 2 are needed"),
+        (Term("hidden_states", "mse", layers=LayerChoice(start=5)), {}, {"width": 8}, "none of 2 pairs of uniform is"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_in_one_line(term: Term, model: Any, teacher: Any, message: str) -> None:

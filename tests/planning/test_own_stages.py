@@ -41,6 +41,16 @@ def test_stages_of_a_methods_own_follow_one_another_with_settings_that_are_chang
     assert control.training.max_steps == 7 + 2 * 3  # as many updates as the passes have together
 
 
+def test_the_last_stage_leaves_the_model_of_the_task_whatever_it_is_called(
+    tiny: Any, tmp_path: Any, write: Any
+) -> None:
+    both = "[{signal: lm_logits, loss: mse}, {signal: task_logits, loss: mse}]"
+    path = write("both.yaml", f"task_a: {both}\ntask_b: {both}")
+    plan = make_plan(tiny.config(tmp_path / "run", f"method={path}"), hash_corpus=False)
+    found = {stage.kind: stage.leaves_language_model for stage in stages(plan, 1) if stage.task is not None}
+    assert found == {"task_teacher": False, "task_a": True, "task_b": False, "hard_labels": False}
+
+
 def test_a_sweep_of_a_stage_shares_the_stages_before_it(method: str, tiny: Any, tmp_path: Any) -> None:
     sweep = "sweep={task_annealed: {learning_rate: [1e-3, 2e-3]}}"
     config = tiny.config(tmp_path / "run", f"method={method}", sweep, "controls.hard_labels=false")
