@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glmd.errors import ConfigError
-from glmd.losses.features import HIDDEN_LOSSES, RELATION_LOSSES, normalized_mse, score_mse
+from glmd.losses.features import HIDDEN_LOSSES, RELATION_LOSSES, attention_kl, normalized_mse, score_mse
 from glmd.losses.logits import annealed_mse, margin_mse
 from glmd.losses.relations import relation_kl
 
@@ -64,6 +64,24 @@ def test_scores_are_compared_where_a_key_exists() -> None:
 
     shown = teacher.masked_fill(hidden, -math.inf)
     require_same(lambda x: score_mse(x.masked_fill(hidden, -math.inf), shown), plain, student)
+
+
+def test_a_second_softmax_is_over_the_keys_that_exist() -> None:
+    ours, teacher = drawn(R, 2, S, seed=0), drawn(R, 2, S, seed=1)
+    hidden = ~VALID[:, None, :].expand(R, 2, S)
+    probabilities = teacher.masked_fill(hidden, -math.inf).softmax(-1)
+
+    def plain(x: Tensor) -> Tensor:
+        values = []
+        for r, n in enumerate(LENGTHS):
+            q, p = (each[r, :, :n].softmax(-1).log_softmax(-1) for each in (x, teacher))
+            values.append((p.exp() * (p - q)).sum(-1).mean())
+        return torch.stack(values)
+
+    def found(x: Tensor) -> Tensor:
+        return attention_kl(x.masked_fill(hidden, -math.inf).softmax(-1), probabilities, double_softmax=True)
+
+    require_same(found, plain, ours)
 
 
 @pytest.mark.parametrize("heads", [None, 1, 4])

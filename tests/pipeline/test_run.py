@@ -290,6 +290,8 @@ def test_a_stage_whose_best_checkpoint_is_kept_may_not_get_longer():
     grown = {**stage, "max_steps": 8}
     assert only_goes_on({"stage": stage, "selection": "last"}, {"stage": grown, "selection": "last"})
     assert not only_goes_on({"stage": stage, "selection": "best"}, {"stage": grown, "selection": "best"})
+    drawn = {"selection": "last", "changes": True}  # layers in turn, an intervention: all of which look at progress
+    assert not only_goes_on({"stage": stage, **drawn}, {"stage": grown, **drawn})
 
 
 def begun_with(folder: Path, processes: int) -> None:
