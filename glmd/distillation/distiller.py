@@ -97,7 +97,7 @@ class Distiller(nn.Module):
             pairs = self.pairs[term.name](0.0)
             drawn = isinstance(term.layers, LayerChoice) and term.layers.map == "random"
             numbers = range(configs[1].get_text_config().num_hidden_layers) if drawn else [layer for _, layer in pairs]
-            asked = [*self.teacher.layers.get(term.signal, ()), *numbers]
+            asked = [*self.teacher.layers.get(term.signal, ()), *numbers, *(layer for _, layer in pairs)]
             self.teacher.layers[term.signal] = [*dict.fromkeys(asked)]
             if term.signal == "modules" and not is_proved:
                 _require_like_shapes(term, student.model, live.model)
@@ -231,7 +231,10 @@ class Distiller(nn.Module):
         assert logits is not None and target is not None, "both have a task head"
         loss = signal.losses[term.loss]
         more = {"progress": progress} if takes_progress(loss) else {}
-        return loss(logits, target, **term.options, **more).sum()
+        values = loss(logits, target, **term.options, **more)
+        if values.shape != logits.shape[:1]:
+            raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(logits.shape)} logits")
+        return values.sum()
 
 
 def _key(term: Term) -> str:

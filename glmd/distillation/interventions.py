@@ -34,11 +34,11 @@ from glmd.distillation.theseus import require_alike, theseus
 class OfLayers:
     """An intervention that uses layers of a live teacher, whatever the terms ask of it.
 
-    check: of the configs of student and teacher; raises ConfigError, one line, where they do not fit.
+    check: of the configs of student and teacher, and the options; raises ConfigError, one line, where they do not fit.
     """
 
     function: Callable[..., AbstractContextManager[None]]
-    check: Callable[[Any, Any], None]
+    check: Callable[..., None]
 
     def __call__(self, *given: Any, **options: Any) -> AbstractContextManager[None]:
         return self.function(*given, **options)
@@ -60,7 +60,7 @@ class Intervention:
         """Raises ConfigError where models of these configs do not fit."""
         kind = INTERVENTIONS[self.name]
         if isinstance(kind, OfLayers):
-            kind.check(student, teacher)
+            kind.check(student, teacher, **self.options)
 
     @property
     def teacher_needs(self) -> frozenset[Literal["layers"]]:

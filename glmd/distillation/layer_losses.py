@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from glmd.distillation.objective import Term, positions_of
-from glmd.distillation.signals import feature_loss
+from glmd.distillation.signals import feature_loss, takes_progress
+from glmd.errors import ConfigError
+from glmd.losses.feature_loss import FeatureLoss
 from glmd.losses.positions import rows_at
 from glmd.models.layers import Place
 
@@ -73,17 +75,38 @@ def layer_sum(
     elif projections is not None:
         ours = {layer: projections(each) for layer, each in ours.items()}
     compared = [(ours[a], theirs[b]) for a, b in pairs]
-    if loss.takes_all_layers:
+    if loss.is_paired:
+        inorder = sorted(pairs) if isinstance(pairs[0][0], int) else pairs
+        compared = [(torch.stack([ours[a] for a, _ in inorder]), torch.stack([theirs[b] for _, b in inorder]))]
+    elif loss.takes_all_layers:
         compared = [(torch.stack([*ours.values()]), torch.stack([*theirs.values()]))]
     more = () if loss.unit == "token" else (batch["predicts"],)
     with torch.autocast(compared[0][0].device.type, enabled=False):
-        values = [loss(*pair, *more, **term.options) for pair in compared]
+        values = [_values(term, loss, pair, more, progress) for pair in compared]
     weights = turn_weights(term, len(values), progress)
     total = torch.stack([each if weight == 1 else each * weight for each, weight in zip(values, weights, strict=True)])
     of_layers = total.sum(0) if term.over_layers == "sum" else total.mean(0)
     if loss.unit == "row" and term.tokens == "masked":
         of_layers = rows_at(of_layers, positions_of(term, batch))
     return of_layers.sum()
+
+
+def _values(
+    term: Term, loss: FeatureLoss, pair: tuple[Tensor, Tensor], more: tuple[Tensor, ...], progress: float
+) -> Tensor:
+    """Of each token, row or text. Raises ConfigError where tensors do not fit, or a loss of the user's own fails."""
+    given = {"progress": progress} if takes_progress(loss) else {}
+    rows = pair[0].shape[loss.takes_all_layers :]
+    try:
+        values = loss(*pair, *more, **term.options, **given)
+    except Exception as error:
+        if not term.source and not isinstance(error, ValueError):
+            raise
+        shapes = " and ".join(str(tuple(each.shape)) for each in pair)
+        raise ConfigError(f"{term.name} cannot compare {shapes} ({error})") from error
+    if values.shape != rows[: 2 if loss.unit == "row" else 1]:
+        raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(pair[0].shape)}; one for each is needed")
+    return values
 
 
 def turn(progress: float, layers: int) -> int:

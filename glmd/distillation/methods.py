@@ -8,16 +8,16 @@ A YAML may only name options that the loss function has.
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from glmd.config import STAGES
-from glmd.distillation.interventions import INTERVENTIONS, Intervention
+from glmd.distillation.interventions import INTERVENTIONS, Intervention, OfLayers
 from glmd.distillation.objective import Objective, Term
-from glmd.distillation.own_losses import add_own_loss, is_own
+from glmd.distillation.own_losses import add_own_loss, is_own, try_loss
 from glmd.distillation.schedules import Weight
-from glmd.distillation.signals import SIGNALS
+from glmd.distillation.signals import SIGNALS, takes_progress
 from glmd.errors import RENAMED, ConfigError, suggestion
 from glmd.losses.feature_loss import FeatureLoss
 from glmd.models.layers import LayerChoice, Layers
@@ -46,9 +46,16 @@ def load_method(name: str) -> dict[str, Objective]:
         parsed = tuple(parse_term(term, f"{where}[{i}]", stage, path) for i, term in enumerate(terms))
         if any(term.in_turn for term in parsed) and not any(term.in_turn and term.of_layers for term in parsed):
             raise ConfigError(f"{where}: in_turn has no effect: no term on layers is in turn; remove it")
-        names = [term.name for term in parsed]
+        if isinstance(INTERVENTIONS.get(intervention.name if intervention else ""), OfLayers) and any(
+            term.of_layers for term in parsed
+        ):
+            raise ConfigError(
+                f"{where}: {intervention.name if intervention else ''} changes what the student's layers give, so that "
+                "they cannot be compared; remove the terms on layers"
+            )
+        names = [term.name.replace(".", "_") for term in parsed]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = next(term.name for term, name in zip(parsed, names, strict=True) if names.count(name) > 1)
             raise ConfigError(f"{where} has {twice} twice; add their weights, or give one of them a label of its own")
         method[stage] = Objective(parsed, intervention)
     if not method:
@@ -80,6 +87,8 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     for key in ("signal", "loss"):
         if key not in values:
             raise ConfigError(f"{where}.{key} is missing")
+        if not isinstance(values[key], str):
+            raise ConfigError(f"{where}.{key} must be text, got {values[key]!r}")
     signal, loss = values["signal"], values["loss"]
     in_pretraining = [name for name, each in SIGNALS.items() if each.level != "example"]
     allowed = in_pretraining if stage == "pretraining" else list(SIGNALS)
@@ -92,9 +101,9 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     if loss not in kind.losses:
         raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), kind.losses)}")
     function: Any = kind.losses[loss]
-    if source and signal == "lm_logits" and _options(function).keys() - {"temperature"}:
+    options, of_layers = _options(function, where), _of_layers(function) if kind.level == "layer" else None
+    if source and signal == "lm_logits" and (options.keys() - {"temperature"} or takes_progress(function)):
         raise ConfigError(f"{where}.loss: of lm_logits it may have the option temperature alone")
-    options, of_layers = _options(function), _of_layers(function) if kind.level == "layer" else None
     own = _keys_of(signal, of_layers)
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
@@ -111,6 +120,10 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
     if signal == "modules" and "modules" not in fields:
         raise ConfigError(f"{where}.modules is missing; give pairs of names [[student's, teacher's], ...]")
+    if source or given:
+        try_loss(function, signal, given, where, is_own=bool(source))
+    if source and "temperature" in options:  # which the loss on chunks of the vocabulary gives it in any case
+        given.setdefault("temperature", _default(function, "temperature"))
     _check_together(fields, of_layers, where)
     return Term(signal, loss, options=given, source=source, **fields)
 
@@ -173,12 +186,12 @@ def _of_layers(loss: Any) -> FeatureLoss:
 
 def parse_intervention(values: Any, where: str) -> Intervention:
     """A checked intervention from its YAML mapping. Raises ConfigError that begins with `where`."""
-    if not isinstance(values, dict) or "name" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
         raise ConfigError(f"{where} must be a mapping with a name, got {values!r}")
     name = values["name"]
     if name not in INTERVENTIONS:
         raise ConfigError(f"{where}.name {name!r} is unknown{suggestion(str(name), INTERVENTIONS)}")
-    options = _options(INTERVENTIONS[name])
+    options = _options(INTERVENTIONS[name], where)
     for key in values.keys() - {"name", *options}:
         raise ConfigError(f"{where}.{key} has no effect on {name}{suggestion(key, options)}")
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
@@ -201,10 +214,25 @@ def _checked_layers(given: Any, where: str) -> Layers:
     return pairs
 
 
-def _options(function: Callable[..., Any]) -> dict[str, Any]:
+def _options(function: Any, where: str) -> dict[str, Any]:
     """The keyword-only options of a loss or an intervention, with their types; `progress` is the stage's."""
-    parameters = inspect.signature(getattr(function, "function", function)).parameters.values()
-    return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
+    found = {}
+    for parameter in _parameters(function).values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "progress":
+            kind = parameter.annotation
+            if kind is parameter.empty and parameter.default is parameter.empty:
+                raise ConfigError(f"{where}: option {parameter.name} has neither type nor default; give it one")
+            found[parameter.name] = type(parameter.default) if kind is parameter.empty else kind
+    return found
+
+
+def _default(function: Any, option: str) -> Any:
+    return _parameters(function)[option].default
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    plain = getattr(function, "function", function)
+    return inspect.signature(plain, eval_str=True).parameters
 
 
 def _checked_modules(given: Any, where: str) -> tuple[tuple[str, str], ...]:
@@ -212,8 +240,8 @@ def _checked_modules(given: Any, where: str) -> tuple[tuple[str, str], ...]:
         pairs = coerce(list[list[str]], given, where)
     except ConfigError:
         pairs = []
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"{where} must be pairs of names [[student's, teacher's], ...]; got {given!r}")
+    if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(map(tuple, pairs))) < len(pairs):
+        raise ConfigError(f"{where} must be different pairs of names [[student's, teacher's], ...]; got {given!r}")
     return tuple((ours, theirs) for ours, theirs in pairs)
 
 

@@ -47,7 +47,7 @@ class Term:
 
     @property
     def name(self) -> str:
-        return f"{self.signal}.{self.loss}" + (f".{self.label}" if self.label else "")
+        return f"{self.signal}.{self.loss.partition('@')[0]}" + (f".{self.label}" if self.label else "")
 
     def record(self) -> dict[str, Any]:
         """What it is, for a stage's record; keys that came later stand there where they are not as they were before."""

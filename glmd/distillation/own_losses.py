@@ -8,27 +8,25 @@ come with glmd; keyword-only parameters are options of the term. It is tried on 
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, MutableMapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glmd.distillation.signals import SIGNALS
+from glmd.distillation.signals import SIGNALS, takes_progress
 from glmd.errors import ConfigError
 from glmd.losses.feature_loss import FeatureLoss
 from glmd.losses.rows import ROW_LOSSES, rows_by_autograd
 
 
 class OwnLoss(NamedTuple):
-    """Under which name a loss was added, and the sha256 of its file."""
+    """The key under which a loss was added to those of its signal, and the sha256 of its file."""
 
-    name: str
+    key: str
     source: str
-
-
-_added: dict[tuple[str, str], str] = {}  # (signal, name) -> sha256 of the file it came from
 
 
 def is_own(loss: Any) -> bool:
@@ -37,44 +35,36 @@ def is_own(loss: Any) -> bool:
 
 
 def add_own_loss(loss: str, signal: str, beside: Path, where: str) -> OwnLoss:
-    """Run the file of a loss and add the function to those of a signal. Raises ConfigError that begins with `where`.
+    """Run the file of a loss and add the function to those of a signal, under a key that no other file can have.
 
-    beside: the method's YAML, whose folder the file is looked for in.
+    beside: the method's YAML, whose folder the file is looked for in. Raises ConfigError that begins with `where`.
     """
     file, _, name = loss.rpartition(":")
     path = beside.parent / Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(f"{where}.loss: {path} is no file; its place counts from the method's YAML")
-    source = hashlib.sha256(path.read_bytes()).hexdigest()
-    losses: Any = SIGNALS[signal].losses
-    if _added.get((signal, name)) == source:
-        return OwnLoss(name, source)
-    if name in losses and (signal, name) not in _added:
-        raise ConfigError(f"{where}.loss: {name} is the name of a loss that comes with glmd; give the function another")
     if signal == "lm_labels":
         raise ConfigError(f"{where}.loss: lm_labels have one loss, hard_cross_entropy")
-    _add(losses, name, _function(path, name, where), signal, where)
-    _added[signal, name] = source
-    return OwnLoss(name, source)
-
-
-def _add(losses: MutableMapping[str, Any], name: str, function: Any, signal: str, where: str) -> None:
-    is_feature = SIGNALS[signal].level == "layer"
-    made = FeatureLoss(function) if is_feature and not isinstance(function, FeatureLoss) else function
-    if not is_feature or made == FeatureLoss(function):
-        _try(function, signal, where)
-    losses[name] = made
+    source = hashlib.sha256(path.read_bytes()).hexdigest()
+    key, losses = f"{name}@{source[:16]}", SIGNALS[signal].losses
+    assert isinstance(losses, dict), "a table"
+    if key not in losses:
+        function = _function(path, name, source, where)
+        is_feature = SIGNALS[signal].level == "layer" and not isinstance(function, FeatureLoss)
+        losses[key] = FeatureLoss(function) if is_feature else function
     if signal == "lm_logits":
-        ROW_LOSSES[name] = rows_by_autograd(function)
+        ROW_LOSSES[key] = rows_by_autograd(losses[key], name)
+    return OwnLoss(key, source)
 
 
-def _function(path: Path, name: str, where: str) -> Callable[..., Tensor]:
-    spec = importlib.util.spec_from_file_location(f"glmd_own_{path.stem}", path)
+def _function(path: Path, name: str, source: str, where: str) -> Callable[..., Tensor]:
+    module_name = f"glmd_own_{path.stem}_{source[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, "a Python file"
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's code raises
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
         raise ConfigError(f"{where}.loss: {path} cannot be run ({type(error).__name__}: {error})") from error
     found = getattr(module, name, None)
     if not callable(found):
@@ -82,23 +72,48 @@ def _function(path: Path, name: str, where: str) -> Callable[..., Tensor]:
     return found
 
 
-def _try(function: Callable[..., Tensor], signal: str, where: str) -> None:
-    """Refuse a function that does not give a differentiable value for each row."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (3, 5) if signal in _OF_ROWS else (3, 2, 5)
+def try_loss(loss: Any, signal: str, options: Mapping[str, Any], where: str, *, is_own: bool) -> None:
+    """Try a loss with its options on numbers of two sizes. Raises ConfigError that begins with `where`.
+
+    is_own: whatever it raises or returns is looked at; else only whether it takes the options.
+    """
+    more = {"progress": 0.5} if takes_progress(loss) else {}
+    for count in (3, 5):
+        student, teacher, valid = _numbers(signal, getattr(loss, "unit", "token"), count)
+        if getattr(loss, "takes_all_layers", False):
+            student, teacher = (each.expand(2, *each.shape).clone() for each in (student, teacher))
+        student, shape, before = student.requires_grad_(), tuple(student.shape), teacher.clone()
+        try:
+            values = loss(student, teacher, *valid, **options, **more)
+            if not is_own:
+                return
+            values.sum().backward()
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{error}") from None
+        except Exception as error:  # whatever a user's code raises
+            if not is_own:
+                return
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{where}.loss fails on {shape} numbers ({type(error).__name__}: {reason})") from error
+        wanted = tuple(valid[0].shape) if getattr(loss, "unit", "token") == "row" else (count,)
+        finite = student.grad is not None and bool(values.isfinite().all() and student.grad.isfinite().all())
+        if tuple(values.shape) != wanted or not finite:
+            raise ConfigError(
+                f"{where}.loss must give a finite, differentiable value for each of {count} rows of {shape}, gave "
+                f"{tuple(values.shape)}"
+            )
+        if not torch.equal(before, teacher):
+            raise ConfigError(f"{where}.loss changes the teacher's numbers, which other terms read; copy them first")
+
+
+def _numbers(signal: str, unit: str, count: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """A student's numbers, a teacher's or labels, and, of rows, which tokens are valid."""
+    generator, heads = torch.Generator().manual_seed(0), signal in _OF_HEADS
+    shape = (count, *(() if unit == "token" else (3,)), *((2, 4) if heads else (5,)))
     student, teacher = (torch.rand(shape, generator=generator).softmax(-1) for _ in range(2))
-    target = torch.tensor([0, 1, 2]) if SIGNALS[signal].labels is not None else teacher
-    try:
-        values = function(student.requires_grad_(), target)
-        given = tuple(values.shape)
-        values.sum().backward()
-    except Exception as error:  # whatever a user's code raises
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where}.loss fails on {shape} numbers ({type(error).__name__}: {reason})") from error
-    if given != (3,) or student.grad is None or not (values.isfinite().all() and student.grad.isfinite().all()):
-        raise ConfigError(
-            f"{where}.loss must give a finite, differentiable value for each of 3 rows of {shape}, gave {given}"
-        )
+    if SIGNALS[signal].labels is not None:
+        teacher = torch.arange(count) % 5
+    return student, teacher, () if unit == "token" else (torch.ones(count, 3, dtype=torch.bool),)
 
 
-_OF_ROWS = ("lm_logits", "task_logits", "task_labels", "hidden_states")  # (N, ...) of one axis more
+_OF_HEADS = ("attentions", "attention_scores", "queries", "keys", "values")

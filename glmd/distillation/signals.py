@@ -21,7 +21,7 @@ from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSE
 from glmd.losses.labels import LABEL_LOSSES
 from glmd.losses.logits import LOGIT_LOSSES, TASK_LOGIT_LOSSES
 from glmd.models.attention_calls import key_value_heads
-from glmd.models.layers import Place, layer_pairs
+from glmd.models.layers import EMBEDDINGS, Place, layer_pairs
 
 # attention_inputs: queries, keys, values, and the scores they give.
 # layers: the modules themselves, of a live teacher.
@@ -89,17 +89,20 @@ def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tupl
     term: a Term of a signal of layers. draw: what drawn layers are a function of. Raises ConfigError, one line, for
     layers, widths or heads that do not fit.
     """
-    if term.signal == "modules":
-        return list(term.modules)
     student, teacher, loss = student.get_text_config(), teacher.get_text_config(), feature_loss(term)
+    pairs: Sequence[tuple[Place, Place]]
     try:
-        pairs = layer_pairs(term.layers, student.num_hidden_layers, teacher.num_hidden_layers, draw)
+        pairs = term.modules or layer_pairs(term.layers, student.num_hidden_layers, teacher.num_hidden_layers, draw)
     except ConfigError as error:
         raise ConfigError(f"{term.name}: {error}") from None
-    if any(layer < 0 for pair in pairs for layer in pair) and term.signal != "hidden_states":
-        raise ConfigError(f"{term.name}: layers: the embeddings have no {term.signal}; give embeddings: false")
+    if loss.is_paired and any(len(set(side)) < len(pairs) for side in zip(*pairs, strict=True)):
+        raise ConfigError(f"{term.name}: layers: {term.loss} takes each layer once; give uniform, or such pairs")
     if len(pairs) < loss.least_layers:
         raise ConfigError(f"{term.name}: layers: {loss.least_layers} are needed, {pairs} are fewer; give uniform")
+    if term.signal == "modules":
+        return list(pairs)
+    if (EMBEDDINGS, EMBEDDINGS) in pairs and term.signal != "hidden_states":
+        raise ConfigError(f"{term.name}: layers: the embeddings have no {term.signal}; give embeddings: false")
     count: Callable[[Any], int]
     if term.signal == "hidden_states":
         name, remedy, count = "hidden_size", "give projection: linear", attrgetter("hidden_size")

@@ -34,8 +34,6 @@ def theseus(
     A student's layer that does not count runs all the same, and has a gradient of zero: data-parallel ranks draw
     differently and have to meet in all weights.
     """
-    if not (0 <= replacing_rate <= 1 and 0 < until <= 1):
-        raise ConfigError(f"replacing_rate must be in [0, 1] and until in (0, 1], got {replacing_rate} and {until}")
     rate = min(1.0, replacing_rate + (1 - replacing_rate) * progress / until)
     ours, theirs = (layers_in_order(model) for model in (student.model, teacher[0].model))
     blocks = [theirs[start:stop] for start, stop in block_bounds(len(ours), len(theirs))]
@@ -77,8 +75,12 @@ def _replaced_by(block: Sequence[nn.Module]) -> Callable[..., Any]:
     return hook
 
 
-def require_alike(student: Any, teacher: Any) -> None:
-    """Layers of one kind and width. Raises ConfigError."""
+def require_alike(student: Any, teacher: Any, *, replacing_rate: float = 0.3, until: float = 0.66) -> None:
+    """Options in their range, layers of one kind and width. Raises ConfigError."""
+    if not (0 <= replacing_rate <= 1 and 0 < until <= 1):
+        raise ConfigError(
+            f"theseus: replacing_rate must be in [0, 1] and until in (0, 1], got {replacing_rate} and {until}"
+        )
     for name in ("model_type", "hidden_size"):
         ours, theirs = (getattr(config.get_text_config(), name) for config in (student, teacher))
         if ours != theirs:

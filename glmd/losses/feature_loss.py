@@ -17,7 +17,8 @@ class FeatureLoss:
 
     function: of the student's and the teacher's tensors, by its unit. "token": (N, ...) each -> (N,). "row":
         (R, S, ...) each and (R, S) which tokens are valid -> (R, S), 0 at pads. "text": the same -> (R,).
-    takes_all_layers: it is given those of all layers at once, with the layers as a first axis.
+    takes_all_layers: it is given those of all layers at once, with the layers as a first axis. is_paired: of as many of
+        both models, each beside its partner.
     same_width: both must have one width. least_layers: how many of each model it needs. needs_both: a projection of
         both models, without which it has no sense. couples: the value of an example depends on the others of its batch.
     """
@@ -25,6 +26,7 @@ class FeatureLoss:
     function: Callable[..., Tensor]
     unit: Literal["token", "row", "text"] = "token"
     takes_all_layers: bool = False
+    is_paired: bool = False
     same_width: bool = True
     least_layers: int = 1
     needs_both: bool = False

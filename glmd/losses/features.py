@@ -100,10 +100,14 @@ HIDDEN_LOSSES: dict[str, FeatureLoss] = {
     "attended_mse": FeatureLoss(attended_mse, takes_all_layers=True),
     "attended_kl": FeatureLoss(attended_kl, takes_all_layers=True),
     "concatenated_mse": FeatureLoss(concatenated_mse, takes_all_layers=True, needs_both=True),
-    "layer_similarity_kl": FeatureLoss(layer_similarity_kl, takes_all_layers=True, same_width=False, least_layers=2),
-    "layer_angle_mse": FeatureLoss(layer_angle_mse, takes_all_layers=True, same_width=False, least_layers=2),
-    "gram_mse": FeatureLoss(gram_mse, "text", takes_all_layers=True, least_layers=2),
-    "batch_contrast": FeatureLoss(batch_contrast, "text", takes_all_layers=True, couples=True),
+    "layer_similarity_kl": FeatureLoss(
+        layer_similarity_kl, takes_all_layers=True, is_paired=True, same_width=False, least_layers=2
+    ),
+    "layer_angle_mse": FeatureLoss(
+        layer_angle_mse, takes_all_layers=True, is_paired=True, same_width=False, least_layers=2
+    ),
+    "gram_mse": FeatureLoss(gram_mse, "text", takes_all_layers=True, is_paired=True, least_layers=2),
+    "batch_contrast": FeatureLoss(batch_contrast, "text", takes_all_layers=True, is_paired=True, couples=True),
 }
 ATTENTION_LOSSES: dict[str, FeatureLoss] = {
     "mse": FeatureLoss(attention_mse),

@@ -140,6 +140,8 @@ def margin_mse(
 
     student_logits, teacher_logits: (N, K) scores. Returns (N,).
     """
+    if not 0 <= margin < math.inf:
+        raise ConfigError(f"margin must be at least 0 and finite, got {margin}")
     values = annealed_mse(student_logits, teacher_logits, progress=progress, max_temperature=max_temperature)
     return values * (values > margin * _annealing(progress, max_temperature))
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glmd.errors import ConfigError
 from glmd.losses.logits import merge_words
 
 # What the Triton kernel computes. The others run in plain torch on every device.
@@ -205,16 +206,24 @@ def _hard_cross_entropy_rows(
     return (normalizer.value - student.gather(1, places)[:, 0]).to(student.dtype)
 
 
-def rows_by_autograd(function: Callable[..., Tensor]) -> RowLoss:
-    """The row form of a function of two (n, K) logits that has no gradient written down: it costs their graph."""
+def rows_by_autograd(function: Callable[..., Tensor], name: str) -> RowLoss:
+    """The row form of a function of two (n, K) logits that has no gradient written down: it costs their graph.
+
+    name: what its refusals call it. Raises ConfigError where it fails, or gives no value for each row.
+    """
     takes_temperature = "temperature" in inspect.signature(function).parameters
 
     def rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor) -> Tensor:
         options = {"temperature": temperature} if takes_temperature else {}
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()
-            values = function(leaf, teacher, **options)
-            (found,) = torch.autograd.grad(values.sum(), leaf)
+            try:
+                values = function(leaf, teacher, **options)
+                (found,) = torch.autograd.grad(values.sum(), leaf)
+            except Exception as error:  # whatever a user's code raises
+                raise ConfigError(f"loss {name} fails on {tuple(student.shape)} logits ({error})") from error
+        if values.shape != student.shape[:1]:
+            raise ConfigError(f"loss {name} gives {tuple(values.shape)} for {tuple(student.shape)} logits")
         gradient.copy_(found).mul_(factor)
         return values.detach().to(student.dtype)
 

@@ -21,7 +21,7 @@ class ModuleOutputs:
     """Listens to modules of a backbone by their names."""
 
     def __init__(self, body: nn.Module, names: Collection[str]) -> None:
-        self.body, self.names, self.hooks = body, names, ExitStack()
+        self.body, self.names, self.hooks = body, [*dict.fromkeys(names)], ExitStack()
         self.found: dict[str, list[Any]] = {name: [] for name in names}
 
     def __enter__(self) -> Self:

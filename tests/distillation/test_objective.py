@@ -80,7 +80,7 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
         ("pretraining: [{signal: lm_logits}]", "pretraining[0].loss is missing", ""),
         ("pretraining: [{signal: word_logit, loss: mse}]", "[0].signal 'word_logit'", "did you mean lm_logits?"),
         ("pretraining: [{signal: task_logits, loss: mse}]", "[0].signal 'task_logits'", "lm_logits"),
-        ("task_lm: [{signal: 3, loss: mse}]", "[0].signal 3", "task_logits"),
+        ("task_lm: [{signal: 3, loss: mse}]", "[0].signal must be text", "3"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergance}]", "[0].loss 'kl_divergance'", "did you mean kl_div"),
         (
             "task_soft_labels: [{signal: task_labels, loss: mse}]",

@@ -37,12 +37,31 @@ def kl_divergence(student, teacher):
 
 def broken(student, teacher):
     return undefined
+
+def first_three(student, teacher):
+    return (student - teacher).square().mean(-1)[:3]
+
+def in_place(student, teacher):
+    return teacher.sub_(student.detach()).square().mean(-1) + student.sum(-1)
+
+def needs_option(student, teacher, *, power: float):
+    return (student - teacher).abs().pow(power).mean(-1)
+
+def untyped(student, teacher, *, power):
+    return (student - teacher).abs().pow(power).mean(-1)
+
+def sharp(student, teacher, *, temperature: float = 4.0):
+    return softened(student, teacher, temperature=temperature)
+
+def hard_cross_entropy(student, teacher):
+    return softened(student, teacher)
 """
 
 
 @pytest.fixture
 def own(write: Any) -> Any:
     write("mine/losses.py", LOSSES)
+    write("mine/leaves.py", "raise SystemExit(7)")
     return lambda term, stage="pretraining": load_method(str(write("mine/method.yaml", f"{stage}: [{term}]")))[stage]
 
 
@@ -62,7 +81,11 @@ def test_a_function_of_a_file_is_the_loss_of_words_as_one_that_comes_with_glmd(o
 
 def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -> None:
     objective = own("{signal: hidden_states, loss: 'losses.py:absolute', power: 2}")
-    assert objective.terms[0].name == "hidden_states.absolute" and len(objective.terms[0].source) == 64
+    assert (
+        objective.terms[0].name == "hidden_states.absolute"
+        and objective.terms[0].loss.startswith("absolute@")
+        and len(objective.terms[0].source) == 64
+    )
     torch.testing.assert_close(
         sums_and_gradients(objective), sums_and_gradients(Objective((Term("hidden_states", "mse"),)))
     )
@@ -75,7 +98,11 @@ def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -
         ("{signal: hidden_states, loss: 'losses.py:absolut'}", "losses.py has no function absolut"),
         ("{signal: hidden_states, loss: 'losses.py:one_number'}", r"value for each of 3 rows of \(3, 5\), gave \(\)"),
         ("{signal: hidden_states, loss: 'losses.py:broken'}", "NameError: name 'undefined'"),
-        ("{signal: lm_logits, loss: 'losses.py:kl_divergence'}", "kl_divergence is the name of a loss that comes with"),
+        ("{signal: hidden_states, loss: 'losses.py:first_three'}", r"each of 5 rows of \(5, 5\), gave \(3,\)"),
+        ("{signal: hidden_states, loss: 'losses.py:in_place'}", "changes the teacher's numbers"),
+        ("{signal: hidden_states, loss: 'losses.py:needs_option'}", "missing 1 required keyword-only argument"),
+        ("{signal: hidden_states, loss: 'losses.py:untyped'}", "option power has neither type nor default"),
+        ("{signal: hidden_states, loss: 'leaves.py:absolute'}", "SystemExit: 7"),
         ("{signal: lm_logits, loss: 'losses.py:with_option'}", "may have the option temperature alone"),
         ("{signal: lm_labels, loss: 'losses.py:absolute'}", "lm_labels have one loss"),
         ("{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}", "strength has no effect"),
@@ -85,6 +112,57 @@ def test_a_function_that_cannot_be_a_loss_is_refused_in_one_line(own: Any, term:
     with pytest.raises(ConfigError, match=message) as refused:
         own(term)
     assert ("\n" not in str(refused.value) and "pretraining[0].loss" in str(refused.value)) or "strength" in message
+
+
+def test_losses_of_one_name_from_two_files_stand_beside_each_other_and_hide_none_of_glmds(own: Any, write: Any) -> None:
+    write("mine/other.py", "def absolute(a, b):\n    return 1000 * (a - b).square().mean(-1)\n")
+    terms = [f"{{signal: hidden_states, loss: '{file}.py:absolute', label: {file}}}" for file in ("losses", "other")]
+    (mine, other), _ = sums_and_gradients(own(", ".join(terms)))
+    torch.testing.assert_close(mine, sums_and_gradients(own(terms[0]))[0][0])
+    torch.testing.assert_close(other, sums_and_gradients(own(terms[1]))[0][0])
+    assert not torch.isclose(mine, other)
+    labels = Objective((Term("lm_labels", "hard_cross_entropy", tokens="masked"),))
+    before = sums_and_gradients(labels)
+    own("{signal: lm_logits, loss: 'losses.py:hard_cross_entropy'}")
+    torch.testing.assert_close(sums_and_gradients(labels), before)
+    with pytest.raises(ConfigError, match="'absolute' does not fit hidden_states"):
+        own("{signal: hidden_states, loss: absolute}")
+    both = "{signal: modules, loss: 'losses.py:absolute', modules: [[encoder.layer.0, encoder.layer.1]]}"
+    assert sums_and_gradients(own(f"{terms[0]}, {both}"))[0].min() > 0
+
+
+def test_an_own_loss_of_words_keeps_its_own_temperature(own: Any) -> None:
+    ours = sums_and_gradients(own("{signal: lm_logits, loss: 'losses.py:sharp'}"))
+    theirs = sums_and_gradients(Objective((Term("lm_logits", "kl_divergence", options={"temperature": 4.0}),)))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_annotations_may_be_texts(own: Any, write: Any) -> None:
+    write("mine/late.py", f"from __future__ import annotations\n{LOSSES}")
+    ours = sums_and_gradients(own("{signal: hidden_states, loss: 'late.py:absolute', power: 2}"))
+    torch.testing.assert_close(ours, sums_and_gradients(Objective((Term("hidden_states", "mse"),))))
+
+
+def test_pairs_stay_pairs_in_losses_of_all_layers() -> None:
+    teacher = teacher_of(width=8)
+    found = [
+        sums_and_gradients(Objective((Term("hidden_states", "gram_mse", layers=pairs),)), teacher)[0]
+        for pairs in (((0, 1), (1, 3)), ((0, 3), (1, 0)), ((1, 0), (0, 3)))
+    ]
+    assert not torch.isclose(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+def test_drawn_layers_may_stand_beside_the_embeddings_and_modules_in_several_pairs() -> None:
+    drawn = Objective((Term("hidden_states", "mse", layers=LayerChoice("random", embeddings=True, redraws=2)),))
+    assert sums_and_gradients(drawn)[0] > 0
+    pairs = (("encoder.layer.0", "encoder.layer.1"), ("encoder.layer.0", "encoder.layer.2"))
+    terms = tuple(Term("modules", loss, modules=pairs) for loss in ("mse", "cosine"))
+    torch.testing.assert_close(
+        sums_and_gradients(Objective(terms))[0],
+        sums_and_gradients(
+            Objective(tuple(Term("hidden_states", loss, layers=((0, 1), (0, 2))) for loss in ("mse", "cosine")))
+        )[0],
+    )
 
 
 def test_a_file_that_has_changed_is_read_again(own: Any, write: Any) -> None:
@@ -107,7 +185,7 @@ def test_modules_by_their_names_are_what_layers_give() -> None:
 def test_modules_that_cannot_be_compared_are_refused_in_one_line(write: Any) -> None:
     for given, message in (
         ("{signal: modules, loss: mse}", "modules is missing"),
-        ("{signal: modules, loss: mse, modules: [a, b]}", "must be pairs of names"),
+        ("{signal: modules, loss: mse, modules: [a, b]}", "must be different pairs of names"),
         ("{signal: modules, loss: mse, modules: [[a, b]], layers: all}", "layers has no effect"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -270,4 +348,4 @@ def test_paths_of_own_losses_count_from_the_yaml(write: Any, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path.parent)
     write("there/losses.py", LOSSES)
     path = write("there/method.yaml", "pretraining: [{signal: hidden_states, loss: 'losses.py:absolute'}]")
-    assert load_method(str(path))["pretraining"].terms[0].loss == "absolute"
+    assert load_method(str(path))["pretraining"].terms[0].name == "hidden_states.absolute"

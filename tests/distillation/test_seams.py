@@ -252,6 +252,7 @@ def test_where_only_layers_are_compared_every_weight_has_a_gradient(head: Any) -
         (Term("values", "relation_kl", layers="embeddings"), {}, {}, "the embeddings have no values"),
         (Term("values", "relation_kl", options={"relation_heads": 3}), {}, {}, "relation_heads 3 does not divide 8"),
         (Term("hidden_states", "gram_mse", layers="middle"), {}, {"width": 8}, "layers: 2 are needed"),
+        (Term("hidden_states", "gram_mse", layers="every"), {}, {"width": 8}, "gram_mse takes each layer once"),
         (Term("hidden_states", "mse", layers=LayerChoice(start=5)), {}, {"width": 8}, "none of 2 pairs of uniform is"),
     ],
 )
@@ -391,6 +392,10 @@ def test_what_an_intervention_cannot_mean_is_refused_in_one_line(monkeypatch: py
         (f"{{{terms}, intervention: noise}}", "intervention must be a mapping with a name"),
         (f"{{{terms}, intervntion: {{name: x}}}}", "pretraining.intervntion is unknown; did you mean intervention"),
         ("{terms: []}", "pretraining must be a list of terms"),
+        ("{terms: [{signal: hidden_states, loss: mse}], intervention: {name: theseus}}", "remove the terms on"),
+        ("[{signal: lm_logits, loss: [mse]}]", r"pretraining.0..loss must be text"),
+        (f"{{{terms}, intervention: {{name: [theseus]}}}}", "must be a mapping with a name"),
+        ("[{signal: hidden_states, loss: token_angle_mse, window: 4}]", r"pretraining.0..window must be odd"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_method(str(write("bad.yaml", f"pretraining: {given}")))
