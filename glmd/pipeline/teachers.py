@@ -105,5 +105,12 @@ def _online(
         share_backbone(classifier, language_model)
     if is_asked:
         _placed(context, models, whole=whole)
-    merges = context.config.vocabulary.teacher_mass == "merge"
-    return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)
+    settings = context.config.vocabulary
+    return OnlineTeacher(
+        language_model,
+        classifier,
+        vocabulary,
+        merge_dropped=settings.teacher_mass == "merge",
+        reads_mapped=settings.teacher_reads == "mapped",
+        task_logits=logits,
+    )

@@ -243,6 +243,11 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse a cache that no stage would read, or that has no place."""
     if config.teacher.cache is None:
         return
+    if config.vocabulary.teacher_reads == "mapped":
+        raise ConfigError(
+            "vocabulary.teacher_reads mapped: teacher.cache keeps answers to all tokens, which serve any vocabulary; "
+            "remove one of the two"
+        )
     cached = cached_stages(config, method)
     silent = [stage for stage in config.teacher.cached_stages or () if stage not in cached]
     if silent:
