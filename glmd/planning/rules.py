@@ -303,11 +303,27 @@ def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
                     f"{name}.gradient_checkpointing would run layers again without the intervention "
                     f"{objective.intervention.name} of method {config.method}; give false"
                 )
+        _check_intervention(config, name, objective)
         if objective.couples and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(
                 f"method {config.method} compares the examples of a batch with each other in {name}, which several "
                 "processes would divide; launch one"
             )
+
+
+def _check_intervention(config: RunConfig, stage: str, objective: Objective) -> None:
+    """Refuse an intervention beside what would not see it, or what its gradient does not fit to."""
+    if objective.intervention is None:
+        return
+    what = f"the intervention {objective.intervention.name} of method {config.method} in {stage}"
+    if config.torch_compile:
+        raise ConfigError(f"torch_compile: a compiled student does not see {what}, another in each step; remove it")
+    if not objective.intervention.kind.takes_gradient:
+        return
+    if config.mixed_precision == "fp16":
+        raise ConfigError(f"mixed_precision fp16 has no range for the gradient of {what}; give bf16 or no")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{what} takes a gradient that several processes do not wait for; launch one")
 
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:
