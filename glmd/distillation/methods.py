@@ -130,6 +130,9 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
+    for key, value in given.items():
+        if options[key] is int and value < 1 and not source:
+            raise ConfigError(f"{where}.{key} must be at least 1, got {value}")
     if signal == "modules" and "modules" not in fields:
         raise ConfigError(f"{where}.modules is missing; give pairs of names [[student's, teacher's], ...]")
     _check_together(fields, of_layers, where)

@@ -20,6 +20,7 @@ from glmd.losses.across_layers import (
     layer_similarity_kl,
 )
 from glmd.losses.feature_loss import FeatureLoss, widened
+from glmd.losses.granularities import relation_mse, text_angle_smooth_l1, triplet_smooth_l1
 from glmd.losses.relations import energy_mse, relation_kl, token_angle_mse, token_similarity_kl
 
 
@@ -103,6 +104,9 @@ HIDDEN_LOSSES: dict[str, FeatureLoss] = {
     "layer_similarity_kl": FeatureLoss(layer_similarity_kl, takes_all_layers=True, same_width=False, least_layers=2),
     "layer_angle_mse": FeatureLoss(layer_angle_mse, takes_all_layers=True, same_width=False, least_layers=2),
     "gram_mse": FeatureLoss(gram_mse, "text", takes_all_layers=True, least_layers=2),
+    "relation_mse": FeatureLoss(relation_mse, "text", same_width=False),
+    "triplet_smooth_l1": FeatureLoss(triplet_smooth_l1, "text", same_width=False),
+    "text_angle_smooth_l1": FeatureLoss(text_angle_smooth_l1, "text", same_width=False, couples=True),
     "batch_contrast": FeatureLoss(batch_contrast, "text", takes_all_layers=True, couples=True),
 }
 ATTENTION_LOSSES: dict[str, FeatureLoss] = {

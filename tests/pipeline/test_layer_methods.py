@@ -136,6 +136,11 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
             "1",
             "gradient_accumulation_steps is 2, but",
         ),
+        (
+            ["method=mgskd", "student.num_hidden_layers=2"],
+            "1",
+            "relation_heads 64 does not divide 16, the width of the",
+        ),
         (["method=diito"], "2", "method diito compares the examples of a batch with each other in pretraining"),
         (["method=theseus", "torch_compile=true"], "1", "a compiled student does not see the intervention theseus of"),
         (["method=lrc-bert-perturbed"], "2", "embedding_gradient of method lrc-bert-perturbed in task_layers takes a"),
