@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.signals import SIGNALS, feature_loss
+from glmd.distillation.theseus import require_alike
 from glmd.models.layers import LayerChoice
 
 PAGE = Path(__file__).with_name("methods.md")
@@ -83,7 +83,8 @@ It gives one value for each row of two tensors (N, ...): a token, or an example;
 smooth_l1` (of `glmd.losses.features`) adds one for all methods.
 
 **Interventions** change the student's forward: `{terms: [...], intervention: {name: ..., option: ...}}`; how they are
-added is told in `glmd/distillation/interventions.py`.
+added is told in `glmd/distillation/interventions.py`. A term that says `intervened: true` is of a second pass,
+under the intervention, and those that do not are of a first one without; terms of layers cannot say it.
 """
 
 
@@ -124,7 +125,8 @@ def _needs(method: dict[str, Objective]) -> str:
         found.append("labels")
     if any(objective.reads_layers for objective in objectives):
         found.append("a live teacher")
-    if any(_needs_width(term) for term in terms) or any(each.intervention is not None for each in objectives):
+    kinds = [objective.intervention.kind for objective in objectives if objective.intervention is not None]
+    if any(_needs_width(term) for term in terms) or any(kind.check is require_alike for kind in kinds):
         found.append("one width")
     if any(_needs_heads(term) for term in terms):
         found.append("as many heads")
@@ -164,7 +166,7 @@ def _stages(method: dict[str, Objective]) -> str:
         rows += [[f"`{stage}`", f"`{term.signal}`", f"`{term.loss}`", _said(term)] for term in objective.terms]
         if objective.intervention is not None:
             name, options = objective.intervention.name, _pairs(objective.intervention.options)
-            told = (inspect.getdoc(getattr(INTERVENTIONS[name], "function", None)) or "").partition("\n")[0]
+            told = (inspect.getdoc(objective.intervention.kind.function) or "").partition("\n")[0]
             rows.append([f"`{stage}`", "intervention", f"`{name}`", f"{options}. {told}"])
     return _markdown(["stage", "signal", "loss", "with"], rows)
 

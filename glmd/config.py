@@ -130,6 +130,9 @@ class VocabularyConfig:
     # What becomes of the teacher's probability of dropped tokens: spread over the kept ones in their proportion (the
     # paper), or given to the tokens that they are mapped onto
     teacher_mass: Literal["renormalize", "merge"] = "renormalize"
+    # What the teacher reads: all tokens, or as the student does in the place of dropped ones those that they are mapped
+    # onto (an ablation of the paper)
+    teacher_reads: Literal["all", "mapped"] = "all"
     keep_words: list[str] = field(default_factory=list)  # every piece of these words is kept; or a file, one on a line
     corpus_weights: list[float] = field(default_factory=list)  # shares of data.corpus in the count, in its order
 
@@ -153,7 +156,7 @@ class VocabularyConfig:
     @property
     def choice(self) -> dict[str, Any]:
         """What `build_vocabulary` takes: the settings that choose tokens and map them."""
-        others = ("similarity", "teacher_mass", "corpus_weights")
+        others = ("similarity", "teacher_mass", "teacher_reads", "corpus_weights")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 

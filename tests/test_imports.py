@@ -155,8 +155,8 @@ KEYS = {
     "teacher.": "model revision trust_remote_code ensemble dtype quantization sharded cache cached_stages tasks "
     "scratch",
     "student.": "num_hidden_layers initialization config architecture",
-    "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass keep_words "
-    "corpus_weights",
+    "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass "
+    "teacher_reads keep_words corpus_weights",
     "data.": "corpus text_field superglue synthetic eval_blocks",
     "controls.": "hard_labels full_vocabulary",
     "teacher.pretraining.": STAGE,

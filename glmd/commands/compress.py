@@ -61,8 +61,9 @@ def compress_model(
     if settings.corpus_weights and not len(settings.corpus_weights) == len(sources) > 1:
         found = f"{len(settings.corpus_weights)} numbers for {len(sources)} sources"
         raise ConfigError(f"--corpus-weights: {found}; give one for each of two or more")
-    if settings.teacher_mass != "renormalize":
-        raise ConfigError("teacher_mass has no effect without training; remove it")
+    for name in ("teacher_mass", "teacher_reads"):
+        if getattr(settings, name) != getattr(VocabularyConfig, name):
+            raise ConfigError(f"{name} has no effect without training; remove it")
     require_free_output(output)
     require_model(model, field="model")
     require_corpus(sources, text_field)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glmd.data.batches import is_full
+from glmd.distillation.embedding_gradient import first_layer
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
@@ -133,20 +134,66 @@ class Distiller(nn.Module):
         progress: of the stage, in [0, 1]; interventions look at it. factors: (terms,) of the sums, 1 where not given.
         Of the sums over words the factor is a part of the loss, and costs nothing.
         """
-        factors = torch.ones(len(self.objective.terms)) if factors is None else factors
-        factor_of = dict(zip((term.name for term in self.objective.terms), factors.unbind(), strict=True))
-        student, needs, teachers = self.splits[0], self.objective.needs, of_each(teacher_outputs)
+        terms, intervention = self.objective.terms, self.objective.intervention
+        factors = torch.ones(len(terms)) if factors is None else factors
+        factor_of = dict(zip((term.name for term in terms), factors.unbind(), strict=True))
+        compute = partial(self._sums, batch, of_each(teacher_outputs), progress, factor_of)
+        second = [term for term in terms if term.intervened]
+        if second:
+            first = [term for term in terms if not term.intervened]
+            sums = (compute(first) if first else {}) | compute(second, self._intervention(batch, progress))
+        elif intervention is not None and intervention.kind.takes_gradient:
+            gradient = self._embedding_gradient(compute, progress)
+            sums = compute(terms, self._intervention(batch, progress, gradient))
+        else:
+            sums = compute(terms, self._intervention(batch, progress))
+        return self._stacked(sums)
+
+    def _embedding_gradient(self, compute: Callable[..., dict[str, Tensor]], progress: float) -> Tensor:
+        """(R, S, H) of the loss of a pass without intervention, by what goes into the student's first layer.
+
+        No weight is given a gradient, so that no data-parallel rank hears of it.
+        """
+        kept: list[Tensor] = []
+
+        def see(states: Tensor) -> Tensor:
+            kept.append(states)
+            return states
+
+        with torch.enable_grad(), first_layer(self.splits[0].model, see):
+            total = self.objective.total(self._stacked(compute(self.objective.terms)), progress)
+        (gradient,) = torch.autograd.grad(total, kept)
+        return gradient
+
+    def _stacked(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """(terms,) in the objective's order, from sums by name; "" is what every weight has a gradient by."""
+        total = torch.stack([sums[term.name] for term in self.objective.terms])
+        return total + sums[""] if "" in sums else total
+
+    def _sums(
+        self,
+        batch: Mapping[str, Tensor],
+        teachers: Sequence[TeacherOutputs],
+        progress: float,
+        factor_of: Mapping[str, Tensor],
+        terms: Sequence[Term],
+        intervention: AbstractContextManager[None] | None = None,
+    ) -> dict[str, Tensor]:
+        """The sums of some terms, by name, from one pass of the student."""
+        student, needs = self.splits[0], self.objective.needs
         inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
         places: dict[str, list[Place]] = {}
-        for term in self.objective.layer_terms:
+        for term in (each for each in terms if each.of_layers):
             places.setdefault(term.signal, []).extend(layer for layer, _ in self.pairs[term.name](progress))
-        with self._intervention(batch, progress):
+        with intervention or nullcontext():
+            if any(term.intervened for term in terms):
+                teachers = self._changed_answers(batch, teachers)
             outputs, read = run_and_read(student, inputs, places, is_full=is_full(batch))
         sums: dict[str, Tensor] = {}
         if self.language_model is not None:
 
             def lm_sums(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-                words = [term for term in self.objective.terms if "head" in SIGNALS[term.signal].needs]
+                words = [term for term in terms if "head" in SIGNALS[term.signal].needs]
                 if not words:  # so that all weights of the head have a gradient on every rank
                     none = batch["example_id"][:0]
                     return {"": linear_cross_entropy(hidden[:0, 0], head, none)}
@@ -159,7 +206,7 @@ class Distiller(nn.Module):
         if self.classifier is not None:
             logits = self.task_logits(student, outputs, inputs, batch, self.token_map)
             sums |= {} if "task_head" in needs else {"": logits[:0].sum()}
-        for term in self.objective.terms:
+        for term in terms:
             if term.of_layers:
                 pairs, theirs = self.pairs[term.name](progress), teachers[0].layers[term.signal]
                 ours = {layer: read(term.signal, layer) for layer, _ in pairs}
@@ -167,13 +214,14 @@ class Distiller(nn.Module):
                 sums[term.name] = layer_sum(term, pairs, ours, theirs, batch, made, progress) * factor_of[term.name]
             elif term.name not in sums:
                 sums[term.name] = self._task_sum(term, batch, teachers[0], logits, progress) * factor_of[term.name]
-        for term in self.objective.terms:
+        for term in terms:
             if term.in_turn and not term.of_layers and not self._is_last_turn(progress):
                 sums[term.name] = sums[term.name] * 0
-        total = torch.stack([sums[term.name] for term in self.objective.terms])
-        return total + sums[""] if "" in sums else total
+        return sums
 
-    def _intervention(self, batch: Mapping[str, Tensor], progress: float) -> AbstractContextManager[None]:
+    def _intervention(
+        self, batch: Mapping[str, Tensor], progress: float, *gradient: Tensor
+    ) -> AbstractContextManager[None]:
         intervention = self.objective.intervention
         if intervention is None:
             return nullcontext()
@@ -181,7 +229,17 @@ class Distiller(nn.Module):
         # The seed of the micro-step, with which the trainer began it; dropout draws from another stream.
         generator = torch.Generator().manual_seed(torch.initial_seed() ^ 1)
         function = INTERVENTIONS[intervention.name]
-        return function(self.splits[0], teacher, batch, progress, generator, **intervention.options)
+        return function(self.splits[0], teacher, batch, progress, generator, *gradient, **intervention.options)
+
+    def _changed_answers(
+        self, batch: Mapping[str, Tensor], teachers: Sequence[TeacherOutputs]
+    ) -> Sequence[TeacherOutputs]:
+        """What the teacher says under an intervention that changes it too; else what it has said."""
+        intervention = self.objective.intervention
+        if intervention is None or self.teacher is None or not intervention.kind.changes_teacher:
+            return teachers
+        with torch.autocast(batch["input_ids"].device.type, enabled=False):  # as it is asked outside of the student
+            return of_each(self.teacher(batch))
 
     def _lm_sum(
         self,

@@ -19,7 +19,9 @@ and in a method's YAML, in place of a stage's list of terms:
 A function is given the student's Split, the live teacher's Splits (the one whose backbone runs comes first; none where
 the stage asks no live teacher), the batch on the student's device, the stage's progress in [0, 1] and a CPU generator
 that is a function of seed, micro-step and rank alone: what draws from nothing else is resumed bit for bit. What it
-changes it puts back. Options are keyword-only parameters.
+changes it puts back. Options are keyword-only parameters. One that asks for more says so by an InterventionKind.
+
+Terms that say `intervened: true` are of a second pass, under the intervention, and the others of a first one without.
 """
 
 from collections.abc import Callable
@@ -27,25 +29,45 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glmd.distillation.theseus import require_alike, theseus
+from glmd.distillation.embedding_gradient import embedding_gradient, require_size
+from glmd.distillation.interchange import interchange, require_block_for_each, require_share
+from glmd.distillation.theseus import require_alike, require_rates, theseus
 
 
 @dataclass(frozen=True)
-class OfLayers:
-    """An intervention that uses layers of a live teacher, whatever the terms ask of it.
+class InterventionKind:
+    """An intervention, and what it asks for.
 
-    check: of the configs of student and teacher, and the options; raises ConfigError, one line, where they do not fit.
+    check: of the configs of student and teacher, options: of its options; both raise ConfigError, one line, where they
+        do not fit.
+    lends_layers: it uses layers of a live teacher, whatever the terms ask of it.
+    replaces_layers: it runs them in the place of the student's, so that layers cannot be compared in that pass.
+    changes_teacher: and changes the teacher's answers in the second pass, so that it is asked again there. Some term
+        has to be of that pass.
+    takes_gradient: it is given, behind the generator, the loss' gradient of a pass before with respect to what goes
+        into the student's first layer, (R, S, H).
+    couples: the value of an example depends on the others of its batch.
     """
 
     function: Callable[..., AbstractContextManager[None]]
-    check: Callable[..., None]
+    check: Callable[[Any, Any], None] = lambda student, teacher: None
+    options: Callable[..., None] = lambda **given: None
+    lends_layers: bool = False
+    replaces_layers: bool = False
+    changes_teacher: bool = False
+    takes_gradient: bool = False
+    couples: bool = False
 
     def __call__(self, *given: Any, **options: Any) -> AbstractContextManager[None]:
         return self.function(*given, **options)
 
 
 INTERVENTIONS: dict[str, Callable[..., AbstractContextManager[None]]] = {
-    "theseus": OfLayers(theseus, require_alike),
+    "theseus": InterventionKind(theseus, require_alike, require_rates, lends_layers=True, replaces_layers=True),
+    "interchange": InterventionKind(
+        interchange, require_block_for_each, require_share, lends_layers=True, changes_teacher=True, couples=True
+    ),
+    "embedding_gradient": InterventionKind(embedding_gradient, options=require_size, takes_gradient=True),
 }
 
 
@@ -56,13 +78,17 @@ class Intervention:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> InterventionKind:
+        """What it asks for; of a function alone nothing."""
+        found = INTERVENTIONS[self.name]
+        return found if isinstance(found, InterventionKind) else InterventionKind(found)
+
     def check(self, student: Any, teacher: Any) -> None:
         """Raises ConfigError where models of these configs do not fit."""
-        kind = INTERVENTIONS[self.name]
-        if isinstance(kind, OfLayers):
-            kind.check(student, teacher, **self.options)
+        self.kind.check(student, teacher)
 
     @property
     def teacher_needs(self) -> frozenset[Literal["layers"]]:
         """What of a live teacher it uses."""
-        return frozenset({"layers"}) if isinstance(INTERVENTIONS[self.name], OfLayers) else frozenset()
+        return frozenset({"layers"}) if self.kind.lends_layers else frozenset()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glmd.config import STAGES
-from glmd.distillation.interventions import INTERVENTIONS, Intervention, OfLayers
+from glmd.distillation.interventions import INTERVENTIONS, Intervention
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.own_losses import add_own_loss, is_own, try_loss
 from glmd.distillation.schedules import Weight
@@ -46,13 +46,7 @@ def load_method(name: str) -> dict[str, Objective]:
         parsed = tuple(parse_term(term, f"{where}[{i}]", stage, path) for i, term in enumerate(terms))
         if any(term.in_turn for term in parsed) and not any(term.in_turn and term.of_layers for term in parsed):
             raise ConfigError(f"{where}: in_turn has no effect: no term on layers is in turn; remove it")
-        if isinstance(INTERVENTIONS.get(intervention.name if intervention else ""), OfLayers) and any(
-            term.of_layers for term in parsed
-        ):
-            raise ConfigError(
-                f"{where}: {intervention.name if intervention else ''} changes what the student's layers give, so that "
-                "they cannot be compared; remove the terms on layers"
-            )
+        _check_passes(parsed, intervention, where)
         names = [term.name.replace(".", "_") for term in parsed]
         if len(set(names)) < len(names):
             twice = next(term.name for term, name in zip(parsed, names, strict=True) if names.count(name) > 1)
@@ -61,6 +55,26 @@ def load_method(name: str) -> dict[str, Objective]:
     if not method:
         raise ConfigError(f"{path}: no stage; name at least one of {', '.join(STAGES)}")
     return method
+
+
+def _check_passes(terms: tuple[Term, ...], intervention: Intervention | None, where: str) -> None:
+    """Refuse a second pass that is asked for by one of terms and intervention alone."""
+    is_asked = any(term.intervened for term in terms)
+    if is_asked and (intervention is None or intervention.kind.takes_gradient):
+        why = "there is no intervention" if intervention is None else f"all terms are under {intervention.name}"
+        raise ConfigError(f"{where}: intervened has no effect: {why}; remove it")
+    layers = [term.name for term in terms if term.of_layers]
+    if intervention is not None and intervention.kind.replaces_layers and layers and not is_asked:
+        # The teacher's layers would report their states among the student's.
+        raise ConfigError(
+            f"{where}: {layers[0]} compares layers in whose place {intervention.name} runs the teacher's; remove one "
+            "of the two"
+        )
+    if intervention is not None and intervention.kind.changes_teacher and not is_asked:
+        raise ConfigError(
+            f"{where}: intervention {intervention.name} has no effect on what the teacher says in the first pass; give "
+            "a term intervened: true"
+        )
 
 
 def _check_stage(name: Any, before: list[str], path: str) -> None:
@@ -118,10 +132,15 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
+    for key, value in given.items():
+        if options[key] is int and value < 1 and not source:
+            raise ConfigError(f"{where}.{key} must be at least 1, got {value}")
     if signal == "modules" and "modules" not in fields:
         raise ConfigError(f"{where}.modules is missing; give pairs of names [[student's, teacher's], ...]")
-    if source or given:
-        try_loss(function, signal, given, where, is_own=bool(source))
+    # Whether heads divide a width is asked of the models.
+    tried = {key: value for key, value in given.items() if source or key != "relation_heads"}
+    if source or tried:
+        try_loss(function, signal, tried, where, is_own=bool(source))
     if source and "temperature" in options:  # which the loss on chunks of the vocabulary gives it in any case
         given.setdefault("temperature", _default(function, "temperature"))
     _check_together(fields, of_layers, where)
@@ -131,7 +150,7 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
 def _keys_of(signal: str, loss: FeatureLoss | None) -> set[str]:
     """What a term may say beside the options of its loss. loss: of layers."""
     kind = SIGNALS[signal]
-    keys = {"weight", "label", "in_turn"}
+    keys = {"weight", "label", "in_turn"} | ({"intervened"} if loss is None else set())
     is_of_texts = loss is not None and loss.unit == "text"
     keys |= {"tokens"} if kind.level != "example" and kind.labels is None and not is_of_texts else set()
     keys |= {"gkd_compat"} if signal == "lm_logits" else set()
@@ -156,6 +175,7 @@ def _checked(key: str, value: Any, where: str, tokens: tuple[str, ...]) -> Any:
         "projection_size": int,
         "gkd_compat": bool,
         "in_turn": bool,
+        "intervened": bool,
         "older_weight": float,
         "label": str,
     }
@@ -195,7 +215,12 @@ def parse_intervention(values: Any, where: str) -> Intervention:
     for key in values.keys() - {"name", *options}:
         raise ConfigError(f"{where}.{key} has no effect on {name}{suggestion(key, options)}")
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
-    return Intervention(name, given)
+    found = Intervention(name, given)
+    try:
+        found.kind.options(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return found
 
 
 def _checked_layers(given: Any, where: str) -> Layers:

@@ -42,6 +42,7 @@ class Term:
     # it, which then weigh older_weight; in the last turn no layers count, and terms in turn of other signals do.
     in_turn: bool = False
     older_weight: float = 1.0
+    intervened: bool = False  # of words and examples: of a second pass, under the stage's intervention
     source: str = ""  # sha256 of the file of a loss of the user's own
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
@@ -51,7 +52,7 @@ class Term:
 
     def record(self) -> dict[str, Any]:
         """What it is, for a stage's record; keys that came later stand there where they are not as they were before."""
-        later = ("modules", "over_layers", "projection_size", "in_turn", "older_weight", "source")
+        later = ("modules", "over_layers", "projection_size", "in_turn", "older_weight", "intervened", "source")
         plain = {each.name: each.default for each in fields(self) if each.name in later}
         return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
 
@@ -110,6 +111,8 @@ class Objective:
     def couples(self) -> bool:
         """Whether the value of an example depends on the others of its batch."""
         losses = [SIGNALS[term.signal].losses[term.loss] for term in self.terms]
+        if self.intervention is not None and self.intervention.kind.couples:
+            return True
         return any(SIGNALS[term.signal].couples for term in self.terms) or any(
             getattr(loss, "couples", False) for loss in losses
         )

@@ -125,7 +125,8 @@ def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tupl
 def _require_divisor(term: Any, student: Any, teacher: Any, count: Callable[[Any], int]) -> None:
     wanted = term.options["relation_heads"]
     for name, config in (("student", student), ("teacher", teacher)):
-        width = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * count(config)
+        of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.hidden_size if term.signal == "hidden_states" else of_head * count(config)
         if wanted < 1 or width % wanted:
             raise ConfigError(
                 f"{term.name}: relation_heads {wanted} does not divide {width}, the width of the {name}'s {term.signal}"

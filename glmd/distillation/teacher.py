@@ -47,6 +47,7 @@ class OnlineTeacher:
 
     merge_dropped: give the probability of a dropped token to the one it is mapped onto. Else it is spread over all kept
         words in their proportion, as in the paper.
+    reads_mapped: it is given in the place of a dropped token the one that it is mapped onto, as the student is.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class OnlineTeacher:
         vocabulary: Vocabulary,
         *,
         merge_dropped: bool = False,
+        reads_mapped: bool = False,
         task_logits: TaskLogits = class_logits,
     ) -> None:
         self.task_logits = task_logits
@@ -72,6 +74,9 @@ class OnlineTeacher:
         self.splits = [Split(model) for model in models]
         self.layers: dict[str, list[Place]] = {}  # which of its layers, or modules, it is asked for, by signal
         self.is_silent = False  # nothing is asked of it but to lend its layers
+        self.source_map: Tensor | None = None  # (V,) source id -> source id of a kept token
+        if reads_mapped and not vocabulary.is_identity:
+            self.source_map = torch.from_numpy(vocabulary.kept_ids[vocabulary.token_map])
         self.head: Head | None = None
         if language_model is not None:
             self.head = sliced_head(language_model, vocabulary, merge_dropped=merge_dropped)
@@ -97,6 +102,9 @@ class OnlineTeacher:
             return TeacherOutputs()
         device = next(self.base.parameters()).device
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
+        if self.source_map is not None:
+            self.source_map = self.source_map.to(device)
+            batch["input_ids"] = self.source_map[batch["input_ids"]]
         inputs = self.splits[0].inputs(batch)
         outputs, read = run_and_read(self.splits[0], inputs, self.layers, is_full=is_full(batch))
         hidden = task_logits = None

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glmd.errors import ConfigError, ModelError
-from glmd.models.layers import layer_lists
+from glmd.errors import ConfigError
+from glmd.models.layers import layers_in_order, with_states
 
 
 @contextmanager
@@ -46,19 +46,16 @@ def theseus(
         yield
 
 
+def require_rates(*, replacing_rate: float = 0.3, until: float = 0.66) -> None:
+    """Raises ConfigError for options out of their ranges."""
+    if not (0 <= replacing_rate <= 1 and 0 < until <= 1):
+        raise ConfigError(f"replacing_rate must be in [0, 1] and until in (0, 1], got {replacing_rate} and {until}")
+
+
 def block_bounds(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     """From which to before which teacher layer the block behind each student layer reaches."""
     ends = [math.ceil(i * teacher_layers / student_layers) for i in range(student_layers + 1)]
     return [*pairwise(ends)]
-
-
-def layers_in_order(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model, one behind the other. Raises ModelError where they cannot be told."""
-    found = layer_lists(model)
-    if len(found) != 1:
-        names = ", ".join(found) or "none"
-        raise ModelError(f"{type(model).__name__}: one list of layers is needed to replace them in, found {names}")
-    return [*next(iter(found.values()))]
 
 
 def _replaced_by(block: Sequence[nn.Module]) -> Callable[..., Any]:
@@ -70,17 +67,13 @@ def _replaced_by(block: Sequence[nn.Module]) -> Callable[..., Any]:
             hidden = found[0] if isinstance(found, tuple) else found
         own = output[0] if isinstance(output, tuple) else output
         mixed = torch.where(torch.tensor(True), hidden.to(own.dtype), own)
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+        return with_states(output, mixed)
 
     return hook
 
 
-def require_alike(student: Any, teacher: Any, *, replacing_rate: float = 0.3, until: float = 0.66) -> None:
-    """Options in their range, layers of one kind and width. Raises ConfigError."""
-    if not (0 <= replacing_rate <= 1 and 0 < until <= 1):
-        raise ConfigError(
-            f"theseus: replacing_rate must be in [0, 1] and until in (0, 1], got {replacing_rate} and {until}"
-        )
+def require_alike(student: Any, teacher: Any) -> None:
+    """Layers of one kind and width. Raises ConfigError."""
     for name in ("model_type", "hidden_size"):
         ours, theirs = (getattr(config.get_text_config(), name) for config in (student, teacher))
         if ours != theirs:

@@ -20,6 +20,7 @@ from glmd.losses.across_layers import (
     layer_similarity_kl,
 )
 from glmd.losses.feature_loss import FeatureLoss, widened
+from glmd.losses.granularities import relation_mse, text_angle_smooth_l1, triplet_smooth_l1
 from glmd.losses.relations import energy_mse, relation_kl, token_angle_mse, token_similarity_kl
 
 
@@ -108,6 +109,9 @@ HIDDEN_LOSSES: dict[str, FeatureLoss] = {
     ),
     "gram_mse": FeatureLoss(gram_mse, "text", takes_all_layers=True, is_paired=True, least_layers=2),
     "batch_contrast": FeatureLoss(batch_contrast, "text", takes_all_layers=True, is_paired=True, couples=True),
+    "relation_mse": FeatureLoss(relation_mse, "text", same_width=False),
+    "triplet_smooth_l1": FeatureLoss(triplet_smooth_l1, "text", same_width=False),
+    "text_angle_smooth_l1": FeatureLoss(text_angle_smooth_l1, "text", same_width=False, couples=True),
 }
 ATTENTION_LOSSES: dict[str, FeatureLoss] = {
     "mse": FeatureLoss(attention_mse),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, ModelError
 
 LAYER_CHOICES = ("first", "last", "uniform", "even")
 EMBEDDINGS = -1  # the number of what goes into the first layer
@@ -50,6 +50,20 @@ def layer_lists(model: Any) -> dict[str, Any]:
         if is_list and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
+
+
+def layers_in_order(model: Any) -> list[Any]:
+    """The layers of a model, one behind the other. Raises ModelError where they cannot be told."""
+    found = layer_lists(model)
+    if len(found) != 1:
+        names = ", ".join(found) or "none"
+        raise ModelError(f"{type(model).__name__}: one list of layers is needed to change them in, found {names}")
+    return [*next(iter(found.values()))]
+
+
+def with_states(output: Any, states: Any) -> Any:
+    """What a layer gave, with other hidden states (R, S, H) in the place of its own."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 def layer_indices(how: str | Sequence[int], num_student_layers: int, num_teacher_layers: int) -> list[int]:

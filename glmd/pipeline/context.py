@@ -139,8 +139,10 @@ class Context:
         """Everything that the result of a stage depends on."""
         config, plan = self.config, self.plan
         if stage.kind == "vocabulary":
+            settings = asdict(replace(config.vocabulary, teacher_mass="renormalize"))  # does not depend on it
+            del settings["teacher_reads"]  # nor on this, which came later
             return {
-                "vocabulary": asdict(replace(config.vocabulary, teacher_mass="renormalize")),  # does not depend on it
+                "vocabulary": settings,
                 "teacher": self.fingerprint(TEACHER),
                 "corpus": plan.corpus,
                 "tokens": self.tokens,
@@ -155,6 +157,8 @@ class Context:
         inputs |= {name: value for name, value in given.items() if value}
         if stage.objective is not None and stage.objective.changes:
             inputs["changes"] = True
+        if config.vocabulary.teacher_reads != "all" and stage.variant == "student":
+            inputs["teacher_reads"] = config.vocabulary.teacher_reads
         inputs |= {"teacher.quantization": config.teacher.quantization} if config.teacher.quantization else {}
         inputs |= {
             "stage": asdict(stage.settings) if stage.settings is not None else None,

@@ -109,5 +109,12 @@ def _online(
     if context.config.attn_implementation is not None:
         for model in models:
             set_attention(model, context.config.attn_implementation)
-    merges = context.config.vocabulary.teacher_mass == "merge"
-    return OnlineTeacher(language_model, classifier, vocabulary, merge_dropped=merges, task_logits=logits)
+    settings = context.config.vocabulary
+    return OnlineTeacher(
+        language_model,
+        classifier,
+        vocabulary,
+        merge_dropped=settings.teacher_mass == "merge",
+        reads_mapped=settings.teacher_reads == "mapped",
+        task_logits=logits,
+    )

@@ -162,6 +162,11 @@ def require_vocabulary_effects(
     ):
         why = "every token is kept" if is_whole else f"method {config.method} distills no LM logits"
         raise ConfigError(f"vocabulary.teacher_mass merge has no effect: {why}; remove it")
+    if settings.teacher_reads == "mapped" and (
+        is_whole or not any(objective.teacher_needs - {"layers"} for objective in method.values())
+    ):
+        why = "every token is kept" if is_whole else f"method {config.method} asks nothing of a teacher"
+        raise ConfigError(f"vocabulary.teacher_reads mapped has no effect: {why}; remove it")
     for name, default in (("within_class", False), ("similarity", "input"), ("corpus_weights", [])):
         if is_whole and getattr(settings, name) != default:
             raise ConfigError(f"vocabulary.{name} has no effect: every token is kept; remove it")

@@ -245,6 +245,11 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
     """Refuse a cache that no stage would read, or that has no place."""
     if config.teacher.cache is None:
         return
+    if config.vocabulary.teacher_reads == "mapped":
+        raise ConfigError(
+            "vocabulary.teacher_reads mapped: teacher.cache keeps answers to all tokens, which serve any vocabulary; "
+            "remove one of the two"
+        )
     cached = cached_stages(config, method)
     silent = [stage for stage in config.teacher.cached_stages or () if stage not in cached]
     if silent:
@@ -300,6 +305,7 @@ def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:
                     f"{name}.gradient_checkpointing would run layers again without the intervention "
                     f"{objective.intervention.name} of method {config.method}; give false"
                 )
+        _check_intervention(config, name, objective)
         if objective.couples and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(
                 f"method {config.method} compares the examples of a batch with each other in {name}, which several "
@@ -346,6 +352,21 @@ def _check_attention(config: RunConfig, method: dict[str, Objective]) -> None:
             if given == other:
                 wanted = "bf16" if key == "mixed_precision" else "bfloat16"
                 raise ConfigError(f"attn_implementation {name} runs in half precision alone; give {key}={wanted}")
+
+
+def _check_intervention(config: RunConfig, stage: str, objective: Objective) -> None:
+    """Refuse an intervention beside what would not see it, or what its gradient does not fit to."""
+    if objective.intervention is None:
+        return
+    what = f"the intervention {objective.intervention.name} of method {config.method} in {stage}"
+    if config.torch_compile:
+        raise ConfigError(f"torch_compile: a compiled student does not see {what}, another in each step; remove it")
+    if not objective.intervention.kind.takes_gradient:
+        return
+    if config.mixed_precision == "fp16":
+        raise ConfigError(f"mixed_precision fp16 has no range for the gradient of {what}; give bf16 or no")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{what} takes a gradient that several processes do not wait for; launch one")
 
 
 def _check_cached_maskings(config: RunConfig, method: dict[str, Objective]) -> None:

@@ -279,6 +279,29 @@ def test_merged_words_give_their_probability_to_the_word_they_are_mapped_onto(na
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["words", "masked words", "task"])
+def test_a_teacher_that_reads_mapped_tokens_is_given_what_the_student_reads(name: str) -> None:
+    """Values and gradients are those of the plain twin, whose teacher's ids are exchanged one by one."""
+    distiller, term = Distiller(Objective((TERMS[name],)), TOKEN_MAP, **students()), TERMS[name]
+    both = (model_of(BertForMaskedLM, V, 2, seed=0), model_of(BertForSequenceClassification, V, 2, seed=1))
+    loss = loss_of(distiller, OnlineTeacher(*both, VOCABULARY, reads_mapped=True), batch())
+    given = batch()
+    before = given["input_ids"].clone()
+    plain = OnlineTeacher(*(copy.deepcopy(model) for model in both), VOCABULARY)
+
+    def exchanged(model: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        ids = [[int(KEPT[TOKEN_MAP[token]]) for token in row] for row in named["input_ids"].tolist()]
+        return args, named | {"input_ids": torch.tensor(ids)}
+
+    for model in (plain.language_model, plain.classifier):
+        model.register_forward_pre_hook(exchanged, with_kwargs=True)  # type: ignore[union-attr]
+    expected = plain_loss(term, distiller, plain, given)
+    assert_same(loss, expected)
+    assert abs(loss - plain_loss(term, distiller, teacher(), batch())) > 1e-4, "reading all tokens is another loss"
+    assert given["input_ids"].equal(before), "the student's batch stays as it is"
+    torch.testing.assert_close(gradients(distiller, loss), gradients(distiller, expected))
+
+
 @pytest.mark.parametrize("terms", [(WORDS,), (MASKED,), (TASK,), (WORDS, TASK)])
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_zero_gradient(terms: tuple[Term, ...]) -> None:
     model = OnlineTeacher(

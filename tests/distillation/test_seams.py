@@ -392,7 +392,7 @@ def test_what_an_intervention_cannot_mean_is_refused_in_one_line(monkeypatch: py
         (f"{{{terms}, intervention: noise}}", "intervention must be a mapping with a name"),
         (f"{{{terms}, intervntion: {{name: x}}}}", "pretraining.intervntion is unknown; did you mean intervention"),
         ("{terms: []}", "pretraining must be a list of terms"),
-        ("{terms: [{signal: hidden_states, loss: mse}], intervention: {name: theseus}}", "remove the terms on"),
+        ("{terms: [{signal: hidden_states, loss: mse}], intervention: {name: theseus}}", "in whose place theseus runs"),
         ("[{signal: lm_logits, loss: [mse]}]", r"pretraining.0..loss must be text"),
         (f"{{{terms}, intervention: {{name: [theseus]}}}}", "must be a mapping with a name"),
         ("[{signal: hidden_states, loss: token_angle_mse, window: 4}]", r"pretraining.0..window must be odd"),

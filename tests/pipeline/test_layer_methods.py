@@ -6,6 +6,7 @@ from transformers import BertConfig
 
 from glmd.cli import main
 from glmd.commands.export import export_folder
+from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError
@@ -125,6 +126,56 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
     named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", change]
     assert main(["check", *named]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "message"),
+    [
+        (
+            ["method=diito", "pretraining.gradient_accumulation_steps=2"],
+            "1",
+            "gradient_accumulation_steps is 2, but",
+        ),
+        (
+            ["method=mgskd", "student.num_hidden_layers=2"],
+            "1",
+            "relation_heads 64 does not divide 16, the width of the",
+        ),
+        (["method=diito"], "2", "method diito compares the examples of a batch with each other in pretraining"),
+        (["method=theseus", "torch_compile=true"], "1", "a compiled student does not see the intervention theseus of"),
+        (["method=lrc-bert-perturbed"], "2", "embedding_gradient of method lrc-bert-perturbed in task_layers takes a"),
+        (["method=diito", "teacher.cache=c", "pretraining.num_maskings=2"], "1", "compares layers, which it does not"),
+        (["method=diito", "student.num_hidden_layers=3"], "1", "must have 1 to 2 layers"),
+        (["method=lrc-bert-perturbed", "mixed_precision=fp16"], "1", "fp16 has no range for the gradient of the inter"),
+    ],
+)
+def test_what_an_intervention_does_not_go_with_is_refused_by_check(
+    given, ranks, message, tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: "mixed_precision=fp16" in given)
+    named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}"]
+    assert main(["check", *named, "pretraining.gradient_accumulation_steps=1", *given]) == 2
+    found = capsys.readouterr().err
+    assert message in found and len(found.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diito", "lrc-bert-perturbed"])
+def test_the_second_pass_of_an_intervention_is_counted(name):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config, teacher = (BertConfig(num_hidden_layers=number, **sizes) for number in (2, 4))
+    given = load_method(name)
+    objective = (
+        given["pretraining"]
+        if name == "diito"
+        else Objective(given["task_layers"].terms, given["task_layers"].intervention)
+    )
+    once = Objective(tuple(term for term in objective.terms if not term.intervened))
+    alone, twice = (
+        counted(Cast(each, config, 64, teacher, masked=0.2), examples=4, length=32) for each in (once, objective)
+    )
+    assert twice.student_flops > 1.5 * alone.student_flops
 
 
 def test_layers_that_do_not_exist_are_refused_with_method_and_stage(tiny, tmp_path, write):

@@ -20,12 +20,12 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def four_layers(tiny, tmp_path_factory):
-    """A teacher of four layers and 48 numbers a token, which all methods can divide."""
+    """A teacher of four layers and 192 numbers a token, which all methods can divide."""
     import torch
 
     folder = tmp_path_factory.mktemp("methods") / "teacher"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
     tokenizer = BertTokenizer.from_pretrained(tiny.teacher)
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **sizes)
     BertForMaskedLM(config).save_pretrained(folder)
@@ -39,7 +39,9 @@ def config(tiny, four_layers):
         task_stages = [name for name in load_method(method) if name not in ("pretraining", "task_lm")]
         own = [f"stages.{name}.max_steps={STEPS}" for name in task_stages if name != "task_soft_labels"]
         lengths = [f"{name}.max_steps={STEPS}" for name in ("pretraining", "task_lm", "task_soft_labels")]
-        student = "student={num_hidden_layers: 2, config: {hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}}"
+        layers = 3 if method == "mgskd" else 2  # whose upper ones begin behind the second
+        dropout = "{hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}"
+        student = f"student={{num_hidden_layers: {layers}, config: {dropout}}}"
         saves = [f"{name}.save_steps=10" for name in ("pretraining", "task_lm", "task_soft_labels")]
         return tiny.config(
             output, f"teacher={four_layers}", student, f"method={method}", "controls.hard_labels=false", *lengths, *own,

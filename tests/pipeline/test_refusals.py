@@ -62,6 +62,7 @@ def refusal(tiny, tmp_path, capsys):
         ("vocabulary.size=40", "ConfigError", "keep_ratio and size are both given; keep one (keep_ratio= removes it)"),
         ("vocabulary.similarity=output", "ConfigError", "output has no effect: BertForMaskedLM has one matrix"),
         ("vocabulary={keep_ratio: 1, teacher_mass: merge}", "ConfigError", "merge has no effect: every token is kept"),
+        ("vocabulary={keep_ratio: 1, teacher_reads: mapped}", "ConfigError", "mapped has no effect: every token is"),
         ("vocabulary={keep_ratio: 1, within_class: true}", "ConfigError", "within_class has no effect: every token is"),
         ("vocabulary={keep_ratio: .6, mapping: unk, within_class: true}", "ConfigError", "has no effect beside"),
         ("vocabulary.corpus_weights=[1, 2]", "ConfigError", "corpus_weights has 2 numbers, data.corpus 1 sources"),
@@ -112,6 +113,10 @@ def test_uncorrupted_input_is_refused_where_only_corrupted_tokens_are_distilled(
 def test_a_cache_that_nothing_reads_or_that_lies_in_its_run_is_refused(refusal, bare_teacher, tmp_path):
     message = refusal("method=hard", "teacher.cache=c", teacher=bare_teacher)
     assert "teacher.cache has no effect: method hard needs no teacher" in message
+    message = refusal("method=hard", "vocabulary.teacher_reads=mapped", teacher=bare_teacher)
+    assert "teacher_reads mapped has no effect: method hard asks nothing of a teacher" in message
+    message = refusal("teacher.cache=c", "vocabulary.teacher_reads=mapped", teacher=bare_teacher)
+    assert "teacher.cache keeps answers to all tokens" in message
     place = tmp_path / "run"
     message = refusal(f"output_dir={place}", f"teacher.cache={place}/pretraining/c", teacher=bare_teacher)
     assert "lies in output_dir" in message

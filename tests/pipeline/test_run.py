@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from glmd.pipeline.context import Context
 from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run import _near_the_end, prepared_run, run
 from glmd.pipeline.run_folder import RunFolder, only_goes_on
+from glmd.pipeline.teachers import live_teacher
 from glmd.planning.plan import make_plan
 from glmd.planning.rules import with_dtype
 from glmd.reporting.report import results_table
@@ -30,6 +32,7 @@ from glmd.tasks.examples import read_split
 from glmd.tasks.tasks import load_task
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.tokenizer import load_tokenizer
+from glmd.vocabulary.vocabulary import Vocabulary
 
 STOCK = {
     "config.json",
@@ -393,6 +396,24 @@ def test_passes_over_a_task_depend_on_their_fine_tuned_teacher(finished, tiny, t
     }
     passes = {path: ["classifier"] for path in changed if "seed-0" in path}
     assert changed == passes | {"vocabulary": [], "pretraining": [], "tasks/RTE/task_teacher": ["start"]}
+
+
+def test_what_the_teacher_reads_is_in_the_records_of_students_that_learn_from_it_alone(finished, tiny, tmp_path):
+    """And there alone where tokens are mapped: runs that were begun before the setting was there go on."""
+    found = []
+    with prepared_run(tiny.config(lost_config(finished, tmp_path / "run"))) as context:
+        for reads in ("all", "mapped"):
+            vocabulary = replace(context.config.vocabulary, teacher_reads=reads)
+            context.config = replace(context.config, vocabulary=vocabulary)
+            found.append({stage.path: context.inputs(stage) for stage in context.stages})
+        learns = next(stage for stage in context.stages if stage.kind == "task_lm")
+        for vocabulary, maps in ((context.vocabulary(learns), True), (Vocabulary.identity(100), False)):
+            assert (live_teacher(context, learns, vocabulary).source_map is not None) is maps
+    before, after = found
+    assert not any("teacher_reads" in str(inputs) for inputs in before.values())
+    for path, inputs in after.items():
+        of_student = path == "pretraining" or "seed-0" in path
+        assert inputs == before[path] | ({"teacher_reads": "mapped"} if of_student else {}), path
 
 
 def cut_short(path: Path) -> None:
