@@ -6,7 +6,7 @@ The architecture is the student's own; it has few tokens, so that even one of a 
 refuses would be refused by a run too, days later.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError
-from glmd.models.attention import prove_implementation
+from glmd.models.attention import prove_implementation, set_attention
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import share_backbone
 from glmd.models.loading import language_model_class
@@ -37,13 +37,15 @@ def try_student(
     task_heads: Iterable[str] = (),
     is_whole: bool = False,
     needs: Collection[str] = (),
+    attention: str | None = None,
 ) -> None:
     """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
 
     chosen: the teacher's layers to copy, None from scratch. length: the most tokens that it reads at once.
     task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
     is_whole: the student keeps every row, so that its ids stay and need not be known.
-    needs: what is compared with the teacher's, by the names of `distillation.signals`.
+    needs: what is compared with the teacher's, by the names of `distillation.signals`. attention: by which code it is
+        trained, `attn_implementation`.
     """
     import transformers
 
@@ -52,9 +54,9 @@ def try_student(
     of_words: Any = language_model_class(config)
     try:
         inside = "attention_inputs" in needs
-        prove = (
-            partial(_prove_with_attention, inside=inside) if inside or "attentions" in needs else prove_language_model
-        )
+        prove: Callable[[Any], None] = prove_language_model
+        if inside or "attentions" in needs:
+            prove = partial(_prove_with_attention, inside=inside, implementation=attention)
         prove_config(config, of_words, prove, length=length)
         for head in sorted(task_heads):
             of_task: Any = getattr(transformers, f"AutoModelFor{head}")
@@ -94,8 +96,10 @@ def try_attention(
             raise ConfigError(f"the {name}: {error}") from None
 
 
-def _prove_with_attention(model: Any, *, inside: bool) -> None:
+def _prove_with_attention(model: Any, *, inside: bool, implementation: str | None) -> None:
     prove_language_model(model)
+    if implementation is not None:
+        set_attention(model, implementation)
     prove_attention(model, inside=inside, training=True)
 
 

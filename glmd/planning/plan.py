@@ -121,6 +121,7 @@ def _try_student(plan: Plan) -> None:
         task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
         needs=frozenset().union(*(objective.needs for objective in plan.method.values())),
+        attention=plan.config.attn_implementation,
     )
     if config.attn_implementation is not None:
         trains_teacher = config.teacher.scratch is not None or any(

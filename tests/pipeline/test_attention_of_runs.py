@@ -63,6 +63,7 @@ def test_students_and_teachers_train_by_it_and_are_scored_and_saved_without_it(
             ["attn_implementation=flex_attention", "method={method}"],
             "compares attention, which sdpa and eager alone can",
         ),
+        (["attn_implementation=eager", "method={method}"], "they are given after attention dropout; give student.conf"),
     ],
 )
 def test_check_refuses_what_cannot_be_had_in_one_line(
