@@ -1,6 +1,6 @@
 """What a step of each method costs beside GLMD's, in one process, in turn: the table of docs/methods.md.
 
-    python benchmarks/methods.py --json docs/methods.json      # 5 minutes on two cores
+    python benchmarks/methods.py --json docs/methods.json      # a quarter of an hour on two cores
 
 A corpus step is one of `pretraining`, a task step the mean of a method's stages on a task. Both run the distiller and
 the live teacher of training with drawn weights: BERT layers of 384 numbers and 12 heads, six of the teacher and three
