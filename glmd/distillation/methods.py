@@ -121,7 +121,8 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     own = _keys_of(signal, of_layers)
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
-            raise ConfigError(f"{where}.{key} has no effect on {signal} {loss}{suggestion(key, [*own, *options])}")
+            shown = f"{signal} {loss.partition('@')[0]}"
+            raise ConfigError(f"{where}.{key} has no effect on {shown}{suggestion(key, [*own, *options])}")
     # Only a masked token has a label, so lm_labels speaks of masked tokens whatever is asked.
     tokens = ("all", "masked", "first", "mean") if of_layers and of_layers.unit == "token" else ("all", "masked")
     fields: dict[str, Any] = {"tokens": "masked"} if signal == "lm_labels" else {}

@@ -118,7 +118,7 @@ def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -
         ("{signal: hidden_states, loss: 'leaves.py:absolute'}", "SystemExit: 7"),
         ("{signal: lm_logits, loss: 'losses.py:with_option'}", "may have the option temperature alone"),
         ("{signal: lm_labels, loss: 'losses.py:absolute'}", "lm_labels have one loss"),
-        ("{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}", "strength has no effect"),
+        ("{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}", "strength has no effect on hidden_states absolute; known"),
     ],
 )
 def test_a_function_that_cannot_be_a_loss_is_refused_in_one_line(own: Any, term: str, message: str) -> None:
@@ -248,6 +248,18 @@ def test_drawn_layers_rise_change_with_progress_and_are_drawn_alike_again() -> N
     distiller.learn_from(teacher, seed=1)
     values = [float(distiller(batch, teacher(batch), at)) for at in (0.0, 0.2, 0.3, 0.6, 0.9)]
     assert values[0] == values[1] and len(set(values)) > 2
+
+
+def test_first_projections_and_drawn_layers_are_functions_of_the_seed() -> None:
+    drawn = Term("hidden_states", "mse", layers=LayerChoice("random", redraws=9), projection="linear")
+    found = []
+    for seed in (0, 0, 1):
+        distiller = distiller_of(Objective((drawn,)))
+        distiller.learn_from(teacher_of(layers=8), seed=seed)
+        (projection,) = distiller.projections.values()
+        found.append((projection.weight, [distiller.pairs[drawn.name](at / 9) for at in range(9)]))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert not torch.isclose(found[0][0], found[2][0]).any() and found[0][1] != found[2][1]
 
 
 def test_both_models_are_projected_layer_by_layer_to_the_size_that_is_asked() -> None:
