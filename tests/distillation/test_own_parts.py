@@ -118,7 +118,10 @@ def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -
         ("{signal: hidden_states, loss: 'leaves.py:absolute'}", "SystemExit: 7"),
         ("{signal: lm_logits, loss: 'losses.py:with_option'}", "may have the option temperature alone"),
         ("{signal: lm_labels, loss: 'losses.py:absolute'}", "lm_labels have one loss"),
-        ("{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}", "strength has no effect on hidden_states absolute; known"),
+        (
+            "{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}",
+            "strength has no effect on hidden_states absolute;",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_a_loss_is_refused_in_one_line(own: Any, term: str, message: str) -> None:
