@@ -56,7 +56,7 @@ before weigh `older_weight`; in the last turn they do not count, and terms of ot
 `both` one of each layer of both models, to `projection_size`. Queries, keys, values, scores and probabilities of
 attention are read from torch's `scaled_dot_product_attention` as a model calls it; a model that computes its
 attention by itself can be asked for `attentions` alone, without attention dropout. A teacher's layers are not cached:
-leave such stages out of `teacher.cached_stages`.
+beside a `teacher.cache` the live teacher serves such stages, which `glmd check` says.
 
 **A loss of your own** is a function in a file beside the YAML. Keyword-only parameters are its options:
 

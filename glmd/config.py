@@ -59,7 +59,7 @@ class TeacherConfig:
     sharded: bool | None = None
     # A folder for the teachers' outputs of the corpus and of tasks, made once and read by every epoch, student and seed
     cache: str | None = None
-    # Stages that read from the cache; None: all that need a teacher
+    # Stages that read from the cache; None: all that need a teacher, but for those of layers, which it does not keep
     cached_stages: list[str] | None = None
     tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first

@@ -6,6 +6,7 @@ Writes FOLDER/ends.json: for each scenario and rank the exit code, the seconds a
 """
 
 import copy
+import faulthandler
 import json
 import os
 import socket
@@ -372,6 +373,7 @@ def start(root: Path, name: str, rank: int, port: int) -> int:
     os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     code = 1
     with (root / f"{name}-{rank}.txt").open("w") as said:
+        faulthandler.enable(said)  # a crash of the interpreter says where
         try:
             if name == "twins":
                 train_twins(root, rank)

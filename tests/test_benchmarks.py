@@ -26,7 +26,7 @@ def test_every_way_to_take_a_step_is_timed_in_all_its_pieces() -> None:
     for name in names:
         whole, pieces = (line.split("|")[2:-1] for line in said.splitlines() if line.startswith(f"| {name} |"))
         assert float(whole[0]) > 0 and len(pieces) == 7
-        assert (float(pieces[0]) == 0) == ("cache" in name or name == "TextBrewer"), "who asks the teacher"
+        assert (pieces[0].strip() == "-") == ("cache" in name or name == "TextBrewer"), "who asks the teacher"
     assert re.search(r"about 22 tokens", said)
 
 

@@ -6,6 +6,7 @@ The stages that it begins from and learns from are complete.
 """
 
 import gc
+import logging
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from glmd.pipeline.scores import (
 )
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
+from glmd.planning.rules import live_stages
 from glmd.planning.stages import TEACHER, Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main
@@ -45,6 +47,8 @@ from glmd.training.trainer import Evaluate, Teacher, Trainer
 from glmd.vocabulary.build import build_vocabulary
 from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.slicing import vocabulary_axes
+
+logger = logging.getLogger(__name__)
 
 
 def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
@@ -150,7 +154,13 @@ def load_teacher(context: Context, stage: Stage) -> Teacher | None:
     """What a stage learns from, and is scored against, live or from the cache; None where nothing is asked of it."""
     if stage.teacher is None or not (stage.asks_lm_logits or stage.teacher_needs):
         return None
-    return cached_teacher(context, stage) if stage.cached else live_teacher(context, stage, context.vocabulary(stage))
+    if stage.cached:
+        return cached_teacher(context, stage)
+    why = live_stages(context.config, context.plan.method).get(stage.kind)
+    if context.config.teacher.cache is not None and why is not None and stage.kind not in context.said:
+        context.said.add(stage.kind)
+        logger.info("teacher.cache: %s %s; the live teacher serves it", stage.kind, why)
+    return live_teacher(context, stage, context.vocabulary(stage))
 
 
 @phase("training")

@@ -23,7 +23,7 @@ from glmd.errors import DataError, RunError, counted
 from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
-from glmd.planning.rules import cached_stages
+from glmd.planning.rules import cached_stages, live_stages
 from glmd.planning.stages import Stage, stages
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import TaskExample
@@ -160,6 +160,10 @@ def describe_cache(plan: Plan, sources: Sequence[str]) -> str:
         tokens = f"{cache.num_tokens:,} tokens of {cache.token_bytes} bytes, " if cache.width else ""
         lines.append(f"{cache.folder.relative_to(folder)}, {tokens}{gigabytes(cache.num_bytes)}")
         to_come += cache.bytes_to_come
+    live = {
+        name: why for name, why in live_stages(plan.config, plan.method).items() if name not in cached_stages_of(plan)
+    }
+    lines += [f"the live teacher serves {name}, which {why}" for name, why in live.items()]
     free = free_bytes(folder)
     lines.append(f"{gigabytes(to_come)} to come, {gigabytes(free)} free")
     if to_come > free:

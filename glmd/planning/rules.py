@@ -86,12 +86,22 @@ def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
     """The stages that read the teacher's outputs from `teacher.cache`."""
     if config.teacher.cache is None:
         return []
-    asking = [
+    given, live = config.teacher.cached_stages, live_stages(config, method)
+    return [
         stage
         for stage, objective in method.items()
-        if objective.teacher_needs and (stage == "pretraining" or config.tasks)
+        if objective.teacher_needs
+        and (stage == "pretraining" or config.tasks)
+        and (stage not in live if given is None else stage in given)
     ]
-    return [stage for stage in asking if stage in (config.teacher.cached_stages or asking)]
+
+
+def live_stages(config: RunConfig, method: dict[str, Objective]) -> dict[str, str]:
+    """The stages that ask a teacher for what a cache does not keep, with what that is: the live teacher serves them."""
+    found = {name: "compares layers" for name, objective in method.items() if objective.reads_layers}
+    if config.analysis != "none" and "pretraining" in method:
+        found.setdefault("pretraining", f"has analysis {config.analysis}")
+    return found
 
 
 def kept_words(cached: Sequence[str], method: dict[str, Objective]) -> list[str]:
@@ -257,12 +267,20 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
             f"teacher.cached_stages: {silent[0]} needs no teacher in method {config.method} with tasks "
             f"{', '.join(config.tasks) or '{}'}; remove it"
         )
+    live = live_stages(config, method)
     for stage in cached:
-        if method[stage].reads_layers:
+        if stage in live:
+            served = cached_stages(replace(config, teacher=replace(config.teacher, cached_stages=None)), method)
+            remedy = f"it can serve {', '.join(served)}" if served else "it can serve no stage: remove teacher.cache"
             raise ConfigError(
-                f"teacher.cache: {stage} of method {config.method} compares layers, which it does not keep; leave the "
-                "stage out of teacher.cached_stages, or remove teacher.cache"
+                f"teacher.cached_stages: {stage} of method {config.method} {live[stage]}, which the cache does not "
+                f"keep; {remedy}"
             )
+    if not cached and live:
+        raise ConfigError(
+            f"teacher.cache has no effect: it does not keep what {', '.join(live)} of method {config.method} asks of a "
+            "teacher, which is of layers; remove it"
+        )
     if not cached:
         raise ConfigError(f"teacher.cache has no effect: method {config.method} needs no teacher; remove it")
     folder = Path(config.teacher.cache)
@@ -319,11 +337,6 @@ def _check_analysis(config: RunConfig, method: dict[str, Objective]) -> None:
         return
     if "pretraining" not in method:
         raise ConfigError(f"analysis has no effect: method {config.method} has no pretraining; remove it")
-    if "pretraining" in cached_stages(config, method):
-        raise ConfigError(
-            f"analysis: {config.analysis} needs the teacher's layers, which teacher.cache does not keep; leave "
-            "pretraining out of teacher.cached_stages, or remove one of the two"
-        )
 
 
 def _check_attention(config: RunConfig, method: dict[str, Objective]) -> None:

@@ -370,6 +370,22 @@ def test_a_stage_left_out_asks_the_live_teacher(tiny, trusting, tmp_path, asked)
     assert record == "float32"
 
 
+@pytest.mark.slow
+def test_a_stage_that_a_cache_cannot_serve_asks_the_live_teacher_and_says_so(
+    tiny, trusting, tmp_path, asked, caplog, capsys
+):
+    given = (RUN[0], RUN[2], "method=tinybert", f"teacher.cache={tmp_path / 'cache'}")
+    assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", *given]) == 0
+    said = capsys.readouterr().out
+    assert "the live teacher serves pretraining, which compares layers" in said
+    assert "cache     " in said and "tasks/RTE/task_soft_labels, " in said
+    with caplog.at_level(logging.INFO):
+        run(tiny.config(tmp_path / "run", *given))
+    assert set(asked) == {"live", "cache"}
+    assert "teacher.cache: pretraining compares layers; the live teacher serves it" in caplog.text
+    assert [path.parent.name for path in (tmp_path / "cache").rglob("manifest.json")] == ["task_soft_labels"]
+
+
 @pytest.fixture(scope="module")
 def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run with its cache: the cache, and the task's teacher."""
@@ -494,6 +510,11 @@ def test_a_run_compares_the_contents_of_its_caches_once(made, tiny, trusting, tm
             "task_soft_labels needs no teacher",
         ),
         (["teacher.cache=c", "method=hard"], "method hard needs no teacher"),
+        (
+            ["teacher.cache=c", "method=pkd", "teacher.cached_stages=[task_soft_labels]"],
+            "task_soft_labels of method pkd compares layers, which the cache does not keep; it can serve no stage",
+        ),
+        (["teacher.cache=c", "method=pkd"], "it does not keep what task_soft_labels of method pkd asks of a teacher"),
     ],
 )
 def test_settings_of_a_cache_without_effect_are_refused(given, message, tiny, tmp_path, capsys):

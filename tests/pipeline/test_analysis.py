@@ -111,8 +111,9 @@ def test_rank_correlations_are_those_of_ranks_with_means_for_ties() -> None:
         (["analysis=layers"], "analysis must be one of none, layer_distances"),
         (["analysis=layer_distances", "method=kd"], "analysis has no effect: method kd has no pretraining"),
         (
-            ["analysis=layer_distances", "teacher.cache=c", "pretraining.num_maskings=2"],
-            "teacher.cache does not keep",
+            ["analysis=layer_distances", "teacher.cache=c", "teacher.cached_stages=[pretraining]"],
+            "pretraining of method glmd has analysis layer_distances, which the cache does not keep; it can serve "
+            "task_lm, task_soft_labels",
         ),
         (["method={method}", "torch_compile=true"], "compares attention_inputs, which compiled code does not show"),
     ],
