@@ -46,7 +46,8 @@ class TeacherConfig:
     model: str | None = None  # local folder or hub id
     revision: str | None = None  # branch, tag or commit of a hub id
     trust_remote_code: bool = False  # run Python code of the model's repository
-    # Further language models with the same tokenizer: on the corpus the student learns from all of them alike
+    # Further language models with the same tokenizer. The student learns from all of them, as `teachers` of each term
+    # of the method says (mean where it says nothing); on a task each is fine-tuned, unless `tasks` names them
     ensemble: list[str] = field(default_factory=list)
     # Of the frozen weights; losses are float32 anyway. auto: bfloat16 on a GPU that has it, else float32, or what the
     # run in output_dir was begun with
@@ -61,7 +62,8 @@ class TeacherConfig:
     cache: str | None = None
     # Stages that read from the cache; None: all that need a teacher, but for those of layers, which it does not keep
     cached_stages: list[str] | None = None
-    tasks: dict[str, str] = field(default_factory=dict)  # task -> fine-tuned classifier; else it is fine-tuned here
+    # task -> fine-tuned classifier, else it is fine-tuned here; or a list, of each of several teachers
+    tasks: dict[str, str | list[str]] = field(default_factory=dict)
     scratch: dict[str, Any] | None = None  # BertConfig fields: train a teacher on the corpus first
     pretraining: StageConfig | None = None  # how `scratch` is trained
 
@@ -83,6 +85,16 @@ class TeacherConfig:
         require(not self.ensemble or self.scratch is None, "ensemble needs trained teachers; give model, not scratch")
         named = [self.model, *self.ensemble]
         require(len(set(named)) == len(named) and "" not in named, f"ensemble names a model twice or none: {named}")
+        for task in self.tasks:
+            models = self.of_task(task)
+            require(
+                "" not in models and len(set(models)) == len(models) > 0,
+                f"tasks.{task} names a model twice or none: {self.tasks[task]}",
+            )
+            require(
+                isinstance(self.tasks[task], str) or not self.ensemble or len(models) == len(named),
+                f"tasks.{task} names {len(models)} models for {len(named)} teachers; give one for each, in their order",
+            )
         require(self.cache is None or bool(self.cache.strip()), "cache is empty; give a folder, or remove it")
         stages = self.cached_stages
         given = stages is not None
@@ -93,6 +105,11 @@ class TeacherConfig:
         )
         require(stages != [], "cached_stages names no stage; name one, or remove cache")
         require(len(set(stages or ())) == len(stages or ()), f"cached_stages has a stage twice: {stages}")
+
+    def of_task(self, task: str) -> list[str]:
+        """The fine-tuned classifiers that are named for a task, the first teacher's first; empty where none is."""
+        named = self.tasks.get(task, [])
+        return [named] if isinstance(named, str) else named
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
 from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of, takes_progress
-from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, of_each, run_and_read
+from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.positions import rows_at
+from glmd.losses.teacher_weights import WEIGHTINGS, linear_weights
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import Split, share_backbone
 from glmd.models.layers import LayerChoice, Place
@@ -65,27 +66,42 @@ class Distiller(nn.Module):
         assert models, "an objective has at least one term"
         self.splits = [Split(model) for model in models.values()]
         self.projections = nn.ModuleDict()
-        self.teacher: OnlineTeacher | None = None
-        self.pairs: dict[str, Callable[[float], list[tuple[Place, Place]]]] = {}  # of terms on layers, by progress
+        self.teachers: list[OnlineTeacher] = []  # live ones
+        # Of terms on layers, and of the teacher's number: what is compared, by progress.
+        self.pairs: dict[tuple[str, int], Callable[[float], list[tuple[Place, Place]]]] = {}
         self.token_map: Tensor
         self.register_buffer("token_map", torch.from_numpy(token_map), persistent=False)
 
     def learn_from(self, teacher: Any, *, seed: int = 0, is_proved: bool = False) -> None:
-        """Take up the teacher of a stage before its first step: ask it for layers, and make the projections.
+        """Take up the teacher of a stage, or several, before its first step: ask for layers, and make the projections.
 
         A teacher that is not live has no layers. seed: of the projections' first weights. is_proved: leave out the
         proof that attentions are what they should be. Raises ConfigError or ModelError where both do not fit.
         """
-        self.teacher = teacher if isinstance(teacher, OnlineTeacher) else None
+        found = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+        self.teachers = [each for each in found if isinstance(each, OnlineTeacher)]
         terms = self.objective.layer_terms
-        if self.teacher is None and self.objective.reads_layers:
+        if not self.teachers and self.objective.reads_layers:
             what = f"{terms[0].signal} are" if terms else "layers are"
-            raise ConfigError(f"{what} compared with those of one live teacher; remove teacher.cache")
-        if self.teacher is not None:
-            self.teacher.is_silent = self.objective.teacher_needs == {"layers"}
-        if not terms or self.teacher is None:
-            return
-        student, live = self.splits[0], self.teacher.splits[0]
+            raise ConfigError(f"{what} compared with those of a live teacher; remove teacher.cache")
+        if self.teachers:
+            self.teachers[0].is_silent = self.objective.teacher_needs == {"layers"}
+        for number, each in enumerate(self.teachers):
+            asked = [(i, term) for i, term in enumerate(terms) if number == 0 or term.asks_all_teachers]
+            if asked:
+                self._ask_for_layers(each, number, asked, seed=seed, is_proved=is_proved)
+
+    def _ask_for_layers(
+        self,
+        teacher: OnlineTeacher,
+        number: int,
+        terms: Sequence[tuple[int, Term]],
+        *,
+        seed: int,
+        is_proved: bool,
+    ) -> None:
+        """Of one of the teachers: for terms and their places in the objective."""
+        student, live = self.splits[0], teacher.splits[0]
         inside = "attention_inputs" in self.objective.needs
         if not is_proved and (inside or "attentions" in self.objective.needs):
             for split, training in ((student, True), (live, False)):
@@ -93,18 +109,19 @@ class Distiller(nn.Module):
         configs: list[Any] = [split.model.config for split in (student, live)]
         widths = [config.get_text_config().hidden_size for config in configs]
         like = next(student.model.parameters())
-        for i, term in enumerate(terms):
-            self.pairs[term.name] = partial(_pairs_at, term, configs[0], configs[1], f"{seed}-{i}")
-            pairs = self.pairs[term.name](0.0)
+        for i, term in terms:
+            drawing = f"{seed}-{i}" if number == 0 else f"{seed}-{i}-{number}"
+            self.pairs[term.name, number] = partial(_pairs_at, term, configs[0], configs[1], drawing)
+            pairs = self.pairs[term.name, number](0.0)
             drawn = isinstance(term.layers, LayerChoice) and term.layers.map == "random"
             numbers = range(configs[1].get_text_config().num_hidden_layers) if drawn else [layer for _, layer in pairs]
-            asked = [*self.teacher.layers.get(term.signal, ()), *numbers, *(layer for _, layer in pairs)]
-            self.teacher.layers[term.signal] = [*dict.fromkeys(asked)]
+            asked = [*teacher.layers.get(term.signal, ()), *numbers, *(layer for _, layer in pairs)]
+            teacher.layers[term.signal] = [*dict.fromkeys(asked)]
             if term.signal == "modules" and not is_proved:
                 _require_like_shapes(term, student.model, live.model)
             made = make_projections(term, student=widths[0], teacher=widths[1], pairs=pairs, like=like, seed=seed + i)
             if made is not None:
-                self.projections[_key(term)] = made
+                self.projections[_key(term, number)] = made
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Class and config of each student model by attribute name, so that a checkpoint can become a folder."""
@@ -184,7 +201,8 @@ class Distiller(nn.Module):
         inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
         places: dict[str, list[Place]] = {}
         for term in (each for each in terms if each.of_layers):
-            places.setdefault(term.signal, []).extend(layer for layer, _ in self.pairs[term.name](progress))
+            for number in self._asked(term, len(teachers)):
+                places.setdefault(term.signal, []).extend(layer for layer, _ in self.pairs[term.name, number](progress))
         with intervention or nullcontext():
             if any(term.intervened for term in terms):
                 teachers = self._changed_answers(batch, teachers)
@@ -208,12 +226,9 @@ class Distiller(nn.Module):
             sums |= {} if "task_head" in needs else {"": logits[:0].sum()}
         for term in terms:
             if term.of_layers:
-                pairs, theirs = self.pairs[term.name](progress), teachers[0].layers[term.signal]
-                ours = {layer: read(term.signal, layer) for layer, _ in pairs}
-                made = dict(self.projections.items()).get(_key(term))
-                sums[term.name] = layer_sum(term, pairs, ours, theirs, batch, made, progress) * factor_of[term.name]
+                sums[term.name] = self._layer_sum(term, batch, teachers, read, progress) * factor_of[term.name]
             elif term.name not in sums:
-                sums[term.name] = self._task_sum(term, batch, teachers[0], logits, progress) * factor_of[term.name]
+                sums[term.name] = self._task_sum(term, batch, teachers, logits, progress) * factor_of[term.name]
         for term in terms:
             if term.in_turn and not term.of_layers and not self._is_last_turn(progress):
                 sums[term.name] = sums[term.name] * 0
@@ -225,7 +240,7 @@ class Distiller(nn.Module):
         intervention = self.objective.intervention
         if intervention is None:
             return nullcontext()
-        teacher = None if self.teacher is None else self.teacher.splits
+        teacher = self.teachers[0].splits if self.teachers else None
         # The seed of the micro-step, with which the trainer began it; dropout draws from another stream.
         generator = torch.Generator().manual_seed(torch.initial_seed() ^ 1)
         function = INTERVENTIONS[intervention.name]
@@ -236,10 +251,10 @@ class Distiller(nn.Module):
     ) -> Sequence[TeacherOutputs]:
         """What the teacher says under an intervention that changes it too; else what it has said."""
         intervention = self.objective.intervention
-        if intervention is None or self.teacher is None or not intervention.kind.changes_teacher:
+        if intervention is None or not self.teachers or not intervention.kind.changes_teacher:
             return teachers
         with torch.autocast(batch["input_ids"].device.type, enabled=False):  # as it is asked outside of the student
-            return of_each(self.teacher(batch))
+            return [self.teachers[0](batch), *teachers[1:]]
 
     def _lm_sum(
         self,
@@ -258,46 +273,82 @@ class Distiller(nn.Module):
             labels = self.token_map[rows_at(batch["lm_labels"], positions)]
             return linear_cross_entropy(ours, head, labels, factor=factor)
         among = None if term.tokens == "all" else torch.searchsorted(batch["positions"], positions)
-        sums = []
-        for each in teachers:
-            assert each.hidden_states is not None and each.head is not None, "the teacher has an LM head"
-            sums.append(
-                linear_distillation_loss(
-                    ours,
-                    head,
-                    each.hidden_states if among is None else each.hidden_states[among],
-                    each.head,
-                    loss=term.loss,
-                    factor=factor / len(teachers) if len(teachers) > 1 else factor,
-                    **term.options,
-                )
-            )
-        # For the forward KL this has the gradient of the KL to the teachers' mean probability.
+        compared, sums = [], []
+        for number in self._asked(term, len(teachers)):
+            states, theirs = teachers[number].hidden_states, teachers[number].head
+            assert states is not None and theirs is not None, "the teacher has an LM head"
+            compared.append((states if among is None else states[among], theirs))
+        weighting, weights = WEIGHTINGS[term.teachers], None
+        if not weighting.constant:
+            weights = linear_weights(weighting, ours, head, compared)
+        for i, (states, theirs) in enumerate(compared):
+            scaled = factor / len(compared) if term.teachers == "mean" and len(compared) > 1 else factor
+            given = {} if weights is None else {"token_weights": weights[i]}
+            options = {"loss": term.loss, "factor": scaled, **given, **term.options}
+            sums.append(linear_distillation_loss(ours, head, states, theirs, **options))
         return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+    def _asked(self, term: Term, count: int) -> range:
+        """The numbers of the teachers that a term compares with."""
+        return range(count if term.asks_all_teachers else min(1, count))
+
+    def _layer_sum(
+        self,
+        term: Term,
+        batch: Mapping[str, Tensor],
+        teachers: Sequence[TeacherOutputs],
+        read: Callable[[str, Place], Tensor],
+        progress: float,
+    ) -> Tensor:
+        """A term's sum over tokens, rows or texts, of the student's layers."""
+        sums = []
+        for number in self._asked(term, len(teachers)):
+            pairs, theirs = self.pairs[term.name, number](progress), teachers[number].layers[term.signal]
+            ours = {layer: read(term.signal, layer) for layer, _ in pairs}
+            made = dict(self.projections.items()).get(_key(term, number))
+            sums.append(layer_sum(term, pairs, ours, theirs, batch, made, progress))
+        total = torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+        return total / len(sums) if term.teachers == "mean" and len(sums) > 1 else total
 
     def _is_last_turn(self, progress: float) -> bool:
         """Whether the layers that are in turn have had theirs."""
-        counts = [len(self.pairs[term.name](progress)) for term in self.objective.layer_terms if term.in_turn]
+        counts = [len(self.pairs[term.name, 0](progress)) for term in self.objective.layer_terms if term.in_turn]
         return turn(progress, max(counts)) == max(counts)
 
     def _task_sum(
-        self, term: Term, batch: Mapping[str, Tensor], teacher: TeacherOutputs, logits: Tensor | None, progress: float
+        self,
+        term: Term,
+        batch: Mapping[str, Tensor],
+        teachers: Sequence[TeacherOutputs],
+        logits: Tensor | None,
+        progress: float,
     ) -> Tensor:
         """A term's sum over examples, of (B, C) logits of the student."""
         signal = SIGNALS[term.signal]
-        target = batch[signal.labels] if signal.labels is not None else teacher.task_logits
-        assert logits is not None and target is not None, "both have a task head"
-        loss = signal.losses[term.loss]
+        assert logits is not None, "the student has a task head"
+        if signal.labels is not None:
+            return self._task_values(term, logits, batch[signal.labels], progress).sum()
+        theirs = [teachers[number].task_logits for number in self._asked(term, len(teachers))]
+        assert all(each is not None for each in theirs), "the teachers have a task head"
+        values = torch.stack([self._task_values(term, logits, each, progress) for each in theirs])
+        if len(theirs) == 1:
+            return values.sum()
+        given = torch.stack(theirs), logits.detach().float(), batch.get("labels")  # type: ignore[arg-type]
+        return (WEIGHTINGS[term.teachers].function(*given) * values).sum()
+
+    def _task_values(self, term: Term, logits: Tensor, target: Any, progress: float) -> Tensor:
+        """(B,) of a loss on logits, or of one on labels."""
+        loss = SIGNALS[term.signal].losses[term.loss]
         more = {"progress": progress} if takes_progress(loss) else {}
-        values = loss(logits, target, **term.options, **more)
+        values: Tensor = loss(logits, target, **term.options, **more)
         if values.shape != logits.shape[:1]:
             raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(logits.shape)} logits")
-        return values.sum()
+        return values
 
 
-def _key(term: Term) -> str:
-    """A term's name as that of a module, in which no dot may stand."""
-    return term.name.replace(".", "_")
+def _key(term: Term, number: int) -> str:
+    """A term's name, and the number of a teacher, as the name of a module, in which no dot may stand."""
+    return term.name.replace(".", "_") + (f"__{number + 1}" if number else "")
 
 
 def _require_like_shapes(term: Term, student: nn.Module, teacher: nn.Module) -> None:

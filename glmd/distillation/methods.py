@@ -20,6 +20,7 @@ from glmd.distillation.schedules import Weight
 from glmd.distillation.signals import SIGNALS, takes_progress
 from glmd.errors import RENAMED, ConfigError, suggestion
 from glmd.losses.feature_loss import FeatureLoss
+from glmd.losses.teacher_weights import WEIGHTINGS
 from glmd.models.layers import LayerChoice, Layers
 from glmd.strict_yaml import build, coerce, load_yaml, named_file
 
@@ -129,7 +130,8 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     if of_layers is not None and of_layers.needs_both:
         fields["projection"] = "both"
     for key in own & values.keys():
-        fields[key] = _checked(key, values[key], f"{where}.{key}", tokens)
+        choices = {"tokens": tokens, "teachers": weightings_of(signal)}.get(key, ())
+        fields[key] = _checked(key, values[key], f"{where}.{key}", choices)
     given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
@@ -154,6 +156,7 @@ def _keys_of(signal: str, loss: FeatureLoss | None) -> set[str]:
     keys = {"weight", "label", "in_turn"} | ({"intervened"} if loss is None else set())
     is_of_texts = loss is not None and loss.unit == "text"
     keys |= {"tokens"} if kind.level != "example" and kind.labels is None and not is_of_texts else set()
+    keys |= {"teachers"} if kind.labels is None else set()
     keys |= {"gkd_compat"} if signal == "lm_logits" else set()
     keys |= {"modules" if signal == "modules" else "layers"} if loss is not None else set()
     keys |= {"over_layers", "older_weight"} if loss is not None and not loss.takes_all_layers else set()
@@ -161,8 +164,18 @@ def _keys_of(signal: str, loss: FeatureLoss | None) -> set[str]:
     return keys - ({"in_turn"} if loss is not None and loss.takes_all_layers else set())
 
 
-def _checked(key: str, value: Any, where: str, tokens: tuple[str, ...]) -> Any:
-    """The value of a term's own key."""
+def weightings_of(signal: str) -> tuple[str, ...]:
+    """What a term of a signal may take of several teachers: of layers constant weights, of tokens no labels' ones."""
+    level = SIGNALS[signal].level
+    return tuple(
+        name
+        for name, each in WEIGHTINGS.items()
+        if each.constant or level == "example" or (level == "token" and not (each.couples or each.needs_labels))
+    )
+
+
+def _checked(key: str, value: Any, where: str, choices: tuple[str, ...]) -> Any:
+    """The value of a term's own key. choices: of one that has some."""
     if key == "weight":
         return _checked_weight(value, where)
     if key == "modules":
@@ -170,7 +183,8 @@ def _checked(key: str, value: Any, where: str, tokens: tuple[str, ...]) -> Any:
     if key == "layers":
         return _checked_layers(value, where)
     kinds: dict[str, Any] = {
-        "tokens": Literal[tokens],
+        "tokens": Literal[choices],
+        "teachers": Literal[choices],
         "over_layers": Literal["mean", "sum"],
         "projection": Literal["none", "linear", "both"],
         "projection_size": int,

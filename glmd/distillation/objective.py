@@ -16,6 +16,7 @@ from torch import Tensor
 from glmd.distillation.interventions import Intervention
 from glmd.distillation.schedules import Weight, scheduled_weight
 from glmd.distillation.signals import SIGNALS, Need, feature_loss, takes_progress
+from glmd.losses.teacher_weights import WEIGHTINGS
 from glmd.models.layers import LayerChoice, Layers
 
 
@@ -43,6 +44,7 @@ class Term:
     in_turn: bool = False
     older_weight: float = 1.0
     intervened: bool = False  # of words and examples: of a second pass, under the stage's intervention
+    teachers: str = "mean"  # what is taken of several teachers: a key of WEIGHTINGS
     source: str = ""  # sha256 of the file of a loss of the user's own
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
@@ -52,9 +54,15 @@ class Term:
 
     def record(self) -> dict[str, Any]:
         """What it is, for a stage's record; keys that came later stand there where they are not as they were before."""
-        later = ("modules", "over_layers", "projection_size", "in_turn", "older_weight", "intervened", "source")
+        later = ["modules", "over_layers", "projection_size", "in_turn", "older_weight", "intervened", "source"]
+        later.append("teachers")
         plain = {each.name: each.default for each in fields(self) if each.name in later}
         return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
+
+    @property
+    def asks_all_teachers(self) -> bool:
+        """Whether it compares with more than the first of several teachers."""
+        return SIGNALS[self.signal].labels is None and self.teachers != "first"
 
     @property
     def of_layers(self) -> bool:
@@ -93,6 +101,11 @@ class Objective:
         return found | (self.intervention.teacher_needs if self.intervention is not None else frozenset())
 
     @property
+    def further_needs(self) -> frozenset[Need]:
+        """Which parts of each teacher but the first; none where only the first one is asked."""
+        return frozenset().union(*(SIGNALS[term.signal].needs for term in self.terms if term.asks_all_teachers))
+
+    @property
     def layer_terms(self) -> tuple[Term, ...]:
         """The terms that compare layers."""
         return tuple(term for term in self.terms if term.of_layers)
@@ -113,13 +126,22 @@ class Objective:
         losses = [SIGNALS[term.signal].losses[term.loss] for term in self.terms]
         if self.intervention is not None and self.intervention.kind.couples:
             return True
+        if any(WEIGHTINGS[term.teachers].couples for term in self.terms):
+            return True
         return any(SIGNALS[term.signal].couples for term in self.terms) or any(
             getattr(loss, "couples", False) for loss in losses
         )
 
     def reads(self, column: str) -> bool:
-        """Whether a term compares with this column of labels."""
+        """Whether a term compares with this column of labels, or weighs several teachers by it."""
+        if column == "labels" and any(WEIGHTINGS[term.teachers].needs_labels for term in self.terms):
+            return True
         return any(SIGNALS[term.signal].labels == column for term in self.terms)
+
+    @property
+    def weighs_teachers(self) -> bool:
+        """Whether it makes sense with several teachers alone."""
+        return any(not WEIGHTINGS[term.teachers].constant for term in self.terms)
 
     @property
     def needs_masking(self) -> bool:

@@ -118,9 +118,9 @@ class OnlineTeacher:
 
 
 class Ensemble:
-    """Several teachers of one batch. Students are scored against the first."""
+    """Several teachers of one batch, live ones or from caches. Students are scored against the first."""
 
-    def __init__(self, teachers: Sequence[OnlineTeacher]) -> None:
+    def __init__(self, teachers: Sequence[Callable[[Mapping[str, Tensor]], TeacherOutputs]]) -> None:
         self.teachers = teachers
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[TeacherOutputs, ...]:
@@ -162,6 +162,11 @@ def run_and_read(
         return calls.layers[number].read(signal, key_value_heads(split.model.config))
 
     return outputs, read
+
+
+def first_of(teacher: Any) -> Any:
+    """The first of several teachers, by whom students are scored; a single one itself."""
+    return teacher.teachers[0] if isinstance(teacher, Ensemble) else teacher
 
 
 def of_each(outputs: AllOutputs) -> tuple[TeacherOutputs, ...]:

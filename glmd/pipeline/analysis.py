@@ -20,7 +20,7 @@ import torch
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.signals import feature_loss
-from glmd.distillation.teacher import Ensemble, OnlineTeacher
+from glmd.distillation.teacher import OnlineTeacher, first_of
 from glmd.models.attention_calls import is_heard
 from glmd.models.layers import layer_pairs
 from glmd.pipeline.context import Context
@@ -43,7 +43,7 @@ class LayerDistances:
     """What a stage's student is asked beside its training, on the main process, with dropout off."""
 
     def __init__(self, context: Context, stage: Stage, teacher: Teacher) -> None:
-        first = teacher.teachers[0] if isinstance(teacher, Ensemble) else teacher
+        first = first_of(teacher)
         assert isinstance(first, OnlineTeacher) and stage.objective is not None, "checked before"
         self.teacher = copy.copy(first)  # the same weights, asked for other layers
         self.teacher.layers, self.teacher.is_silent = {}, False

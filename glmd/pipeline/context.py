@@ -25,7 +25,7 @@ from glmd.models.heads import is_causal
 from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run_folder import RunFolder, begun_with
 from glmd.planning.plan import Plan
-from glmd.planning.stages import TEACHER, Stage, stages, task_teacher_path
+from glmd.planning.stages import TEACHER, Stage, named_language_models, stages, teacher_path
 from glmd.runtime.processes import on_main
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import TaskForm, task_form
@@ -70,6 +70,7 @@ class Context:
             self.processes, self.sharding = begun or (self.processes, self.sharding)
         on_main(lambda: require_shareable(plan, self.processes, accelerator.num_processes))
         self.stages = list(stages(plan, self.processes))
+        self.language_models = named_language_models(plan.config.teacher)
 
     def folder(self, stage: Stage) -> Path:
         return self.run_folder.path / stage.path
@@ -85,18 +86,20 @@ class Context:
 
     def model(self, path: str) -> str:
         """The folder of the model that a stage leaves; the name of one that is given in its place."""
-        if path == TEACHER and self.config.teacher.model is not None:
-            return self.config.teacher.model
-        stage = self.stage(path)
-        named = self.config.teacher.tasks.get(stage.task.task.name) if stage.task is not None else None
-        if stage.kind == "task_teacher" and named is not None:
+        named = self.language_models.get(path)
+        if named is not None:
             return named
+        stage = self.stage(path)
+        if stage.named is not None:
+            return stage.named
         return str(self.folder(stage) / ("model" if stage.trains_teacher else "student"))
 
     def language_model(self, path: str) -> TeacherConfig:
         """How a language model is loaded to teach: that of a stage, or of the last one before it that has such."""
         if path == TEACHER:
             return replace(self.config.teacher, model=self.model(path), scratch=None, pretraining=None)
+        if path in self.language_models:
+            return replace(self.config.teacher, model=self.model(path), revision=None, ensemble=[], tasks={})
         stage = self.stage(path)
         if stage.leaves_language_model:
             teacher = self.config.teacher
@@ -105,9 +108,11 @@ class Context:
         return self.language_model(stage.start)
 
     def classifier(self, stage: Stage) -> str:
-        """Path of the fine-tuned teacher that a pass over a task learns from, and is compared with."""
+        """Path of the fine-tuned teacher that a pass is compared with, and learns from first; of a teacher, its own."""
         assert stage.task is not None, "a stage of a task"
-        return stage.teacher or task_teacher_path(stage.task.task.name)
+        if stage.kind == "task_teacher":
+            return stage.path
+        return stage.teacher or teacher_path(0, stage.task.task.name)
 
     def fingerprint(self, path: str) -> str:
         """Of the model that a stage leaves."""
@@ -183,7 +188,12 @@ class Context:
         }
         if stage.kind == "pretraining":
             inputs |= {"analysis": config.analysis} if config.analysis != "none" else {}
-            inputs["ensemble"] = [self.run_folder.fingerprint(each) for each in config.teacher.ensemble] or None
+            inputs["ensemble"] = [self.fingerprint(path) for path in stage.further] or None
+        elif stage.further:
+            inputs["ensemble"] = [self.fingerprint(path) for path in stage.further]
+            if "head" in stage.teacher_needs_of(1):
+                paths = [teacher_path(number) for number in range(1, len(stage.teachers))]
+                inputs["ensemble"] += [self.fingerprint(path) for path in paths]
         return inputs
 
     @cached_property

@@ -136,9 +136,9 @@ def make_cache(config: RunConfig) -> None:
     if config.teacher.cache is None:
         raise ConfigError("teacher.cache is missing; give teacher.cache=FOLDER")
     with prepared_run(config, makes_caches=True) as context:
-        teachers = {stage.teacher for stage in context.stages if stage.cached}
-        if context.config.teacher.model is not None:
-            make_caches(context, TEACHER)
+        teachers = {path for stage in context.stages if stage.cached for path in stage.teachers}
+        for path in context.language_models:
+            make_caches(context, path)
         for stage in context.stages:
             if stage.trains_teacher and (stage.path in teachers or stage.path == TEACHER):
                 complete(context, stage)
@@ -194,8 +194,8 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
             context = Context(plan, run_folder, accelerator)
             refuse_foreign(context)
             open_corpus(context, synthetic)
-            if config.teacher.model is not None:
-                refuse_stale(context, TEACHER)
+            for path in context.language_models:
+                refuse_stale(context, path)
             require_room(context, context.stages if makes_caches else to_come(context))
             yield context
 

@@ -15,7 +15,7 @@ import torch
 from glmd.config import TeacherConfig
 from glmd.data.sampling import loader_workers
 from glmd.distillation.distiller import Distiller
-from glmd.distillation.teacher import TeacherOutputs
+from glmd.distillation.teacher import TeacherOutputs, first_of
 from glmd.losses.linear import triton_problem
 from glmd.models.attention import attention_of
 from glmd.models.heads import split_parameters
@@ -70,7 +70,7 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         teacher = load_teacher(context, stage)
         context.at_hand = None
         # Whose words the model's are scored against.
-        compared = teacher if stage.leaves_language_model and stage.asks_lm_logits else None
+        compared = first_of(teacher) if stage.leaves_language_model and stage.asks_lm_logits else None
         if stage.start is None and stage.task is None and context.config.teacher.quantization and compared is not None:
             result["quantization"] = quantization_error(context, stage, context.whole_answers, compared)
         bits = {} if compared is None else teacher_bits(context, stage, compared)
@@ -209,8 +209,9 @@ def evaluation(context: Context, stage: Stage, teacher: Teacher | None) -> Evalu
     if stage.leaves_language_model:
         if teacher is None or not stage.asks_lm_logits:  # nothing ranks layers, or predictions of labels
             return None
+        compared = first_of(teacher)
         return lambda distiller: (
-            -score_language_model(context, stage, distiller.language_model, teacher)["kl_divergence"]
+            -score_language_model(context, stage, distiller.language_model, compared)["kl_divergence"]
         )
     if selection == "best":
         metric = stage.task.task.metrics[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glmd.data.batches import Batch
 from glmd.data.blocks import BlockDataset, block_texts
-from glmd.distillation.teacher import Ensemble, of_each
+from glmd.distillation.teacher import of_each
 from glmd.evaluation.bits_per_byte import score_text
 from glmd.evaluation.metrics import score
 from glmd.evaluation.scoring import answers_of, predict, score_lm
@@ -55,8 +55,7 @@ def teacher_bits(context: Context, stage: Stage, teacher: Teacher) -> dict[str, 
     if stage.task is not None or not is_causal(context.plan.teacher_config):
         return {}
     assert stage.teacher is not None, "the stage learns from a teacher"
-    first = teacher.teachers[0] if isinstance(teacher, Ensemble) else teacher
-    model = getattr(first, "language_model", None) or placed_language_model(context, stage.teacher)
+    model = getattr(teacher, "language_model", None) or placed_language_model(context, stage.teacher)
     held_out = corpus_blocks(context, stage, held_out=True)
     return {"teacher_bits_per_byte": _bits(context, InParts(model), context.plan.tokenizer, held_out)["bits_per_byte"]}
 

@@ -1,6 +1,5 @@
 """The teacher of a stage, live: models that a stage has left, or that were named, as one callable."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from glmd.models.attention import set_attention
 from glmd.models.heads import share_backbone
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
-from glmd.planning.stages import TEACHER, Stage
+from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
@@ -21,37 +20,40 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 @phase("loading")
 def live_teacher(context: Context, stage: Stage, vocabulary: Vocabulary) -> OnlineTeacher | Ensemble:
-    """What a stage learns from, for students of a vocabulary; to fill a cache, of all source tokens."""
-    first, config = first_teacher(context, stage, vocabulary), context.config.teacher
-    if stage.task is not None or stage.teacher != TEACHER or not config.ensemble:
-        return first
-    configs = [replace(config, model=each, revision=None, ensemble=[]) for each in config.ensemble]
-    return Ensemble([first, *(_online(context, _loaded(context, each), None, vocabulary) for each in configs)])
+    """What a stage learns from, for students of a vocabulary."""
+    found = [teacher_at(context, stage, number, vocabulary) for number in range(len(stage.teachers))]
+    return Ensemble(found) if len(found) > 1 else found[0]
 
 
 @phase("loading")
-def first_teacher(context: Context, stage: Stage, vocabulary: Vocabulary, *, is_asked: bool = True) -> OnlineTeacher:
-    """The same without the further ones of `teacher.ensemble`. is_asked: else its head alone is wanted."""
-    teacher, classifier, language_model = stage.teacher, None, None
-    assert teacher is not None, "the stage learns from a teacher"
-    if teacher != TEACHER:
-        assert context.stage(teacher).variant != "student", "a teacher reads and predicts all source tokens"
+def teacher_at(
+    context: Context, stage: Stage, number: int, vocabulary: Vocabulary, *, is_asked: bool = True
+) -> OnlineTeacher:
+    """One of a stage's teachers, from 0; to fill a cache, for all source tokens.
+
+    is_asked: else its head alone is wanted.
+    """
+    path, classifier, language_model = stage.teachers[number], None, None
+    if path not in context.language_models:
+        assert context.stage(path).variant != "student", "a teacher reads and predicts all source tokens"
     if stage.task is not None:
-        classifier = _classifier(context, stage)
-    if stage.asks_lm_logits:
+        classifier = _classifier(context, stage, path)
+    if stage.asks_lm_logits_of(number):
         # In a blank the fine-tuned model has predicted tokens itself; else it gets the LM head that it began with.
         predicts_itself = stage.task is not None and not context.form(stage).has_own_head
-        language_model = classifier if predicts_itself else _language_model(context, teacher)
+        language_model = classifier if predicts_itself else _language_model(context, path)
+    elif classifier is None:  # whose layers are read
+        language_model = _language_model(context, path)
     logits = context.form(stage).logits if stage.task is not None else class_logits
     # Layers that are lent are called by each rank as it likes, which those that are shared out cannot be.
-    whole = "layers" in stage.teacher_needs
+    whole = number == 0 and "layers" in stage.teacher_needs
     return _online(context, language_model, classifier, vocabulary, logits, is_asked=is_asked, whole=whole)
 
 
 @phase("loading")
 def load_fine_tuned(context: Context, stage: Stage) -> Any:
     """The fine-tuned teacher of a stage in the precision that it teaches in, and is scored in, on its device."""
-    return _placed(context, [_classifier(context, stage)])[0]
+    return _placed(context, [_classifier(context, stage, context.classifier(stage))])[0]
 
 
 @phase("loading")
@@ -60,11 +62,11 @@ def placed_language_model(context: Context, path: str) -> Any:
     return _placed(context, [_language_model(context, path)])[0]
 
 
-def _classifier(context: Context, stage: Stage) -> Any:
+def _classifier(context: Context, stage: Stage, path: str) -> Any:
     assert stage.task is not None, "a stage of a task"
     teacher = context.config.teacher
     return load_classifier(
-        context.model(context.classifier(stage)),
+        context.model(path),
         stage.task.task,
         dtype=getattr(torch, teacher.dtype),
         quantization=teacher.quantization,

@@ -3,7 +3,8 @@
     print(describe_cache(plan, sources))       # for `glmd check`: refuses another's cache and a disk too small
     cache = task_cache(plan, stage, teacher_hash=..., classifier_hash=...)     # of a stage that is cached
 
-The corpus has one cache in the folder `teacher.cache`, each stage of a task one below it.
+The corpus has one cache in the folder `teacher.cache`, each stage of a task one below it; so have further teachers, in
+folders of their own.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, live_stages
-from glmd.planning.stages import Stage, stages
+from glmd.planning.stages import TEACHER, Stage, named_language_models, stages, teacher_path
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
@@ -36,37 +37,47 @@ LATER = ("corpus.tokens", "blocks.training", "blocks.held_out")
 
 
 def corpus_cache(
-    plan: Plan, training: BlockDataset, held_out: BlockDataset, *, teacher_hash: str | None, tokens: str | None
+    plan: Plan,
+    training: BlockDataset,
+    held_out: BlockDataset,
+    *,
+    teacher_hash: str | None,
+    tokens: str | None,
+    number: int = 0,
 ) -> TeacherCache:
-    """The corpus in every masking that training sees, and the held-out blocks."""
+    """The corpus in every masking that training sees, and of the first of several teachers the held-out blocks."""
     made_from = _corpus_made_from(plan) | {"teacher": teacher_hash}
     made_from["corpus"]["tokens"] = tokens
     made_from["blocks"] |= {"training": len(training), "held_out": len(held_out)}
-    return _cache(plan, cache_folder(plan.config), ((training, _maskings(plan)), (held_out, 1)), made_from, words=True)
+    parts = ((training, _maskings(plan)), (held_out, 1))[: 1 if number else 2]
+    return _cache(plan, corpus_cache_folder(plan.config, number), parts, made_from, words=True, number=number)
 
 
-def require_own_cache(plan: Plan, teacher_hash: str | None) -> None:
+def require_own_cache(plan: Plan, teacher_hash: str | None, number: int = 0) -> None:
     """Refuse a cache of the corpus that is of something else, by what is known before the corpus is read.
 
-    teacher_hash: None where the teacher is yet to be trained. Raises RunError naming what differs.
+    teacher_hash: None where the teacher is yet to be trained. number: of one of several teachers, from 0. Raises
+    RunError naming what differs.
     """
-    manifest = read_manifest(cache_folder(plan.config)) if "pretraining" in cached_stages_of(plan) else None
+    folder = corpus_cache_folder(plan.config, number)
+    manifest = read_manifest(folder) if "pretraining" in cached_stages_of(plan) else None
     if manifest is None:
         return
-    expected = _cache(
-        plan, cache_folder(plan.config), (), _corpus_made_from(plan) | {"teacher": teacher_hash}, words=True
-    )
+    made_from = _corpus_made_from(plan) | {"teacher": teacher_hash}
+    expected = _cache(plan, folder, (), made_from, words=True, number=number)
     unknown = LATER if teacher_hash else (*LATER, "teacher")
     changed = differences(manifest["made_from"], expected.made_from, ignore=unknown)
     if changed:
         raise RunError(stale(expected.folder, changed))
 
 
-def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier_hash: str | None) -> TeacherCache:
+def task_cache(
+    plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier_hash: str | None, number: int = 0
+) -> TeacherCache:
     """A task's inputs in every masking, and val where the stage compares LM logits there.
 
-    Hashes are those of the pretrained and the fine-tuned teacher, None where they are yet to be trained: sizes do not
-    depend on them.
+    number: of one of several teachers, from 0. Hashes are those of the pretrained and the fine-tuned teacher, None
+    where they are yet to be trained: sizes do not depend on them.
     """
     planned = stage.task
     assert planned is not None, "a pass over a task"
@@ -74,20 +85,21 @@ def task_cache(plan: Plan, stage: Stage, *, teacher_hash: str | None, classifier
     data = task_dataset(plan, task.name, planned.inputs, stage.length)
     data.masking = masking_for(plan.tokenizer, probability, stage.seed, maskings)
     parts = [(data, maskings or 1)]
-    if stage.leaves_language_model and stage.asks_lm_logits:
+    asks_words = stage.asks_lm_logits_of(number)
+    if stage.leaves_language_model and asks_words and number == 0:  # by whom the student is scored
         parts.append((task_dataset(plan, task.name, planned.val, stage.length), 1))
     made_from = {
         # In a blank the fine-tuned model predicts tokens by a head of its own.
-        "teacher": teacher_hash if stage.asks_lm_logits and task.casting == "head" else None,
+        "teacher": teacher_hash if asks_words and task.casting == "head" else None,
         "classifier": classifier_hash,
         "tokenizer": tokenizer_fingerprint(plan.tokenizer),
         "inputs": [each.fingerprint() for each, _ in parts],
         "max_length": stage.length,
         "masking": _masking(probability, maskings, stage.seed),
     }
-    num_classes = len(task.labels) if "task_head" in stage.teacher_needs else None
-    folder = stage_cache_folder(plan, stage)
-    return _cache(plan, folder, parts, made_from, words=stage.asks_lm_logits, num_classes=num_classes)
+    num_classes = len(task.labels) if "task_head" in stage.teacher_needs_of(number) else None
+    folder = stage_cache_folder(plan, stage, number)
+    return _cache(plan, folder, parts, made_from, words=asks_words, num_classes=num_classes, number=number)
 
 
 def task_dataset(plan: Plan, task: str, examples: Sequence[TaskExample], length: int) -> TaskDataset:
@@ -114,20 +126,28 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(config.teacher.cache)
 
 
-def stage_cache_folder(plan: Plan, stage: Stage) -> Path:
-    """Of a task one for all seeds, unless each has maskings of its own."""
-    folder = cache_folder(plan.config)
+def corpus_cache_folder(config: RunConfig, number: int) -> Path:
+    """That of one of several teachers of the corpus, from 0."""
+    return cache_folder(config) / teacher_path(number) if number else cache_folder(config)
+
+
+def stage_cache_folder(plan: Plan, stage: Stage, number: int = 0) -> Path:
+    """Of a task one for all seeds, unless each has maskings of its own. number: of one of several teachers, from 0."""
+    folder = corpus_cache_folder(plan.config, number)
     if stage.task is None:
         return folder
     return folder / TASKS / stage.task.task.name / stage.kind / (f"seed-{stage.seed}" if stage.masking[0] else "")
 
 
-def read_caches(plan: Plan, found: Iterable[Stage]) -> dict[Path, Stage]:
-    """The folder of each cache that the stages read, with the first of them: seeds and grid points share it."""
-    folders: dict[Path, Stage] = {}
+def read_caches(plan: Plan, found: Iterable[Stage]) -> dict[Path, tuple[Stage, int]]:
+    """The folder of each cache that the stages read, with the first of them: seeds and grid points share it.
+
+    Beside it the number of the teacher whose it is, of those that the stage learns from.
+    """
+    folders: dict[Path, tuple[Stage, int]] = {}
     for stage in found:
-        if stage.cached:
-            folders.setdefault(stage_cache_folder(plan, stage), stage)
+        for number in range(len(stage.teachers) if stage.cached else 0):
+            folders.setdefault(stage_cache_folder(plan, stage, number), (stage, number))
     return folders
 
 
@@ -142,20 +162,27 @@ def describe_cache(plan: Plan, sources: Sequence[str]) -> str:
     """
     teacher, folder = plan.config.teacher, cache_folder(plan.config)
     # Of many gigabytes, and for nothing where there is no cache to compare it with.
-    is_known = teacher.model is not None and folder.is_dir()
-    teacher_hash = model_fingerprint(str(teacher.model), teacher.revision) if is_known else None
-    require_own_cache(plan, teacher_hash)
+    language_models, known = named_language_models(teacher), {}
+    if folder.is_dir():
+        known = {
+            path: model_fingerprint(model, teacher.revision if path == TEACHER else None)
+            for path, model in language_models.items()
+        }
     lines, to_come = [], 0.0
-    for stage in read_caches(plan, stages(plan, 1)).values():
+    for number in range(len(teacher.ensemble) + 1):
+        require_own_cache(plan, known.get(teacher_path(number)), number)
+    for place, (stage, number) in read_caches(plan, stages(plan, 1)).items():
         if stage.task is None:
-            text, size = _corpus_size(plan, sources)
-            lines.append(f"corpus, {text}")
-            there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+            text, size = _corpus_size(plan, sources, number)
+            lines.append(f"corpus, {text}" + (f", of {language_models[teacher_path(number)]}" if number else ""))
+            there = sum(path.stat().st_size for path in place.glob("shard-*.safetensors"))
             to_come += max(0.0, size - there)
             continue
-        named = teacher.tasks.get(stage.task.task.name)
-        hashes = {"classifier_hash": model_fingerprint(named) if named else None, "teacher_hash": teacher_hash}
-        cache = task_cache(plan, stage, **hashes)
+        models = dict(enumerate(teacher.of_task(stage.task.task.name)))
+        named = models.get(number)
+        hashes = {"classifier_hash": model_fingerprint(named) if named else None}
+        hashes["teacher_hash"] = known.get(teacher_path(number))
+        cache = task_cache(plan, stage, **hashes, number=number)
         _require_own(cache, unknown=[key.removesuffix("_hash") for key, value in hashes.items() if value is None])
         tokens = f"{cache.num_tokens:,} tokens of {cache.token_bytes} bytes, " if cache.width else ""
         lines.append(f"{cache.folder.relative_to(folder)}, {tokens}{gigabytes(cache.num_bytes)}")
@@ -205,13 +232,14 @@ def _cache(
     *,
     words: bool,
     num_classes: int | None = None,
+    number: int = 0,
 ) -> TeacherCache:
     if plan.config.teacher.quantization:
         made_from = made_from | {"quantization": plan.config.teacher.quantization}
     return TeacherCache(
         folder,
         parts,
-        width=head_width(plan) if words else None,
+        width=head_width(plan, number) if words else None,
         num_classes=num_classes,
         dtype=plan.config.teacher.dtype,
         made_from=made_from,
@@ -225,7 +253,7 @@ def _require_own(cache: TeacherCache, *, unknown: Sequence[str]) -> None:
         raise RunError(stale(cache.folder, changed))
 
 
-def _corpus_size(plan: Plan, sources: Sequence[str]) -> tuple[str, float]:
+def _corpus_size(plan: Plan, sources: Sequence[str], number: int) -> tuple[str, float]:
     """In words, and in bytes: by the run's own tokens where they are there, else by a sample of the text."""
     length, maskings = plan.config.pretraining.max_length, _maskings(plan)
     assert length is not None, "checked by config"
@@ -235,7 +263,7 @@ def _corpus_size(plan: Plan, sources: Sequence[str]) -> tuple[str, float]:
         return "of unknown length until it is read", 0.0
     frame = sum(map(len, block_frame(plan.tokenizer)))
     blocks = -(-tokens // (length - frame))
-    token_bytes = _cache(plan, cache_folder(plan.config), (), {}, words=True).token_bytes
+    token_bytes = _cache(plan, cache_folder(plan.config), (), {}, words=True, number=number).token_bytes
     held_out = min(plan.config.data.eval_blocks, blocks // 5)
     texts = (blocks - held_out) * maskings + held_out
     kept = round((tokens + blocks * frame) * texts / blocks)

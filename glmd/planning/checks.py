@@ -35,7 +35,7 @@ def require_named_teachers(
     from glmd.tasks.forms import warn_of_unnamed_classes
 
     on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
-    for name, model in config.teacher.tasks.items():
+    for name, model in _classifiers(config):
         field = f"teacher.tasks.{name}"
         require_model(model, field=field)
         model_config = load_model_config(model)
@@ -47,11 +47,17 @@ def require_named_teachers(
         require_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
 
 
-def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> None:
-    """Refuse a further teacher that does not predict the same tokens from the same ids."""
+def _classifiers(config: RunConfig) -> list[tuple[str, str]]:
+    """Each fine-tuned teacher that is named, after its task."""
+    return [(name, model) for name in config.teacher.tasks for model in config.teacher.of_task(name)]
+
+
+def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> tuple[Any, ...]:
+    """The configs of further teachers. Refuses one that does not predict the same tokens from the same ids."""
     from glmd.models.heads import final_linear
     from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
 
+    found = []
     for model in config.teacher.ensemble:
         field = f"teacher.ensemble: {model}"
         require_model(model, field="teacher.ensemble")
@@ -65,6 +71,8 @@ def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> 
         final_linear(on_meta)
         if config.teacher.quantization is not None:
             quantized_linears(on_meta)
+        found.append(model_config)
+    return tuple(found)
 
 
 def _require_same_tokenizer(ours: Any, theirs: Any, where: str) -> None:
@@ -86,7 +94,7 @@ def require_weight_files(config: RunConfig) -> None:
     if teacher.model is not None:
         options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
         require_language_model(teacher.model, field="teacher.model", tasks=list(config.tasks), **options)
-    for name, model in teacher.tasks.items():
+    for name, model in _classifiers(config):
         require_task_model(model, task_of(config, name))
     for model in teacher.ensemble:
         require_language_model(model, field="teacher.ensemble")
@@ -180,7 +188,7 @@ def require_attention(config: RunConfig, student_config: Any, teacher_config: An
     name, teacher = config.attn_implementation, config.teacher
     if name is None:
         return
-    others = {f"teacher.tasks.{task}": model for task, model in teacher.tasks.items()}
+    others = {f"teacher.tasks.{task}: {model}": model for task, model in _classifiers(config)}
     others |= {f"teacher.ensemble: {model}": model for model in teacher.ensemble}
     configs = {"teacher": teacher_config, "student": student_config}
     configs |= {field: load_model_config(model) for field, model in others.items()}

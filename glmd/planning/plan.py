@@ -33,7 +33,7 @@ from glmd.planning.checks import (
     require_weight_files,
     stage_lengths,
 )
-from glmd.planning.rules import cached_stages, for_teacher, kept_words, resolve, task_of
+from glmd.planning.rules import cached_stages, fine_tunes_teacher, for_teacher, kept_words, resolve, task_of
 from glmd.planning.task_plan import TaskPlan, plan_task
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.vocabulary.renumbering import named_ids
@@ -55,6 +55,18 @@ class Plan:
     tasks: dict[str, TaskPlan]
     corpus: dict[str, Any] | None
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
+    ensemble_configs: tuple[Any, ...] = ()  # of the further language models
+
+    def teacher_config_at(self, number: int, task: TaskPlan | None) -> Any:
+        """Of one of several teachers, from 0; of a task's where no language models are named beside them."""
+        from glmd.models.loading import load_model_config
+
+        if number == 0:
+            return self.teacher_config
+        if self.ensemble_configs:
+            return self.ensemble_configs[number - 1]
+        assert task is not None, "teachers of the corpus are named"
+        return load_model_config(self.config.teacher.of_task(task.task.name)[number])
 
 
 def make_plan(
@@ -83,7 +95,7 @@ def make_plan(
     tasks = {name: plan_task(config, name, method, source, verbalizers[name]) for name in config.tasks}
     require_lengths(config, method, tasks, "the teacher", teacher_config)
     require_named_teachers(config, method, tasks, tokenizer)
-    require_ensemble(config, tokenizer, teacher_config)
+    ensemble_configs = require_ensemble(config, tokenizer, teacher_config)
     require_blanks(config, method, tasks, tokenizer, causal=is_causal(teacher_config))
     plan = Plan(
         config,
@@ -95,6 +107,7 @@ def make_plan(
         kept_size=kept_size(config.vocabulary, tokenizer, ids=named_ids(teacher_config)),
         tasks=tasks,
         corpus=None,
+        ensemble_configs=ensemble_configs,
     )
     plan = _with_parameters(plan)
     if kept_words(cached_stages(config, method), method):
@@ -125,7 +138,7 @@ def _try_student(plan: Plan) -> None:
     )
     if config.attn_implementation is not None:
         trains_teacher = config.teacher.scratch is not None or any(
-            task not in config.teacher.tasks for task in plan.tasks
+            fine_tunes_teacher(config, plan.method, task) for task in plan.tasks
         )
         try_attention(
             config.attn_implementation,
@@ -172,11 +185,12 @@ def is_config_alone(model: str | None) -> bool:
     return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
 
 
-def head_width(plan: Plan) -> int:
-    """H, what the teacher's final linear map sees of a token. Raises ModelError where there is no such map."""
+def head_width(plan: Plan, number: int = 0) -> int:
+    """H, what the final linear map of one of the teachers sees of a token. Raises ModelError where there is no such."""
     from glmd.models.heads import final_linear
 
-    width: int = final_linear(model_on_meta("teacher", plan.teacher_config)).weight.shape[1]
+    config = (plan.teacher_config, *plan.ensemble_configs)[number]
+    width: int = final_linear(model_on_meta("teacher", config)).weight.shape[1]
     return width
 
 

@@ -67,9 +67,15 @@ def task_of(config: RunConfig, name: str) -> Task:
     return load_task(config.tasks[name].get("definition") or name, config.casting)
 
 
-def learns_from_train(config: RunConfig, name: str) -> bool:
+def learns_from_train(config: RunConfig, method: dict[str, Objective], name: str) -> bool:
     """Whether any model of the run is trained on the task's training examples."""
-    return not config.tasks[name].get("inputs") or name not in config.teacher.tasks or config.controls.hard_labels
+    is_own = not config.tasks[name].get("inputs")
+    return is_own or fine_tunes_teacher(config, method, name) or config.controls.hard_labels
+
+
+def fine_tunes_teacher(config: RunConfig, method: dict[str, Objective], name: str) -> bool:
+    """Whether a teacher of the task is not named."""
+    return len(config.teacher.of_task(name)) < teachers_of_task(config, method, name)
 
 
 def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
@@ -80,6 +86,13 @@ def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> d
 def passes(method: dict[str, Objective]) -> list[str]:
     """The stages of a method over a task, in their order."""
     return [name for name in method if name != "pretraining"]
+
+
+def teachers_of_task(config: RunConfig, method: dict[str, Objective], task: str) -> int:
+    """How many teachers the stages over a task learn from."""
+    if not any(method[name].further_needs for name in passes(method)):
+        return 1
+    return max(len(config.teacher.ensemble) + 1, len(config.teacher.of_task(task)))
 
 
 def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
@@ -193,7 +206,7 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
     if not (data.corpus or data.synthetic) and "pretraining" in method:
         raise ConfigError(f"data.corpus is missing; method {config.method} pretrains on it")
     for name, changes in config.tasks.items():
-        own = changes.get("val") and (changes.get("train") or not learns_from_train(config, name))
+        own = changes.get("val") and (changes.get("train") or not learns_from_train(config, method, name))
         if not (data.superglue or data.synthetic or own):
             raise ConfigError(f"data.superglue is missing; {name} is read from it (a folder, or aps/super_glue)")
     if not config.tasks and "pretraining" not in method:
@@ -292,20 +305,35 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
 
 
 def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
-    """Refuse further teachers that nothing would be asked of."""
-    if not config.teacher.ensemble:
-        return
-    if not ("pretraining" in method and "head" in method["pretraining"].teacher_needs):
+    """Refuse further teachers that nothing would be asked of, and a method that weighs several where there is one."""
+    teacher = config.teacher
+    reading = [stage for stage in method if stage == "pretraining" or config.tasks]
+    asking = [stage for stage in reading if method[stage].further_needs]
+    if teacher.ensemble and not asking:
         raise ConfigError(
-            f"teacher.ensemble has no effect: method {config.method} compares no LM logits on the corpus; remove it"
+            f"teacher.ensemble has no effect: method {config.method} compares nothing with further teachers; remove it"
         )
-    if method["pretraining"].reads_layers:
-        raise ConfigError("teacher.ensemble: layers are compared with those of one teacher; remove one of the two")
-    if "pretraining" in cached_stages(config, method):
-        raise ConfigError(
-            "teacher.ensemble: of the corpus teacher.cache keeps the answers of one teacher; leave pretraining out of "
-            "teacher.cached_stages, or remove one of the two"
-        )
+    for task in config.tasks:
+        named = teacher.of_task(task)
+        if len(named) > teachers_of_task(config, method, task):
+            raise ConfigError(
+                f"teacher.tasks.{task} names {len(named)} models, but method {config.method} compares nothing on tasks "
+                "with further teachers; name one"
+            )
+        words = [stage for stage in asking if stage != "pretraining" and "head" in method[stage].further_needs]
+        if words and len(named) > 1 and not teacher.ensemble:
+            raise ConfigError(
+                f"teacher.tasks.{task} names {len(named)} models, but {words[0]} compares LM logits, which they have "
+                "none of: name their language models in teacher.ensemble"
+            )
+    for stage in reading:
+        most = [teachers_of_task(config, method, task) for task in config.tasks] if stage != "pretraining" else []
+        if method[stage].weighs_teachers and min(most, default=len(teacher.ensemble) + 1) == 1:
+            also = "" if stage == "pretraining" else ", or a list of models for each task in teacher.tasks"
+            raise ConfigError(
+                f"method {config.method} weighs several teachers in {stage}, and there is one; name others in "
+                f"teacher.ensemble{also}"
+            )
 
 
 def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:

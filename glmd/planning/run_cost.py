@@ -209,6 +209,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=stage.training.gradient_checkpointing,
         attention=config.attn_implementation,
+        further=tuple(plan.teacher_config_at(number, task) for number in range(1, len(stage.teachers))),
     )
 
 
@@ -271,7 +272,6 @@ def _left_out(plan: Plan) -> list[str]:
     return [
         "scoring",
         *(["the time of quantized products"] if plan.config.teacher.quantization else []),
-        *(["teacher.ensemble"] if plan.config.teacher.ensemble else []),
         *(["controls.full_vocabulary"] if plan.config.controls.full_vocabulary else []),
         *(["making teacher.cache, an epoch of the teacher for each masking"] if cached else []),
         *(["its part of tasks on disk, which `glmd check` says"] if set(cached) - {"pretraining"} else []),
@@ -285,8 +285,10 @@ def _disk(plan: Plan, store: TokenStore | None) -> dict[str, float | None]:
     if "pretraining" in cached_stages(plan.config, plan.method):
         teacher = plan.config.teacher
         assert teacher.cache is not None, "a stage is cached somewhere"
-        cache = TeacherCache(Path(teacher.cache), (), width=head_width(plan), dtype=teacher.dtype, made_from={})
-        a_token = float(cache.token_bytes * (plan.config.pretraining.num_maskings or 1))
+        count = len(teacher.ensemble) + 1 if plan.method["pretraining"].further_needs else 1
+        widths = [head_width(plan, number) for number in range(count)]
+        caches = [TeacherCache(Path(teacher.cache), (), width=w, dtype=teacher.dtype, made_from={}) for w in widths]
+        a_token = sum(float(each.token_bytes * (plan.config.pretraining.num_maskings or 1)) for each in caches)
         disk["teacher.cache, corpus"] = store.num_tokens * a_token if store is not None else None
         disk["teacher.cache, a token"] = a_token
     return disk

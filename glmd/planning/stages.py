@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from glmd.config import GridPoint, grid_point_name
+from glmd.config import GridPoint, TeacherConfig, grid_point_name
 from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.signals import Need
 from glmd.planning.plan import Plan
-from glmd.planning.rules import cached_stages, is_clean, is_scored_by_words, passes
+from glmd.planning.rules import cached_stages, is_clean, is_scored_by_words, passes, teachers_of_task
 from glmd.planning.task_plan import TaskPlan
 from glmd.stage_config import StageConfig
 from glmd.tasks.examples import TaskExample
@@ -36,7 +36,9 @@ class Stage:
     variant: whose vocabulary its model has. "full vocabulary" is the control with the teacher's.
     grid_point: what of the sweep's it depends on. cached: it reads the teacher's outputs from `teacher.cache`.
     start: path of the stage whose model it begins from; None where it makes its own, of the teacher's layers.
-    teacher: path of the stage whose model it learns from; None where it learns from labels alone.
+    teacher: path of the stage whose model it learns from; None where it learns from labels alone. further: paths of
+        the other teachers, where it learns from several. A teacher that is named has a path without a stage.
+    named: the model that stands in the place of what it would train.
     last: the method's last stage over a task, which leaves the model of the task, and whose settings the control has.
     """
 
@@ -52,6 +54,8 @@ class Stage:
     teacher: str | None = None
     cached: bool = False
     last: str = ""
+    further: tuple[str, ...] = ()
+    named: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,7 +65,15 @@ class Stage:
     @property
     def system(self) -> str:
         """What the results call it."""
-        return "hard labels" if self.is_control else self.variant
+        if self.is_control:
+            return "hard labels"
+        number = self.path.partition("task_teacher_")[2]  # of one of several teachers
+        return f"{self.variant} {number}" if number else self.variant
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Paths of all that it learns from, the first one first: by that students are scored."""
+        return () if self.teacher is None else (self.teacher, *self.further)
 
     @property
     def is_control(self) -> bool:
@@ -113,6 +125,16 @@ class Stage:
         """And of the teacher."""
         return self.objective.teacher_needs if self.objective is not None else frozenset()
 
+    def asks_lm_logits_of(self, number: int) -> bool:
+        """Whether one of the teachers, from 0, is asked for its predictions. The first one's also score the student."""
+        assert self.objective is not None, "the stage trains"
+        return self.asks_lm_logits if number == 0 else "head" in self.objective.further_needs
+
+    def teacher_needs_of(self, number: int) -> frozenset[Need]:
+        """Which parts of one of the teachers, from 0, its objective reads."""
+        assert self.objective is not None, "the stage trains"
+        return self.teacher_needs if number == 0 else self.objective.further_needs
+
     @property
     def training(self) -> StageConfig:
         """The settings of a stage that trains."""
@@ -144,10 +166,11 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
         yield Stage("teacher", TEACHER, settings, MASKED_LM, seed, "teacher")
     yield Stage("vocabulary", "vocabulary", None, None, seed, teacher=TEACHER)
     for name, task in plan.tasks.items():
-        named = name in config.teacher.tasks
-        settings_of_teacher = None if named else config.stage("task_teacher", name)
-        path = task_teacher_path(name)
-        yield Stage("task_teacher", path, settings_of_teacher, HARD_LABELS, seed, "teacher", task, start=TEACHER)
+        models = dict(enumerate(config.teacher.of_task(name)))
+        for number in range(teachers_of_task(config, plan.method, name)):
+            path, start, model = teacher_path(number, name), teacher_path(number), models.get(number)
+            trained = None if model is not None else config.stage("task_teacher", name)
+            yield Stage("task_teacher", path, trained, HARD_LABELS, seed, "teacher", task, start=start, named=model)
     variants: list[Variant] = ["student"]
     if config.controls.full_vocabulary:
         variants.append("full vocabulary")
@@ -162,6 +185,7 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
             variant,
             teacher=TEACHER,
             cached="pretraining" in cached,
+            further=_further(objective, len(config.teacher.ensemble) + 1, None),
         )
     for task, variant in itertools.product(plan.tasks.values(), variants):
         seen = set()
@@ -177,17 +201,17 @@ def _passes(
 ) -> Iterator[Stage]:
     """The passes of a student over a task, and the control on hard labels from the same start."""
     config, method, name = plan.config, plan.method, task.task.name
-    cached, teacher, pretrained = cached_stages(config, method), task_teacher_path(name), f"{_root(variant)}pretraining"
-    kinds = passes(method)
+    cached, teacher, pretrained = cached_stages(config, method), teacher_path(0, name), f"{_root(variant)}pretraining"
+    kinds, count = passes(method), teachers_of_task(config, method, name)
     settings = {kind: config.stage(kind, name, grid_point) for kind in kinds}
     last, start = kinds[-1], pretrained
     for i, kind in enumerate(kinds):
         # Grid points that differ in later passes alone share the earlier ones.
         point = {key: value for key, value in grid_point.items() if key.partition(".")[0] in kinds[: i + 1]}
         path = pass_path(kind, name, seed, point, variant)
-        yield Stage(
-            kind, path, settings[kind], method[kind], seed, variant, task, point, start, teacher, kind in cached, last
-        )
+        further = _further(method[kind], count, name)
+        place = (start, teacher, kind in cached, last, further)
+        yield Stage(kind, path, settings[kind], method[kind], seed, variant, task, point, *place)
         start = path
     if config.controls.hard_labels and variant == "student":
         # Of the passes before the last one the control has but the number of updates.
@@ -206,8 +230,23 @@ def _root(variant: Variant) -> str:
     return "controls/full_vocabulary/" if variant == "full vocabulary" else ""
 
 
-def task_teacher_path(task: str) -> str:
-    return f"tasks/{task}/task_teacher"
+def teacher_path(number: int, task: str | None = None) -> str:
+    """Of one of several teachers, from 0: teacher, teacher_2, tasks/RTE/task_teacher, tasks/RTE/task_teacher_2."""
+    path = TEACHER if task is None else f"tasks/{task}/task_teacher"
+    return path if number == 0 else f"{path}_{number + 1}"
+
+
+def named_language_models(config: TeacherConfig) -> dict[str, str]:
+    """The pretrained teachers that the config names, by their paths."""
+    models = [config.model, *config.ensemble]
+    return {teacher_path(number): model for number, model in enumerate(models) if model is not None}
+
+
+def _further(objective: Objective | None, count: int, task: str | None) -> tuple[str, ...]:
+    """Paths of the teachers but the first, where an objective asks them."""
+    if objective is None or not objective.further_needs:
+        return ()
+    return tuple(teacher_path(number, task) for number in range(1, count))
 
 
 def pass_path(kind: str, task: str, seed: int, grid_point: GridPoint, variant: Variant = "student") -> str:

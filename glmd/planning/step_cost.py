@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_
 from glmd.data.batches import Batch, with_positions
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective
-from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
+from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
@@ -52,10 +52,10 @@ MORE_FLOPS: dict[Any, Callable[..., int]] = {
 class Cast:
     """Who is on stage: the models of a step, by their configs, and what it compares.
 
-    teacher: None where nothing is asked of one. is_cached: its hidden states are read from disk. source_size: V.
-    form: how a task is asked; None on a corpus. masked: share of tokens with a label. attention: `attn_implementation`;
-        those that keep no probabilities are counted as sdpa is. shares_teacher: under FSDP the ranks share out its
-        backbone.
+    teacher: None where nothing is asked of one. further: configs of others that the objective asks. is_cached: its
+        hidden states are read from disk. source_size: V. form: how a task is asked; None on a corpus. masked: share of
+        tokens with a label. attention: `attn_implementation`; those that keep no probabilities are counted as sdpa is.
+        shares_teacher: under FSDP the ranks share out its backbone.
     """
 
     objective: Objective
@@ -72,6 +72,7 @@ class Cast:
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     attention: str | None = None
+    further: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,26 +109,28 @@ class Step:
         self.distiller.train()
         if cast.gradient_checkpointing:
             self.distiller.recompute_activations()
-        self.teacher: OnlineTeacher | None = None
-        if cast.teacher is not None:
-            needs = objective.teacher_needs
-            words, task = _models(cast, cast.teacher, getattr(torch, cast.teacher_dtype), needs)
+        self.teachers: list[OnlineTeacher] = []
+        for number, config in enumerate(filter(None, (cast.teacher, *cast.further))):
+            needs = objective.further_needs if number else objective.teacher_needs
+            words, task = _models(cast, config, getattr(torch, cast.teacher_dtype), needs)
             words = words if "head" in needs or task is None else None
-            self.teacher = OnlineTeacher(words, task, vocabulary, merge_dropped=cast.merge_dropped, task_logits=logits)
-            self.distiller.learn_from(self.teacher, is_proved=True)
-        models = {*self.distiller.splits, *(() if self.teacher is None else self.teacher.splits)}
-        for split in models:
+            options: dict[str, Any] = {"merge_dropped": cast.merge_dropped, "task_logits": logits}
+            self.teachers.append(OnlineTeacher(words, task, vocabulary, **options))
+        if self.teachers:
+            self.distiller.learn_from(Ensemble(self.teachers), is_proved=True)
+        for split in {*self.distiller.splits, *chain.from_iterable(each.splits for each in self.teachers)}:
             if cast.attention is not None:
                 set_attention(split.model, cast.attention)
         self.parameters = list(self.distiller.parameters())
 
-    def teach(self, batch: Batch) -> TeacherOutputs:
-        """What the teacher says, or what a cache of it gives."""
-        if self.teacher is None:
-            return TeacherOutputs()
+    def teach(self, batch: Batch) -> AllOutputs:
+        """What the teachers say, or what caches of them give."""
+        return tuple(self._ask(each, batch) for each in self.teachers) or TeacherOutputs()
+
+    def _ask(self, teacher: OnlineTeacher, batch: Batch) -> TeacherOutputs:
         if not self.cast.is_cached:
-            return self.teacher(batch)
-        hidden, head, device = None, self.teacher.head, batch["input_ids"].device
+            return teacher(batch)
+        hidden, head, device = None, teacher.head, batch["input_ids"].device
         if head is not None:
             hidden = head.weight.new_empty(int(batch["predicts"].sum()), head.weight.shape[1])
         answers = None
@@ -136,7 +139,7 @@ class Step:
             answers = torch.zeros(len(batch["example_id"]), classes, device=device)
         return TeacherOutputs(hidden, head, answers)
 
-    def learn(self, batch: Batch, outputs: TeacherOutputs) -> None:
+    def learn(self, batch: Batch, outputs: AllOutputs) -> None:
         """The student's forward, the loss and the backward."""
         dtype = torch.float16 if self.cast.mixed_precision == "fp16" else torch.bfloat16
         device = batch["input_ids"].device.type
@@ -208,19 +211,20 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         chunk = chunk_bytes(cast, tokens, words, fused_attention)
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
         loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
-    head = None if step.teacher is None else step.teacher.head
-    live = None if cast.is_cached else step.teacher
-    weights = 0 if live is None else _bytes([live.base, live.language_model])
-    if live is not None and cast.quantization is not None:
-        weights -= quantized_savings(live.base, cast.quantization)
+    heads = [each.head for each in step.teachers if each.head is not None]
+    live = [] if cast.is_cached else step.teachers
+    weights = sum(_bytes([each.base, each.language_model]) for each in live)
+    if live and cast.quantization is not None:
+        weights -= sum(quantized_savings(each.base, cast.quantization) for each in live)
         if cast.quantization == "4bit":  # a matrix is whole again for its product
-            teacher_forward += max(each.weight.nbytes for each in quantized_linears(live.base).values())
-    shared = backbone(live.base) if live is not None and cast.shares_teacher and not cast.quantization else None
+            matrices = chain.from_iterable(quantized_linears(each.base).values() for each in live)
+            teacher_forward += max(each.weight.nbytes for each in matrices)
+    shared = live if cast.shares_teacher and not cast.quantization else []
     return Count(
         teacher=weights,
-        teacher_shared=0 if shared is None or live is None else _bytes([shared]) - _tied_bytes(live),
-        teacher_gathered=0 if shared is None else _gathered(shared),
-        head=0 if head is None else sum(each.nbytes for each in (head.weight, head.bias) if each is not None),
+        teacher_shared=sum(_bytes([backbone(each.base)]) - _tied_bytes(each) for each in shared),
+        teacher_gathered=max((_gathered(backbone(each.base)) for each in shared), default=0),
+        head=sum(each.nbytes for head in heads for each in (head.weight, head.bias) if each is not None),
         student=student,
         student_gathered=_gathered(step.distiller),
         optimizer=2 * student + 4 * len(step.parameters),  # AdamW's two moments and its count of steps

@@ -11,7 +11,7 @@ from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, DataError
 from glmd.evaluation.metrics import require_metrics, score
-from glmd.planning.rules import learns_from_train, task_of
+from glmd.planning.rules import fine_tunes_teacher, learns_from_train, task_of
 from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.tasks import Task
 
@@ -55,8 +55,8 @@ def plan_task(
     require_metrics(task)
     own_inputs, uses_labels = files.get("inputs"), any(each.reads("labels") for each in method.values())
     train: list[TaskExample] = []
-    if learns_from_train(config, name):
-        needs_labels = name not in config.teacher.tasks or config.controls.hard_labels or uses_labels
+    if learns_from_train(config, method, name):
+        needs_labels = fine_tunes_teacher(config, method, name) or config.controls.hard_labels or uses_labels
         train = read_split(task, _source(files, source, "train"), "train", require_labels=needs_labels, training=True)
     elif files.get("train"):
         raise ConfigError(f"tasks.{name}.train has no effect beside inputs and a named teacher; remove it")

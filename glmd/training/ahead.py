@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glmd.data.batches import Batch
 from glmd.distillation.cached_teacher import CachedTeacher
-from glmd.distillation.teacher import TeacherOutputs
+from glmd.distillation.teacher import AllOutputs, Ensemble, TeacherOutputs
 
 
 class Fed(NamedTuple):
@@ -22,12 +22,13 @@ class Fed(NamedTuple):
 
     batch: Batch
     on_device: Batch
-    teacher_outputs: TeacherOutputs | None
+    teacher_outputs: AllOutputs | None
 
 
 def ahead(batches: Iterator[list[Batch]], teacher: Any, device: torch.device) -> Generator[list[Fed], None, None]:
     """Each step's micro-batches, fed. Whoever takes them closes `batches`."""
-    cached = teacher if isinstance(teacher, CachedTeacher) else None
+    several = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    cached = teacher if all(isinstance(each, CachedTeacher) for each in several) else None
 
     def feed(step: list[Batch]) -> list[Fed]:
         return [

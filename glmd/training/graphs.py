@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from glmd.data.batches import Batch
-from glmd.distillation.teacher import TeacherOutputs
+from glmd.distillation.teacher import AllOutputs, TeacherOutputs
 from glmd.errors import RunError
 
 logger = logging.getLogger(__name__)
 WARM = 3  # calls of a shape without a graph, in which libraries find their kernels and take their memory
 MOST = 2  # shapes that have a graph; each keeps the activations of its own
-MicroStep = Callable[[Batch, TeacherOutputs | None, Tensor], Tensor]
+MicroStep = Callable[[Batch, AllOutputs | None, Tensor], Tensor]
 Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
@@ -59,7 +59,7 @@ class Replayed:
         finally:
             torch.backends.cuda.enable_cudnn_sdp(before)
 
-    def __call__(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, outputs: AllOutputs | None, factors: Tensor) -> Tensor:
         """The sums, which the next call may overwrite. The seed of dropout is set by whoever calls.
 
         Raises RunError where recording fails, after which a process cannot go on.
@@ -80,7 +80,7 @@ class Replayed:
         recorded.graph.replay()
         return recorded.sums
 
-    def _unrecorded(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+    def _unrecorded(self, batch: Batch, outputs: AllOutputs | None, factors: Tensor) -> Tensor:
         """On the stream that graphs are recorded on: autograd adds up a gradient where it was first asked for."""
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
@@ -89,7 +89,7 @@ class Replayed:
         now.wait_stream(self.stream)
         return sums
 
-    def _watched(self, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+    def _watched(self, batch: Batch, outputs: AllOutputs | None, factors: Tensor) -> Tensor:
         """The same, and find out whether the host waits for the device, of which torch warns then."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as said:
@@ -104,11 +104,12 @@ class Replayed:
             logger.info("steps are not replayed as a CUDA graph: in one of them the host waits for the device")
         return sums
 
-    def _record(self, shape: Shape, batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> None:
+    def _record(self, shape: Shape, batch: Batch, outputs: AllOutputs | None, factors: Tensor) -> None:
         inputs = {name: each.clone() for name, each in _inputs(batch, outputs, factors).items()}
         kept_batch = {name: inputs[f"batch.{name}"] for name in batch}
         kept_outputs = outputs
         if outputs is not None:
+            assert isinstance(outputs, TeacherOutputs), "several cached teachers are not replayed"
             kept_outputs = replace(
                 outputs, hidden_states=inputs.get("hidden_states"), task_logits=inputs.get("task_logits")
             )
@@ -128,7 +129,7 @@ class Replayed:
         self.recorded[shape] = _Recorded(graph, inputs, sums)
 
 
-def _inputs(batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> dict[str, Tensor]:
+def _inputs(batch: Batch, outputs: AllOutputs | None, factors: Tensor) -> dict[str, Tensor]:
     """All tensors that differ from call to call."""
     found = {f"batch.{name}": each for name, each in batch.items()} | {"factors": factors}
     if outputs is not None:

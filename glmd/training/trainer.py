@@ -33,7 +33,7 @@ from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective
 from glmd.distillation.schedules import learning_rate_factor
-from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs
+from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher
 from glmd.errors import NumericsError
 from glmd.models.quantization import is_quantized
 from glmd.runtime.determinism import is_repeatable
@@ -233,6 +233,8 @@ class Trainer:
             "mixed_precision fp16": accelerator.scaler is not None,
             "gradient_checkpointing": self.settings.gradient_checkpointing,
             "a teacher of another kind": not isinstance(teacher, OnlineTeacher | CachedTeacher | Ensemble),
+            "several teachers from a cache": len(live) > 1
+            and not all(isinstance(each, OnlineTeacher) for each in live),
             "teacher.quantization": any(is_quantized(each.base) for each in live if isinstance(each, OnlineTeacher)),
             "an intervention, a weight that changes, or a term on masked tokens": not objective.is_constant,
         }
@@ -251,7 +253,7 @@ class Trainer:
         """Forward and backward of a micro-batch. It returns each term's sum times its factor (terms,)."""
         accelerator, objective = self.accelerator, self.accelerator.unwrap_model(model).objective
 
-        def micro_step(batch: Batch, outputs: TeacherOutputs | None, factors: Tensor) -> Tensor:
+        def micro_step(batch: Batch, outputs: AllOutputs | None, factors: Tensor) -> Tensor:
             given = teacher(batch) if outputs is None else outputs
             with accelerator.autocast():  # DDP's forward has its own, a sharded one has not
                 part: Tensor = model(batch, given, progress, factors)

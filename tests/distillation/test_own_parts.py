@@ -260,7 +260,7 @@ def test_first_projections_and_drawn_layers_are_functions_of_the_seed() -> None:
         distiller = distiller_of(Objective((drawn,)))
         distiller.learn_from(teacher_of(layers=8), seed=seed)
         (projection,) = distiller.projections.values()
-        found.append((projection.weight, [distiller.pairs[drawn.name](at / 9) for at in range(9)]))
+        found.append((projection.weight, [distiller.pairs[drawn.name, 0](at / 9) for at in range(9)]))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert not torch.isclose(found[0][0], found[2][0]).any() and found[0][1] != found[2][1]
 

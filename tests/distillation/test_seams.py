@@ -285,7 +285,7 @@ def test_layers_of_a_teacher_that_is_not_live_are_refused() -> None:
         names, order = np.zeros(0), np.zeros(0)
 
     cached = CachedTeacher(Nothing(), None, Vocabulary.identity(V))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="one live teacher"):
+    with pytest.raises(ConfigError, match="a live teacher"):
         distiller_of(layers_alone()).learn_from(cached)
 
 

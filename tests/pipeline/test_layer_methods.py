@@ -89,9 +89,8 @@ def test_the_cost_of_layers_is_counted(signal):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["teacher.cache=c", "pretraining.num_maskings=2"], "teacher.cache: pretraining of method"),
+        (["teacher.cache=c", "teacher.cached_stages=[pretraining]"], "compares layers, which the cache does not keep"),
         (["student={num_hidden_layers: 1, config: {num_attention_heads: 4}}"], "num_attention_heads is 4, the teac"),
-        (["student={num_hidden_layers: 1}", "teacher.ensemble=[a]"], "teacher.ensemble has no effect"),
     ],
 )
 def test_what_layers_are_not_compared_with_is_refused_by_check(given, message, method, tiny, tmp_path, capsys):
@@ -144,7 +143,7 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
         (["method=diito"], "2", "method diito compares the examples of a batch with each other in pretraining"),
         (["method=theseus", "torch_compile=true"], "1", "a compiled student does not see the intervention theseus of"),
         (["method=lrc-bert-perturbed"], "2", "embedding_gradient of method lrc-bert-perturbed in task_layers takes a"),
-        (["method=diito", "teacher.cache=c", "pretraining.num_maskings=2"], "1", "compares layers, which it does not"),
+        (["method=diito", "teacher.cache=c", "teacher.cached_stages=[pretraining]"], "1", "the cache does not keep"),
         (["method=diito", "student.num_hidden_layers=3"], "1", "must have 1 to 2 layers"),
         (["method=lrc-bert-perturbed", "mixed_precision=fp16"], "1", "fp16 has no range for the gradient of the inter"),
     ],
