@@ -20,11 +20,12 @@ from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
 from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of, takes_progress
 from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, of_each, run_and_read
+from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, policy_loss
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
 from glmd.losses.positions import rows_at
-from glmd.losses.teacher_weights import WEIGHTINGS, linear_weights
+from glmd.losses.teacher_weights import label_losses, linear_weights
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import Split, share_backbone
 from glmd.models.layers import LayerChoice, Place
@@ -38,7 +39,7 @@ class Distiller(nn.Module):
     language_model: the student with its LM head; needed by LM signals.
     classifier: the student with its task head; needed by task signals. A task that is a cloze has none of its
         own: then it is the language model.
-    task_logits: of the classifier, by the task's form.
+    task_logits: of the classifier, by the task's form. num_classes: C of them; 0 where it differs by example.
     token_map: (V,) source id -> student id.
 
     Where only layers are compared one of the models is there for its backbone.
@@ -52,9 +53,10 @@ class Distiller(nn.Module):
         language_model: nn.Module | None = None,
         classifier: nn.Module | None = None,
         task_logits: TaskLogits = class_logits,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
-        self.task_logits = task_logits
+        self.task_logits, self.num_classes = task_logits, num_classes
         self.objective, needs = objective, objective.needs
         asks_task = "task_head" in needs or (language_model is None and "head" not in needs)
         self.language_model = language_model if "head" in needs or not asks_task else None
@@ -65,7 +67,7 @@ class Distiller(nn.Module):
         models = {id(each): each for each in (self.classifier, self.language_model) if each is not None}
         assert models, "an objective has at least one term"
         self.splits = [Split(model) for model in models.values()]
-        self.projections = nn.ModuleDict()
+        self.projections, self.policies = nn.ModuleDict(), nn.ModuleDict()
         self.teachers: list[OnlineTeacher] = []  # live ones
         # Of terms on layers, and of the teacher's number: what is compared, by progress.
         self.pairs: dict[tuple[str, int], Callable[[float], list[tuple[Place, Place]]]] = {}
@@ -90,6 +92,21 @@ class Distiller(nn.Module):
             asked = [(i, term) for i, term in enumerate(terms) if number == 0 or term.asks_all_teachers]
             if asked:
                 self._ask_for_layers(each, number, asked, seed=seed, is_proved=is_proved)
+        for i, term in enumerate(self.objective.terms):
+            if term.weighting.is_learned:
+                self._make_policy(term, len(found), seed + i)
+
+    def _make_policy(self, term: Term, teachers: int, seed: int) -> None:
+        """What chooses among teachers. Raises ConfigError where choices have no place of their own in its input."""
+        if not self.num_classes:
+            raise ConfigError(f"{term.name}: teachers policy needs a task with classes, not with choices")
+        base: Any = self.teachers[0].base
+        config = base.config.get_text_config()
+        last, like = config.num_hidden_layers - 1, next(self.splits[0].model.parameters())
+        asked = self.teachers[0].layers.get("hidden_states", ())
+        self.teachers[0].layers["hidden_states"] = [*dict.fromkeys([*asked, last])]
+        sizes = {"width": config.hidden_size, "teachers": teachers, "classes": self.num_classes}
+        self.policies[_key(term, 0)] = TeacherPolicy(**sizes, like=like, seed=seed)
 
     def _ask_for_layers(
         self,
@@ -278,11 +295,9 @@ class Distiller(nn.Module):
             states, theirs = teachers[number].hidden_states, teachers[number].head
             assert states is not None and theirs is not None, "the teacher has an LM head"
             compared.append((states if among is None else states[among], theirs))
-        weighting, weights = WEIGHTINGS[term.teachers], None
-        if not weighting.constant:
-            weights = linear_weights(weighting, ours, head, compared)
+        weights = None if term.weighting.constant else linear_weights(term.weighting, ours, head, compared)
         for i, (states, theirs) in enumerate(compared):
-            scaled = factor / len(compared) if term.teachers == "mean" and len(compared) > 1 else factor
+            scaled = factor / len(compared) if term.takes_mean and len(compared) > 1 else factor
             given = {} if weights is None else {"token_weights": weights[i]}
             options = {"loss": term.loss, "factor": scaled, **given, **term.options}
             sums.append(linear_distillation_loss(ours, head, states, theirs, **options))
@@ -308,7 +323,7 @@ class Distiller(nn.Module):
             made = dict(self.projections.items()).get(_key(term, number))
             sums.append(layer_sum(term, pairs, ours, theirs, batch, made, progress))
         total = torch.stack(sums).sum() if len(sums) > 1 else sums[0]
-        return total / len(sums) if term.teachers == "mean" and len(sums) > 1 else total
+        return total / len(sums) if term.takes_mean and len(sums) > 1 else total
 
     def _is_last_turn(self, progress: float) -> bool:
         """Whether the layers that are in turn have had theirs."""
@@ -333,8 +348,35 @@ class Distiller(nn.Module):
         values = torch.stack([self._task_values(term, logits, each, progress) for each in theirs])
         if len(theirs) == 1:
             return values.sum()
-        given = torch.stack(theirs), logits.detach().float(), batch.get("labels")  # type: ignore[arg-type]
-        return (WEIGHTINGS[term.teachers].function(*given) * values).sum()
+        answers = torch.stack(theirs).to(values.dtype)  # type: ignore[arg-type]
+        if term.weighting.function is None:
+            return self._policy_sum(term, batch, teachers[0], answers, logits, values)
+        return (term.weighting.function(answers, logits.detach(), batch.get("labels")) * values).sum()
+
+    def _policy_sum(
+        self,
+        term: Term,
+        batch: Mapping[str, Tensor],
+        first: TeacherOutputs,
+        answers: Tensor,
+        logits: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """The sum over examples of the mean loss to the teachers that the policy draws, 0 where it draws none.
+
+        values: (T, B). The reward of a draw is minus the student's loss, of labels and teachers. The policy's own loss
+        adds its gradient, and nothing to the value.
+        """
+        states = first.layers["hidden_states"]
+        seen = states[max(number for number in states if isinstance(number, int))][:, 0].float()
+        policy, labels = dict(self.policies.items())[_key(term, 0)], batch["labels"]
+        with torch.autocast(logits.device.type, enabled=False):
+            odds = policy(seen, label_losses(answers, labels), answers.softmax(-1)).float()
+        generator = torch.Generator().manual_seed(torch.initial_seed() ^ 2)
+        chosen = chosen_by(odds, generator)
+        losses = (values * chosen).sum(0) / chosen.sum(0).clamp(min=1)
+        own = policy_loss(odds, chosen, -(losses + label_losses(logits.float(), labels))).sum()
+        return losses.sum() + own - own.detach()
 
     def _task_values(self, term: Term, logits: Tensor, target: Any, progress: float) -> Tensor:
         """(B,) of a loss on logits, or of one on labels."""

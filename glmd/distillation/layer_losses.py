@@ -22,7 +22,7 @@ Pairs = Sequence[tuple[Place, Place]]  # (student layer, teacher layer)
 class Projections(nn.Module):
     """Maps of each layer to a common width, of its own: the student's and the teacher's, in the layers' order."""
 
-    def __init__(self, student: Sequence[nn.Linear], teacher: Sequence[nn.Linear]) -> None:
+    def __init__(self, student: Sequence[nn.Module], teacher: Sequence[nn.Module]) -> None:
         super().__init__()
         self.student, self.teacher = nn.ModuleList(student), nn.ModuleList(teacher)
 
@@ -41,6 +41,8 @@ def make_projections(
     if term.projection == "linear":
         return _linear(student, teacher, like, generator)
     size, (ours, theirs) = term.projection_size or teacher, _numbers(pairs)
+    if term.projection == "teacher":
+        return Projections([nn.Identity() for _ in ours], [_linear(teacher, student, like, generator) for _ in theirs])
     return Projections(
         [_linear(student, size, like, generator) for _ in ours],
         [_linear(teacher, size, like, generator) for _ in theirs],

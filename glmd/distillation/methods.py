@@ -186,7 +186,7 @@ def _checked(key: str, value: Any, where: str, choices: tuple[str, ...]) -> Any:
         "tokens": Literal[choices],
         "teachers": Literal[choices],
         "over_layers": Literal["mean", "sum"],
-        "projection": Literal["none", "linear", "both"],
+        "projection": Literal["none", "linear", "teacher", "both"],
         "projection_size": int,
         "gkd_compat": bool,
         "in_turn": bool,

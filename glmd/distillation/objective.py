@@ -16,7 +16,7 @@ from torch import Tensor
 from glmd.distillation.interventions import Intervention
 from glmd.distillation.schedules import Weight, scheduled_weight
 from glmd.distillation.signals import SIGNALS, Need, feature_loss, takes_progress
-from glmd.losses.teacher_weights import WEIGHTINGS
+from glmd.losses.teacher_weights import WEIGHTINGS, Weighting
 from glmd.models.layers import LayerChoice, Layers
 
 
@@ -35,16 +35,17 @@ class Term:
     layers: Layers = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
     modules: tuple[tuple[str, str], ...] = ()  # of modules: (the student's, the teacher's), by names in the backbones
     over_layers: Literal["mean", "sum"] = "mean"  # what is taken of the values of the layers
-    # hidden_states: a learned map from the student's width to the teacher's, one for all layers; or maps of both
-    # models' widths, each layer's its own, to projection_size, the teacher's width where it is not given
-    projection: Literal["none", "linear", "both"] = "none"
+    # hidden_states: a learned map from the student's width to the teacher's, one for all layers; maps of each of the
+    # teacher's layers to the student's width; or maps of both models' widths, each layer's its own, to projection_size,
+    # the teacher's width where it is not given
+    projection: Literal["none", "linear", "teacher", "both"] = "none"
     projection_size: int | None = None
     # Progress is divided into one turn for each pair of layers and a last one. In its turn a pair joins those before
     # it, which then weigh older_weight; in the last turn no layers count, and terms in turn of other signals do.
     in_turn: bool = False
     older_weight: float = 1.0
     intervened: bool = False  # of words and examples: of a second pass, under the stage's intervention
-    teachers: str = "mean"  # what is taken of several teachers: a key of WEIGHTINGS
+    teachers: str | None = None  # what is taken of several teachers: a key of WEIGHTINGS; None: their mean, or the one
     source: str = ""  # sha256 of the file of a loss of the user's own
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
@@ -58,6 +59,16 @@ class Term:
         later.append("teachers")
         plain = {each.name: each.default for each in fields(self) if each.name in later}
         return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
+
+    @property
+    def weighting(self) -> Weighting:
+        """How several teachers count."""
+        return WEIGHTINGS[self.teachers or "mean"]
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether the losses to several teachers are averaged."""
+        return self.teachers in (None, "mean")
 
     @property
     def asks_all_teachers(self) -> bool:
@@ -98,6 +109,7 @@ class Objective:
         """Which parts of a teacher; none where there are only labels."""
         asking = [term for term in self.terms if SIGNALS[term.signal].labels is None]
         found = frozenset().union(*(SIGNALS[term.signal].needs for term in asking))
+        found |= {"hidden_states"} if self.learns_weights else frozenset()
         return found | (self.intervention.teacher_needs if self.intervention is not None else frozenset())
 
     @property
@@ -113,7 +125,7 @@ class Objective:
     @property
     def reads_layers(self) -> bool:
         """Whether a live teacher has to give more than its logits."""
-        return bool(self.layer_terms) or "layers" in self.teacher_needs
+        return bool(self.layer_terms) or "layers" in self.teacher_needs or self.learns_weights
 
     @property
     def reads_tokens(self) -> bool:
@@ -126,7 +138,7 @@ class Objective:
         losses = [SIGNALS[term.signal].losses[term.loss] for term in self.terms]
         if self.intervention is not None and self.intervention.kind.couples:
             return True
-        if any(WEIGHTINGS[term.teachers].couples for term in self.terms):
+        if any(term.weighting.couples for term in self.terms):
             return True
         return any(SIGNALS[term.signal].couples for term in self.terms) or any(
             getattr(loss, "couples", False) for loss in losses
@@ -134,14 +146,19 @@ class Objective:
 
     def reads(self, column: str) -> bool:
         """Whether a term compares with this column of labels, or weighs several teachers by it."""
-        if column == "labels" and any(WEIGHTINGS[term.teachers].needs_labels for term in self.terms):
+        if column == "labels" and any(term.weighting.needs_labels for term in self.terms):
             return True
         return any(SIGNALS[term.signal].labels == column for term in self.terms)
 
     @property
     def weighs_teachers(self) -> bool:
         """Whether it makes sense with several teachers alone."""
-        return any(not WEIGHTINGS[term.teachers].constant for term in self.terms)
+        return any(term.teachers is not None for term in self.terms)
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether a policy chooses among teachers, which looks at a state of the first one."""
+        return any(term.weighting.is_learned for term in self.terms)
 
     @property
     def needs_masking(self) -> bool:

@@ -22,15 +22,20 @@ from glmd.losses.linear import chunk_tokens
 class Weighting:
     """A row of the table.
 
-    function: (teachers, student, labels) -> (T, N). constant: the same weight of every teacher for all rows, so that
-        no logits need be made for it: "mean", "sum", or "first". needs_labels: of the rows. couples: whether the
-        weight of a row depends on the others of its batch.
+    function: (teachers, student, labels) -> (T, N); None where the weights are learned. constant: the same weight of
+        every teacher for all rows, so that no logits need be made for it. needs_labels: of the rows. couples: whether
+        the weight of a row depends on the others of its batch.
     """
 
-    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
     constant: bool = False
     needs_labels: bool = False
     couples: bool = False
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a policy that is trained with the student gives the weights."""
+        return self.function is None
 
 
 def mean(teachers: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
@@ -87,7 +92,7 @@ def uncertainty_rank(teachers: Tensor, student: Tensor, labels: Tensor | None) -
 
 def _uncertainty(logits: Tensor) -> Tensor:
     """(N,) the entropy of a softmax, divided by that of equal probabilities: in [0, 1]."""
-    log_probabilities = logits.log_softmax(-1)
+    log_probabilities = _widened(logits).log_softmax(-1)
     probabilities = log_probabilities.exp()
     entropy = -(probabilities * log_probabilities.masked_fill(probabilities == 0, 0.0)).sum(-1)
     choices = (logits > -math.inf).sum(-1).clamp(min=2)
@@ -101,6 +106,7 @@ WEIGHTINGS = {
     "label_loss": Weighting(label_loss, needs_labels=True),
     "uncertainty": Weighting(uncertainty),
     "uncertainty_rank": Weighting(uncertainty_rank, couples=True),
+    "policy": Weighting(None, needs_labels=True),  # `distillation.teacher_policy`
 }
 
 
@@ -110,10 +116,16 @@ def linear_weights(weighting: Weighting, hidden: Tensor, head: Head, teachers: S
 
     hidden: (N, H) of the student, teachers: (N, H of it) and head of each. Costs their products once more.
     """
+    assert weighting.function is not None, "not learned"
     size = chunk_tokens(len(hidden), len(head.weight), hidden.device.type)
-    found = [hidden.new_empty(len(teachers), 0)]
+    found = [hidden.new_empty(len(teachers), 0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
     for start in range(0, len(hidden), size):
         chunk = slice(start, start + size)
-        theirs = torch.stack([each.logits(states[chunk]).float() for states, each in teachers])
-        found.append(weighting.function(theirs, head.logits(hidden[chunk]).float(), None))
+        theirs = torch.stack([_widened(each.logits(states[chunk])) for states, each in teachers])
+        found.append(weighting.function(theirs, _widened(head.logits(hidden[chunk])), None))
     return torch.cat(found, 1)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """In float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -173,7 +173,12 @@ def train(
     assert stage.objective is not None, "the stage trains"
     logits = context.form(stage).logits if stage.task is not None else class_logits
     distiller = Distiller(
-        stage.objective, token_map, language_model=language_model, classifier=task_model, task_logits=logits
+        stage.objective,
+        token_map,
+        language_model=language_model,
+        classifier=task_model,
+        task_logits=logits,
+        num_classes=0 if stage.task is None else len(stage.task.task.labels),
     )
     if accelerator.device.type == "cuda" and "head" in stage.needs:
         with phase("kernel"):  # the first step would compile and try it; what this answers is kept

@@ -33,7 +33,15 @@ from glmd.planning.checks import (
     require_weight_files,
     stage_lengths,
 )
-from glmd.planning.rules import cached_stages, fine_tunes_teacher, for_teacher, kept_words, resolve, task_of
+from glmd.planning.rules import (
+    cached_stages,
+    fine_tunes_teacher,
+    for_teacher,
+    kept_words,
+    resolve,
+    task_of,
+    teachers_of_task,
+)
 from glmd.planning.task_plan import TaskPlan, plan_task
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.vocabulary.renumbering import named_ids
@@ -185,6 +193,18 @@ def is_config_alone(model: str | None) -> bool:
     return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
 
 
+def further_configs(plan: Plan, stage: str) -> list[Any]:
+    """Of the teachers but the first that a stage of the method may learn from."""
+    if not plan.method[stage].further_needs:
+        return []
+    if stage == "pretraining" or plan.ensemble_configs:
+        return list(plan.ensemble_configs)
+    counts = {name: teachers_of_task(plan.config, plan.method, name) for name in plan.tasks}
+    return [
+        plan.teacher_config_at(number, plan.tasks[name]) for name, count in counts.items() for number in range(1, count)
+    ]
+
+
 def head_width(plan: Plan, number: int = 0) -> int:
     """H, what the final linear map of one of the teachers sees of a token. Raises ModelError where there is no such."""
     from glmd.models.heads import final_linear
@@ -275,6 +295,8 @@ def _with_parameters(plan: Plan) -> Plan:
     for stage, objective in plan.method.items():
         try:
             require_layers(objective.terms, student_config, plan.teacher_config)
+            for config in further_configs(plan, stage):
+                require_layers([t for t in objective.terms if t.asks_all_teachers], student_config, config)
             if objective.intervention is not None:
                 objective.intervention.check(student_config, plan.teacher_config)
         except ConfigError as error:

@@ -326,6 +326,13 @@ def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
                 f"teacher.tasks.{task} names {len(named)} models, but {words[0]} compares LM logits, which they have "
                 "none of: name their language models in teacher.ensemble"
             )
+    for task in config.tasks:
+        learned = [stage for stage in reading if stage != "pretraining" and method[stage].learns_weights]
+        if learned and task_of(config, task).is_choice:
+            raise ConfigError(
+                f"tasks.{task}: the policy of method {config.method} in {learned[0]} chooses teachers by classes, and "
+                "this task has choices; leave it out"
+            )
     for stage in reading:
         most = [teachers_of_task(config, method, task) for task in config.tasks] if stage != "pretraining" else []
         if method[stage].weighs_teachers and min(most, default=len(teacher.ensemble) + 1) == 1:

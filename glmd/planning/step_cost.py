@@ -104,7 +104,12 @@ class Step:
         kept = np.arange(cast.student.vocab_size)
         vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
         self.distiller = Distiller(
-            objective, vocabulary.token_map, language_model=words, classifier=task, task_logits=logits
+            objective,
+            vocabulary.token_map,
+            language_model=words,
+            classifier=task,
+            task_logits=logits,
+            num_classes=0 if cast.form is None else len(cast.form.task.labels),
         )
         self.distiller.train()
         if cast.gradient_checkpointing:
