@@ -142,12 +142,15 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
     columns = list(dict.fromkeys((row["task"], m) for row in scored for m in row.get("metrics", ["(no labels)"])))
     header = ["system", *(f"{task} {metric}" for task, metric in columns)]
     body = []
-    for system in [name for name in SYSTEMS if any(row["system"] == name for row in scored)]:
+    # Of several teachers the further ones stand behind the first: teacher 2, teacher 3.
+    there, kinds = dict.fromkeys(row["system"] for row in scored), [*SYSTEMS]
+    kinds[1:1] = sorted(each for each in there if each.startswith("teacher "))
+    for system in [each for each in kinds if each in there]:
         cells = []
         for task, metric in columns:
             of_task = [row for row in scored if row["system"] == system and row["task"] == task]
             cells.append(_mean([row["metrics"][metric] for row in of_task if "metrics" in row]))
-        body.append([_LABELS[system], *cells])
+        body.append([_LABELS.get(system, system), *cells])
     students = [row for row in scored if row["system"] == "student"]
     body.append(["student's agreement with the teacher", *_agreement(students, columns)])
     constant = {(row["task"], metric): value for row in scored for metric, value in row.get("constant", {}).items()}
@@ -198,13 +201,15 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
             for system in dict.fromkeys(row["system"] for row in of_task)
         }
         constant = of_task[0].get("constant", {}).get(metric, float("-inf"))
-        if score.get("teacher", float("inf")) <= constant:
-            found.append(
-                f"{task}: the teacher's {metric} of {score['teacher']:.3f} is no better than that of the best constant "
-                f"answer, {constant:.3f}. A teacher that was named may have its classes in another order than the "
-                "task: compare id2label of its config.json. One that was fine-tuned here needs another "
-                "task_teacher.learning_rate, or more epochs."
-            )
+        poor = [name for name in score if name.startswith("teacher") and score[name] <= constant]
+        found += [
+            f"{task}: the {name}'s {metric} of {score[name]:.3f} is no better than that of the best constant answer, "
+            f"{constant:.3f}. A teacher that was named may have its classes in another order than the task: compare "
+            "id2label of its config.json. One that was fine-tuned here needs another task_teacher.learning_rate, or "
+            "more epochs."
+            for name in poor
+        ]
+        if poor:
             continue
         below = score.get("hard labels", float("-inf")) - score.get("student", float("inf"))
         if below > max(0.05, of_task[0].get("examples", 1) ** -0.5):
