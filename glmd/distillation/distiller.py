@@ -18,7 +18,7 @@ from glmd.distillation.embedding_gradient import first_layer
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of, takes_progress
+from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of
 from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
@@ -198,7 +198,8 @@ class Distiller(nn.Module):
                     none = batch["example_id"][:0]
                     return {"": linear_cross_entropy(hidden[:0, 0], head, none)}
                 return {
-                    term.name: self._lm_sum(term, batch, teachers, hidden, head, factor_of[term.name]) for term in words
+                    term.name: self._lm_sum(term, batch, teachers, hidden, head, factor_of[term.name], progress)
+                    for term in words
                 }
 
             sums |= self.splits[-1].run_head(outputs, final_linear=lm_sums)
@@ -249,6 +250,7 @@ class Distiller(nn.Module):
         hidden: Tensor,
         head: Head,
         factor: Tensor,
+        progress: float,
     ) -> Tensor:
         """A word term's sum, times the factor, from (B, S, H) hidden states before the student's final linear map."""
         positions = positions_of(term, batch)
@@ -258,7 +260,8 @@ class Distiller(nn.Module):
             labels = self.token_map[rows_at(batch["lm_labels"], positions)]
             return linear_cross_entropy(ours, head, labels, factor=factor)
         among = None if term.tokens == "all" else torch.searchsorted(batch["positions"], positions)
-        sums = []
+        options, sums = term.options_at(progress), []
+        temperature = options.pop("temperature", 1.0)
         for each in teachers:
             assert each.hidden_states is not None and each.head is not None, "the teacher has an LM head"
             sums.append(
@@ -269,7 +272,8 @@ class Distiller(nn.Module):
                     each.head,
                     loss=term.loss,
                     factor=factor / len(teachers) if len(teachers) > 1 else factor,
-                    **term.options,
+                    temperature=temperature,
+                    options=options,
                 )
             )
         # For the forward KL this has the gradient of the KL to the teachers' mean probability.
@@ -287,9 +291,7 @@ class Distiller(nn.Module):
         signal = SIGNALS[term.signal]
         target = batch[signal.labels] if signal.labels is not None else teacher.task_logits
         assert logits is not None and target is not None, "both have a task head"
-        loss = signal.losses[term.loss]
-        more = {"progress": progress} if takes_progress(loss) else {}
-        values = loss(logits, target, **term.options, **more)
+        values = term.function(logits, target, **term.options_at(progress, labels=batch.get("labels")))
         if values.shape != logits.shape[:1]:
             raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(logits.shape)} logits")
         return values.sum()
