@@ -18,7 +18,7 @@ from glmd.distillation.embedding_gradient import first_layer
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of, takes_progress
+from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of
 from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, policy_loss
 from glmd.errors import ConfigError
@@ -233,7 +233,8 @@ class Distiller(nn.Module):
                     none = batch["example_id"][:0]
                     return {"": linear_cross_entropy(hidden[:0, 0], head, none)}
                 return {
-                    term.name: self._lm_sum(term, batch, teachers, hidden, head, factor_of[term.name]) for term in words
+                    term.name: self._lm_sum(term, batch, teachers, hidden, head, factor_of[term.name], progress)
+                    for term in words
                 }
 
             sums |= self.splits[-1].run_head(outputs, final_linear=lm_sums)
@@ -281,6 +282,7 @@ class Distiller(nn.Module):
         hidden: Tensor,
         head: Head,
         factor: Tensor,
+        progress: float,
     ) -> Tensor:
         """A word term's sum, times the factor, from (B, S, H) hidden states before the student's final linear map."""
         positions = positions_of(term, batch)
@@ -290,7 +292,8 @@ class Distiller(nn.Module):
             labels = self.token_map[rows_at(batch["lm_labels"], positions)]
             return linear_cross_entropy(ours, head, labels, factor=factor)
         among = None if term.tokens == "all" else torch.searchsorted(batch["positions"], positions)
-        compared, sums = [], []
+        compared, sums, options = [], [], term.options_at(progress)
+        temperature = options.pop("temperature", 1.0)
         for number in self._asked(term, len(teachers)):
             states, theirs = teachers[number].hidden_states, teachers[number].head
             assert states is not None and theirs is not None, "the teacher has an LM head"
@@ -298,9 +301,19 @@ class Distiller(nn.Module):
         weights = None if term.weighting.constant else linear_weights(term.weighting, ours, head, compared)
         for i, (states, theirs) in enumerate(compared):
             scaled = factor / len(compared) if term.takes_mean and len(compared) > 1 else factor
-            given = {} if weights is None else {"token_weights": weights[i]}
-            options = {"loss": term.loss, "factor": scaled, **given, **term.options}
-            sums.append(linear_distillation_loss(ours, head, states, theirs, **options))
+            sums.append(
+                linear_distillation_loss(
+                    ours,
+                    head,
+                    states,
+                    theirs,
+                    loss=term.loss,
+                    temperature=temperature,
+                    options=options,
+                    token_weights=None if weights is None else weights[i],
+                    factor=scaled,
+                )
+            )
         return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
     def _asked(self, term: Term, count: int) -> range:
@@ -342,10 +355,10 @@ class Distiller(nn.Module):
         signal = SIGNALS[term.signal]
         assert logits is not None, "the student has a task head"
         if signal.labels is not None:
-            return self._task_values(term, logits, batch[signal.labels], progress).sum()
+            return self._task_values(term, logits, batch[signal.labels], batch, progress).sum()
         theirs = [teachers[number].task_logits for number in self._asked(term, len(teachers))]
         assert all(each is not None for each in theirs), "the teachers have a task head"
-        values = torch.stack([self._task_values(term, logits, each, progress) for each in theirs])
+        values = torch.stack([self._task_values(term, logits, each, batch, progress) for each in theirs])
         if len(theirs) == 1:
             return values.sum()
         answers = torch.stack(theirs).to(values.dtype)  # type: ignore[arg-type]
@@ -378,11 +391,11 @@ class Distiller(nn.Module):
         own = policy_loss(odds, chosen, -(losses + label_losses(logits.float(), labels))).sum()
         return losses.sum() + own - own.detach()
 
-    def _task_values(self, term: Term, logits: Tensor, target: Any, progress: float) -> Tensor:
+    def _task_values(
+        self, term: Term, logits: Tensor, target: Any, batch: Mapping[str, Tensor], progress: float
+    ) -> Tensor:
         """(B,) of a loss on logits, or of one on labels."""
-        loss = SIGNALS[term.signal].losses[term.loss]
-        more = {"progress": progress} if takes_progress(loss) else {}
-        values: Tensor = loss(logits, target, **term.options, **more)
+        values: Tensor = term.function(logits, target, **term.options_at(progress, labels=batch.get("labels")))
         if values.shape != logits.shape[:1]:
             raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(logits.shape)} logits")
         return values

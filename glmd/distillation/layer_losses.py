@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glmd.distillation.objective import Term, positions_of
-from glmd.distillation.signals import feature_loss, takes_progress
+from glmd.distillation.signals import feature_loss
 from glmd.errors import ConfigError
 from glmd.losses.feature_loss import FeatureLoss
 from glmd.losses.positions import rows_at
@@ -97,10 +97,9 @@ def _values(
     term: Term, loss: FeatureLoss, pair: tuple[Tensor, Tensor], more: tuple[Tensor, ...], progress: float
 ) -> Tensor:
     """Of each token, row or text. Raises ConfigError where tensors do not fit, or a loss of the user's own fails."""
-    given = {"progress": progress} if takes_progress(loss) else {}
     rows = pair[0].shape[loss.takes_all_layers :]
     try:
-        values = loss(*pair, *more, **term.options, **given)
+        values = loss(*pair, *more, **term.options_at(progress))
     except Exception as error:
         if not term.source and not isinstance(error, ValueError):
             raise

@@ -16,8 +16,8 @@ from glmd.config import STAGES
 from glmd.distillation.interventions import INTERVENTIONS, Intervention
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.own_losses import add_own_loss, is_own, try_loss
-from glmd.distillation.schedules import Weight
-from glmd.distillation.signals import SIGNALS, takes_progress
+from glmd.distillation.schedules import Schedule
+from glmd.distillation.signals import GIVEN, SIGNALS
 from glmd.errors import RENAMED, ConfigError, suggestion
 from glmd.losses.feature_loss import FeatureLoss
 from glmd.losses.teacher_weights import WEIGHTINGS
@@ -117,8 +117,6 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
         raise ConfigError(f"{where}.loss {loss!r} does not fit {signal}{suggestion(str(loss), kind.losses)}")
     function: Any = kind.losses[loss]
     options, of_layers = _options(function, where), _of_layers(function) if kind.level == "layer" else None
-    if source and signal == "lm_logits" and (options.keys() - {"temperature"} or takes_progress(function)):
-        raise ConfigError(f"{where}.loss: of lm_logits it may have the option temperature alone")
     own = _keys_of(signal, of_layers)
     for key in values:
         if key not in {"signal", "loss", *own, *options}:
@@ -132,9 +130,7 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     for key in own & values.keys():
         choices = {"tokens": tokens, "teachers": weightings_of(signal)}.get(key, ())
         fields[key] = _checked(key, values[key], f"{where}.{key}", choices)
-    given = {key: coerce(options[key], values[key], f"{where}.{key}") for key in options if key in values}
-    if not 0 < given.get("temperature", 1.0) < float("inf"):
-        raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
+    given = {key: _checked_option(key, options[key], values[key], f"{where}.{key}") for key in options if key in values}
     for key, value in given.items():
         if options[key] is int and value < 1 and not source:
             raise ConfigError(f"{where}.{key} must be at least 1, got {value}")
@@ -255,10 +251,10 @@ def _checked_layers(given: Any, where: str) -> Layers:
 
 
 def _options(function: Any, where: str) -> dict[str, Any]:
-    """The keyword-only options of a loss or an intervention, with their types; `progress` is the stage's."""
+    """The keyword-only options of a loss or an intervention, with their types, without what the stage gives."""
     found = {}
     for parameter in _parameters(function).values():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "progress":
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in GIVEN:
             kind = parameter.annotation
             if kind is parameter.empty and parameter.default is parameter.empty:
                 raise ConfigError(f"{where}: option {parameter.name} has neither type nor default; give it one")
@@ -285,21 +281,42 @@ def _checked_modules(given: Any, where: str) -> tuple[tuple[str, str], ...]:
     return tuple((ours, theirs) for ours, theirs in pairs)
 
 
-def _checked_weight(weight: Any, where: str) -> Weight:
-    checked: Any = coerce(float | dict[str, float] | list[list[float]], weight, where)
-    if isinstance(checked, dict) and set(checked) != {"from", "to"}:
-        raise ConfigError(f"{where} must be a number, {{from: a, to: b}}, or [[progress, weight], ...], got {weight!r}")
-    values = [*checked.values()] if isinstance(checked, dict) else [checked]
-    if isinstance(checked, list):
-        if not checked or any(len(point) != 2 for point in checked):
-            raise ConfigError(f"{where} must be points [[progress, weight], ...], got {weight!r}")
-        places, values = ([point[i] for point in checked] for i in (0, 1))
-        if list(places) != sorted(places) or not 0 <= places[0] <= places[-1] <= 1:
-            raise ConfigError(f"{where}: progress must rise from 0 to 1 at most, got {list(places)}")
-        checked = tuple((place, value) for place, value in checked)
+def _checked_option(key: str, kind: Any, given: Any, where: str) -> Any:
+    """The value of an option of a loss."""
+    if key != "temperature":
+        return coerce(kind, given, where)
+    checked, values = _checked_schedule(given, where)
+    for value in values:
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{where} must be above 0 and finite, got {value}")
+    return checked
+
+
+def _checked_weight(given: Any, where: str) -> Schedule:
+    checked, values = _checked_schedule(given, where)
     for value in values:
         if not 0 <= value < float("inf"):
             raise ConfigError(f"{where} must be at least 0, got {value}")
     if not any(values):
         raise ConfigError(f"{where} is 0, so the term has no effect; remove the term")
     return checked
+
+
+def _checked_schedule(given: Any, where: str) -> tuple[Schedule, list[float]]:
+    """A number or a schedule, and the values that it takes."""
+    checked: Any = coerce(float | dict[str, float] | list[list[float]], given, where)
+    key = where.rpartition(".")[2]
+    if isinstance(checked, dict):
+        if set(checked) != {"from", "to"}:
+            raise ConfigError(
+                f"{where} must be a number, {{from: a, to: b}}, or [[progress, {key}], ...], got {given!r}"
+            )
+        return checked, [*checked.values()]
+    if not isinstance(checked, list):
+        return checked, [checked]
+    if not checked or any(len(point) != 2 for point in checked):
+        raise ConfigError(f"{where} must be points [[progress, {key}], ...], got {given!r}")
+    places, values = ([point[i] for point in checked] for i in (0, 1))
+    if list(places) != sorted(places) or not 0 <= places[0] <= places[-1] <= 1:
+        raise ConfigError(f"{where}: progress must rise from 0 to 1 at most, got {list(places)}")
+    return tuple((place, value) for place, value in checked), values

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from glmd.distillation.interventions import Intervention
-from glmd.distillation.schedules import Weight, scheduled_weight
-from glmd.distillation.signals import SIGNALS, Need, feature_loss, takes_progress
+from glmd.distillation.schedules import Schedule, is_scheduled, scheduled
+from glmd.distillation.signals import SIGNALS, Need, feature_loss, needs_labels, takes
 from glmd.losses.teacher_weights import WEIGHTINGS, Weighting
 from glmd.models.layers import LayerChoice, Layers
 
@@ -26,11 +26,13 @@ class Term:
 
     signal: str  # a key of SIGNALS
     loss: str
-    weight: Weight = 1.0  # a number, {from: a, to: b} over the stage's progress, or [[progress, weight], ...]
+    weight: Schedule = 1.0  # a number, {from: a, to: b} over the stage's progress, or [[progress, weight], ...]
     # Of words and layers: every non-pad token, or only the masked ones; of layers also the first one of each text, or
     # the mean of its tokens
     tokens: Literal["all", "masked", "first", "mean"] = "all"
-    options: dict[str, Any] = field(default_factory=dict)  # keyword options of the loss, e.g. temperature
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # keyword options of the loss; the temperature may be scheduled
     gkd_compat: bool = False  # lm_logits: divide by all B * S positions, pads included, as GLMD's published code does
     layers: Layers = "uniform"  # of signals of layers: which are compared (`layer_pairs`)
     modules: tuple[tuple[str, str], ...] = ()  # of modules: (the student's, the teacher's), by names in the backbones
@@ -88,8 +90,20 @@ class Term:
     def changes(self) -> bool:
         """Whether what it is depends on the stage's progress."""
         is_drawn = isinstance(self.layers, LayerChoice) and self.layers.map == "random"
-        loss = SIGNALS[self.signal].losses[self.loss]
-        return not isinstance(self.weight, int | float) or self.in_turn or is_drawn or takes_progress(loss)
+        is_other = takes(self.function, "progress") or is_scheduled(self.options.get("temperature"))
+        return is_scheduled(self.weight) or self.in_turn or is_drawn or is_other
+
+    @property
+    def function(self) -> Any:
+        """The loss itself."""
+        return SIGNALS[self.signal].losses[self.loss]
+
+    def options_at(self, progress: float, **given: Any) -> dict[str, Any]:
+        """Options of the loss at this point of the stage, with progress and what is given where it asks for them."""
+        asked = {name: value for name, value in {"progress": progress, **given}.items() if takes(self.function, name)}
+        if is_scheduled(self.options.get("temperature")):
+            asked["temperature"] = scheduled(self.options["temperature"], progress)
+        return self.options | asked
 
 
 @dataclass(frozen=True)
@@ -135,20 +149,19 @@ class Objective:
     @property
     def couples(self) -> bool:
         """Whether the value of an example depends on the others of its batch."""
-        losses = [SIGNALS[term.signal].losses[term.loss] for term in self.terms]
         if self.intervention is not None and self.intervention.kind.couples:
             return True
         if any(term.weighting.couples for term in self.terms):
             return True
         return any(SIGNALS[term.signal].couples for term in self.terms) or any(
-            getattr(loss, "couples", False) for loss in losses
+            getattr(term.function, "couples", False) for term in self.terms
         )
 
     def reads(self, column: str) -> bool:
-        """Whether a term compares with this column of labels, or weighs several teachers by it."""
-        if column == "labels" and any(term.weighting.needs_labels for term in self.terms):
-            return True
-        return any(SIGNALS[term.signal].labels == column for term in self.terms)
+        """Whether a term cannot do without this column of labels, or weighs several teachers by it."""
+        weighs = any(term.weighting.needs_labels for term in self.terms)
+        in_loss = column == "labels" and (weighs or any(needs_labels(term.function) for term in self.terms))
+        return in_loss or any(SIGNALS[term.signal].labels == column for term in self.terms)
 
     @property
     def weighs_teachers(self) -> bool:
@@ -199,7 +212,7 @@ class Objective:
 
     def total(self, means: Tensor, progress: float) -> Tensor:
         """Scalar: the weighted sum of the terms' means at `progress` in [0, 1]."""
-        weights = [scheduled_weight(term.weight, progress) for term in self.terms]
+        weights = [scheduled(term.weight, progress) for term in self.terms]
         # One by one: a tensor of them would have to come from the host, which waits for it.
         return sum(
             (mean if weight == 1 else weight * mean for mean, weight in zip(means.unbind(), weights, strict=True)),

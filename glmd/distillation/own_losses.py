@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glmd.distillation.signals import SIGNALS, takes_progress
+from glmd.distillation.schedules import scheduled
+from glmd.distillation.signals import SIGNALS, takes
 from glmd.errors import ConfigError
 from glmd.losses.feature_loss import FeatureLoss
-from glmd.losses.rows import ROW_LOSSES, rows_by_autograd
 
 
 class OwnLoss(NamedTuple):
@@ -52,8 +52,6 @@ def add_own_loss(loss: str, signal: str, beside: Path, where: str) -> OwnLoss:
         function = _function(path, name, source, where)
         is_feature = SIGNALS[signal].level == "layer" and not isinstance(function, FeatureLoss)
         losses[key] = FeatureLoss(function) if is_feature else function
-    if signal == "lm_logits":
-        ROW_LOSSES[key] = rows_by_autograd(losses[key], name)
     return OwnLoss(key, source)
 
 
@@ -77,8 +75,12 @@ def try_loss(loss: Any, signal: str, options: Mapping[str, Any], where: str, *, 
 
     is_own: whatever it raises or returns is looked at; else only whether it takes the options.
     """
-    more = {"progress": 0.5} if takes_progress(loss) else {}
+    options = {key: scheduled(each, 0.5) if key == "temperature" else each for key, each in options.items()}
     for count in (3, 5):
+        given: dict[str, Any] = {"progress": 0.5}
+        if SIGNALS[signal].level == "example":
+            given["labels"] = torch.arange(count) % 5
+        more = {name: value for name, value in given.items() if takes(loss, name)}
         student, teacher, valid = _numbers(signal, getattr(loss, "unit", "token"), count)
         if getattr(loss, "takes_all_layers", False):
             student, teacher = (each.expand(2, *each.shape).clone() for each in (student, teacher))

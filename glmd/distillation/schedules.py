@@ -1,18 +1,19 @@
-"""Learning rate and term weights as pure functions of progress: a resumed run has no scheduler to restore.
+"""Learning rate, weights and temperatures as pure functions of progress: a resumed run has no scheduler to restore.
 
     learning_rate_factor(step / max_steps, kind="cosine", warmup_ratio=0.05, min_ratio=0.1)
-    scheduled_weight({"from": 1.0, "to": 0.0}, step / max_steps)
+    scheduled({"from": 1.0, "to": 0.0}, step / max_steps)
 
 Progress is the share of a stage's optimizer steps that is done, in [0, 1].
 """
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from glmd.errors import ConfigError
 
 KINDS = ("linear", "cosine", "constant")
-Weight = float | Mapping[str, float] | tuple[tuple[float, float], ...]
+Schedule = float | Mapping[str, float] | tuple[tuple[float, float], ...]
 
 
 def learning_rate_factor(
@@ -36,21 +37,26 @@ def learning_rate_factor(
     return min_ratio + (1 - min_ratio) * left
 
 
-def scheduled_weight(weight: Weight, progress: float) -> float:
-    """A term's weight at `progress`: a number stays; {"from": a, "to": b} is a straight line.
+def is_scheduled(value: Any) -> bool:
+    """Whether a weight or a temperature is another one as a stage goes on."""
+    return isinstance(value, Mapping | tuple)
 
-    Points (progress, weight) are joined by straight lines, and level before the first and behind the last; of two at
+
+def scheduled(value: Schedule, progress: float) -> float:
+    """A term's weight or temperature at `progress`: a number stays; {"from": a, "to": b} is a straight line.
+
+    Points (progress, value) are joined by straight lines, and level before the first and behind the last; of two at
     one place the second holds from there on.
     """
-    if isinstance(weight, tuple):
-        before = [point for point in weight if point[0] <= progress]
-        after = [point for point in weight if point[0] > progress]
+    if isinstance(value, tuple):
+        before = [point for point in value if point[0] <= progress]
+        after = [point for point in value if point[0] > progress]
         if not before or not after:
             return float((before or after)[-1 if before else 0][1])
         (left, low), (right, high) = before[-1], after[0]
         return low + (high - low) * (progress - left) / (right - left)
-    if not isinstance(weight, Mapping):
-        return float(weight)
-    if set(weight) != {"from", "to"}:
-        raise ConfigError(f'weight must be a number or {{"from": a, "to": b}}, got {dict(weight)}')
-    return (1 - progress) * weight["from"] + progress * weight["to"]
+    if not isinstance(value, Mapping):
+        return float(value)
+    if set(value) != {"from", "to"}:
+        raise ConfigError(f'a schedule must be a number or {{"from": a, "to": b}}, got {dict(value)}')
+    return (1 - progress) * value["from"] + progress * value["to"]

@@ -35,7 +35,8 @@ class Signal:
     level: whether a loss gives a value per example, per token, or per token of each of some layers.
     needs: which parts of a model give it.
     losses: name -> pure function of the student's tensor and the teacher's, or the labels; an option is a keyword-only
-        parameter. Those of layers may say by a FeatureLoss that they take more than two (N, ...).
+        parameter, and one of GIVEN what the stage or the batch gives. Those of layers may say by a FeatureLoss that
+        they take more than two (N, ...).
     labels: the batch's column that the student is compared with; None for the teacher.
     couples: whether the value of an example depends on the others of its batch.
     """
@@ -77,10 +78,21 @@ def feature_loss(term: Any) -> FeatureLoss:
     return loss if isinstance(loss, FeatureLoss) else FeatureLoss(loss)
 
 
+# Parameters of a loss that are no options: the progress of the stage, and the labels of a task's examples.
+GIVEN = ("progress", "labels")
+
+
 @cache
-def takes_progress(loss: Any) -> bool:
-    """Whether a loss is another one as a stage goes on."""
-    return "progress" in inspect.signature(getattr(loss, "function", loss)).parameters
+def takes(loss: Any, name: str) -> bool:
+    """Whether a loss has a parameter of this name."""
+    return name in inspect.signature(getattr(loss, "function", loss)).parameters
+
+
+@cache
+def needs_labels(loss: Any) -> bool:
+    """Whether a loss on what both models say cannot do without labels; some take them where they are there."""
+    parameter = inspect.signature(getattr(loss, "function", loss)).parameters.get("labels")
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tuple[Place, Place]]:

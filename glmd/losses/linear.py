@@ -11,8 +11,9 @@ checkpointing does, would take six. `linear_cross_entropy` is the same for label
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from glmd.errors import ConfigError, suggestion
 from glmd.losses.head import Head
 from glmd.losses.labels import IGNORED_LABEL
-from glmd.losses.logits import LOGIT_LOSSES, LogitScaling, check_temperature
+from glmd.losses.logits import LOGIT_LOSSES, LogitScaling
+from glmd.losses.probabilities import check_temperature
 from glmd.losses.products import converted, product_adder
 from glmd.losses.rows import FUSED, EagerRows, Factor, LossSpec, Rows
 
@@ -40,6 +42,7 @@ def linear_distillation_loss(
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
     factor: Factor = 1.0,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensor:
     """Factor times the sum over tokens of weight times `LOGIT_LOSSES[loss]` between both models' `head.logits(hidden)`.
 
@@ -48,6 +51,7 @@ def linear_distillation_loss(
     token_weights: (N,); tokens of weight 0 are dropped before anything is computed.
     factor: a number, or a constant tensor () which the host does not read. A mean over N tokens costs nothing with a
         factor of 1 / N, and with a division of the result one more pass over the weight's gradient.
+    options: of the loss, its keyword-only parameters beside the temperature.
 
     Returns a scalar, differentiable once in the student's hidden states, weight and bias; the teacher is a constant.
     Matrix products run in bfloat16 where both factors are bfloat16 or autocast says so; everything between
@@ -56,7 +60,7 @@ def linear_distillation_loss(
     float32: the gradient of one logit lies near or below the smallest number it can hold. Without tokens the
     result is 0 and still reaches every gradient, so that no rank of a data-parallel run waits for another.
     """
-    _check_loss(loss, temperature)
+    _check_loss(loss, temperature, options)
     student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
     _check_shapes(student, teacher)
     if token_weights is not None:
@@ -68,7 +72,7 @@ def linear_distillation_loss(
         kept = token_weights.nonzero().squeeze(-1)
         student, teacher = _at_tokens(student, kept), _at_tokens(teacher, kept)
         token_weights = token_weights[kept]
-    return _apply(student, _Comparison(teacher, loss, temperature, token_weights, factor))
+    return _apply(student, _Comparison(teacher, loss, temperature, token_weights, factor, options))
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, *, factor: Factor = 1.0) -> Tensor:
@@ -125,6 +129,7 @@ class _Comparison(NamedTuple):
     temperature: float
     token_weights: Tensor | None  # (N,)
     factor: Factor
+    options: Mapping[str, Any] = MappingProxyType({})
     needs_gradient: bool = False
 
 
@@ -198,7 +203,12 @@ def _sum_and_gradients(student: _Side, compared: _Comparison, needed: list[bool]
     logits = products[:, :num_words]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     spec = LossSpec(
-        compared.loss, compared.temperature, bias, student_softcap=student.head.scaling.softcap, factor=compared.factor
+        compared.loss,
+        compared.temperature,
+        bias,
+        student_softcap=student.head.scaling.softcap,
+        factor=compared.factor,
+        options=compared.options,
     )
     if teacher is None:
         assert labels is not None
@@ -351,12 +361,15 @@ def _for_products(side: _Side) -> _Side:
     )
 
 
-def _check_loss(loss: str, temperature: float) -> None:
+def _check_loss(loss: str, temperature: float, options: Mapping[str, Any]) -> None:
     if loss not in LOGIT_LOSSES:
         raise ConfigError(f"loss {loss!r} is unknown{suggestion(loss, LOGIT_LOSSES)}")
     check_temperature(temperature)
-    if "temperature" not in inspect.signature(LOGIT_LOSSES[loss]).parameters and temperature != 1:
-        raise ConfigError(f"temperature has no effect on {loss}, got {temperature}")
+    parameters = inspect.signature(LOGIT_LOSSES[loss]).parameters
+    given = options if temperature == 1 else {**options, "temperature": temperature}
+    for name, value in given.items():
+        if name not in parameters:
+            raise ConfigError(f"{name} has no effect on {loss}, got {value}")
 
 
 def _check_side(name: str, side: _Side) -> None:

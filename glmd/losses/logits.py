@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from glmd.errors import ConfigError
+from glmd.losses.divergences import DIVERGENCES
+from glmd.losses.probabilities import expectation, log_probabilities, widened
+from glmd.losses.targets import TARGETS, modified_targets
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature
     At high temperature it tends to half the variance of the logits' difference (arXiv:1503.02531), so it is
     of order one; use `mse` when the absolute level of the logits matters too.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _expectation(teacher.exp(), teacher - student)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * expectation(teacher.exp(), teacher - student)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -63,8 +66,8 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     student_logits, teacher_logits: (N, K) scores. Returns (N,).
     It lets the student leave out what it cannot model; `kl_divergence` makes it cover all the teacher says.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _expectation(student.exp(), student - teacher)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * expectation(student.exp(), student - teacher)
 
 
 def js_divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -74,11 +77,11 @@ def js_divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature
     The mean of both models' KL to their mixture, at most log 2: between `kl_divergence`, which makes the student cover
     all the teacher says, and `reverse_kl`, which lets it leave out the rest.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
     padding = (student == -math.inf) & (teacher == -math.inf)
     logs = [each.masked_fill(padding, 0.0) for each in (student, teacher)]
     mixture = torch.logaddexp(*logs) - math.log(2)
-    of_each = [_expectation(each.exp(), log - mixture) for each, log in zip((student, teacher), logs, strict=True)]
+    of_each = [expectation(each.exp(), log - mixture) for each, log in zip((student, teacher), logs, strict=True)]
     return temperature**2 * (of_each[0] + of_each[1]) / 2
 
 
@@ -88,8 +91,8 @@ def cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature
     student_logits, teacher_logits: (N, K) scores. Returns (N,).
     Same gradient as `kl_divergence`, which is the better one to log: it is zero when the two agree.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return -(temperature**2) * _expectation(teacher.exp(), student)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    return -(temperature**2) * expectation(teacher.exp(), student)
 
 
 def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     student_logits, teacher_logits: (N, K) scores. Returns (N,).
     Unlike the KL it also asks for the teacher's absolute level, which no probability depends on.
     """
-    student, teacher = _widened(student_logits, teacher_logits)
+    student, teacher = widened(student_logits, teacher_logits)
     padding = (student == -math.inf) & (teacher == -math.inf)
     return (student - teacher).masked_fill(padding, 0.0).square().sum(-1) / (~padding).sum(-1)
 
@@ -109,7 +112,7 @@ def centered_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     student_logits, teacher_logits: (N, K) scores. Returns (N,).
     Half of it is the limit of `kl_divergence` at high temperature (arXiv:1503.02531, section 2.1).
     """
-    student, teacher = _widened(student_logits, teacher_logits)
+    student, teacher = widened(student_logits, teacher_logits)
     padding = (student == -math.inf) & (teacher == -math.inf)
     count = (~padding).sum(-1, keepdim=True)
     difference = (student - teacher).masked_fill(padding, 0.0)
@@ -160,32 +163,12 @@ LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "mse": mse,
     "centered_mse": centered_mse,
+    **DIVERGENCES,
+    **TARGETS,
 }
 # And one of a task's logits.
-TASK_LOGIT_LOSSES = LOGIT_LOSSES | {"annealed_mse": annealed_mse, "margin_mse": margin_mse}
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ConfigError unless the temperature is a positive finite number."""
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature must be above 0 and finite, got {temperature}")
-
-
-def _log_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    check_temperature(temperature)
-    student, teacher = _widened(student, teacher)
-    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-
-
-def _widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype of at least float32. Raises ValueError if shapes differ, even if they broadcast."""
-    if student.ndim != 2 or student.shape != teacher.shape:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"student_logits and teacher_logits must have one shape (N, K), got {shapes}")
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.to(dtype), teacher.to(dtype)
-
-
-def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
-    """Sum of probability times value per row: (N, K), (N, K) -> (N,), where 0 times anything is 0."""
-    return (probabilities * values.masked_fill(probabilities == 0, 0.0)).sum(-1)
+TASK_LOGIT_LOSSES = LOGIT_LOSSES | {
+    "modified_targets": modified_targets,
+    "annealed_mse": annealed_mse,
+    "margin_mse": margin_mse,
+}

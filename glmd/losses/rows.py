@@ -9,15 +9,17 @@ is not done.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glmd.errors import ConfigError
-from glmd.losses.logits import merge_words
+from glmd.losses.logits import LOGIT_LOSSES, merge_words
+from glmd.losses.targets import taid_share
 
 # What the Triton kernel computes. The others run in plain torch on every device.
 FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "js_divergence", "hard_cross_entropy")
@@ -25,6 +27,8 @@ FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "js_divergence", "hard_
 
 # On a CPU the buffers of a block stay near the core; a GPU is better served by few large steps.
 BLOCK_ROWS = {"cpu": 64, "cuda": 512}
+# A graph keeps two dozen tensors of a block: in an eighth of the rows no more than the buffers of a whole one.
+GRAPH_BLOCKS = 8
 
 
 Factor = float | Tensor  # a tensor () on a device that is not to be waited for
@@ -33,7 +37,7 @@ Factor = float | Tensor  # a tensor () on a device that is not to be waited for
 class LossSpec(NamedTuple):
     """What to compute from the products of hidden states and weights, row by row."""
 
-    loss: str  # a key of ROW_LOSSES
+    loss: str  # a key of LOGIT_LOSSES, or hard_cross_entropy
     temperature: float = 1.0
     student_bias: Tensor | None = None  # (K,)
     teacher_bias: Tensor | None = None  # (K,)
@@ -41,6 +45,7 @@ class LossSpec(NamedTuple):
     teacher_softcap: float | None = None
     merged_into: Tensor | None = None  # (D,) of a teacher of K + D tokens
     factor: Factor = 1.0  # of all values and gradients
+    options: Mapping[str, Any] = MappingProxyType({})  # of the loss, beside the temperature
 
 
 # Rows get the products (n, K) of student and teacher, or the labels (n,) in the teacher's place, and the weights of
@@ -60,6 +65,10 @@ class EagerRows:
         if teacher.is_floating_point():
             dtype = torch.promote_types(dtype, teacher.dtype)
         rows = min(len(student), BLOCK_ROWS.get(student.device.type, 512))
+        if spec.loss in ROW_LOSSES:
+            self.loss = ROW_LOSSES[spec.loss]
+        else:
+            self.loss, rows = rows_by_autograd(LOGIT_LOSSES[spec.loss], spec.loss), -(-rows // GRAPH_BLOCKS)
         capped = spec.student_softcap is not None
         self.buffers = student.new_empty(4 if capped else 3, rows, student.shape[1], dtype=dtype)
         merged = () if spec.merged_into is None else teacher.shape[1:]
@@ -86,7 +95,7 @@ class EagerRows:
             every_token = self.every_token[: len(teacher)]
             _write_logits(teacher, spec.teacher_bias, spec.teacher_softcap, out=every_token)
             theirs.copy_(merge_words(every_token, spec.merged_into))
-        values = ROW_LOSSES[spec.loss](logits, theirs, gradient, spec.temperature, spec.factor) * spec.factor
+        values = self.loss(logits, theirs, gradient, spec.temperature, spec.factor, **spec.options) * spec.factor
         for copy in capped:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
             gradient.mul_(copy.div_(spec.student_softcap).square_().neg_().add_(1))
         if weights is not None:
@@ -105,10 +114,10 @@ def _write_logits(product: Tensor, bias: Tensor | None, softcap: float | None, *
         out.div_(softcap).tanh_().mul_(softcap)
 
 
-# A row loss gets the two logits and a third buffer, all (n, K) in float32 or better, the temperature and a factor. It
-# returns the loss of each row (n,), and leaves the factor times its gradient with respect to the student's logits in
-# the third buffer; the logits are its scratch space.
-RowLoss = Callable[[Tensor, Tensor, Tensor, float, Factor], Tensor]
+# A row loss gets the two logits and a third buffer, all (n, K) in float32 or better, the temperature, a factor, and the
+# options of the loss by their names. It returns the loss of each row (n,), and leaves the factor times its gradient
+# with respect to the student's logits in the third buffer; the logits are its scratch space.
+RowLoss = Callable[..., Tensor]
 
 
 def _kl_divergence_rows(
@@ -206,15 +215,35 @@ def _hard_cross_entropy_rows(
     return (normalizer.value - student.gather(1, places)[:, 0]).to(student.dtype)
 
 
+def _taid_rows(
+    student: Tensor,
+    teacher: Tensor,
+    gradient: Tensor,
+    temperature: float,
+    factor: Factor,
+    *,
+    progress: float,
+    start: float = 0.4,
+    end: float = 1.0,
+) -> Tensor:
+    """The KL to the mixture of both logits, which is a constant."""
+    share = taid_share(progress, start, end)
+    teacher.mul_(share).add_(student, alpha=1 - share)
+    return _kl_divergence_rows(student, teacher, gradient, temperature, factor)
+
+
 def rows_by_autograd(function: Callable[..., Tensor], name: str) -> RowLoss:
     """The row form of a function of two (n, K) logits that has no gradient written down: it costs their graph.
 
-    name: what its refusals call it. Raises ConfigError where it fails, or gives no value for each row.
+    name: its key, of which refusals say what stands before an @. Raises ConfigError where it fails, or gives no value
+    for each row.
     """
-    takes_temperature = "temperature" in inspect.signature(function).parameters
+    name, takes_temperature = name.partition("@")[0], "temperature" in inspect.signature(function).parameters
 
-    def rows(student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor) -> Tensor:
-        options = {"temperature": temperature} if takes_temperature else {}
+    def rows(
+        student: Tensor, teacher: Tensor, gradient: Tensor, temperature: float, factor: Factor, /, **options: Any
+    ) -> Tensor:
+        options |= {"temperature": temperature} if takes_temperature else {}
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()
             try:
@@ -230,7 +259,8 @@ def rows_by_autograd(function: Callable[..., Tensor], name: str) -> RowLoss:
     return rows
 
 
-# The row form of each function in LOGIT_LOSSES, and of the one on labels.
+# The losses whose gradient is written down, and the one on labels. Those of LOGIT_LOSSES that are not among them go
+# through autograd.
 ROW_LOSSES: dict[str, RowLoss] = {
     "kl_divergence": _kl_divergence_rows,
     "reverse_kl": _reverse_kl_rows,
@@ -238,6 +268,7 @@ ROW_LOSSES: dict[str, RowLoss] = {
     "cross_entropy": _cross_entropy_rows,
     "mse": _mse_rows,
     "centered_mse": _centered_mse_rows,
+    "taid": _taid_rows,
     "hard_cross_entropy": _hard_cross_entropy_rows,
 }
 

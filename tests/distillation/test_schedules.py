@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.distillation.schedules import KINDS, learning_rate_factor, scheduled_weight
+from glmd.distillation.schedules import KINDS, learning_rate_factor, scheduled
 from glmd.errors import ConfigError
 
 shares = st.floats(0, 1, allow_subnormal=False)
@@ -70,19 +70,19 @@ def test_progress_outside_the_stage_is_refused(progress: float) -> None:
 @given(shares, weights, weights)
 def test_a_weight_goes_straight_from_one_number_to_the_other(progress: float, start: float, end: float) -> None:
     weight = {"from": start, "to": end}
-    assert scheduled_weight(start, progress) == start
-    assert scheduled_weight(weight, 0.0) == start
-    assert scheduled_weight(weight, 1.0) == end
-    assert scheduled_weight(weight, 0.5) == pytest.approx((start + end) / 2)
-    assert min(start, end) * (1 - 1e-9) <= scheduled_weight(weight, progress) <= max(start, end) * (1 + 1e-9)
+    assert scheduled(start, progress) == start
+    assert scheduled(weight, 0.0) == start
+    assert scheduled(weight, 1.0) == end
+    assert scheduled(weight, 0.5) == pytest.approx((start + end) / 2)
+    assert min(start, end) * (1 - 1e-9) <= scheduled(weight, progress) <= max(start, end) * (1 + 1e-9)
 
 
 def test_a_weight_without_both_ends_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight must be a number or"):
-        scheduled_weight({"from": 1.0, "until": 0.0}, 0.5)
+    with pytest.raises(ConfigError, match="a schedule must be a number or"):
+        scheduled({"from": 1.0, "until": 0.0}, 0.5)
 
 
 def test_points_are_joined_by_lines_and_the_second_of_two_at_one_place_holds_from_there():
     points = ((0.2, 1.0), (0.6, 3.0), (0.6, 0.0), (0.8, 1.0))
-    found = [scheduled_weight(points, at) for at in (0.0, 0.2, 0.4, 0.6 - 1e-9, 0.6, 0.7, 0.8, 1.0)]
+    found = [scheduled(points, at) for at in (0.0, 0.2, 0.4, 0.6 - 1e-9, 0.6, 0.7, 0.8, 1.0)]
     assert found == pytest.approx([1, 1, 2, 3, 0, 0.5, 1, 1], abs=1e-6)
