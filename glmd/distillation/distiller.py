@@ -18,7 +18,7 @@ from glmd.distillation.embedding_gradient import first_layer
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of, takes_progress
+from glmd.distillation.signals import SIGNALS, pairs_of, takes_progress
 from glmd.distillation.teacher import AllOutputs, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
@@ -27,7 +27,6 @@ from glmd.losses.positions import rows_at
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import Split, share_backbone
 from glmd.models.layers import LayerChoice, Place
-from glmd.models.module_outputs import shapes_of
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -100,8 +99,6 @@ class Distiller(nn.Module):
             numbers = range(configs[1].get_text_config().num_hidden_layers) if drawn else [layer for _, layer in pairs]
             asked = [*self.teacher.layers.get(term.signal, ()), *numbers, *(layer for _, layer in pairs)]
             self.teacher.layers[term.signal] = [*dict.fromkeys(asked)]
-            if term.signal == "modules" and not is_proved:
-                _require_like_shapes(term, student.model, live.model)
             made = make_projections(term, student=widths[0], teacher=widths[1], pairs=pairs, like=like, seed=seed + i)
             if made is not None:
                 self.projections[_key(term)] = made
@@ -298,17 +295,6 @@ class Distiller(nn.Module):
 def _key(term: Term) -> str:
     """A term's name as that of a module, in which no dot may stand."""
     return term.name.replace(".", "_")
-
-
-def _require_like_shapes(term: Term, student: nn.Module, teacher: nn.Module) -> None:
-    """Raises ConfigError where modules do not give what the loss could compare."""
-    ours, theirs = (shapes_of(model, [pair[i] for pair in term.modules]) for i, model in enumerate((student, teacher)))
-    for mine, other in term.modules:
-        if ours[mine] != theirs[other] and feature_loss(term).same_width:
-            raise ConfigError(
-                f"{term.name}: modules: the student's {mine} gives {ours[mine]} for a token, the teacher's {other} "
-                f"{theirs[other]}; compare what has one width, or by a loss of your own"
-            )
 
 
 def _pairs_at(term: Term, student: Any, teacher: Any, seed: str, progress: float) -> list[tuple[Place, Place]]:

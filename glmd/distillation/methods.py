@@ -23,6 +23,8 @@ from glmd.losses.feature_loss import FeatureLoss
 from glmd.models.layers import LayerChoice, Layers
 from glmd.strict_yaml import build, coerce, load_yaml, named_file
 
+LARGEST_OPTION = 1024  # of what a loss counts: tokens of a window, heads; each makes its tensors so many times larger
+
 
 def load_method(name: str) -> dict[str, Objective]:
     """Stage -> objective in the order in which they are run, from a built-in method or a YAML of the user's.
@@ -134,8 +136,8 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     if not 0 < given.get("temperature", 1.0) < float("inf"):
         raise ConfigError(f"{where}.temperature must be above 0 and finite, got {given['temperature']}")
     for key, value in given.items():
-        if options[key] is int and value < 1 and not source:
-            raise ConfigError(f"{where}.{key} must be at least 1, got {value}")
+        if type(value) is int and not 1 <= value <= LARGEST_OPTION and not source:
+            raise ConfigError(f"{where}.{key} must be from 1 to {LARGEST_OPTION:,}, got {value:,}")
     if signal == "modules" and "modules" not in fields:
         raise ConfigError(f"{where}.modules is missing; give pairs of names [[student's, teacher's], ...]")
     # Whether heads divide a width is asked of the models.
