@@ -108,14 +108,17 @@ class Objective:
         return any(SIGNALS[term.signal].level != "example" for term in self.terms)
 
     @property
+    def least_texts(self) -> int:
+        """How many texts of a batch are compared with each other at least; 1 where each stands for itself."""
+        signals = [SIGNALS[term.signal] for term in self.terms]
+        losses = [signal.losses[term.loss] for signal, term in zip(signals, self.terms, strict=True)]
+        kinds = [] if self.intervention is None else [self.intervention.kind]
+        return max(1, *(getattr(each, "least_texts", 1) for each in (*signals, *losses, *kinds)))
+
+    @property
     def couples(self) -> bool:
         """Whether the value of an example depends on the others of its batch."""
-        losses = [SIGNALS[term.signal].losses[term.loss] for term in self.terms]
-        if self.intervention is not None and self.intervention.kind.couples:
-            return True
-        return any(SIGNALS[term.signal].couples for term in self.terms) or any(
-            getattr(loss, "couples", False) for loss in losses
-        )
+        return self.least_texts > 1
 
     def reads(self, column: str) -> bool:
         """Whether a term compares with this column of labels."""

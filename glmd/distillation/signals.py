@@ -38,14 +38,14 @@ class Signal:
     losses: name -> pure function of the student's tensor and the teacher's, or the labels; an option is a keyword-only
         parameter. Those of layers may say by a FeatureLoss that they take more than two (N, ...).
     labels: the batch's column that the student is compared with; None for the teacher.
-    couples: whether the value of an example depends on the others of its batch.
+    least_texts: how many texts of a batch it needs; where these are more than one, each depends on the others.
     """
 
     level: Literal["token", "example", "layer"]
     needs: frozenset[Need]
     losses: Mapping[str, Callable[..., Tensor]]
     labels: str | None = None
-    couples: bool = False
+    least_texts: int = 1
 
 
 SIGNALS: dict[str, Signal] = {

@@ -1,5 +1,7 @@
 """Methods that compare layers, from a YAML through all stages of a run, and what they are refused with."""
 
+from shutil import copytree
+
 import pytest
 from safetensors.torch import load_file
 from transformers import BertConfig, MobileBertConfig
@@ -186,7 +188,7 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
 ):
     from dataclasses import replace
 
-    monkeypatch.setitem(SIGNALS, "hidden_states", replace(SIGNALS["hidden_states"], couples=True))
+    monkeypatch.setitem(SIGNALS, "hidden_states", replace(SIGNALS["hidden_states"], least_texts=2))
     monkeypatch.setenv("WORLD_SIZE", ranks)
     path = write("coupled.yaml", "pretraining: [{signal: hidden_states, loss: mse}]")
     named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", change]
@@ -208,6 +210,18 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
             "queries.relation_kl cannot compare the student's layer 0, (2, 8, 2, 8), with the teacher's layer 1, "
             "(2, 8, 2, 8): a width of 16 cannot be divided into 48 relation_heads",
         ),
+        (
+            ["method=diito", "pretraining.per_device_train_batch_size=1"],
+            "1",
+            "method diito compares at least 2 texts of a batch with each other in pretraining, whose "
+            "per_device_train_batch_size is 1; give at least 2",
+        ),
+        (
+            ["method=lrc-bert", "task_soft_labels.per_device_train_batch_size=1"],
+            "1",
+            "in RTE task_layers, whose per_device_train_batch_size is 1; give at least 2",
+        ),
+        (["method=lrc-bert", "data.superglue=ONE"], "1", "in RTE task_layers, whose data are 1 example; give more"),
         (["method=diito"], "2", "method diito compares the examples of a batch with each other in pretraining"),
         (["method=theseus", "torch_compile=true"], "1", "a compiled student does not see the intervention theseus of"),
         (["method=lrc-bert-perturbed"], "2", "embedding_gradient of method lrc-bert-perturbed in task_layers takes a"),
@@ -222,6 +236,11 @@ def test_what_an_intervention_does_not_go_with_is_refused_by_check(
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: "mixed_precision=fp16" in given)
     named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}"]
+    if "data.superglue=ONE" in given:
+        copytree(tiny.superglue, tmp_path / "ONE")
+        rows = (tiny.superglue / "RTE" / "train.jsonl").read_text().splitlines()
+        (tmp_path / "ONE" / "RTE" / "train.jsonl").write_text(rows[0])
+        given = [given[0], f"data.superglue={tmp_path / 'ONE'}"]
     assert main(["check", *named, "pretraining.gradient_accumulation_steps=1", *given]) == 2
     found = capsys.readouterr().err
     assert message in found and len(found.strip().splitlines()) == 1
