@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,20 @@ def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the proof of its exports: a process of six seconds, which `finished` and test_export have."""
     monkeypatch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
     monkeypatch.setattr("glmd.pipeline.run.stranger_ahead", nullcontext)
+
+
+@pytest.fixture
+def no_added_losses() -> Iterator[None]:
+    """Losses that a test adds are taken away again."""
+    from glmd.distillation.signals import SIGNALS
+    from glmd.losses.rows import ROW_LOSSES
+
+    tables: list[Any] = [ROW_LOSSES, *(signal.losses for signal in SIGNALS.values())]
+    before = [dict(table) for table in tables]
+    yield
+    for table, was in zip(tables, before, strict=True):
+        for key in table.keys() - was:
+            del table[key]
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.errors import DataError, GlmdError
 from glmd.evaluation.bits_per_byte import text_bits
 from glmd.evaluation.scoring import score_lm
+from glmd.models.layers import EMBEDDINGS
 from glmd.pipeline.scores import InParts
 from glmd.runtime.processes import wait
 from glmd.training.fsdp import end_sharding, is_sharded, shard_backbones
@@ -231,11 +232,13 @@ def shared_teacher(name: str) -> dict[str, Any]:
         if is_shared:
             shard_backbones(models, accelerator.device)
             teacher = OnlineTeacher(models[-1], None if name != "pair" else models[0], Vocabulary.identity(V))
+        teacher.layers = {"hidden_states": [EMBEDDINGS, 0, 1]}
         outputs, own = teacher(batch), models[-1].eval()
         assert outputs.head is not None and outputs.hidden_states is not None
         assert not any(isinstance(each, DTensor) for each in (outputs.head.weight, outputs.hidden_states))
         answers = {
             "logits": outputs.head.logits(outputs.hidden_states).tolist(),
+            "layers": [each.tolist() for each in outputs.layers["hidden_states"].values()],
             "task": None if outputs.task_logits is None else outputs.task_logits.tolist(),
             "scores": score_lm(
                 student, teacher, FewRows(), Collate(0), token_map=np.arange(V), accelerator=accelerator, batch_size=1

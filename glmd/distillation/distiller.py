@@ -18,7 +18,7 @@ from glmd.distillation.embedding_gradient import first_layer
 from glmd.distillation.interventions import INTERVENTIONS
 from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
-from glmd.distillation.signals import SIGNALS, feature_loss, pairs_of
+from glmd.distillation.signals import SIGNALS, pairs_of
 from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, of_each, run_and_read
 from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, policy_loss
 from glmd.errors import ConfigError
@@ -29,7 +29,6 @@ from glmd.losses.teacher_weights import label_losses, linear_weights
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import Split, share_backbone
 from glmd.models.layers import LayerChoice, Place
-from glmd.models.module_outputs import shapes_of
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -134,8 +133,6 @@ class Distiller(nn.Module):
             numbers = range(configs[1].get_text_config().num_hidden_layers) if drawn else [layer for _, layer in pairs]
             asked = [*teacher.layers.get(term.signal, ()), *numbers, *(layer for _, layer in pairs)]
             teacher.layers[term.signal] = [*dict.fromkeys(asked)]
-            if term.signal == "modules" and not is_proved:
-                _require_like_shapes(term, student.model, live.model)
             made = make_projections(term, student=widths[0], teacher=widths[1], pairs=pairs, like=like, seed=seed + i)
             if made is not None:
                 self.projections[_key(term, number)] = made
@@ -404,17 +401,6 @@ class Distiller(nn.Module):
 def _key(term: Term, number: int) -> str:
     """A term's name, and the number of a teacher, as the name of a module, in which no dot may stand."""
     return term.name.replace(".", "_") + (f"__{number + 1}" if number else "")
-
-
-def _require_like_shapes(term: Term, student: nn.Module, teacher: nn.Module) -> None:
-    """Raises ConfigError where modules do not give what the loss could compare."""
-    ours, theirs = (shapes_of(model, [pair[i] for pair in term.modules]) for i, model in enumerate((student, teacher)))
-    for mine, other in term.modules:
-        if ours[mine] != theirs[other] and feature_loss(term).same_width:
-            raise ConfigError(
-                f"{term.name}: modules: the student's {mine} gives {ours[mine]} for a token, the teacher's {other} "
-                f"{theirs[other]}; compare what has one width, or by a loss of your own"
-            )
 
 
 def _pairs_at(term: Term, student: Any, teacher: Any, seed: str, progress: float) -> list[tuple[Place, Place]]:

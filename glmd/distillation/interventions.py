@@ -46,7 +46,7 @@ class InterventionKind:
         has to be of that pass.
     takes_gradient: it is given, behind the generator, the loss' gradient of a pass before with respect to what goes
         into the student's first layer, (R, S, H).
-    couples: the value of an example depends on the others of its batch.
+    least_texts: how many texts of a batch it needs; where these are more than one, each depends on the others.
     """
 
     function: Callable[..., AbstractContextManager[None]]
@@ -56,7 +56,7 @@ class InterventionKind:
     replaces_layers: bool = False
     changes_teacher: bool = False
     takes_gradient: bool = False
-    couples: bool = False
+    least_texts: int = 1
 
     def __call__(self, *given: Any, **options: Any) -> AbstractContextManager[None]:
         return self.function(*given, **options)
@@ -65,7 +65,7 @@ class InterventionKind:
 INTERVENTIONS: dict[str, Callable[..., AbstractContextManager[None]]] = {
     "theseus": InterventionKind(theseus, require_alike, require_rates, lends_layers=True, replaces_layers=True),
     "interchange": InterventionKind(
-        interchange, require_block_for_each, require_share, lends_layers=True, changes_teacher=True, couples=True
+        interchange, require_block_for_each, require_share, lends_layers=True, changes_teacher=True, least_texts=2
     ),
     "embedding_gradient": InterventionKind(embedding_gradient, options=require_size, takes_gradient=True),
 }

@@ -76,7 +76,9 @@ def layer_sum(
         theirs = {layer: each(theirs[layer]) for layer, each in zip(theirs, projections.teacher, strict=True)}
     elif projections is not None:
         ours = {layer: projections(each) for layer, each in ours.items()}
-    compared = [(ours[a], theirs[b]) for a, b in pairs]
+    compared, places = [(ours[a], theirs[b]) for a, b in pairs], [*map(_shown, pairs)]
+    if loss.takes_all_layers:
+        places = [("layers", "layers")]
     if loss.is_paired:
         inorder = sorted(pairs) if isinstance(pairs[0][0], int) else pairs
         compared = [(torch.stack([ours[a] for a, _ in inorder]), torch.stack([theirs[b] for _, b in inorder]))]
@@ -84,7 +86,7 @@ def layer_sum(
         compared = [(torch.stack([*ours.values()]), torch.stack([*theirs.values()]))]
     more = () if loss.unit == "token" else (batch["predicts"],)
     with torch.autocast(compared[0][0].device.type, enabled=False):
-        values = [_values(term, loss, pair, more, progress) for pair in compared]
+        values = [_values(term, loss, *each, more, progress) for each in zip(compared, places, strict=True)]
     weights = turn_weights(term, len(values), progress)
     total = torch.stack([each if weight == 1 else each * weight for each, weight in zip(values, weights, strict=True)])
     of_layers = total.sum(0) if term.over_layers == "sum" else total.mean(0)
@@ -94,17 +96,26 @@ def layer_sum(
 
 
 def _values(
-    term: Term, loss: FeatureLoss, pair: tuple[Tensor, Tensor], more: tuple[Tensor, ...], progress: float
+    term: Term,
+    loss: FeatureLoss,
+    pair: tuple[Tensor, Tensor],
+    places: tuple[str, str],
+    more: tuple[Tensor, ...],
+    progress: float,
 ) -> Tensor:
     """Of each token, row or text. Raises ConfigError where tensors do not fit, or a loss of the user's own fails."""
     rows = pair[0].shape[loss.takes_all_layers :]
     try:
         values = loss(*pair, *more, **term.options_at(progress))
     except Exception as error:
-        if not term.source and not isinstance(error, ValueError):
+        if not (term.source or term.signal == "modules" or isinstance(error, ValueError | ConfigError)):
             raise
-        shapes = " and ".join(str(tuple(each.shape)) for each in pair)
-        raise ConfigError(f"{term.name} cannot compare {shapes} ({error})") from error
+        ours, theirs = (f"{place}, {tuple(each.shape)}," for place, each in zip(places, pair, strict=True))
+        reason = " ".join(str(error).split())
+        remedy = "; compare what has one width, or by a loss of your own" if term.signal == "modules" else ""
+        raise ConfigError(
+            f"{term.name} cannot compare the student's {ours} with the teacher's {theirs[:-1]}: {reason}{remedy}"
+        ) from error
     if values.shape != rows[: 2 if loss.unit == "row" else 1]:
         raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(pair[0].shape)}; one for each is needed")
     return values
@@ -121,6 +132,11 @@ def turn_weights(term: Term, layers: int, progress: float) -> list[float]:
     if not term.in_turn:
         return [1.0] * layers
     return [0.0 if now == layers or i > now else 1.0 if i == now else term.older_weight for i in range(layers)]
+
+
+def _shown(pair: tuple[Place, Place]) -> tuple[str, str]:
+    ours, theirs = (place if isinstance(place, str) else f"layer {place}" for place in pair)
+    return ours, theirs
 
 
 def _numbers(pairs: Pairs) -> tuple[list[Place], list[Place]]:

@@ -24,6 +24,8 @@ from glmd.losses.teacher_weights import WEIGHTINGS
 from glmd.models.layers import LayerChoice, Layers
 from glmd.strict_yaml import build, coerce, load_yaml, named_file
 
+LARGEST_OPTION = 1024  # of what a loss counts: tokens of a window, heads; each makes its tensors so many times larger
+
 
 def load_method(name: str) -> dict[str, Objective]:
     """Stage -> objective in the order in which they are run, from a built-in method or a YAML of the user's.
@@ -132,8 +134,8 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
         fields[key] = _checked(key, values[key], f"{where}.{key}", choices)
     given = {key: _checked_option(key, options[key], values[key], f"{where}.{key}") for key in options if key in values}
     for key, value in given.items():
-        if options[key] is int and value < 1 and not source:
-            raise ConfigError(f"{where}.{key} must be at least 1, got {value}")
+        if type(value) is int and not 1 <= value <= LARGEST_OPTION and not source:
+            raise ConfigError(f"{where}.{key} must be from 1 to {LARGEST_OPTION:,}, got {value:,}")
     if signal == "modules" and "modules" not in fields:
         raise ConfigError(f"{where}.modules is missing; give pairs of names [[student's, teacher's], ...]")
     # Whether heads divide a width is asked of the models.
@@ -166,7 +168,7 @@ def weightings_of(signal: str) -> tuple[str, ...]:
     return tuple(
         name
         for name, each in WEIGHTINGS.items()
-        if each.constant or level == "example" or (level == "token" and not (each.couples or each.needs_labels))
+        if each.constant or level == "example" or (level == "token" and each.least_texts == 1 and not each.needs_labels)
     )
 
 

@@ -147,15 +147,17 @@ class Objective:
         return any(SIGNALS[term.signal].level != "example" for term in self.terms)
 
     @property
+    def least_texts(self) -> int:
+        """How many texts of a batch are compared with each other at least; 1 where each stands for itself."""
+        signals = [SIGNALS[term.signal] for term in self.terms]
+        others = [each for term in self.terms for each in (term.function, term.weighting)]
+        kinds = [] if self.intervention is None else [self.intervention.kind]
+        return max(1, *(getattr(each, "least_texts", 1) for each in (*signals, *others, *kinds)))
+
+    @property
     def couples(self) -> bool:
         """Whether the value of an example depends on the others of its batch."""
-        if self.intervention is not None and self.intervention.kind.couples:
-            return True
-        if any(term.weighting.couples for term in self.terms):
-            return True
-        return any(SIGNALS[term.signal].couples for term in self.terms) or any(
-            getattr(term.function, "couples", False) for term in self.terms
-        )
+        return self.least_texts > 1
 
     def reads(self, column: str) -> bool:
         """Whether a term cannot do without this column of labels, or weighs several teachers by it."""

@@ -26,6 +26,7 @@ from glmd.models.layers import EMBEDDINGS, Place, layer_pairs
 # attention_inputs: queries, keys, values, and the scores they give.
 # layers: the modules themselves, of a live teacher.
 Need = Literal["head", "task_head", "hidden_states", "attentions", "attention_inputs", "modules", "layers"]
+WIDEST_PROJECTION = 8  # times the wider model's hidden size
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Signal:
         parameter, and one of GIVEN what the stage or the batch gives. Those of layers may say by a FeatureLoss that
         they take more than two (N, ...).
     labels: the batch's column that the student is compared with; None for the teacher.
-    couples: whether the value of an example depends on the others of its batch.
+    least_texts: how many texts of a batch it needs; where these are more than one, each depends on the others.
     """
 
     level: Literal["token", "example", "layer"]
     needs: frozenset[Need]
     losses: Mapping[str, Callable[..., Tensor]]
     labels: str | None = None
-    couples: bool = False
+    least_texts: int = 1
 
 
 SIGNALS: dict[str, Signal] = {
@@ -129,20 +130,13 @@ def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tupl
     if count(student) != count(teacher) and not fits:
         found = f"the student's {name} is {count(student)}, the teacher's {count(teacher)}"
         raise ConfigError(f"{term.name}: {found}; {remedy}")
-    if term.options.get("relation_heads") is not None:
-        _require_divisor(term, student, teacher, count)
+    most = WIDEST_PROJECTION * max(student.hidden_size, teacher.hidden_size)
+    if (term.projection_size or 0) > most:
+        raise ConfigError(
+            f"{term.name}: projection_size {term.projection_size:,} is more than {WIDEST_PROJECTION} times the wider "
+            f"model's hidden_size; give at most {most:,}"
+        )
     return list(pairs)
-
-
-def _require_divisor(term: Any, student: Any, teacher: Any, count: Callable[[Any], int]) -> None:
-    wanted = term.options["relation_heads"]
-    for name, config in (("student", student), ("teacher", teacher)):
-        of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.hidden_size if term.signal == "hidden_states" else of_head * count(config)
-        if wanted < 1 or width % wanted:
-            raise ConfigError(
-                f"{term.name}: relation_heads {wanted} does not divide {width}, the width of the {name}'s {term.signal}"
-            )
 
 
 def require_layers(terms: Sequence[Any], student: Any, teacher: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glmd.data.batches import is_full
+from glmd.errors import ModelError
 from glmd.losses.finite import examples_of_tokens, spoiled
 from glmd.losses.head import Head
 from glmd.losses.positions import rows_at
@@ -151,6 +152,14 @@ def run_and_read(
         require_each_layer(calls, split.model, len(inputs["input_ids"]))
 
     def read(signal: str, number: Place) -> Tensor:
+        found, tokens = _read(signal, number), tuple(inputs["input_ids"].shape)
+        if found.shape[:2] != tokens:
+            place = f"module {number}" if isinstance(number, str) else f"{signal} of layer {number}"
+            name = type(split.model).__name__
+            raise ModelError(f"{name}: {place} gives {tuple(found.shape)} for {tokens} rows and tokens")
+        return found
+
+    def _read(signal: str, number: Place) -> Tensor:
         if isinstance(number, str):
             return parts.read(number)
         if signal == "hidden_states":  # the first ones are the embeddings

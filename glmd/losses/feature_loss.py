@@ -20,7 +20,8 @@ class FeatureLoss:
     takes_all_layers: it is given those of all layers at once, with the layers as a first axis. is_paired: of as many of
         both models, each beside its partner.
     same_width: both must have one width. least_layers: how many of each model it needs. needs_both: a projection of
-        both models, without which it has no sense. couples: the value of an example depends on the others of its batch.
+        both models, without which it has no sense. least_texts: how many texts of a batch it needs; where these are
+        more than one, the value of each depends on the others.
     """
 
     function: Callable[..., Tensor]
@@ -30,7 +31,7 @@ class FeatureLoss:
     same_width: bool = True
     least_layers: int = 1
     needs_both: bool = False
-    couples: bool = False
+    least_texts: int = 1
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
         return self.function(*tensors, **options)

@@ -108,10 +108,10 @@ HIDDEN_LOSSES: dict[str, FeatureLoss] = {
         layer_angle_mse, takes_all_layers=True, is_paired=True, same_width=False, least_layers=2
     ),
     "gram_mse": FeatureLoss(gram_mse, "text", takes_all_layers=True, is_paired=True, least_layers=2),
-    "batch_contrast": FeatureLoss(batch_contrast, "text", takes_all_layers=True, is_paired=True, couples=True),
+    "batch_contrast": FeatureLoss(batch_contrast, "text", takes_all_layers=True, is_paired=True, least_texts=2),
     "relation_mse": FeatureLoss(relation_mse, "text", same_width=False),
     "triplet_smooth_l1": FeatureLoss(triplet_smooth_l1, "text", same_width=False),
-    "text_angle_smooth_l1": FeatureLoss(text_angle_smooth_l1, "text", same_width=False, couples=True),
+    "text_angle_smooth_l1": FeatureLoss(text_angle_smooth_l1, "text", same_width=False, least_texts=3),
 }
 ATTENTION_LOSSES: dict[str, FeatureLoss] = {
     "mse": FeatureLoss(attention_mse),

@@ -23,14 +23,14 @@ class Weighting:
     """A row of the table.
 
     function: (teachers, student, labels) -> (T, N); None where the weights are learned. constant: the same weight of
-        every teacher for all rows, so that no logits need be made for it. needs_labels: of the rows. couples: whether
-        the weight of a row depends on the others of its batch.
+        every teacher for all rows, so that no logits need be made for it. needs_labels: of the rows. least_texts:
+        how many texts of a batch it needs; where these are more than one, the weight of each depends on the others.
     """
 
     function: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
     constant: bool = False
     needs_labels: bool = False
-    couples: bool = False
+    least_texts: int = 1
 
     @property
     def is_learned(self) -> bool:
@@ -105,7 +105,7 @@ WEIGHTINGS = {
     "first": Weighting(first, constant=True),
     "label_loss": Weighting(label_loss, needs_labels=True),
     "uncertainty": Weighting(uncertainty),
-    "uncertainty_rank": Weighting(uncertainty_rank, couples=True),
+    "uncertainty_rank": Weighting(uncertainty_rank, least_texts=2),
     "policy": Weighting(None, needs_labels=True),  # `distillation.teacher_policy`
 }
 

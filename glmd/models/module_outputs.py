@@ -9,12 +9,10 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from glmd.errors import ConfigError, ModelError, suggestion
-from glmd.models.heads import Split, backbone
-from glmd.models.probes import probe_inputs
+from glmd.models.heads import backbone
 
 
 class ModuleOutputs:
@@ -55,21 +53,3 @@ def require_modules(model: nn.Module, names: Collection[str], *, whose: str) -> 
         if name not in known:
             close = suggestion(name, known) if len(known) < 20 else suggestion(name, known).partition("; known")[0]
             raise ConfigError(f"modules: {name} is no part of the {whose}'s backbone{close}")
-
-
-@torch.no_grad()
-def shapes_of(model: Any, names: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """The sizes behind (R, S) of what each module gives on a probe. Raises ModelError where it gives something else."""
-    split, inputs, modes = Split(model), probe_inputs(model), {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with ModuleOutputs(split.backbone, names) as outputs:
-            split.run_backbone(inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    found = {name: tuple(outputs.read(name).shape) for name in names}
-    for name, shape in found.items():
-        if shape[:2] != tuple(inputs["input_ids"].shape):
-            raise ModelError(f"module {name} gives {shape} for {tuple(inputs['input_ids'].shape)} rows and tokens")
-    return {name: shape[2:] for name, shape in found.items()}

@@ -47,6 +47,7 @@ def require_sizes(plan: Plan, sources: Sequence[str], *, processes: int = 1) -> 
             _require_corpus_sizes(plan, stage, sources, processes)
             continue
         number = len(stage.examples)
+        _require_texts(plan, stage, number)
         name = f"{stage.task.task.name} has {counted(number, 'training example')}"
         _require_batches(stage, number, name, processes)
         scored = max(len(stage.task.val), len(stage.task.inputs))
@@ -64,6 +65,7 @@ def _require_workers(number: int | None) -> None:
 def _require_corpus_sizes(plan: Plan, stage: Stage, sources: Sequence[str], processes: int) -> None:
     known = _corpus_blocks(plan, sources, stage.length)
     if known is None:
+        _require_texts(plan, stage, None)
         return
     tokens, blocks, about = known
     wanted = plan.config.data.eval_blocks
@@ -71,6 +73,7 @@ def _require_corpus_sizes(plan: Plan, stage: Stage, sources: Sequence[str], proc
     corpus = f"the corpus is {about}{counted(blocks, 'block')} of {stage.length} tokens"
     if wanted > max(SMALL_HELD_OUT, held_out):
         raise ConfigError(f"data.eval_blocks is {wanted:,}, but {corpus}; give at most {held_out:,}, a fifth of them")
+    _require_texts(plan, stage, blocks - held_out)
     _require_batches(stage, blocks - held_out, corpus, processes)
     _require_eval_batch(stage, blocks, corpus)
 
@@ -87,6 +90,19 @@ def _require_batches(stage: Stage, examples: int, there: str, processes: int) ->
         step = f"makes steps of {settings.global_batch_size(processes):,} examples"
         found = f"gradient_accumulation_steps of {stage.name} is {accumulated:,} and {step}"
         raise ConfigError(f"{found}, but {there}; give at most {max(1, most):,}")
+
+
+def _require_texts(plan: Plan, stage: Stage, examples: int | None) -> None:
+    """Refuse batches, and data, of fewer texts than are compared with each other. examples: None, not known."""
+    assert stage.objective is not None, "the stage trains"
+    least, batch = stage.objective.least_texts, stage.training.per_device_train_batch_size
+    choices = min((len(each.texts) for each in stage.examples), default=1)
+    found = f"method {plan.config.method} compares at least {least} texts of a batch with each other in {stage.name}"
+    if batch * choices < least:
+        wanted = f"per_device_train_batch_size is {batch}; give at least {-(-least // choices)}"
+        raise ConfigError(f"{found}, whose {wanted}")
+    if examples is not None and examples * choices < least:
+        raise ConfigError(f"{found}, whose data are {counted(examples, 'example')}; give more")
 
 
 def _require_eval_batch(stage: Stage, examples: int, there: str) -> None:

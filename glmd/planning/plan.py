@@ -123,6 +123,7 @@ def make_plan(
     require_weight_files(config)
     if try_out:
         _try_student(plan)
+        _try_layers(plan)
     return replace(plan, corpus=corpus_fingerprint(corpus)) if corpus and hash_corpus else plan
 
 
@@ -157,6 +158,19 @@ def _try_student(plan: Plan) -> None:
             mixed_precision=config.mixed_precision,
             trained={"student", "teacher"} if trains_teacher else {"student"},
         )
+
+
+def _try_layers(plan: Plan) -> None:
+    """Refuse terms whose layers, as the models have them, cannot be compared."""
+    from glmd.planning.step_cost import Cast, require_fitting_layers
+
+    for stage, objective in plan.method.items():
+        if objective.layer_terms:
+            cast = Cast(Objective(objective.layer_terms), plan.student_config, plan.source_size, plan.teacher_config)
+            try:
+                require_fitting_layers(cast)
+            except (ConfigError, ModelError) as error:
+                raise ConfigError(f"method {plan.config.method}: {stage}: {error}") from None
 
 
 def corpus_sources(config: RunConfig, synthetic: Path | None) -> list[str]:

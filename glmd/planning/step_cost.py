@@ -7,11 +7,13 @@ Both run the distiller and the teacher of training, on texts as long as may be, 
 """
 
 import copy
+import logging
 import math
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +37,7 @@ from glmd.data.batches import Batch, with_positions
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective
 from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs
+from glmd.errors import GlmdError
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
@@ -39,7 +48,10 @@ from glmd.models.quantization import Quantization, quantized_linears, quantized_
 from glmd.tasks.forms import TaskForm, class_logits
 from glmd.vocabulary.vocabulary import Vocabulary
 
+logger = logging.getLogger(__name__)
 aten = torch.ops.aten
+# What code meets that looks at numbers where there are none.
+LOOKED_AT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 # What torch's counter leaves out: products in place, and a CPU's fused attention.
 MORE_FLOPS: dict[Any, Callable[..., int]] = {
     aten.addmm_: addmm_flop,
@@ -191,11 +203,9 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
     fused_attention: as on a GPU, where attention never keeps its (S, S) probabilities; a CPU does where it has dropout.
     Gradients are there from the beginning, as in every micro-batch of a step but the first.
     """
-    from transformers.initialization import no_init_weights
-
     flops = FlopCounterMode(display=False)
     flops.flop_registry |= MORE_FLOPS
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():  # whose draws may look at what they drew
+    with _fake_weights():
         step = Step(cast if cast.attention == "eager" else replace(cast, attention=None))
         for parameter in step.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -240,6 +250,37 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         teacher_flops=teacher_flops,
         student_flops=flops.get_total_flops() - teacher_flops,
     )
+
+
+def require_fitting_layers(cast: Cast) -> None:
+    """Let a cast's terms on layers compare what has the shapes of a step, and no numbers.
+
+    Raises ConfigError or ModelError, one line, where they do not fit. Of a model or a loss whose code looks at numbers
+    nothing can be said; the first step of a stage refuses the same.
+    """
+    batch, of_torch = _batch(cast, 2, 1, 8), logging.getLogger(FakeTensor.__module__)
+    of_torch.disabled = True  # which would say in many lines what is said here in one
+    try:
+        with _fake_weights():
+            step = Step(replace(cast, attention=None))
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _OnFakes(True):
+            step.distiller(batch, step.teach(batch))
+    except GlmdError as error:
+        if not isinstance(error.__cause__, LOOKED_AT):
+            raise
+    except Exception:  # of transformers' code, which has no numbers to look at
+        logger.debug("%s: no step can be made without numbers", type(cast.student).__name__, exc_info=True)
+    finally:
+        of_torch.disabled = False
+
+
+@contextmanager
+def _fake_weights() -> Iterator[None]:
+    """Models that are made here have shapes and no memory."""
+    from transformers.initialization import no_init_weights
+
+    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():  # whose draws may look at what they drew
+        yield
 
 
 def chunk_bytes(cast: Cast, tokens: int, words: int, is_gpu: bool) -> int:

@@ -133,7 +133,10 @@ def shard_backbones(models: Sequence[nn.Module], device: torch.device) -> None:
     for name, layers in layer_lists(models[0]).items():
         for layer in layers if name.startswith(prefix) else ():
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    whole = type(body)
     fully_shard(body, mesh=mesh, reshard_after_forward=True)
+    # By the name of its class transformers knows what a forward can give, and a sharded module has a class of its own.
+    type(body).__module__, type(body).__qualname__ = whole.__module__, whole.__qualname__
 
 
 def _layer_classes(distiller: Distiller) -> set[str]:

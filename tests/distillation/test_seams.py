@@ -250,7 +250,13 @@ def test_where_only_layers_are_compared_every_weight_has_a_gradient(head: Any) -
         (Term("hidden_states", "mse", layers=((2, 3),)), {}, {"width": 8}, "student's layers count 0 to 1"),
         (Term("attentions", "mse"), {"num_attention_heads": 4}, {}, "num_attention_heads is 4, the teacher's 2"),
         (Term("values", "relation_kl", layers="embeddings"), {}, {}, "the embeddings have no values"),
-        (Term("values", "relation_kl", options={"relation_heads": 3}), {}, {}, "relation_heads 3 does not divide 8"),
+        (Term("values", "relation_kl", options={"relation_heads": 3}), {}, {}, "divided into 3 relation_heads"),
+        (
+            Term("hidden_states", "attended_mse", projection="both", projection_size=97),
+            {},
+            {},
+            "projection_size 97 is more than 8 times the wider model's hidden_size; give at most 96",
+        ),
         (Term("hidden_states", "gram_mse", layers="middle"), {}, {"width": 8}, "layers: 2 are needed"),
         (Term("hidden_states", "gram_mse", layers="every"), {}, {"width": 8}, "gram_mse takes each layer once"),
         (Term("hidden_states", "mse", layers=LayerChoice(start=5)), {}, {"width": 8}, "none of 2 pairs of uniform is"),
@@ -258,8 +264,14 @@ def test_where_only_layers_are_compared_every_weight_has_a_gradient(head: Any) -
 )
 def test_layers_that_do_not_fit_are_refused_in_one_line(term: Term, model: Any, teacher: Any, message: str) -> None:
     distiller = distiller_of(Objective((term,)), model_of(**model))
+    live, batch = teacher_of(**teacher), batch_of(0, 1)
+
+    def make_a_step() -> None:
+        distiller.learn_from(live)
+        distiller(batch, live(batch))
+
     with pytest.raises((ConfigError, ModelError)) as refused:
-        distiller.learn_from(teacher_of(**teacher))
+        make_a_step()
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -1,8 +1,10 @@
 """Methods that compare layers, from a YAML through all stages of a run, and what they are refused with."""
 
+from shutil import copytree
+
 import pytest
 from safetensors.torch import load_file
-from transformers import BertConfig
+from transformers import BertConfig, MobileBertConfig
 
 from glmd.cli import main
 from glmd.commands.export import export_folder
@@ -12,7 +14,7 @@ from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError
 from glmd.pipeline.run import run
 from glmd.planning.plan import make_plan
-from glmd.planning.step_cost import Cast, counted
+from glmd.planning.step_cost import Cast, counted, require_fitting_layers
 from glmd.training.trainer import Trainer
 
 METHOD = """
@@ -26,6 +28,7 @@ task_soft_labels:
   - {signal: hidden_states, loss: mse, projection: linear}
   - {signal: task_logits, loss: kl_divergence}
 """
+pytestmark = pytest.mark.usefixtures("no_added_losses")
 NARROW = "student={num_hidden_layers: 1, initialization: scratch, config: {hidden_size: 8}}"
 SPREAD = "student.config.attention_probs_dropout_prob=0"
 
@@ -108,6 +111,71 @@ def test_other_widths_without_a_projection_are_refused_by_check(write, tiny, tmp
 
 
 @pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            "signal: modules, loss: mse, modules: [[encoder.layer.0, encoder.layer.1.intermediate]]",
+            "modules.mse cannot compare the student's encoder.layer.0, (15, 8), with the teacher's "
+            "encoder.layer.1.intermediate, (15, 32): ",
+        ),
+        (
+            "signal: modules, loss: mse, modules: [[encoder.layer.0, pooler]]",
+            "pooler is no part of the teacher's backbone",
+        ),
+        (
+            "signal: modules, loss: energy_mse, modules: [[encoder, embeddings]]",
+            "module encoder gives BaseModelOutput",
+        ),
+        (
+            "signal: modules, loss: 'own.py:difference', modules: [[encoder.layer.0, encoder.layer.1]]",
+            "modules.difference cannot compare the student's encoder.layer.0, (15, 8), with the teacher's "
+            "encoder.layer.1, (15, 16): ",
+        ),
+        (
+            "signal: hidden_states, loss: mse, projection: both, projection_size: 1000000000",
+            "projection_size 1,000,000,000 is more than 8 times the wider model's hidden_size; give at most 128",
+        ),
+        (
+            "signal: hidden_states, loss: token_angle_mse, window: 1000000001",
+            "window must be from 1 to 1,024, got 1,000,000,001",
+        ),
+        (
+            "signal: hidden_states, loss: relation_mse, relation_heads: 0",
+            "relation_heads must be from 1 to 1,024, got 0",
+        ),
+    ],
+)
+def test_what_the_layers_of_both_models_give_is_compared_in_check(term, message, write, tiny, tmp_path, capsys):
+    write("own.py", "def difference(a, b):\n    return (a - b).square().mean(-1)\n")
+    path = write("shapes.yaml", f"pretraining: [{{{term}}}]")
+    named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", NARROW]
+    assert main(["check", *named]) == 2
+    found = capsys.readouterr().err
+    assert message in found and len(found.strip().splitlines()) == 1
+
+
+def test_a_loss_that_looks_at_numbers_is_left_to_the_first_step_by_check(write, tiny, tmp_path):
+    write("own.py", "def looking(a, b):\n    d = (a - b).square().mean(-1)\n    return d if d.max() > 0 else 2 * d\n")
+    pair = "[encoder.layer.0, encoder.layer.1]"
+    path = write("m.yaml", f"pretraining: [{{signal: modules, loss: 'own.py:looking', modules: [{pair}]}}]")
+    make_plan(tiny.config(tmp_path / "run", f"method={path}", "tasks={}"))
+
+
+def test_heads_are_as_wide_as_the_layers_have_them_and_not_as_the_config_would_have_it():
+    """MobileBERT's are a part of its bottleneck, which its hidden size does not tell."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    narrow = {"embedding_size": 8, "intra_bottleneck_size": 12, "true_hidden_size": 12}
+    config = MobileBertConfig(num_hidden_layers=2, **sizes, **narrow)
+    for heads in (6, 8):  # of 12, and of 16
+        cast = Cast(Objective((Term("queries", "relation_kl", options={"relation_heads": heads}),)), config, 64, config)
+        if heads == 6:
+            require_fitting_layers(cast)
+        else:
+            with pytest.raises(ConfigError, match="a width of 12 cannot be divided into 8 relation_heads"):
+                require_fitting_layers(cast)
+
+
+@pytest.mark.parametrize(
     ("change", "ranks", "message"),
     [
         ("pretraining.gradient_accumulation_steps=2", "1", "gradient_accumulation_steps is 2, but method"),
@@ -119,7 +187,7 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
 ):
     from dataclasses import replace
 
-    monkeypatch.setitem(SIGNALS, "hidden_states", replace(SIGNALS["hidden_states"], couples=True))
+    monkeypatch.setitem(SIGNALS, "hidden_states", replace(SIGNALS["hidden_states"], least_texts=2))
     monkeypatch.setenv("WORLD_SIZE", ranks)
     path = write("coupled.yaml", "pretraining: [{signal: hidden_states, loss: mse}]")
     named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}", "tasks={}", change]
@@ -136,10 +204,23 @@ def test_a_signal_that_couples_examples_is_refused_where_a_batch_is_divided(
             "gradient_accumulation_steps is 2, but",
         ),
         (
-            ["method=mgskd", "student.num_hidden_layers=2"],
+            ["method=minilmv2"],
             "1",
-            "relation_heads 64 does not divide 16, the width of the",
+            "queries.relation_kl cannot compare the student's layer 0, (2, 8, 2, 8), with the teacher's layer 1, "
+            "(2, 8, 2, 8): a width of 16 cannot be divided into 48 relation_heads",
         ),
+        (
+            ["method=diito", "pretraining.per_device_train_batch_size=1"],
+            "1",
+            "method diito compares at least 2 texts of a batch with each other in pretraining, whose "
+            "per_device_train_batch_size is 1; give at least 2",
+        ),
+        (
+            ["method=lrc-bert", "task_soft_labels.per_device_train_batch_size=1"],
+            "1",
+            "in RTE task_layers, whose per_device_train_batch_size is 1; give at least 2",
+        ),
+        (["method=lrc-bert", "data.superglue=ONE"], "1", "in RTE task_layers, whose data are 1 example; give more"),
         (["method=diito"], "2", "method diito compares the examples of a batch with each other in pretraining"),
         (["method=theseus", "torch_compile=true"], "1", "a compiled student does not see the intervention theseus of"),
         (["method=lrc-bert-perturbed"], "2", "embedding_gradient of method lrc-bert-perturbed in task_layers takes a"),
@@ -154,6 +235,11 @@ def test_what_an_intervention_does_not_go_with_is_refused_by_check(
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: "mixed_precision=fp16" in given)
     named = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}"]
+    if "data.superglue=ONE" in given:
+        copytree(tiny.superglue, tmp_path / "ONE")
+        rows = (tiny.superglue / "RTE" / "train.jsonl").read_text().splitlines()
+        (tmp_path / "ONE" / "RTE" / "train.jsonl").write_text(rows[0])
+        given = [given[0], f"data.superglue={tmp_path / 'ONE'}"]
     assert main(["check", *named, "pretraining.gradient_accumulation_steps=1", *given]) == 2
     found = capsys.readouterr().err
     assert message in found and len(found.strip().splitlines()) == 1
