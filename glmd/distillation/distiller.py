@@ -20,7 +20,7 @@ from glmd.distillation.layer_losses import layer_sum, make_projections, turn
 from glmd.distillation.objective import Objective, Term, positions_of
 from glmd.distillation.signals import SIGNALS, pairs_of
 from glmd.distillation.teacher import AllOutputs, Ensemble, OnlineTeacher, TeacherOutputs, of_each, run_and_read
-from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, policy_loss
+from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, draws, policy_loss
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
@@ -68,6 +68,7 @@ class Distiller(nn.Module):
         self.splits = [Split(model) for model in models.values()]
         self.projections, self.policies = nn.ModuleDict(), nn.ModuleDict()
         self.teachers: list[OnlineTeacher] = []  # live ones
+        self.seed = 0
         # Of terms on layers, and of the teacher's number: what is compared, by progress.
         self.pairs: dict[tuple[str, int], Callable[[float], list[tuple[Place, Place]]]] = {}
         self.token_map: Tensor
@@ -76,10 +77,11 @@ class Distiller(nn.Module):
     def learn_from(self, teacher: Any, *, seed: int = 0, is_proved: bool = False) -> None:
         """Take up the teacher of a stage, or several, before its first step: ask for layers, and make the projections.
 
-        A teacher that is not live has no layers. seed: of the projections' first weights. is_proved: leave out the
-        proof that attentions are what they should be. Raises ConfigError or ModelError where both do not fit.
+        A teacher that is not live has no layers. seed: of projections' first weights, and of what a policy draws.
+        is_proved: leave out the proof that attentions are what they should be. Raises ConfigError or ModelError where
+        both do not fit.
         """
-        found = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+        found, self.seed = teacher.teachers if isinstance(teacher, Ensemble) else [teacher], seed
         self.teachers = [each for each in found if isinstance(each, OnlineTeacher)]
         terms = self.objective.layer_terms
         if not self.teachers and self.objective.reads_layers:
@@ -360,7 +362,7 @@ class Distiller(nn.Module):
             return values.sum()
         answers = torch.stack(theirs).to(values.dtype)  # type: ignore[arg-type]
         if term.weighting.function is None:
-            return self._policy_sum(term, batch, teachers[0], answers, logits, values)
+            return self._policy_sum(term, batch, teachers[0], answers, logits, values, progress)
         return (term.weighting.function(answers, logits.detach(), batch.get("labels")) * values).sum()
 
     def _policy_sum(
@@ -371,6 +373,7 @@ class Distiller(nn.Module):
         answers: Tensor,
         logits: Tensor,
         values: Tensor,
+        progress: float,
     ) -> Tensor:
         """The sum over examples of the mean loss to the teachers that the policy draws, 0 where it draws none.
 
@@ -382,8 +385,7 @@ class Distiller(nn.Module):
         policy, labels = dict(self.policies.items())[_key(term, 0)], batch["labels"]
         with torch.autocast(logits.device.type, enabled=False):
             odds = policy(seen, label_losses(answers, labels), answers.softmax(-1)).float()
-        generator = torch.Generator().manual_seed(torch.initial_seed() ^ 2)
-        chosen = chosen_by(odds, generator)
+        chosen = chosen_by(odds, draws(self.seed, progress, batch["example_id"], len(answers)))
         losses = (values * chosen).sum(0) / chosen.sum(0).clamp(min=1)
         own = policy_loss(odds, chosen, -(losses + label_losses(logits.float(), labels))).sum()
         return losses.sum() + own - own.detach()

@@ -85,15 +85,16 @@ GIVEN = ("progress", "labels")
 
 @cache
 def takes(loss: Any, name: str) -> bool:
-    """Whether a loss has a parameter of this name."""
-    return name in inspect.signature(getattr(loss, "function", loss)).parameters
+    """Whether a loss has a keyword-only parameter of this name."""
+    parameter = inspect.signature(getattr(loss, "function", loss)).parameters.get(name)
+    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
 
 
 @cache
 def needs_labels(loss: Any) -> bool:
     """Whether a loss on what both models say cannot do without labels; some take them where they are there."""
     parameter = inspect.signature(getattr(loss, "function", loss)).parameters.get("labels")
-    return parameter is not None and parameter.default is parameter.empty
+    return takes(loss, "labels") and parameter is not None and parameter.default is parameter.empty
 
 
 def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tuple[Place, Place]]:

@@ -2,11 +2,12 @@
 
 policy = TeacherPolicy(width=768, teachers=2, classes=3, like=weight, seed=0)
 odds = policy(states, losses, probabilities)                                     # (T, B)
-chosen = chosen_by(odds, generator)
+chosen = chosen_by(odds, draws(seed, progress, example_ids, teachers=2))
 
 The policy is trained by REINFORCE with the student, by one optimizer, and saved with the stage.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,10 +36,16 @@ class TeacherPolicy(nn.Module):
         return odds.t()
 
 
-def chosen_by(odds: Tensor, generator: torch.Generator) -> Tensor:
-    """(T, B) of 0 and 1, drawn by log-odds. generator: of the CPU, so that all devices draw alike."""
-    drawn = torch.rand(odds.shape, generator=generator).to(odds.device)
-    return (drawn < odds.detach().float().sigmoid()).float()
+def draws(seed: int, progress: float, example_ids: Tensor, teachers: int) -> Tensor:
+    """(T, B) numbers in [0, 1): functions of seed, progress and example, whatever batch and rank it is in."""
+    step = int(progress * 2**53)
+    drawn = [np.random.default_rng([seed, step, number]).random(teachers) for number in example_ids.tolist()]
+    return torch.from_numpy(np.array(drawn, dtype=np.float32).reshape(-1, teachers)).t()
+
+
+def chosen_by(odds: Tensor, drawn: Tensor) -> Tensor:
+    """(T, B) of 0 and 1: which teachers are asked, by log-odds and by draws."""
+    return (drawn.to(odds.device) < odds.detach().float().sigmoid()).float()
 
 
 def policy_loss(odds: Tensor, chosen: Tensor, reward: Tensor) -> Tensor:

@@ -166,7 +166,8 @@ def _try_layers(plan: Plan) -> None:
 
     for stage, objective in plan.method.items():
         if objective.layer_terms:
-            cast = Cast(Objective(objective.layer_terms), plan.student_config, plan.source_size, plan.teacher_config)
+            models = (plan.student_config, plan.source_size, plan.teacher_config)
+            cast = Cast(Objective(objective.layer_terms), *models, further=tuple(further_configs(plan, stage)))
             try:
                 require_fitting_layers(cast)
             except (ConfigError, ModelError) as error:

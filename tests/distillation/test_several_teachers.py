@@ -25,7 +25,7 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method, weightings_of
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import Ensemble, OnlineTeacher
-from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, policy_loss
+from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, draws, policy_loss
 from glmd.errors import ConfigError
 from glmd.losses.teacher_weights import WEIGHTINGS
 
@@ -157,14 +157,15 @@ def policy_objective() -> Term:
     return Term("task_logits", "kl_divergence", options=TEMPERATURE, teachers="policy")
 
 
-def drawn(distiller: Distiller, several: Ensemble, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return loss_of(distiller, several, labeled())  # type: ignore[arg-type]
+def drawn(distiller: Distiller, several: Ensemble, progress: float, *batches: dict[str, Tensor]) -> Tensor:
+    """The mean over four examples."""
+    parts = [distiller(each, several(each), progress) for each in batches or (labeled(),)]
+    return torch.stack(parts).sum() / 4
 
 
-def test_a_policys_draw_is_the_mean_loss_to_the_teachers_that_it_chose_and_a_function_of_the_steps_seed() -> None:
+def test_a_policys_draw_is_the_mean_loss_to_the_teachers_that_it_chose_whatever_the_batch() -> None:
     distiller, several, given = distiller_of(policy_objective()), teachers(2, 1), labeled()
-    distiller.learn_from(several)
+    distiller.learn_from(several, seed=5)
     ours, theirs = logits_of(distiller, several, given, "classifier")
     losses = torch.stack([kl(ours, each, 3.0) for each in theirs])
     (policy,) = distiller.policies.values()
@@ -173,12 +174,13 @@ def test_a_policys_draw_is_the_mean_loss_to_the_teachers_that_it_chose_and_a_fun
     seen = torch.cat([first, torch.stack(ce, 1), theirs[0].softmax(-1), theirs[1].softmax(-1)], 1)
     odds = (seen.float() @ policy.choice.weight.t().float() + policy.choice.bias.float()).t()
     sums = []
-    for seed in range(6):
-        chosen = chosen_by(odds, torch.Generator().manual_seed(seed ^ 2))
+    for progress in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0):
+        chosen = chosen_by(odds, draws(5, progress, given["example_id"], 2))
         means = [losses[chosen[:, n] > 0, n].mean() if chosen[:, n].any() else ours.new_zeros(()) for n in range(4)]
-        found, again = drawn(distiller, several, seed), drawn(distiller, several, seed)
+        found = drawn(distiller, several, progress)
+        parts = drawn(distiller, several, progress, rows(labeled(), 0, 3), rows(labeled(), 3, 4))
         torch.testing.assert_close(found, torch.stack(means).mean(), rtol=1e-6, atol=1e-9)
-        assert torch.equal(found, again)
+        torch.testing.assert_close(parts, found)
         sums.append(float(found.detach()))
         reward = -(torch.stack(means) + torch.nn.functional.cross_entropy(ours, given["labels"], reduction="none"))
         chances = odds.sigmoid()
@@ -192,11 +194,11 @@ def test_a_policys_draw_is_the_mean_loss_to_the_teachers_that_it_chose_and_a_fun
 def test_a_policy_learns_to_ask_the_teacher_whom_the_reward_favors() -> None:
     torch.manual_seed(0)
     policy = TeacherPolicy(width=3, teachers=2, classes=2, like=torch.empty(1), seed=0)
-    optimizer, generator = torch.optim.Adam(policy.parameters(), 0.05), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.parameters(), 0.05)
     states, losses, answers = torch.randn(16, 3), torch.rand(2, 16), torch.rand(2, 16, 2)
-    for _ in range(150):
+    for step in range(150):
         odds = policy(states, losses, answers)
-        chosen = chosen_by(odds, generator)
+        chosen = chosen_by(odds, draws(0, step / 149, torch.arange(16), 2))
         policy_loss(odds, chosen, chosen[0] - chosen[1]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -207,7 +209,7 @@ def test_a_policy_learns_to_ask_the_teacher_whom_the_reward_favors() -> None:
 def test_the_students_gradient_passes_no_policy_and_the_policys_no_student() -> None:
     distiller, several = distiller_of(policy_objective()), teachers(2, 1)
     distiller.learn_from(several)
-    found = gradients(distiller, drawn(distiller, several, 3))
+    found = gradients(distiller, drawn(distiller, several, 0.3))
     assert any(each.abs().max() > 0 for name, each in found.items() if name.startswith("policies."))
     assert any(each.abs().max() > 0 for name, each in found.items() if name.startswith("classifier."))
     without = distiller_of(Term("task_labels", "hard_cross_entropy"))

@@ -41,7 +41,10 @@ def four_layers(tiny, tmp_path_factory):
     tokenizer = BertTokenizer.from_pretrained(tiny.teacher)
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **sizes)
     BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    config.num_hidden_layers = 2
+    BertForMaskedLM(config).save_pretrained(folder / "small")
+    for place in (folder, folder / "small"):
+        tokenizer.save_pretrained(place)
     return folder
 
 
@@ -54,6 +57,8 @@ def config(tiny, four_layers):
         layers = 3 if method == "mgskd" else 2  # whose upper ones begin behind the second
         dropout = "{hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}"
         student = f"student={{num_hidden_layers: {layers}, config: {dropout}}}"
+        if any(objective.weighs_teachers for objective in load_method(method).values()):
+            more = (f"teacher.ensemble=[{four_layers / 'small'}]", *more)
         saves = [f"{name}.save_steps=10" for name in ("pretraining", "task_lm", "task_soft_labels")]
         return tiny.config(
             output, f"teacher={four_layers}", student, f"method={method}", "controls.hard_labels=false", *lengths, *own,
