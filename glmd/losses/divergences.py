@@ -30,7 +30,7 @@ def generalized_js(
     q, p, log_ratio = probabilities(student_logits, teacher_logits, temperature)
     if beta in (0, 1):
         return temperature**2 * (kl_of(p, q, log_ratio) if beta == 0 else kl_of(q, p, -log_ratio))
-    of_teacher, of_student = _kl_to_mixture(p, q, log_ratio, beta), _kl_to_mixture(q, p, -log_ratio, 1 - beta)
+    of_teacher, of_student = kl_of(p, q, log_ratio, beta), kl_of(q, p, -log_ratio, 1 - beta)
     return temperature**2 * (beta * of_teacher + (1 - beta) * of_student)
 
 
@@ -40,7 +40,7 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, *, mixing: float = 0
     mixing: in [0, 1); 0 is `kl_divergence`. It is at most -log(mixing), so that no single token can outweigh the rest.
     """
     q, p, log_ratio = probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _kl_to_mixture(p, q, log_ratio, _checked_mixing(mixing))
+    return temperature**2 * kl_of(p, q, log_ratio, _checked_mixing(mixing))
 
 
 def skew_reverse_kl(
@@ -51,26 +51,13 @@ def skew_reverse_kl(
     mixing: in [0, 1); 0 is `reverse_kl`.
     """
     q, p, log_ratio = probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _kl_to_mixture(q, p, -log_ratio, _checked_mixing(mixing))
+    return temperature**2 * kl_of(q, p, -log_ratio, _checked_mixing(mixing))
 
 
 def _checked_mixing(mixing: float) -> float:
     if not 0 <= mixing < 1:
         raise ConfigError(f"mixing must be at least 0 and below 1, got {mixing}")
     return mixing
-
-
-def _kl_to_mixture(p: Tensor, q: Tensor, log_ratio: Tensor, share: float) -> Tensor:
-    """KL(p || m) of rows for m = share p + (1 - share) q, share in [0, 1), and log_ratio = log(p / q).
-
-    Where p and q are near each other log(m / p) is log1p of a small number, which keeps its digits; else nothing
-    overflows. The sum of m - p is 0 but for rounding (`kl_of`).
-    """
-    gap = log_ratio.masked_fill(p == 0, 0.0)
-    near = torch.log1p((1 - share) * torch.expm1(-gap.clamp(-1, 1)))
-    least = gap.new_full((), math.log(share) if share else -math.inf)
-    far = torch.logaddexp(least, math.log1p(-share) - gap)
-    return (1 - share) * (q - p).sum(-1) - (p * torch.where(gap.abs() < 1, near, far)).sum(-1)
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:

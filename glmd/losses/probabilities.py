@@ -61,9 +61,16 @@ def _from_the_largest(logits: Tensor, temperature: float) -> Tensor:
     return logits - logits.amax(-1, keepdim=True).detach()
 
 
-def kl_of(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    """KL(p || q) of rows, for log_ratio = log(p / q): (N, K) each -> (N,).
+def kl_of(p: Tensor, q: Tensor, log_ratio: Tensor, share: float = 0.0) -> Tensor:
+    """KL(p || m) of rows for m = share p + (1 - share) q, from log_ratio = log(p / q): (N, K) each -> (N,).
 
-    The sum of q - p is 0 but for rounding; with it the rounding of what p and q were divided by cancels.
+    share: in [0, 1). With each p log(p / m) stands m - p, of which the sum is 0: where p and q are near each other that
+    leaves what is of second order in their difference, and nothing of the rounding of what they were divided by.
     """
-    return expectation(p, log_ratio) + (q - p).sum(-1)
+    change = (1 - share) * torch.expm1(-log_ratio.clamp(-1, 1))  # m / p - 1
+    near = p * (change - change.log1p())
+    log_m = -log_ratio.masked_fill(p == 0, 0.0)  # less log(p)
+    if share:
+        log_m = torch.logaddexp(log_m + math.log1p(-share), log_m.new_full((), math.log(share)))
+    far = (1 - share) * (q - p) - p * log_m
+    return torch.where(log_ratio.abs() < 1, near, far).sum(-1)

@@ -22,7 +22,7 @@ from glmd.losses.logits import LOGIT_LOSSES, merge_words
 from glmd.losses.targets import taid_share
 
 # What the Triton kernel computes. The others run in plain torch on every device.
-FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "js_divergence", "hard_cross_entropy")
+FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "js_divergence", "generalized_js", "hard_cross_entropy")
 
 
 # On a CPU the buffers of a block stay near the core; a GPU is better served by few large steps.

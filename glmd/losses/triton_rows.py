@@ -25,7 +25,9 @@ class TritonRows:
 
     def __init__(self, spec: LossSpec) -> None:
         assert spec.loss in FUSED and spec.merged_into is None, spec.loss
-        self.spec = spec
+        # A generalized divergence of one model alone is 0, and by convention the KL of that name.
+        ends = {0: "kl_divergence", 1: "reverse_kl"} if spec.loss == "generalized_js" else {}
+        self.spec = spec._replace(loss=ends.get(spec.options.get("beta"), spec.loss))
 
     def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         assert student.stride(1) == 1 and teacher.stride(-1) == 1, "buffers of rows"
@@ -48,6 +50,7 @@ class TritonRows:
             1.0 if factor is not None else spec.factor,
             spec.student_softcap or 1.0,
             spec.teacher_softcap or 1.0,
+            spec.options.get("beta", 0.5),
             LOSS=spec.loss,
             HAS_WEIGHTS=weights is not None,
             HAS_FACTOR=factor is not None,
@@ -148,6 +151,22 @@ def _js_logs(d):
 
 
 @triton.jit
+def _mixture_logs(d, beta):
+    """For d = log(p / q) and the mixture m = beta p + (1 - beta) q: log(p / m) and log(q / m).
+
+    Each by itself while nothing overflows: one is beta or 1 - beta times d, and may be far smaller than d.
+    """
+    size = tl.abs(d)
+    small = tl.exp2(-1.4426950408889634 * size)
+    share = tl.where(d > 0, beta, 1 - beta)  # of the larger of p and q in m
+    rest = tl.where(d > 0, 1 - beta, beta)
+    less = rest * (small - 1)
+    larger = -tl.where(less > -0.5, _log1p(less), tl.log(share + rest * small))
+    smaller = tl.where(size < 20, -_log1p(share * (1 / tl.maximum(small, 1e-9) - 1)), larger - size)
+    return tl.where(d > 0, larger, smaller), tl.where(d > 0, smaller, larger)
+
+
+@triton.jit
 def _sums(s, t, s_max, t_max, s_sums, t_sums, gaps, exists, scale, LOSS: tl.constexpr, LAST: tl.constexpr):
     """A block's part in maxima and sums, whose lanes are added up behind the last block."""
     s_most = tl.where(exists, s, -float("inf")) if LAST else s
@@ -169,7 +188,7 @@ def _sums(s, t, s_max, t_max, s_sums, t_sums, gaps, exists, scale, LOSS: tl.cons
 
 @triton.jit
 def _ends(
-    s, t, s_top, t_top, s_share, t_share, s_log, log_ratio, mean_gap, label, words, exists, scale,
+    s, t, s_top, t_top, s_share, t_share, s_log, log_ratio, mean_gap, label, words, exists, scale, beta,
     LOSS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """What each word adds to the value of a row, to the base of 2 and of e, and its gradient before all factors.
@@ -202,6 +221,11 @@ def _ends(
             binary = natural
             natural = 0.25 * (p + q) * both
             gradient = 0.5 * q * (of_q - mean_gap)
+        elif LOSS == "generalized_js":
+            of_p, of_q = _mixture_logs(0.6931471805599453 * ratio, beta)
+            binary = natural
+            natural = beta * p * of_p + (1 - beta) * q * of_q
+            gradient = (1 - beta) * q * (of_q - mean_gap)
         else:
             binary = p * (s_log - s)
     return binary, natural, gradient
@@ -223,6 +247,7 @@ def _rows_kernel(
     constant_factor,
     student_softcap,
     teacher_softcap,
+    beta,
     LOSS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
@@ -279,7 +304,9 @@ def _rows_kernel(
         log_ratio = tl.where(tl.abs(excess) < 0.5, 1.4426950408889634 * _log1p(excess), tl.log2(t_share / s_share))
     if LOSS == "reverse_kl":
         mean_gap = tl.sum(gaps, 0) * scale / s_sum - (s_top - t_top) - log_ratio
-    if LOSS == "js_divergence":  # the mean of log(q / m) under q, which no sum of the first pass gives
+    if (
+        LOSS == "js_divergence" or LOSS == "generalized_js"
+    ):  # the mean of log(q / m) under q, which no sum of the first pass gives
         for start in range(0, num_words, BLOCK):
             words = start + columns
             exists = words < num_words
@@ -289,7 +316,11 @@ def _rows_kernel(
                 HAS_TEACHER_SOFTCAP, IS_HARD, True,
             )  # fmt: skip
             s = s * scale - s_top
-            _, of_q = _js_logs(0.6931471805599453 * (t * scale - t_top - s + log_ratio))
+            d = 0.6931471805599453 * (t * scale - t_top - s + log_ratio)
+            if LOSS == "js_divergence":
+                _, of_q = _js_logs(d)
+            else:
+                _, of_q = _mixture_logs(d, beta)
             gaps += tl.where(exists, tl.exp2(s) * of_q, 0.0)
         mean_gap = tl.sum(gaps, 0) / s_sum
     weight = constant_factor
@@ -314,7 +345,7 @@ def _rows_kernel(
                 HAS_TEACHER_SOFTCAP, IS_HARD, part == 1,
             )  # fmt: skip
             binary, natural, gradient = _ends(
-                s, t, s_top, t_top, s_share, t_share, s_log, log_ratio, mean_gap, label, words, exists, scale,
+                s, t, s_top, t_top, s_share, t_share, s_log, log_ratio, mean_gap, label, words, exists, scale, beta,
                 LOSS, part == 1,
             )  # fmt: skip
             binaries += binary

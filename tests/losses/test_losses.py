@@ -1,12 +1,13 @@
 """Losses on logits and labels against their formulas in float64."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_cases import LEAST_CHOICES, OF_PROBABILITIES, TEMPERED, ZERO_FOR_EQUALS, formula, options_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,34 +15,9 @@ from glmd.errors import ConfigError
 from glmd.losses.labels import LABEL_LOSSES, hard_cross_entropy
 from glmd.losses.logits import LOGIT_LOSSES, centered_mse, cross_entropy, js_divergence, kl_divergence, mse, reverse_kl
 
-TEMPERED = (kl_divergence, reverse_kl, js_divergence, cross_entropy)
-
-
-def plain(name: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The formulas, written out."""
-    if name == "mse":
-        return ((student - teacher) ** 2).mean(-1)
-    if name == "centered_mse":
-        centered = [each - each.mean(-1, keepdim=True) for each in (student, teacher)]
-        return ((centered[0] - centered[1]) ** 2).mean(-1)
-    q = (student / temperature).exp() / (student / temperature).exp().sum(-1, keepdim=True)
-    p = (teacher / temperature).exp() / (teacher / temperature).exp().sum(-1, keepdim=True)
-    m = (p + q) / 2
-    sums = {
-        "js_divergence": ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2,
-        "kl_divergence": (p * (p / q).log()).sum(-1),
-        "reverse_kl": (q * (q / p).log()).sum(-1),
-        "cross_entropy": -(p * q.log()).sum(-1),
-    }
-    return temperature**2 * sums[name]
-
 
 def logits(seed: int, *shape: int, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> Tensor:
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
-
-
-def options(name: str, temperature: float) -> dict[str, float]:
-    return {} if "mse" in name else {"temperature": temperature}
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,10 +29,11 @@ def options(name: str, temperature: float) -> dict[str, float]:
     st.integers(0, 999),
 )
 def test_a_loss_and_its_gradient_equal_the_formula(name: str, temperature: float, n: int, k: int, seed: int) -> None:
+    k = max(k, LEAST_CHOICES.get(name, 1))
     student, teacher = logits(seed, n, k).requires_grad_(), logits(seed + 1, n, k)
     twin = student.detach().clone().requires_grad_()
-    ours = LOGIT_LOSSES[name](student, teacher, **options(name, temperature))
-    expected = plain(name, twin, teacher, temperature)
+    ours = LOGIT_LOSSES[name](student, teacher, **options_of(name, temperature))
+    expected = formula(name, twin, teacher, **options_of(name, temperature))
     factors = torch.arange(1.0, n + 1, dtype=torch.float64)
     (ours * factors).sum().backward()
     (expected * factors).sum().backward()
@@ -65,32 +42,32 @@ def test_a_loss_and_its_gradient_equal_the_formula(name: str, temperature: float
     torch.testing.assert_close(student.grad, twin.grad, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", LOGIT_LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOGIT_LOSSES if name != "bild"])  # of equal ones any may lead
 def test_float32_is_kept_and_bfloat16_is_widened_before_the_softmax(name: str) -> None:
     student, teacher = logits(0, 8, 5000, dtype=torch.bfloat16), logits(1, 8, 5000, dtype=torch.bfloat16)
-    ours = LOGIT_LOSSES[name](student, teacher, **options(name, 15.0))
-    expected = plain(name, student.double(), teacher.double(), 15.0)
+    ours = LOGIT_LOSSES[name](student, teacher, **options_of(name, 15.0))
+    expected = formula(name, student.double(), teacher.double(), **options_of(name, 15.0))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kl_divergence", "reverse_kl", "js_divergence", "mse", "centered_mse"])
+@pytest.mark.parametrize("name", ZERO_FOR_EQUALS)
 def test_a_student_equal_to_the_teacher_has_zero_loss_and_gradient(name: str) -> None:
     student = logits(0, 6, 50, dtype=torch.float32).requires_grad_()
-    values = LOGIT_LOSSES[name](student, student.detach().clone(), **options(name, 4.0))
+    values = LOGIT_LOSSES[name](student, student.detach().clone(), **options_of(name, 4.0))
     values.sum().backward()
     assert student.grad is not None
-    assert values.abs().max() == 0
-    assert student.grad.abs().max() < 1e-7
+    assert values.abs().max() == 0 or (name == "negative_log_acceptance" and values.abs().max() < 1e-6)
+    assert student.grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("loss", TEMPERED)
-def test_adding_a_constant_to_a_row_changes_nothing(loss: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("name", [name for name in OF_PROBABILITIES if name != "taid"])
+def test_adding_a_constant_to_a_row_changes_nothing(name: str) -> None:
+    loss = partial(LOGIT_LOSSES[name], **options_of(name, 3.0))
     student, teacher = logits(0, 6, 50), logits(1, 6, 50)
     shift = logits(2, 6, 1, scale=20.0)
-    expected = loss(student, teacher, temperature=3.0)
-    torch.testing.assert_close(loss(student + shift, teacher, temperature=3.0), expected)
-    torch.testing.assert_close(loss(student, teacher + shift, temperature=3.0), expected)
+    torch.testing.assert_close(loss(student + shift, teacher), loss(student, teacher))
+    torch.testing.assert_close(loss(student, teacher + shift), loss(student, teacher))
 
 
 def test_the_kl_is_zero_for_a_student_off_by_a_constant_but_the_mse_is_not() -> None:
@@ -135,8 +112,8 @@ def test_choices_padded_with_minus_infinity_do_not_exist(name: str) -> None:
     padding = torch.full((4, 2), -math.inf, dtype=torch.float64)
     padded = torch.cat([student, padding], dim=1).requires_grad_()
     student.requires_grad_()
-    expected = LOGIT_LOSSES[name](student, teacher, **options(name, 2.0))
-    ours = LOGIT_LOSSES[name](padded, torch.cat([teacher, padding], dim=1), **options(name, 2.0))
+    expected = LOGIT_LOSSES[name](student, teacher, **options_of(name, 2.0))
+    ours = LOGIT_LOSSES[name](padded, torch.cat([teacher, padding], dim=1), **options_of(name, 2.0))
     torch.testing.assert_close(ours, expected)
     expected.sum().backward()
     ours.sum().backward()
@@ -155,14 +132,14 @@ def test_a_choice_the_student_rules_out_but_the_teacher_does_not_costs_infinity(
 @pytest.mark.parametrize("shape", [(4, 1), (1, 5), (5,), (4, 6)])
 def test_shapes_that_differ_are_refused_even_if_they_broadcast(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"one shape \(N, K\), got \(4, 5\) and"):
-        LOGIT_LOSSES[name](torch.zeros(4, 5), torch.zeros(shape))
+        LOGIT_LOSSES[name](torch.zeros(4, 5), torch.zeros(shape), **options_of(name))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-@pytest.mark.parametrize("loss", TEMPERED)
-def test_a_temperature_that_is_no_temperature_is_refused(loss: Callable[..., Tensor], temperature: float) -> None:
+@pytest.mark.parametrize("name", TEMPERED)
+def test_a_temperature_that_is_no_temperature_is_refused(name: str, temperature: float) -> None:
     with pytest.raises(ConfigError, match="temperature must be above 0"):
-        loss(torch.zeros(1, 2), torch.zeros(1, 2), temperature=temperature)
+        LOGIT_LOSSES[name](torch.zeros(1, 3), torch.zeros(1, 3), **options_of(name, temperature))
 
 
 def test_hard_cross_entropy_is_minus_the_log_probability_of_the_label() -> None:

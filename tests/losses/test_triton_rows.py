@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from logit_cases import OPTIONS
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -101,6 +102,10 @@ def both(task: LossSpec, student: Tensor, teacher: Tensor, weights: Tensor | Non
     yield ours, exact
 
 
+def spec_of(loss: str, temperature: float = 1.0, **more: Any) -> LossSpec:
+    return LossSpec(loss, temperature, options=OPTIONS.get(loss, {}), **more)
+
+
 def error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm()).item()
 
@@ -118,7 +123,7 @@ def test_values_and_gradients_are_those_of_the_plain_rows(loss: str, options: st
     temperature = 1.0 if loss == "hard_cross_entropy" else 4.0
     student, teacher = products(loss)
     teacher = teacher.float() if teacher.is_floating_point() else teacher
-    for ours, exact in both(LossSpec(loss, temperature, **extra), student.float(), teacher, weights):
+    for ours, exact in both(spec_of(loss, temperature, **extra), student.float(), teacher, weights):
         assert error(ours, exact) < 1e-5
 
 
@@ -128,7 +133,7 @@ def test_at_temperature_15_and_a_whole_vocabulary_float32_is_exact_to_a_hundred_
 ) -> None:
     monkeypatch.setattr(triton_rows, "BLOCK", 4096)
     student, teacher = products(loss, 15000)
-    for ours, exact in both(LossSpec(loss, 15.0), student.float(), teacher.float(), None):
+    for ours, exact in both(spec_of(loss, 15.0), student.float(), teacher.float(), None):
         assert error(ours, exact) < 1e-5
 
 
@@ -137,7 +142,7 @@ def test_bfloat16_products_give_a_gradient_in_bfloat16_that_was_rounded_once(los
     """By cutting it off, in the interpreter; a GPU rounds to the nearest, with half the error."""
     student, teacher = (x.bfloat16() if x.is_floating_point() else x for x in products(loss))
     temperature = 1.0 if loss == "hard_cross_entropy" else 15.0
-    (values, expected), (gradient, exact) = both(LossSpec(loss, temperature), student, teacher, None)
+    (values, expected), (gradient, exact) = both(spec_of(loss, temperature), student, teacher, None)
     assert gradient.dtype == torch.bfloat16
     assert error(values, expected) < 1e-5
     assert error(gradient, exact) < 2**-7
@@ -149,8 +154,8 @@ def test_a_factor_multiplies_values_and_gradients(loss: str, is_tensor: bool) ->
     student, teacher = (x.float() if x.is_floating_point() else x for x in products(loss))
     factor = torch.tensor(0.375) if is_tensor else 0.375
     once, scaled = student.clone(), student.clone()
-    values = TritonRows(LossSpec(loss))(once, teacher, None)
-    torch.testing.assert_close(TritonRows(LossSpec(loss, factor=factor))(scaled, teacher, None), 0.375 * values)
+    values = TritonRows(spec_of(loss))(once, teacher, None)
+    torch.testing.assert_close(TritonRows(spec_of(loss, factor=factor))(scaled, teacher, None), 0.375 * values)
     torch.testing.assert_close(scaled, 0.375 * once)
 
 
@@ -162,11 +167,21 @@ def test_a_gradient_is_multiplied_unless_the_factor_is_one(factor: float, size: 
 
 
 @pytest.mark.parametrize("far", [1.0, 60.0, 1e4])
-def test_models_that_disagree_wholly_overflow_nowhere(far: float) -> None:
+@pytest.mark.parametrize("loss", ["kl_divergence", "generalized_js"])
+def test_models_that_disagree_wholly_overflow_nowhere(loss: str, far: float) -> None:
     student, teacher = torch.zeros(1, K), torch.zeros(1, K)
     student[0, 3], teacher[0, 7] = far, far
-    for ours, exact in both(LossSpec("kl_divergence"), student, teacher, None):
-        assert error(ours, exact) < 1e-4
+    for ours, exact in both(spec_of(loss), student, teacher, None):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-4, 0.05, 0.5, 0.9, 1 - 1e-4, 1.0])
+def test_the_generalized_divergence_is_that_of_any_beta(beta: float) -> None:
+    student, teacher = products("generalized_js")
+    for ours, exact in both(
+        LossSpec("generalized_js", 2.0, options={"beta": beta}), student.float(), teacher.float(), None
+    ):
+        assert error(ours, exact) < 1e-5
 
 
 @pytest.mark.parametrize("loss", FUSED)
@@ -178,8 +193,8 @@ def test_what_lies_between_the_rows_is_nothing_to_them_and_other_rows_are_not_to
     if teacher.is_floating_point():
         theirs = torch.full((N, K + 10), math.inf)[:, :K].copy_(teacher)
         teacher = teacher.float()
-    values = TritonRows(LossSpec(loss))(wide[:N, :K], theirs, None)
-    assert torch.equal(values, TritonRows(LossSpec(loss))(expected, teacher, None))
+    values = TritonRows(spec_of(loss))(wide[:N, :K], theirs, None)
+    assert torch.equal(values, TritonRows(spec_of(loss))(expected, teacher, None))
     assert torch.equal(wide[:N, :K], expected)
     assert wide[N:].isnan().all()
 
