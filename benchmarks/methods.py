@@ -4,7 +4,7 @@
 
 A corpus step is one of `pretraining`, a task step the mean of a method's stages on a task. Both run the distiller and
 the live teacher of training with drawn weights: BERT layers of 384 numbers and 12 heads, six of the teacher and three
-of the student, 30,522 tokens of which half are kept; 8 texts of 64 tokens. Of each pair of timings the ratio is taken,
+of the student, 30,522 tokens of which half are kept; 8 texts of 64 tokens. A second teacher, where a method weighs several, has three layers. Of each pair of timings the ratio is taken,
 and of these the median.
 """
 
@@ -69,11 +69,16 @@ def seconds(objectives: list[Objective], kind: str, given: Any) -> float:
     student, teacher = (
         BertConfig(num_hidden_layers=layers, vocab_size=size, **SIZES) for layers, size in ((3, 15_261), (6, 30_522))
     )
+    small = BertConfig(
+        num_hidden_layers=3, vocab_size=30_522, **SIZES
+    )  # a second teacher, where a method weighs several
     form = task_form(load_task("RTE", "head"), causal=False) if kind == "task" else None
     totals = []
     for objective in objectives:
         masked = 0.15 if objective.needs_masking else 0.0
-        cast = Cast(objective, student, 30_522, teacher if objective.teacher_needs else None, form=form, masked=masked)
+        further = (small,) if objective.asks_assistants else ()
+        asked = teacher if objective.teacher_needs else None
+        cast = Cast(objective, student, 30_522, asked, form=form, masked=masked, further=further)
         totals.append(sum(timed(cast, examples=given.examples, length=given.length)))
     return statistics.fmean(totals)
 

@@ -53,10 +53,26 @@ redraws: 10}` draws ten times in a stage. A term is the mean over its layers, or
 before weigh `older_weight`; in the last turn they do not count, and terms of other signals that are in turn do.
 
 **Projections** of hidden states: `linear` learns one map from the student's width to the teacher's for all layers;
-`both` one of each layer of both models, to `projection_size`. Queries, keys, values, scores and probabilities of
+`teacher` one from each of the teacher's layers to the student's width; `both` one of each layer of both models, to
+`projection_size`. Queries, keys, values, scores and probabilities of
 attention are read from torch's `scaled_dot_product_attention` as a model calls it; a model that computes its
 attention by itself can be asked for `attentions` alone, without attention dropout. A teacher's layers are not cached:
 beside a `teacher.cache` the live teacher serves such stages, which `glmd check` says.
+
+**Several teachers**, of `teacher.ensemble`, count as a term's `teachers` says; a method that says it is refused where
+there is one.
+
+| `teachers` | weight of each for a token or example | for |
+| --- | --- | --- |
+| `mean`, `sum`, `first` | alike, with sum 1 or 1 each; the first alone. Without the key their mean | all signals |
+| `label_loss` | 1 / (1 + its cross-entropy with the label) (MT-BERT) | `task_logits` |
+| `uncertainty` | of two, the last counts by the student's entropy over its largest (Dynamic KD, soft) | both logits |
+| `uncertainty_rank` | one alone, the last for the examples of a batch that the student is least sure of (hard) | `task_logits` |
+| `dropout` | 1 for three examples in four, drawn (DGKD) | `task_logits` |
+| `policy` | those that a policy draws, which is trained by REINFORCE (RL-KD) | `task_logits` |
+
+Give the largest teacher first. With `assistants` the student learns from the last of them, or, where a term has
+`teachers` other than `first`, from the teacher and all of them.
 
 **A loss of your own** is a function in a file beside the YAML. Keyword-only parameters are its options:
 
@@ -126,6 +142,10 @@ def _needs(method: dict[str, Objective]) -> str:
     terms = [term for objective in objectives for term in objective.terms]
     if any(objective.reads("labels") for objective in objectives):
         found.append("labels")
+    if any(objective.asks_assistants for objective in objectives):
+        found.append("several teachers")
+    elif any(objective.weighs_teachers for objective in objectives):
+        found.append("assistants")
     if any(objective.reads_layers for objective in objectives):
         found.append("a live teacher")
     kinds = [objective.intervention.kind for objective in objectives if objective.intervention is not None]

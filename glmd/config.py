@@ -132,6 +132,14 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class AssistantConfig(StudentConfig):
+    """A model between teacher and student: it learns as the student does, and teaches it (TAKD, arXiv:1902.03393)."""
+
+    # Its tokens: all of the teacher's, or those that the student keeps
+    vocabulary: Literal["full", "student"] = "full"
+
+
+@dataclass(frozen=True)
 class VocabularyConfig:
     """Which tokens the student keeps, and where the others go (arXiv:2306.06625, section 3.3)."""
 
@@ -231,6 +239,9 @@ class RunConfig:
     output_dir: str  # the run folder; the same command continues the run that is in it
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    # Models between them, from the largest, each with the keys of `student`: every one learns by the same stages from
+    # the one before it, and the student from the last; a term of the method with `teachers` learns from all
+    assistants: list[AssistantConfig] = field(default_factory=list)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: str = "glmd"  # configs/methods/NAME.yaml, or the path of a YAML of your own

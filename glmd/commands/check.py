@@ -18,7 +18,11 @@ def describe(plan: Plan, world_size: int) -> str:
         "",
         f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'tokens':>9}{'embedding':>11}",
     ]
-    sides = (("teacher", plan.teacher_config, plan.source_size), ("student", plan.student_config, plan.kept_size))
+    sides = [("teacher", plan.teacher_config, plan.source_size)]
+    for i, (assistant, model) in enumerate(zip(config.assistants, plan.assistant_configs, strict=True), start=1):
+        words = plan.kept_size if assistant.vocabulary == "student" else plan.source_size
+        sides.append((f"assistant {i}", model, words))
+    sides.append(("student", plan.student_config, plan.kept_size))
     for name, model, words in sides:
         p = plan.parameters[name]
         counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"

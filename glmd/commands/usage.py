@@ -10,8 +10,8 @@ from glmd.config import RunConfig
 from glmd.distillation.methods import load_method
 from glmd.models.card import opens_plainly
 from glmd.models.loading import load_model_config
-from glmd.planning.rules import passes, task_of
 from glmd.planning.stages import pass_path
+from glmd.planning.teacher_rules import passes, task_of
 from glmd.reporting.report import best_rows
 from glmd.vocabulary.tokenization_glmd import TOKEN_MAP_FILE
 from glmd.vocabulary.tokenizer import load_tokenizer

@@ -361,6 +361,9 @@ class Distiller(nn.Module):
         if len(theirs) == 1:
             return values.sum()
         answers = torch.stack(theirs).to(values.dtype)  # type: ignore[arg-type]
+        if term.weighting.survival is not None:
+            drawn = draws(self.seed, progress, batch["example_id"], len(answers)).to(values.device)
+            return ((drawn < term.weighting.survival) * values).sum()
         if term.weighting.function is None:
             return self._policy_sum(term, batch, teachers[0], answers, logits, values, progress)
         return (term.weighting.function(answers, logits.detach(), batch.get("labels")) * values).sum()

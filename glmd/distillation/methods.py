@@ -168,7 +168,9 @@ def weightings_of(signal: str) -> tuple[str, ...]:
     return tuple(
         name
         for name, each in WEIGHTINGS.items()
-        if each.constant or level == "example" or (level == "token" and each.least_texts == 1 and not each.needs_labels)
+        if each.constant
+        or level == "example"
+        or (level == "token" and each.function is not None and each.least_texts == 1 and not each.needs_labels)
     )
 
 

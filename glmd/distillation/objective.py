@@ -171,6 +171,11 @@ class Objective:
         return any(term.teachers is not None for term in self.terms)
 
     @property
+    def asks_assistants(self) -> bool:
+        """Whether it names several teachers, and so learns from all assistants, not from the last alone."""
+        return any(term.teachers not in (None, "first") for term in self.terms)
+
+    @property
     def learns_weights(self) -> bool:
         """Whether a policy chooses among teachers, which looks at a state of the first one."""
         return any(term.weighting.is_learned for term in self.terms)

@@ -49,6 +49,7 @@ class OnlineTeacher:
     merge_dropped: give the probability of a dropped token to the one it is mapped onto. Else it is spread over all kept
         words in their proportion, as in the paper.
     reads_mapped: it is given in the place of a dropped token the one that it is mapped onto, as the student is.
+    token_map: (V,) source id -> its own, of a teacher whose tokens are not the source's.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class OnlineTeacher:
         *,
         merge_dropped: bool = False,
         reads_mapped: bool = False,
+        token_map: np.ndarray | None = None,
         task_logits: TaskLogits = class_logits,
     ) -> None:
         self.task_logits = task_logits
@@ -75,7 +77,8 @@ class OnlineTeacher:
         self.splits = [Split(model) for model in models]
         self.layers: dict[str, list[Place]] = {}  # which of its layers, or modules, it is asked for, by signal
         self.is_silent = False  # nothing is asked of it but to lend its layers
-        self.source_map: Tensor | None = None  # (V,) source id -> source id of a kept token
+        # (V,) source id -> what it is given: its own id, or the source id of a kept token.
+        self.source_map: Tensor | None = None if token_map is None else torch.from_numpy(token_map)
         if reads_mapped and not vocabulary.is_identity:
             self.source_map = torch.from_numpy(vocabulary.kept_ids[vocabulary.token_map])
         self.head: Head | None = None
@@ -112,7 +115,7 @@ class OnlineTeacher:
         if self.language_model is not None:
             hidden = rows_at(self.splits[-1].hidden_before_final(outputs), batch["positions"])
         if self.classifier is not None:
-            task_logits = self.task_logits(self.splits[0], outputs, inputs, batch).float()
+            task_logits = self.task_logits(self.splits[0], outputs, inputs, batch, self.source_map).float()
             task_logits = spoiled(task_logits, batch.get("num_choices"))
         layers = {signal: {number: read(signal, number) for number in self.layers[signal]} for signal in self.layers}
         return TeacherOutputs(hidden, self.head, task_logits, layers)

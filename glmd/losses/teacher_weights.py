@@ -22,7 +22,8 @@ from glmd.losses.linear import chunk_tokens
 class Weighting:
     """A row of the table.
 
-    function: (teachers, student, labels) -> (T, N); None where the weights are learned. constant: the same weight of
+    function: (teachers, student, labels) -> (T, N); None where the weights are learned or drawn. survival: the chance
+        of each teacher to count 1 for a row, and not 0. constant: the same weight of
         every teacher for all rows, so that no logits need be made for it. needs_labels: of the rows. least_texts:
         how many texts of a batch it needs; where these are more than one, the weight of each depends on the others.
     """
@@ -31,11 +32,12 @@ class Weighting:
     constant: bool = False
     needs_labels: bool = False
     least_texts: int = 1
+    survival: float | None = None
 
     @property
     def is_learned(self) -> bool:
         """Whether a policy that is trained with the student gives the weights."""
-        return self.function is None
+        return self.function is None and self.survival is None
 
 
 def mean(teachers: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
@@ -106,6 +108,7 @@ WEIGHTINGS = {
     "label_loss": Weighting(label_loss, needs_labels=True),
     "uncertainty": Weighting(uncertainty),
     "uncertainty_rank": Weighting(uncertainty_rank, least_texts=2),
+    "dropout": Weighting(None, survival=0.75),  # as in DGKD (arXiv:2009.08825)
     "policy": Weighting(None, needs_labels=True),  # `distillation.teacher_policy`
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from glmd.config import TeacherConfig
+from glmd.config import StudentConfig, TeacherConfig
 from glmd.data.batches import Collate
 from glmd.data.token_store import TokenStore
 from glmd.distillation.cached_teacher import CachedOutputs
@@ -108,11 +108,9 @@ class Context:
         return self.language_model(stage.start)
 
     def classifier(self, stage: Stage) -> str:
-        """Path of the fine-tuned teacher that a pass is compared with, and learns from first; of a teacher, its own."""
+        """Path of the fine-tuned teacher that a pass over a task is compared with; of a teacher, its own."""
         assert stage.task is not None, "a stage of a task"
-        if stage.kind == "task_teacher":
-            return stage.path
-        return stage.teacher or teacher_path(0, stage.task.task.name)
+        return stage.path if stage.kind == "task_teacher" else teacher_path(0, stage.task.task.name)
 
     def fingerprint(self, path: str) -> str:
         """Of the model that a stage leaves."""
@@ -155,6 +153,7 @@ class Context:
             }
         task, is_student = stage.task, not stage.trains_teacher
         teacher = stage.teacher if task is None and stage.teacher is not None else TEACHER
+        learned = stage.teacher or (self.classifier(stage) if task is not None else TEACHER)
         intervention = stage.objective.intervention if stage.objective is not None else None
         # Keys that came later stand there where they are not as they were before.
         inputs: dict[str, Any] = {} if config.deterministic else {"deterministic": False}
@@ -179,7 +178,7 @@ class Context:
             "teacher_mass": config.vocabulary.teacher_mass if is_student else None,
             "data": task.fingerprint() if task is not None else plan.corpus,
             "tokens": self.tokens if task is None else None,
-            "classifier": self.fingerprint(self.classifier(stage)) if task is not None and is_student else None,
+            "classifier": self.fingerprint(learned) if task is not None and is_student else None,
             "eval_blocks": config.data.eval_blocks if task is None else None,
             "teacher.cache": self._kept_in(stage) if stage.cached else None,
             "start": self._start(stage),
@@ -192,8 +191,10 @@ class Context:
         elif stage.further:
             inputs["ensemble"] = [self.fingerprint(path) for path in stage.further]
             if "head" in stage.teacher_needs_of(1):
-                paths = [teacher_path(number) for number in range(1, len(stage.teachers))]
-                inputs["ensemble"] += [self.fingerprint(path) for path in paths]
+                models = [str(self.language_model(path).model) for path in stage.further]
+                inputs["ensemble"] += [self.run_folder.fingerprint(model) for model in models]
+        if stage.start is None and stage.teacher not in (None, TEACHER):  # of whose layers it is made all the same
+            inputs["layers of"] = self.fingerprint(TEACHER)
         return inputs
 
     @cached_property
@@ -212,7 +213,13 @@ class Context:
             return self.fingerprint(stage.path)
         if stage.start is not None:
             return self.fingerprint(stage.start)
-        return self.config.teacher.scratch if stage.kind == "teacher" else asdict(self.config.student)
+        if stage.kind == "teacher":
+            return self.config.teacher.scratch
+        return asdict(self.student(stage))
+
+    def student(self, stage: Stage) -> StudentConfig:
+        """The shape of a stage's student, or of its assistant."""
+        return self.config.assistants[stage.assistant - 1] if stage.assistant else self.config.student
 
     def _kept_in(self, stage: Stage) -> str:
         """The precision of what a stage reads from the cache."""

@@ -71,7 +71,7 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         context.at_hand = None
         # Whose words the model's are scored against.
         compared = first_of(teacher) if stage.leaves_language_model and stage.asks_lm_logits else None
-        if stage.start is None and stage.task is None and context.config.teacher.quantization and compared is not None:
+        if stage.teacher == TEACHER and context.config.teacher.quantization and compared is not None:
             result["quantization"] = quantization_error(context, stage, context.whole_answers, compared)
         bits = {} if compared is None else teacher_bits(context, stage, compared)
         if compared is not None:
@@ -122,13 +122,13 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         torch.manual_seed(stage.seed)
         return BertForMaskedLM(context.plan.teacher_config), None
     if stage.start is None:
-        assert stage.teacher is not None, "whose layers a student is made of"
-        # Read in float32 whatever the teacher will run in, so that copied weights are not rounded.
-        wide = whole(context.language_model(stage.teacher))
+        # Of the teacher's layers, whoever it learns from. Read in float32 whatever the teacher will run in, so that
+        # copied weights are not rounded.
+        wide = whole(context.language_model(TEACHER))
         source = load_language_model(wide)
         context.whole_answers = whole_answers(context, stage, source)
-        student = build_student(source, context.vocabulary(stage), context.config.student, seed=stage.seed)
-        if wide == context.language_model(stage.teacher):
+        student = build_student(source, context.vocabulary(stage), context.student(stage), seed=stage.seed)
+        if wide == context.language_model(TEACHER):
             context.at_hand = wide, source  # the teacher itself, which is not loaded again
         del source
         gc.collect()  # models hold themselves in cycles, and the teacher is loaded next

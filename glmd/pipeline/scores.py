@@ -56,8 +56,10 @@ def teacher_bits(context: Context, stage: Stage, teacher: Teacher) -> dict[str, 
         return {}
     assert stage.teacher is not None, "the stage learns from a teacher"
     model = getattr(teacher, "language_model", None) or placed_language_model(context, stage.teacher)
-    held_out = corpus_blocks(context, stage, held_out=True)
-    return {"teacher_bits_per_byte": _bits(context, InParts(model), context.plan.tokenizer, held_out)["bits_per_byte"]}
+    held_out, tokenizer = corpus_blocks(context, stage, held_out=True), context.plan.tokenizer
+    if stage.teacher not in context.language_models:
+        tokenizer = context.tokenizer(context.stage(stage.teacher))
+    return {"teacher_bits_per_byte": _bits(context, InParts(model), tokenizer, held_out)["bits_per_byte"]}
 
 
 class InParts(nn.Module):

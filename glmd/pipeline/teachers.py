@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from glmd.config import TeacherConfig
@@ -34,8 +35,11 @@ def teacher_at(
     is_asked: else its head alone is wanted.
     """
     path, classifier, language_model = stage.teachers[number], None, None
-    if path not in context.language_models:
-        assert context.stage(path).variant != "student", "a teacher reads and predicts all source tokens"
+    token_map = None
+    if path not in context.language_models and context.stage(path).variant == "student":
+        # An assistant of the student's tokens reads them as it does, and has no others in its head.
+        assert stage.variant == "student", "checked by plan"
+        token_map, vocabulary = vocabulary.token_map, Vocabulary.identity(len(vocabulary.kept_ids))
     if stage.task is not None:
         classifier = _classifier(context, stage, path)
     if stage.asks_lm_logits_of(number):
@@ -47,7 +51,8 @@ def teacher_at(
     logits = context.form(stage).logits if stage.task is not None else class_logits
     # Layers that are lent are called by each rank as it likes, which those that are shared out cannot be.
     whole = number == 0 and "layers" in stage.teacher_needs
-    return _online(context, language_model, classifier, vocabulary, logits, is_asked=is_asked, whole=whole)
+    options: dict[str, Any] = {"is_asked": is_asked, "whole": whole, "token_map": token_map}
+    return _online(context, language_model, classifier, vocabulary, logits, **options)
 
 
 @phase("loading")
@@ -102,6 +107,7 @@ def _online(
     *,
     is_asked: bool = True,
     whole: bool = False,
+    token_map: np.ndarray | None = None,
 ) -> OnlineTeacher:
     models = [model for model in (classifier, language_model) if model is not None]
     if language_model is not None and classifier not in (None, language_model):
@@ -119,4 +125,5 @@ def _online(
         merge_dropped=settings.teacher_mass == "merge",
         reads_mapped=settings.teacher_reads == "mapped",
         task_logits=logits,
+        token_map=token_map,
     )

@@ -191,6 +191,8 @@ def describe_cache(plan: Plan, sources: Sequence[str]) -> str:
         name: why for name, why in live_stages(plan.config, plan.method).items() if name not in cached_stages_of(plan)
     }
     lines += [f"the live teacher serves {name}, which {why}" for name, why in live.items()]
+    if plan.config.assistants:
+        lines.append("the live assistants serve those who learn from them, whose answers are not kept")
     free = free_bytes(folder)
     lines.append(f"{gigabytes(to_come)} to come, {gigabytes(free)} free")
     if to_come > free:

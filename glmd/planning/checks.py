@@ -9,8 +9,9 @@ from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
 from glmd.models.heads import is_causal
 from glmd.models.quantization import quantized_linears
-from glmd.planning.rules import task_of, task_stages
+from glmd.planning.rules import task_stages
 from glmd.planning.task_plan import TaskPlan
+from glmd.planning.teacher_rules import task_of
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import task_form
 

@@ -15,7 +15,7 @@ from glmd.errors import ConfigError, ModelError, counted
 from glmd.planning.caches import estimated_tokens, held_out_blocks, store_of
 from glmd.planning.plan import Plan, corpus_sources
 from glmd.planning.run_cost import Layout, each_once, fitting_batch
-from glmd.planning.stages import Stage, lines
+from glmd.planning.stages import Stage, learner_config, lines
 from glmd.planning.step_cost import counted as rehearsed
 from glmd.runtime.memory import USABLE, forward_bytes
 
@@ -168,6 +168,6 @@ def _largest_scored(stage: Stage) -> int:
 
 def _kept_bytes(plan: Plan, stage: Stage) -> int:
     """What the backward of a text needs at least: what each layer was given, in half precision."""
-    config = (plan.teacher_config if stage.trains_teacher else plan.student_config).get_text_config()
+    config = learner_config(plan, stage).get_text_config()
     width = getattr(config, "hidden_size", 1)
     return 2 * stage.length * (width if isinstance(width, int) else 1) * (int(config.num_hidden_layers) + 1)

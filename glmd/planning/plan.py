@@ -6,6 +6,7 @@ Reads configs, tokenizer, tasks and file headers; loads no weights and trains no
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,16 +34,9 @@ from glmd.planning.checks import (
     require_weight_files,
     stage_lengths,
 )
-from glmd.planning.rules import (
-    cached_stages,
-    fine_tunes_teacher,
-    for_teacher,
-    kept_words,
-    resolve,
-    task_of,
-    teachers_of_task,
-)
+from glmd.planning.rules import cached_stages, for_teacher, kept_words, resolve
 from glmd.planning.task_plan import TaskPlan, plan_task
+from glmd.planning.teacher_rules import fine_tunes_teacher, task_of, teachers_of_task
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
@@ -64,6 +58,7 @@ class Plan:
     corpus: dict[str, Any] | None
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
     ensemble_configs: tuple[Any, ...] = ()  # of the further language models
+    assistant_configs: tuple[Any, ...] = ()
 
     def teacher_config_at(self, number: int, task: TaskPlan | None) -> Any:
         """Of one of several teachers, from 0; of a task's where no language models are named beside them."""
@@ -164,10 +159,12 @@ def _try_layers(plan: Plan) -> None:
     """Refuse terms whose layers, as the models have them, cannot be compared."""
     from glmd.planning.step_cost import Cast, require_fitting_layers
 
-    for stage, objective in plan.method.items():
+    chain = [plan.teacher_config, *plan.assistant_configs, plan.student_config]
+    for (stage, objective), number in itertools.product(plan.method.items(), range(1, len(chain))):
         if objective.layer_terms:
-            models = (plan.student_config, plan.source_size, plan.teacher_config)
-            cast = Cast(Objective(objective.layer_terms), *models, further=tuple(further_configs(plan, stage)))
+            further = further_configs(plan, stage) + (chain[: number - 1] if objective.asks_assistants else [])
+            models = (chain[number], plan.source_size, chain[number - 1])
+            cast = Cast(Objective(objective.layer_terms), *models, further=tuple(further))
             try:
                 require_fitting_layers(cast)
             except (ConfigError, ModelError) as error:
@@ -284,52 +281,77 @@ def _budget(settings: VocabularyConfig) -> dict[str, Any]:
 
 
 def _with_parameters(plan: Plan) -> Plan:
-    """Student config and parameter counts, on the meta device: shapes without weights."""
-    from glmd.distillation.signals import require_layers
-    from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
+    """Configs of student and assistants, and parameter counts, on the meta device: shapes without weights."""
     from glmd.vocabulary.slicing import vocabulary_axes
 
-    student = plan.config.student
-    total = plan.teacher_config.num_hidden_layers
-    count = student.num_hidden_layers or total
-    try:
-        chosen = chosen_layers(student, count, total)
-    except ConfigError as error:
-        raise ConfigError(f"student.initialization and num_hidden_layers: {error}") from None
     teacher = model_on_meta("teacher", plan.teacher_config)
     if plan.config.teacher.quantization is not None:
         quantized_linears(teacher)
-    is_whole = plan.kept_size == plan.source_size
-    require_vocabulary_effects(plan.config, plan.method, teacher, is_whole=is_whole)
-    cut_config = copy.deepcopy(plan.teacher_config)
-    cut_config.vocab_size = plan.kept_size
-    if (getattr(cut_config, "pad_token_id", None) or 0) >= plan.kept_size:
-        cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
-    student_config = student_model_config(cut_config, student, count, chosen)
-    require_lengths(plan.config, plan.method, plan.tasks, "the student", student_config)
-    for stage, objective in plan.method.items():
-        try:
-            require_layers(objective.terms, student_config, plan.teacher_config)
-            for config in further_configs(plan, stage):
-                require_layers([t for t in objective.terms if t.asks_all_teachers], student_config, config)
-            if objective.intervention is not None:
-                objective.intervention.check(student_config, plan.teacher_config)
-        except ConfigError as error:
-            raise ConfigError(f"method {plan.config.method}: {stage}: {error}") from None
-    small = model_on_meta("student", saved_and_reopened(student_config))
-    for stage, objective in plan.method.items():
-        for term in objective.layer_terms:
-            try:
-                for i, (whose, model) in enumerate((("student", small), ("teacher", teacher))):
-                    require_modules(model, [pair[i] for pair in term.modules], whose=whose)
-            except ConfigError as error:
-                raise ConfigError(f"method {plan.config.method}: {stage}: {term.name}: {error}") from None
-    require_checkpointing(plan.config, plan.method, teacher, small)
+    require_vocabulary_effects(plan.config, plan.method, teacher, is_whole=plan.kept_size == plan.source_size)
+    models: dict[str, Any] = {"teacher": teacher}
+    configs: list[Any] = []
+    for i, assistant in enumerate(plan.config.assistants, start=1):
+        size = plan.kept_size if assistant.vocabulary == "student" else plan.source_size
+        above = {"teacher": plan.teacher_config} | {f"assistant {j}": each for j, each in enumerate(configs, start=1)}
+        model_config, models[f"assistant {i}"] = _learner(plan, f"assistant {i}", assistant, size, above)
+        configs.append(model_config)
+    plan = replace(plan, assistant_configs=tuple(configs))
+    above = {"teacher": plan.teacher_config} | {f"assistant {j}": each for j, each in enumerate(configs, start=1)}
+    student_config, models["student"] = _learner(plan, "student", plan.config.student, plan.kept_size, above)
     require_attention(plan.config, student_config, plan.teacher_config)
-    if chosen is not None:
-        weight_origins(small, model_on_meta("teacher", cut_config), chosen, student.config)
     parameters = {
-        name: split_parameters(model, set(vocabulary_axes(model.config, type(model))))
-        for name, model in (("teacher", teacher), ("student", small))
+        name: split_parameters(model, set(vocabulary_axes(model.config, type(model)))) for name, model in models.items()
     }
     return replace(plan, student_config=student_config, parameters=parameters)
+
+
+def _learner(plan: Plan, name: str, shape: StudentConfig, size: int, above: dict[str, Any]) -> tuple[Any, Any]:
+    """Config and model, without weights, of the student or of an assistant with so many tokens.
+
+    above: configs of teacher and assistants that it may learn from. Raises ConfigError for what does not fit.
+    """
+    from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
+
+    total = plan.teacher_config.num_hidden_layers
+    count, key = shape.num_hidden_layers or total, name.replace("assistant ", "assistants, number ")
+    try:
+        chosen = chosen_layers(shape, count, total)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.initialization and num_hidden_layers: {error}") from None
+    cut_config = copy.deepcopy(plan.teacher_config)
+    cut_config.vocab_size = size
+    if (getattr(cut_config, "pad_token_id", None) or 0) >= size:
+        cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
+    model_config = student_model_config(cut_config, shape, count, chosen)
+    require_lengths(plan.config, plan.method, plan.tasks, f"the {name}", model_config)
+    small = model_on_meta(name, saved_and_reopened(model_config))
+    for stage, objective in plan.method.items():
+        try:
+            _require_layers(plan, stage, objective, model_config, small, above)
+        except ConfigError as error:
+            whose = "" if name == "student" else f"{name}: "
+            raise ConfigError(f"method {plan.config.method}: {stage}: {whose}{error}") from None
+    require_checkpointing(plan.config, plan.method, model_on_meta("teacher", plan.teacher_config), small)
+    if chosen is not None:
+        weight_origins(small, model_on_meta("teacher", cut_config), chosen, shape.config)
+    return model_config, small
+
+
+def _require_layers(
+    plan: Plan, stage: str, objective: Objective, student_config: Any, student: Any, above: dict[str, Any]
+) -> None:
+    """Refuse terms of a stage whose layers or modules one of the models has not."""
+    from glmd.distillation.signals import require_layers
+
+    first, *others = above.values() if objective.asks_assistants else [*above.values()][-1:]
+    require_layers(objective.terms, student_config, first)
+    for config in [*others, *further_configs(plan, stage)]:
+        require_layers([term for term in objective.terms if term.asks_all_teachers], student_config, config)
+    if objective.intervention is not None:
+        objective.intervention.check(student_config, first)
+    for term in objective.layer_terms:
+        try:
+            for i, (whose, model) in enumerate((("student", student), ("teacher", model_on_meta("teacher", first)))):
+                require_modules(model, [pair[i] for pair in term.modules], whose=whose)
+        except ConfigError as error:
+            raise ConfigError(f"{term.name}: {error}") from None

@@ -18,9 +18,15 @@ from glmd.distillation.objective import Objective
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError, suggestion
 from glmd.models.quantization import require_library
+from glmd.planning.teacher_rules import (
+    check_assistants,
+    check_ensemble,
+    learns_from_train,
+    passes,
+    task_of,
+)
 from glmd.stage_config import StageConfig
 from glmd.tasks.forms import CASTINGS, task_form
-from glmd.tasks.tasks import Task, load_task
 
 
 def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float | None]:
@@ -32,7 +38,8 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     asked, config = config.pretraining.mlm_probability, _resolved(with_dtype(config), method)
     _check_methods_needs(config, method)
     _check_cache(config, method)
-    _check_ensemble(config, method)
+    check_ensemble(config, method)
+    check_assistants(config)
     _check_steps(config, method)
     _check_attention(config, method)
     _check_analysis(config, method)
@@ -62,37 +69,9 @@ def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | 
     return config
 
 
-def task_of(config: RunConfig, name: str) -> Task:
-    """The task under a key of `tasks`: from its own YAML if it names one, else one that comes with glmd."""
-    return load_task(config.tasks[name].get("definition") or name, config.casting)
-
-
-def learns_from_train(config: RunConfig, method: dict[str, Objective], name: str) -> bool:
-    """Whether any model of the run is trained on the task's training examples."""
-    is_own = not config.tasks[name].get("inputs")
-    return is_own or fine_tunes_teacher(config, method, name) or config.controls.hard_labels
-
-
-def fine_tunes_teacher(config: RunConfig, method: dict[str, Objective], name: str) -> bool:
-    """Whether a teacher of the task is not named."""
-    return len(config.teacher.of_task(name)) < teachers_of_task(config, method, name)
-
-
 def task_stages(config: RunConfig, method: dict[str, Objective], task: str) -> dict[str, StageConfig]:
     """The stages of a task that read its examples; a named teacher is scored by the settings of its own."""
     return {name: config.stage(name, task) for name in ["task_teacher", *passes(method)]}
-
-
-def passes(method: dict[str, Objective]) -> list[str]:
-    """The stages of a method over a task, in their order."""
-    return [name for name in method if name != "pretraining"]
-
-
-def teachers_of_task(config: RunConfig, method: dict[str, Objective], task: str) -> int:
-    """How many teachers the stages over a task learn from."""
-    if not any(method[name].further_needs for name in passes(method)):
-        return 1
-    return max(len(config.teacher.ensemble) + 1, len(config.teacher.of_task(task)))
 
 
 def cached_stages(config: RunConfig, method: dict[str, Objective]) -> list[str]:
@@ -302,45 +281,6 @@ def _check_cache(config: RunConfig, method: dict[str, Objective]) -> None:
         problem = f"lies in output_dir {config.output_dir}"
     if problem is not None:
         raise ConfigError(f"teacher.cache {folder} {problem}; give a folder of its own, which other runs can share")
-
-
-def _check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
-    """Refuse further teachers that nothing would be asked of, and a method that weighs several where there is one."""
-    teacher = config.teacher
-    reading = [stage for stage in method if stage == "pretraining" or config.tasks]
-    asking = [stage for stage in reading if method[stage].further_needs]
-    if teacher.ensemble and not asking:
-        raise ConfigError(
-            f"teacher.ensemble has no effect: method {config.method} compares nothing with further teachers; remove it"
-        )
-    for task in config.tasks:
-        named = teacher.of_task(task)
-        if len(named) > teachers_of_task(config, method, task):
-            raise ConfigError(
-                f"teacher.tasks.{task} names {len(named)} models, but method {config.method} compares nothing on tasks "
-                "with further teachers; name one"
-            )
-        words = [stage for stage in asking if stage != "pretraining" and "head" in method[stage].further_needs]
-        if words and len(named) > 1 and not teacher.ensemble:
-            raise ConfigError(
-                f"teacher.tasks.{task} names {len(named)} models, but {words[0]} compares LM logits, which they have "
-                "none of: name their language models in teacher.ensemble"
-            )
-    for task in config.tasks:
-        learned = [stage for stage in reading if stage != "pretraining" and method[stage].learns_weights]
-        if learned and task_of(config, task).is_choice:
-            raise ConfigError(
-                f"tasks.{task}: the policy of method {config.method} in {learned[0]} chooses teachers by classes, and "
-                "this task has choices; leave it out"
-            )
-    for stage in reading:
-        most = [teachers_of_task(config, method, task) for task in config.tasks] if stage != "pretraining" else []
-        if method[stage].weighs_teachers and min(most, default=len(teacher.ensemble) + 1) == 1:
-            also = "" if stage == "pretraining" else ", or a list of models for each task in teacher.tasks"
-            raise ConfigError(
-                f"method {config.method} weighs several teachers in {stage}, and there is one; name others in "
-                f"teacher.ensemble{also}"
-            )
 
 
 def _check_steps(config: RunConfig, method: dict[str, Objective]) -> None:

@@ -20,7 +20,7 @@ from glmd.errors import ConfigError, ModelError, RunError
 from glmd.models.heads import is_causal
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
-from glmd.planning.stages import Stage, lines
+from glmd.planning.stages import Stage, learner_config, lines, teacher_config
 from glmd.planning.step_cost import Cast, Count, chunk_bytes, counted, timed
 from glmd.runtime.memory import USABLE, memory_of_this_machine
 from glmd.tasks.forms import task_form
@@ -196,9 +196,9 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
     form = task_form(task.task, causal=is_causal(plan.teacher_config)) if task is not None else None
     return Cast(
         objective,
-        plan.teacher_config if stage.trains_teacher else plan.student_config,
+        learner_config(plan, stage),
         plan.source_size,
-        plan.teacher_config if objective.teacher_needs else None,
+        teacher_config(plan, stage, 0) if objective.teacher_needs else None,
         config.teacher.dtype,
         config.teacher.quantization,
         config.teacher.sharded is not False,
@@ -209,7 +209,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=stage.training.gradient_checkpointing,
         attention=config.attn_implementation,
-        further=tuple(plan.teacher_config_at(number, task) for number in range(1, len(stage.teachers))),
+        further=tuple(teacher_config(plan, stage, number) for number in range(1, len(stage.teachers))),
     )
 
 

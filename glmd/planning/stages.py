@@ -8,18 +8,20 @@ A stage is known by its path, that of its folder in the run folder. Nothing is l
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from glmd.config import GridPoint, TeacherConfig, grid_point_name
 from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.signals import Need
 from glmd.planning.plan import Plan
-from glmd.planning.rules import cached_stages, is_clean, is_scored_by_words, passes, teachers_of_task
+from glmd.planning.rules import cached_stages, is_clean, is_scored_by_words
 from glmd.planning.task_plan import TaskPlan
+from glmd.planning.teacher_rules import passes, teachers_of_task
 from glmd.stage_config import StageConfig
 from glmd.tasks.examples import TaskExample
 
 Variant = Literal["teacher", "student", "full vocabulary"]
+ASSISTANTS = "assistants"  # the folder of all of them
 CONTROL = "hard_labels"  # the kind of the stage in which a student learns labels alone
 TEACHER = "teacher"  # path of the pretrained teacher: a stage where it is trained here, else the model that is named
 # Settings that say how many updates a stage has.
@@ -38,7 +40,8 @@ class Stage:
     start: path of the stage whose model it begins from; None where it makes its own, of the teacher's layers.
     teacher: path of the stage whose model it learns from; None where it learns from labels alone. further: paths of
         the other teachers, where it learns from several. A teacher that is named has a path without a stage.
-    named: the model that stands in the place of what it would train.
+    named: the model that stands in the place of what it would train. assistant: number of the assistant whose stage it
+        is, from 1; 0 for the student.
     last: the method's last stage over a task, which leaves the model of the task, and whose settings the control has.
     """
 
@@ -56,17 +59,21 @@ class Stage:
     last: str = ""
     further: tuple[str, ...] = ()
     named: str | None = None
+    assistant: int = 0
 
     @property
     def name(self) -> str:
         """For people: RTE task_lm."""
-        return self.kind if self.task is None else f"{self.task.task.name} {self.kind}"
+        whose = f"assistant {self.assistant} " if self.assistant else ""
+        return whose + (self.kind if self.task is None else f"{self.task.task.name} {self.kind}")
 
     @property
     def system(self) -> str:
         """What the results call it."""
         if self.is_control:
             return "hard labels"
+        if self.assistant:
+            return f"assistant {self.assistant}"
         number = self.path.partition("task_teacher_")[2]  # of one of several teachers
         return f"{self.variant} {number}" if number else self.variant
 
@@ -159,7 +166,7 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
 
     processes: that the batch sizes speak of; the control has as many updates as they make of the passes.
     """
-    config, cached, seed = plan.config, cached_stages(plan.config, plan.method), plan.config.seeds[0]
+    config, seed = plan.config, plan.config.seeds[0]
     if config.teacher.pretraining is not None:
         settings = config.teacher.pretraining
         settings = replace(settings, mlm_probability=settings.mlm_probability or 0.15)
@@ -171,22 +178,16 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
             path, start, model = teacher_path(number, name), teacher_path(number), models.get(number)
             trained = None if model is not None else config.stage("task_teacher", name)
             yield Stage("task_teacher", path, trained, HARD_LABELS, seed, "teacher", task, start=start, named=model)
+    for number, assistant in enumerate(config.assistants, start=1):
+        whose: Variant = "student" if assistant.vocabulary == "student" else "full vocabulary"
+        yield _pretraining(plan, whose, number)
+        for task in plan.tasks.values():
+            yield from _passes(plan, task, whose, seed, {}, processes, number)
     variants: list[Variant] = ["student"]
     if config.controls.full_vocabulary:
         variants.append("full vocabulary")
     for variant in variants:
-        objective = plan.method.get("pretraining")
-        yield Stage(
-            "pretraining",
-            f"{_root(variant)}pretraining",
-            config.pretraining if objective is not None else None,
-            objective,
-            seed,
-            variant,
-            teacher=TEACHER,
-            cached="pretraining" in cached,
-            further=_further(objective, len(config.teacher.ensemble) + 1, None),
-        )
+        yield _pretraining(plan, variant)
     for task, variant in itertools.product(plan.tasks.values(), variants):
         seen = set()
         for each_seed, grid_point in itertools.product(config.seeds, config.grid_points):
@@ -196,24 +197,43 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
                     yield stage
 
 
+def _pretraining(plan: Plan, variant: Variant, assistant: int = 0) -> Stage:
+    objective, settings = plan.method.get("pretraining"), plan.config.pretraining
+    return Stage(
+        "pretraining",
+        f"{_root(variant, assistant)}pretraining",
+        settings if objective is not None else None,
+        objective,
+        plan.config.seeds[0],
+        variant,
+        assistant=assistant,
+        **_learning(plan, "pretraining", objective, None, assistant),
+    )
+
+
 def _passes(
-    plan: Plan, task: TaskPlan, variant: Variant, seed: int, grid_point: GridPoint, processes: int
+    plan: Plan,
+    task: TaskPlan,
+    variant: Variant,
+    seed: int,
+    grid_point: GridPoint,
+    processes: int,
+    assistant: int = 0,
 ) -> Iterator[Stage]:
-    """The passes of a student over a task, and the control on hard labels from the same start."""
+    """The passes of a student, or an assistant, over a task, and the control on hard labels from the same start."""
     config, method, name = plan.config, plan.method, task.task.name
-    cached, teacher, pretrained = cached_stages(config, method), teacher_path(0, name), f"{_root(variant)}pretraining"
-    kinds, count = passes(method), teachers_of_task(config, method, name)
+    pretrained, kinds = f"{_root(variant, assistant)}pretraining", passes(method)
     settings = {kind: config.stage(kind, name, grid_point) for kind in kinds}
     last, start = kinds[-1], pretrained
     for i, kind in enumerate(kinds):
         # Grid points that differ in later passes alone share the earlier ones.
         point = {key: value for key, value in grid_point.items() if key.partition(".")[0] in kinds[: i + 1]}
-        path = pass_path(kind, name, seed, point, variant)
-        further = _further(method[kind], count, name)
-        place = (start, teacher, kind in cached, last, further)
-        yield Stage(kind, path, settings[kind], method[kind], seed, variant, task, point, *place)
+        path = pass_path(kind, name, seed, point, variant, assistant)
+        learning = _learning(plan, kind, method[kind], name, assistant)
+        more: dict[str, Any] = {"start": start, "last": last, "assistant": assistant, **learning}
+        yield Stage(kind, path, settings[kind], method[kind], seed, variant, task, point, **more)
         start = path
-    if config.controls.hard_labels and variant == "student":
+    if config.controls.hard_labels and variant == "student" and not assistant:
         # Of the passes before the last one the control has but the number of updates.
         point = {
             key: value
@@ -226,7 +246,32 @@ def _passes(
         yield Stage(CONTROL, path, longer, HARD_LABELS, seed, variant, task, point, pretrained, last=last)
 
 
-def _root(variant: Variant) -> str:
+def _learning(plan: Plan, kind: str, objective: Objective | None, task: str | None, assistant: int) -> dict[str, Any]:
+    """From whom a stage of the student, or of an assistant, learns, and whether from a cache.
+
+    The teachers, or in their place the last of the assistants above it, whom no cache holds. All of these where the
+    objective asks several, the teacher first.
+    """
+    config, seed = plan.config, plan.config.seeds[0]
+    above = range(1, assistant or len(config.assistants) + 1)
+    if not above:
+        count = len(config.teacher.ensemble) + 1 if task is None else teachers_of_task(config, plan.method, task)
+        is_cached = kind in cached_stages(config, plan.method)
+        further = tuple(teacher_path(number, task) for number in range(1, count))
+        is_asked = objective is not None and bool(objective.further_needs)
+        return {"teacher": teacher_path(0, task), "further": further if is_asked else (), "cached": is_cached}
+    paths, last = [teacher_path(0, task)], passes(plan.method)[-1:]
+    for number in above:
+        whose: Variant = "student" if config.assistants[number - 1].vocabulary == "student" else "full vocabulary"
+        own = f"{_root(whose, number)}pretraining"
+        paths.append(own if task is None else pass_path(last[0], task, seed, {}, whose, number))
+    chosen = paths if objective is not None and objective.asks_assistants else paths[-1:]
+    return {"teacher": chosen[0], "further": tuple(chosen[1:])}
+
+
+def _root(variant: Variant, assistant: int) -> str:
+    if assistant:
+        return f"{ASSISTANTS}/{assistant}/"
     return "controls/full_vocabulary/" if variant == "full vocabulary" else ""
 
 
@@ -242,17 +287,27 @@ def named_language_models(config: TeacherConfig) -> dict[str, str]:
     return {teacher_path(number): model for number, model in enumerate(models) if model is not None}
 
 
-def _further(objective: Objective | None, count: int, task: str | None) -> tuple[str, ...]:
-    """Paths of the teachers but the first, where an objective asks them."""
-    if objective is None or not objective.further_needs:
-        return ()
-    return tuple(teacher_path(number, task) for number in range(1, count))
-
-
-def pass_path(kind: str, task: str, seed: int, grid_point: GridPoint, variant: Variant = "student") -> str:
+def pass_path(
+    kind: str, task: str, seed: int, grid_point: GridPoint, variant: Variant = "student", assistant: int = 0
+) -> str:
     """tasks/RTE/seed-0/task_lm; of a sweep the grid point stands before the seed."""
     name = grid_point_name(grid_point)
-    return f"{_root(variant)}tasks/{task}/{f'{name}/' if name else ''}seed-{seed}/{kind}"
+    return f"{_root(variant, assistant)}tasks/{task}/{f'{name}/' if name else ''}seed-{seed}/{kind}"
+
+
+def learner_config(plan: Plan, stage: Stage) -> Any:
+    """The config of the model that a stage trains."""
+    if stage.assistant:
+        return plan.assistant_configs[stage.assistant - 1]
+    return plan.teacher_config if stage.trains_teacher else plan.student_config
+
+
+def teacher_config(plan: Plan, stage: Stage, number: int) -> Any:
+    """The config of one of those that a stage learns from, from 0."""
+    folder, _, rest = stage.teachers[number].partition("/")
+    if folder == ASSISTANTS:
+        return plan.assistant_configs[int(rest.partition("/")[0]) - 1]
+    return plan.teacher_config_at(number, stage.task)
 
 
 def lines(plan: Plan, processes: int) -> list[list[Stage]]:
@@ -262,7 +317,7 @@ def lines(plan: Plan, processes: int) -> list[list[Stage]]:
     """
     found: dict[tuple[str, StageConfig], list[Stage]] = {}
     for stage in stages(plan, processes):
-        if stage.settings is not None and stage.variant != "full vocabulary":
+        if stage.settings is not None and (stage.variant != "full vocabulary" or stage.assistant):
             found.setdefault((stage.name, stage.settings), []).append(stage)
     tasks, kinds = list(plan.tasks), [*passes(plan.method), CONTROL]
 
@@ -271,6 +326,6 @@ def lines(plan: Plan, processes: int) -> list[list[Stage]]:
         stage = line[0]
         if stage.task is None or stage.kind not in kinds:
             return -1, -1
-        return tasks.index(stage.task.task.name), kinds.index(stage.kind)
+        return (-1, -1) if stage.assistant else (tasks.index(stage.task.task.name), kinds.index(stage.kind))
 
     return sorted(found.values(), key=place)

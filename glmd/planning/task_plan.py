@@ -11,7 +11,7 @@ from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, DataError
 from glmd.evaluation.metrics import require_metrics, score
-from glmd.planning.rules import fine_tunes_teacher, learns_from_train, task_of
+from glmd.planning.teacher_rules import fine_tunes_teacher, learns_from_train, task_of
 from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.tasks import Task
 

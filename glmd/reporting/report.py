@@ -142,9 +142,9 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
     columns = list(dict.fromkeys((row["task"], m) for row in scored for m in row.get("metrics", ["(no labels)"])))
     header = ["system", *(f"{task} {metric}" for task, metric in columns)]
     body = []
-    # Of several teachers the further ones stand behind the first: teacher 2, teacher 3.
+    # Of several teachers the further ones stand behind the first, and then assistants: teacher 2, assistant 1.
     there, kinds = dict.fromkeys(row["system"] for row in scored), [*SYSTEMS]
-    kinds[1:1] = sorted(each for each in there if each.startswith("teacher "))
+    kinds[1:1] = [each for each in there if each.startswith(("teacher ", "assistant "))]
     for system in [each for each in kinds if each in there]:
         cells = []
         for task, metric in columns:

@@ -1,0 +1,100 @@
+"""From whom a run's students learn: one teacher or several, assistants between, and what of that has no sense.
+
+    count = teachers_of_task(config, method, "RTE")
+
+From names and numbers alone, as all rules.
+"""
+
+from glmd.config import RunConfig
+from glmd.distillation.objective import Objective
+from glmd.errors import ConfigError
+from glmd.tasks.tasks import Task, load_task
+
+
+def task_of(config: RunConfig, name: str) -> Task:
+    """The task under a key of `tasks`: from its own YAML if it names one, else one that comes with glmd."""
+    return load_task(config.tasks[name].get("definition") or name, config.casting)
+
+
+def passes(method: dict[str, Objective]) -> list[str]:
+    """The stages of a method over a task, in their order."""
+    return [name for name in method if name != "pretraining"]
+
+
+def fine_tunes_teacher(config: RunConfig, method: dict[str, Objective], name: str) -> bool:
+    """Whether a teacher of the task is not named."""
+    return len(config.teacher.of_task(name)) < teachers_of_task(config, method, name)
+
+
+def teachers_of_task(config: RunConfig, method: dict[str, Objective], task: str) -> int:
+    """How many teachers the stages over a task learn from."""
+    if not any(method[name].further_needs for name in passes(method)):
+        return 1
+    return max(len(config.teacher.ensemble) + 1, len(config.teacher.of_task(task)))
+
+
+def learns_from_train(config: RunConfig, method: dict[str, Objective], name: str) -> bool:
+    """Whether any model of the run is trained on the task's training examples."""
+    is_own = not config.tasks[name].get("inputs")
+    return is_own or fine_tunes_teacher(config, method, name) or config.controls.hard_labels
+
+
+def check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse further teachers that nothing would be asked of, and a method that weighs several where there is one."""
+    teacher = config.teacher
+    reading = [stage for stage in method if stage == "pretraining" or config.tasks]
+    asking = [stage for stage in reading if method[stage].further_needs]
+    if teacher.ensemble and not asking:
+        raise ConfigError(
+            f"teacher.ensemble has no effect: method {config.method} compares nothing with further teachers; remove it"
+        )
+    for task in config.tasks:
+        named = teacher.of_task(task)
+        if len(named) > teachers_of_task(config, method, task):
+            raise ConfigError(
+                f"teacher.tasks.{task} names {len(named)} models, but method {config.method} compares nothing on tasks "
+                "with further teachers; name one"
+            )
+        words = [stage for stage in asking if stage != "pretraining" and "head" in method[stage].further_needs]
+        if words and len(named) > 1 and not teacher.ensemble:
+            raise ConfigError(
+                f"teacher.tasks.{task} names {len(named)} models, but {words[0]} compares LM logits, which they have "
+                "none of: name their language models in teacher.ensemble"
+            )
+    for task in config.tasks:
+        learned = [stage for stage in reading if stage != "pretraining" and method[stage].learns_weights]
+        if learned and task_of(config, task).is_choice:
+            raise ConfigError(
+                f"tasks.{task}: the policy of method {config.method} in {learned[0]} chooses teachers by classes, and "
+                "this task has choices; leave it out"
+            )
+    for stage in reading:
+        most = [teachers_of_task(config, method, task) for task in config.tasks] if stage != "pretraining" else []
+        there = min(most, default=len(teacher.ensemble) + 1) + len(config.assistants)
+        if method[stage].weighs_teachers and there == 1:
+            also = "" if stage == "pretraining" else ", or a list of models for each task in teacher.tasks"
+            raise ConfigError(
+                f"method {config.method} weighs several teachers in {stage}, and there is one; name others in "
+                f"teacher.ensemble{also}, or give assistants"
+            )
+
+
+def check_assistants(config: RunConfig) -> None:
+    """Refuse assistants beside other further teachers, and a vocabulary of theirs that teaches nobody."""
+    several = [task for task in config.tasks if len(config.teacher.of_task(task)) > 1]
+    if config.assistants and (config.teacher.ensemble or several):
+        raise ConfigError("assistants and teacher.ensemble are both given; keep one")
+    own = [i for i, each in enumerate(config.assistants, start=1) if each.vocabulary == "student"]
+    if own and config.vocabulary.keep_ratio == 1:
+        raise ConfigError(f"assistants[{own[0] - 1}].vocabulary has no effect: vocabulary.keep_ratio is 1; remove it")
+    if own and config.controls.full_vocabulary:
+        raise ConfigError(
+            f"assistants[{own[0] - 1}].vocabulary student: it cannot teach the control with the full vocabulary; give "
+            "full, or controls.full_vocabulary=false"
+        )
+    later = [i for i in range(1, len(config.assistants) + 1) if own and i > own[0] and i not in own]
+    if later:
+        raise ConfigError(
+            f"assistants[{later[0] - 1}].vocabulary full: the assistant before it has the student's tokens alone, and "
+            "cannot teach others; give student"
+        )
