@@ -4,8 +4,8 @@
 
 A corpus step is one of `pretraining`, a task step the mean of a method's stages on a task. Both run the distiller and
 the live teacher of training with drawn weights: BERT layers of 384 numbers and 12 heads, six of the teacher and three
-of the student, 30,522 tokens of which half are kept; 8 texts of 64 tokens. A second teacher, where a method weighs several, has three layers. Of each pair of timings the ratio is taken,
-and of these the median.
+of the student, 30,522 tokens of which half are kept; 8 texts of 64 tokens. A second teacher, where a method weighs
+several, has three layers. Of each pair of timings the ratio is taken, and of these the median.
 """
 
 import argparse

@@ -67,7 +67,7 @@ there is one.
 | `mean`, `sum`, `first` | alike, with sum 1 or 1 each; the first alone. Without the key their mean | all signals |
 | `label_loss` | 1 / (1 + its cross-entropy with the label) (MT-BERT) | `task_logits` |
 | `uncertainty` | of two, the last counts by the student's entropy over its largest (Dynamic KD, soft) | both logits |
-| `uncertainty_rank` | one alone, the last for the examples of a batch that the student is least sure of (hard) | `task_logits` |
+| `uncertainty_rank` | one alone, the last where the student is least sure of a batch (hard) | `task_logits` |
 | `dropout` | 1 for three examples in four, drawn (DGKD) | `task_logits` |
 | `policy` | those that a policy draws, which is trained by REINFORCE (RL-KD) | `task_logits` |
 

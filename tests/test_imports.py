@@ -150,8 +150,8 @@ save_total_limit per_device_eval_batch_size"""
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
-    "": """output_dir analysis assistants method tasks stages casting sweep seeds selection mixed_precision deterministic
-        torch_compile cuda_graphs attn_implementation tf32 dataloader_num_workers elastic report_to""",
+    "": """output_dir analysis assistants method tasks stages casting sweep seeds selection mixed_precision
+        deterministic torch_compile cuda_graphs attn_implementation tf32 dataloader_num_workers elastic report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype quantization sharded cache cached_stages tasks "
     "scratch",
     "student.": "num_hidden_layers initialization config architecture",
