@@ -45,10 +45,15 @@ def looks_local(name: str) -> bool:
 
 
 def require_model(name: str, *, field: str = "teacher.model") -> None:
-    """Refuse a local folder that is not there or holds no model. A hub id passes."""
+    """Refuse a local folder that is not there or holds no model, as that of a stage in progress. A hub id passes."""
     if not looks_local(name):
         return
     folder = Path(name)
+    if not folder.is_dir() and folder.name in ("student", "model") and (folder.parent / "checkpoints").is_dir():
+        raise ModelError(
+            f"{field}: the stage at {folder.parent} is in progress and has left no {folder.name} yet; give its run's "
+            "`glmd run` again, which goes on to the end"
+        )
     if not folder.is_dir():
         raise ModelError(f"{field}: {name} is no folder; give a folder with config.json, or a hub id")
     if not (folder / "config.json").is_file():

@@ -149,6 +149,12 @@ def test_a_teacher_that_is_not_there_is_refused(refusal, tmp_path):
     assert f"{tmp_path / 'empty'} has no config.json" in refusal(teacher=tmp_path / "empty")
 
 
+def test_a_student_that_is_not_trained_yet_is_no_teacher(refusal, tmp_path):
+    (tmp_path / "earlier/pretraining/checkpoints/step-000002").mkdir(parents=True)
+    message = refusal(teacher=tmp_path / "earlier/pretraining/student")
+    assert f"the stage at {tmp_path / 'earlier/pretraining'} is in progress and has left no student yet" in message
+
+
 def test_a_hub_id_without_internet_is_refused(refusal):
     message = refusal(teacher="nobody/no-such-model")
     assert message.startswith("ModelError: nobody/no-such-model") and message.endswith(
