@@ -80,10 +80,10 @@ task_soft_labels:
 
 It gives one value for each row of two tensors: (N, K) logits of a token or an example, (N, H) hidden states, (N,
 heads, S) attention, (N, heads, D) queries, keys or values of a token. Its code runs with your rights, in `check` too.
-What the file is belongs to the stage's record, what it imports does not: keep it in one file. A loss that needs whole
-texts is a `FeatureLoss(function, "row")` of `glmd.losses.feature_loss`. `modules` compares what parts of both
-backbones give, by their names there. In Python, `HIDDEN_LOSSES["smooth_l1"] = smooth_l1` (of `glmd.losses.features`)
-adds one for all methods.
+A stage's record holds what the file is, and files beside it that it imports at its top; not what is installed. A loss
+that needs whole texts is a `FeatureLoss(function, "row")` of `glmd.losses.feature_loss`. `modules` compares what
+parts of both backbones give, by their names there. In Python, `HIDDEN_LOSSES["smooth_l1"] = smooth_l1` (of
+`glmd.losses.features`) adds one for all methods.
 
 **Interventions** change the student's forward: `{terms: [...], intervention: {name: ..., option: ...}}`; how they are
 added is told in `glmd/distillation/interventions.py`. A term that says `intervened: true` is of a second pass, under

@@ -43,7 +43,8 @@ class Term:
     in_turn: bool = False
     older_weight: float = 1.0
     intervened: bool = False  # of words and examples: of a second pass, under the stage's intervention
-    source: str = ""  # sha256 of the file of a loss of the user's own
+    # of a loss of the user's own: (name, sha256) of its file, and of those beside it that it imports
+    source: tuple[tuple[str, str], ...] = ()
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
     @property
@@ -54,7 +55,8 @@ class Term:
         """What it is, for a stage's record; keys that came later stand there where they are not as they were before."""
         later = ("modules", "over_layers", "projection_size", "in_turn", "older_weight", "intervened", "source")
         plain = {each.name: each.default for each in fields(self) if each.name in later}
-        return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
+        found = {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
+        return found | ({"loss": self.loss.partition("@")[0], "source": dict(self.source)} if self.source else {})
 
     @property
     def of_layers(self) -> bool:
