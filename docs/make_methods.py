@@ -53,10 +53,11 @@ redraws: 10}` draws ten times in a stage. A term is the mean over its layers, or
 before weigh `older_weight`; in the last turn they do not count, and terms of other signals that are in turn do.
 
 **Projections** of hidden states: `linear` learns one map from the student's width to the teacher's for all layers;
-`both` one of each layer of both models, to `projection_size`. Queries, keys, values, scores and probabilities of
-attention are read from torch's `scaled_dot_product_attention` as a model calls it; a model that computes its
-attention by itself can be asked for `attentions` alone, without attention dropout. A teacher's layers are not cached:
-leave such stages out of `teacher.cached_stages`.
+`both` one of each layer of both models, to `projection_size`, at most 8 times the wider model's width; of layers that
+are drawn (`random`) one of each place in their order, through which whichever is drawn there goes. Queries, keys,
+values, scores and probabilities of attention are read from torch's `scaled_dot_product_attention` as a model calls
+it; a model that computes its attention by itself can be asked for `attentions` alone, without attention dropout. A
+teacher's layers are not cached: leave such stages out of `teacher.cached_stages`.
 
 **A loss of your own** is a function in a file beside the YAML. Keyword-only parameters are its options:
 
