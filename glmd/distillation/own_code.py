@@ -9,6 +9,7 @@ same name, or that was imported before a change.
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,9 @@ NOT_THEIRS = {"__main__", "glmd", *sys.stdlib_module_names}
 
 
 def run_own_file(path: Path) -> tuple[ModuleType, dict[str, str]]:
-    """The module of a file, and the sha256 of it and of what lies beside it and was imported, by their names there.
+    """The module of a file, and the sha256 of it and of what was imported from its folder, by their names there.
 
-    The file itself comes first. Raises whatever the user's code raises.
+    The file itself comes first. What is installed is left out. Raises whatever the user's code raises.
     """
     name, beside = f"glmd_own_{path.stem}_{sha256_of(path)[:16]}", _Beside(path.parent)
     spec = importlib.util.spec_from_file_location(name, path, loader=_Read(name, str(path), beside))
@@ -31,7 +32,7 @@ def run_own_file(path: Path) -> tuple[ModuleType, dict[str, str]]:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     with _imports_from(beside):
         spec.loader.exec_module(module)
-    return module, {Path(file).relative_to(path.parent).as_posix(): found for file, found in beside.files.items()}
+    return module, {Path(os.path.relpath(file, path.parent)).as_posix(): each for file, each in beside.files.items()}
 
 
 def sha256_of(path: Path) -> str:
@@ -50,8 +51,8 @@ class _Beside:
         root = name.partition(".")[0]
         if root in NOT_THEIRS or (path is not None and root not in self.names):
             return None
-        spec = PathFinder.find_spec(name, path or [str(self.folder)])
-        if spec is None or (path is None and not self.has(name)):
+        spec = PathFinder.find_spec(name, path or ([str(self.folder)] if self.has(name) else None))
+        if spec is None or (path is None and not self.has(name) and not self._is_below(spec)):
             return None
         self.names.add(name)
         if spec.origin is not None:
@@ -65,6 +66,11 @@ class _Beside:
         here, elsewhere = PathFinder.find_spec(name, [str(self.folder)]), PathFinder.find_spec(name)
         is_installed = elsewhere is not None and elsewhere.origin is not None
         return here is not None and (here.origin is not None or not is_installed)
+
+    def _is_below(self, spec: ModuleSpec) -> bool:
+        """Whether what the file put into Python's path itself is in its folder."""
+        place = Path(spec.origin or "")
+        return place.is_relative_to(self.folder) and not {"site-packages", "dist-packages"} & {*place.parts}
 
 
 class _Read(SourceFileLoader):

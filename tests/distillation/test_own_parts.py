@@ -189,6 +189,7 @@ def test_a_file_that_has_changed_is_read_again(own: Any, write: Any) -> None:
         ("helpers.py", "from helpers import scale"),
         ("helpers/__init__.py", "from helpers import scale"),
         ("helpers/inner.py", "from helpers.inner import scale"),
+        ("inside/mine.py", "import sys; sys.path.insert(0, HERE + '/inside'); from mine import scale"),
     ],
 )
 def test_what_a_file_imports_beside_it_is_read_again_where_it_has_changed_and_is_recorded(
@@ -196,7 +197,9 @@ def test_what_a_file_imports_beside_it_is_read_again_where_it_has_changed_and_is
 ) -> None:
     """As it is in this folder: another one's of the same name, or one imported before, is another."""
     term = "{signal: hidden_states, loss: 'scaled.py:scaled'}"
-    text = f"import numpy\n{line}\ndef scaled(a, b):\n    return scale * (a - b).square().mean(-1)\n"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    text = f"import numpy\nHERE = __file__.rpartition('/')[0]\n{line}\n"
+    text += "def scaled(a, b):\n    return scale * (a - b).square().mean(-1)\n"
     found, foreign = [], ModuleType("helpers")
     monkeypatch.setitem(sys.modules, "helpers", foreign)
     for number in (1, 2):  # of one size, and within a second
