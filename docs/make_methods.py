@@ -54,10 +54,11 @@ before weigh `older_weight`; in the last turn they do not count, and terms of ot
 
 **Projections** of hidden states: `linear` learns one map from the student's width to the teacher's for all layers;
 `teacher` one from each of the teacher's layers to the student's width; `both` one of each layer of both models, to
-`projection_size`. Queries, keys, values, scores and probabilities of
-attention are read from torch's `scaled_dot_product_attention` as a model calls it; a model that computes its
-attention by itself can be asked for `attentions` alone, without attention dropout. A teacher's layers are not cached:
-beside a `teacher.cache` the live teacher serves such stages, which `glmd check` says.
+`projection_size`, at most 8 times the wider model's width; of layers that are drawn (`random`) one of each place in
+their order, through which whichever is drawn there goes. Queries, keys, values, scores and probabilities of attention
+are read from torch's `scaled_dot_product_attention` as a model calls it; a model that computes its attention by itself
+can be asked for `attentions` alone, without attention dropout. A teacher's layers are not cached: beside a
+`teacher.cache` the live teacher serves such stages, which `glmd check` says.
 
 **Several teachers**, of `teacher.ensemble`, count as a term's `teachers` says; a method that says it is refused where
 there is one.
@@ -96,10 +97,10 @@ task_soft_labels:
 
 It gives one value for each row of two tensors: (N, K) logits of a token or an example, (N, H) hidden states, (N,
 heads, S) attention, (N, heads, D) queries, keys or values of a token. Its code runs with your rights, in `check` too.
-What the file is belongs to the stage's record, what it imports does not: keep it in one file. A loss that needs whole
-texts is a `FeatureLoss(function, "row")` of `glmd.losses.feature_loss`. `modules` compares what parts of both
-backbones give, by their names there. In Python, `HIDDEN_LOSSES["smooth_l1"] = smooth_l1` (of `glmd.losses.features`)
-adds one for all methods.
+A stage's record holds what the file is, and files beside it that it imports at its top; not what is installed. A loss
+that needs whole texts is a `FeatureLoss(function, "row")` of `glmd.losses.feature_loss`. `modules` compares what
+parts of both backbones give, by their names there. In Python, `HIDDEN_LOSSES["smooth_l1"] = smooth_l1` (of
+`glmd.losses.features`) adds one for all methods.
 
 **Interventions** change the student's forward: `{terms: [...], intervention: {name: ..., option: ...}}`; how they are
 added is told in `glmd/distillation/interventions.py`. A term that says `intervened: true` is of a second pass, under

@@ -118,9 +118,20 @@ def differences(old: Any, new: Any, *, prefix: str = "", ignore: Sequence[str] =
             path = f"{prefix}.{key}" if prefix else str(key)
             if not _is_ignored(path, ignore):
                 lines += differences(old.get(key), new.get(key), prefix=path, ignore=ignore)
+    elif _are_alike(old, new):
+        for i, pair in enumerate(zip(old, new, strict=True)):
+            lines += differences(*pair, prefix=f"{prefix}[{i}]", ignore=ignore)
+    elif all(isinstance(each, str) and re.fullmatch("[0-9a-f]{64}", each) for each in (old, new)) and old != new:
+        lines.append(f"{prefix} has changed")
     elif old != new:
         lines.append(f"{prefix}: {old!r} -> {new!r}")
     return lines
+
+
+def _are_alike(old: Any, new: Any) -> bool:
+    """Whether both are lists of as many mappings, which can be told apart one by one."""
+    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    return both and all(isinstance(each, dict) for each in [*old, *new])
 
 
 def _is_ignored(path: str, ignore: Sequence[str]) -> bool:

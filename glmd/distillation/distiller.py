@@ -29,6 +29,7 @@ from glmd.losses.teacher_weights import label_losses, linear_weights
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import Split, share_backbone
 from glmd.models.layers import LayerChoice, Place
+from glmd.models.module_outputs import hear_last
 from glmd.tasks.forms import TaskLogits, class_logits
 
 
@@ -220,6 +221,8 @@ class Distiller(nn.Module):
             for number in self._asked(term, len(teachers)):
                 places.setdefault(term.signal, []).extend(layer for layer, _ in self.pairs[term.name, number](progress))
         with intervention or nullcontext():
+            if self.objective.intervention is not None:
+                hear_last(student.backbone)
             if any(term.intervened for term in terms):
                 teachers = self._changed_answers(batch, teachers)
             outputs, read = run_and_read(student, inputs, places, is_full=is_full(batch))

@@ -112,7 +112,7 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     if signal not in allowed:
         raise ConfigError(f"{where}.signal {signal!r} is not possible here{suggestion(str(signal), allowed)}")
     kind = SIGNALS[signal]
-    source = ""
+    source: Mapping[str, str] = {}
     if is_own(loss):
         loss, source = add_own_loss(loss, signal, beside, where)
     if loss not in kind.losses:
@@ -145,7 +145,7 @@ def parse_term(values: Any, where: str, stage: str, beside: Path = Path("method.
     if source and "temperature" in options:  # which the loss on chunks of the vocabulary gives it in any case
         given.setdefault("temperature", _default(function, "temperature"))
     _check_together(fields, of_layers, where)
-    return Term(signal, loss, options=given, source=source, **fields)
+    return Term(signal, loss, options=given, source=tuple(source.items()), **fields)
 
 
 def _keys_of(signal: str, loss: FeatureLoss | None) -> set[str]:

@@ -38,8 +38,8 @@ class Term:
     modules: tuple[tuple[str, str], ...] = ()  # of modules: (the student's, the teacher's), by names in the backbones
     over_layers: Literal["mean", "sum"] = "mean"  # what is taken of the values of the layers
     # hidden_states: a learned map from the student's width to the teacher's, one for all layers; maps of each of the
-    # teacher's layers to the student's width; or maps of both models' widths, each layer's its own, to projection_size,
-    # the teacher's width where it is not given
+    # teacher's layers to the student's width; or maps of both models' widths, each layer's its own (of drawn layers each
+    # place's, whichever is drawn there), to projection_size, the teacher's width where it is not given
     projection: Literal["none", "linear", "teacher", "both"] = "none"
     projection_size: int | None = None
     # Progress is divided into one turn for each pair of layers and a last one. In its turn a pair joins those before
@@ -48,7 +48,8 @@ class Term:
     older_weight: float = 1.0
     intervened: bool = False  # of words and examples: of a second pass, under the stage's intervention
     teachers: str | None = None  # what is taken of several teachers: a key of WEIGHTINGS; None: their mean, or the one
-    source: str = ""  # sha256 of the file of a loss of the user's own
+    # of a loss of the user's own: (name, sha256) of its file, and of those beside it that it imports
+    source: tuple[tuple[str, str], ...] = ()
     label: str = ""  # what tells it from a term of the same signal and loss, in logs and results
 
     @property
@@ -60,7 +61,8 @@ class Term:
         later = ["modules", "over_layers", "projection_size", "in_turn", "older_weight", "intervened", "source"]
         later.append("teachers")
         plain = {each.name: each.default for each in fields(self) if each.name in later}
-        return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
+        found = {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
+        return found | ({"loss": self.loss.partition("@")[0], "source": dict(self.source)} if self.source else {})
 
     @property
     def weighting(self) -> Weighting:

@@ -7,15 +7,15 @@ come with glmd; keyword-only parameters are options of the term. It is tried on 
 """
 
 import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from glmd.distillation.own_code import run_own_file, sha256_of
 from glmd.distillation.schedules import scheduled
 from glmd.distillation.signals import SIGNALS, takes
 from glmd.errors import ConfigError
@@ -23,10 +23,18 @@ from glmd.losses.feature_loss import FeatureLoss
 
 
 class OwnLoss(NamedTuple):
-    """The key under which a loss was added to those of its signal, and the sha256 of its file."""
+    """The key under which a loss was added to those of its signal, and the sha256 of its file and its imports."""
 
     key: str
-    source: str
+    source: Mapping[str, str]
+
+
+class _Run(NamedTuple):
+    module: ModuleType
+    files: Mapping[str, str]
+
+
+_RUNS: dict[Path, _Run] = {}
 
 
 def is_own(loss: Any) -> bool:
@@ -45,25 +53,38 @@ def add_own_loss(loss: str, signal: str, beside: Path, where: str) -> OwnLoss:
         raise ConfigError(f"{where}.loss: {path} is no file; its place counts from the method's YAML")
     if signal == "lm_labels":
         raise ConfigError(f"{where}.loss: lm_labels have one loss, hard_cross_entropy")
-    source = hashlib.sha256(path.read_bytes()).hexdigest()
-    key, losses = f"{name}@{source[:16]}", SIGNALS[signal].losses
+    module, files = _run(path.resolve(), where)
+    key, losses = f"{name}@{_digest(files)[:16]}", SIGNALS[signal].losses
     assert isinstance(losses, dict), "a table"
     if key not in losses:
-        function = _function(path, name, source, where)
+        function = _function(path, module, name, where)
         is_feature = SIGNALS[signal].level == "layer" and not isinstance(function, FeatureLoss)
         losses[key] = FeatureLoss(function) if is_feature else function
-    return OwnLoss(key, source)
+    return OwnLoss(key, files)
 
 
-def _function(path: Path, name: str, source: str, where: str) -> Callable[..., Tensor]:
-    module_name = f"glmd_own_{path.stem}_{source[:16]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None, "a Python file"
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+def _digest(files: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(files.values()).encode()).hexdigest()
+
+
+def _run(path: Path, where: str) -> _Run:
+    """What a file gave when it was last run, if it and what it imported are what they were."""
+    known = _RUNS.get(path)
+    if known is not None and all(_is_as_it_was(path.parent / name, found) for name, found in known.files.items()):
+        return known
     try:
-        spec.loader.exec_module(module)
+        module, files = run_own_file(path)
     except (Exception, SystemExit) as error:  # whatever a user's code raises
         raise ConfigError(f"{where}.loss: {path} cannot be run ({type(error).__name__}: {error})") from error
+    _RUNS[path] = _Run(module, files)
+    return _RUNS[path]
+
+
+def _is_as_it_was(path: Path, found: str) -> bool:
+    return path.is_file() and sha256_of(path) == found
+
+
+def _function(path: Path, module: ModuleType, name: str, where: str) -> Callable[..., Tensor]:
     found = getattr(module, name, None)
     if not callable(found):
         raise ConfigError(f"{where}.loss: {path} has no function {name}")

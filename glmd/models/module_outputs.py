@@ -46,6 +46,18 @@ class ModuleOutputs:
         return output
 
 
+def hear_last(body: nn.Module) -> None:
+    """Let transformers take hidden states as the hooks of others leave them, which are there for the call that follows.
+
+    It hangs up hooks of its own at the first call that asks for such, behind those that are there then, for good: hooks
+    of a later call would come behind them, and the states would be other ones than in the first.
+    """
+    for module in body.modules():
+        for key, hook in [*module._forward_hooks.items()]:
+            if getattr(hook, "__module__", "").startswith("transformers."):
+                module._forward_hooks[key] = module._forward_hooks.pop(key)
+
+
 def require_modules(model: nn.Module, names: Collection[str], *, whose: str) -> None:
     """Refuse names that no part of a model's backbone has. Raises ConfigError, one line."""
     known = [name for name, _ in backbone(model).named_modules() if name]

@@ -1,6 +1,8 @@
 """Losses of a user's own file, modules by their names, layers in turn and drawn layers."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from test_seams import V, batch_of, distiller_of, model_of, teacher_of
 from torch import Tensor
 
+from glmd.config_file import differences
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.layer_losses import turn_weights
 from glmd.distillation.methods import load_method
@@ -87,7 +90,7 @@ def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -
     assert (
         objective.terms[0].name == "hidden_states.absolute"
         and objective.terms[0].loss.startswith("absolute@")
-        and len(objective.terms[0].source) == 64
+        and [name for name, _ in objective.terms[0].source] == ["losses.py"]
     )
     torch.testing.assert_close(
         sums_and_gradients(objective), sums_and_gradients(Objective((Term("hidden_states", "mse"),)))
@@ -178,6 +181,40 @@ def test_a_file_that_has_changed_is_read_again(own: Any, write: Any) -> None:
     objective = load_method(str(write("mine/method.yaml", f"pretraining: [{term}]")))["pretraining"]
     assert objective.terms[0].source != source
     torch.testing.assert_close(sums_and_gradients(objective)[0], 8 * before)
+
+
+@pytest.mark.parametrize(
+    ("imported", "line"),
+    [
+        ("helpers.py", "from helpers import scale"),
+        ("helpers/__init__.py", "from helpers import scale"),
+        ("helpers/inner.py", "from helpers.inner import scale"),
+        ("inside/mine.py", "import sys; sys.path.insert(0, HERE + '/inside'); from mine import scale"),
+    ],
+)
+def test_what_a_file_imports_beside_it_is_read_again_where_it_has_changed_and_is_recorded(
+    imported: str, line: str, own: Any, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is in this folder: another one's of the same name, or one imported before, is another."""
+    term = "{signal: hidden_states, loss: 'scaled.py:scaled'}"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    text = f"import numpy\nHERE = __file__.rpartition('/')[0]\n{line}\n"
+    text += "def scaled(a, b):\n    return scale * (a - b).square().mean(-1)\n"
+    found, foreign = [], ModuleType("helpers")
+    monkeypatch.setitem(sys.modules, "helpers", foreign)
+    for number in (1, 2):  # of one size, and within a second
+        write("mine/scaled.py", text)
+        write(f"mine/{imported}", f"scale = {number}\n")
+        found.append(own(term))
+    write("other/scaled.py", text)
+    write(f"other/{imported}", "scale = 3\n")
+    found.append(load_method(str(write("other/method.yaml", f"pretraining: [{term}]")))["pretraining"])
+    values = [sums_and_gradients(each)[0] for each in found]
+    torch.testing.assert_close(torch.stack(values) / values[0], torch.tensor([[1.0], [2.0], [3.0]]).double())
+    records = [each.terms[0].record() for each in found]
+    assert [[*each["source"]] for each in records] == [["scaled.py", imported]] * 3
+    assert differences(*records[:2]) == [f"source.{imported} has changed"] and records[0]["loss"] == "scaled"
+    assert sys.modules["helpers"] is foreign and "helpers.inner" not in sys.modules
 
 
 def test_modules_by_their_names_are_what_layers_give() -> None:

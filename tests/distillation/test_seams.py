@@ -397,6 +397,39 @@ def test_an_intervention_is_given_both_models_the_batch_and_the_progress_and_end
     assert all("input_ids" in each[2] for each in seen)
 
 
+def test_layers_are_compared_as_an_intervention_leaves_them_in_the_first_call_and_in_later_ones(
+    monkeypatch: pytest.MonkeyPatch, write: Write
+) -> None:
+    """Also where a call without it came before, as where a student is scored before its first step."""
+
+    @contextmanager
+    def louder(student: Any, teacher: Any, batch: Batch, progress: float, generator: Any) -> Iterator[None]:
+        handle = student.model.bert.encoder.layer[0].register_forward_hook(lambda _, __, output: 2 * output)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    monkeypatch.setitem(INTERVENTIONS, "louder", louder)
+    method = "pretraining: {terms: [{signal: hidden_states, loss: mse}], intervention: {name: louder}}"
+    objective = load_method(str(write("louder.yaml", method)))["pretraining"]
+    teacher, batch, found = teacher_of(width=8), batch_of(0, 1), []
+    for is_asked_before in (False, True):
+        distiller = distiller_of(objective)
+        distiller.learn_from(teacher)
+        if is_asked_before:
+            distiller.language_model(input_ids=batch["input_ids"], output_hidden_states=True)
+        found += [distiller(batch, teacher(batch)) for _ in range(3)]
+    assert all(torch.equal(each, found[0]) for each in found)
+    twin = model_of().double()
+    mask = torch.where(batch["attention_mask"][:, None, None].bool(), 0.0, -torch.inf).double()
+    first = 2 * twin.bert.encoder.layer[0](twin.bert.embeddings(batch["input_ids"]), mask)
+    states, theirs = (first, twin.bert.encoder.layer[1](first, mask)), teacher(batch).layers["hidden_states"]
+    pairs = zip(states, (theirs[1], theirs[3]), strict=True)
+    expected = sum((a - b)[batch["attention_mask"].bool()].square().mean(-1).sum() for a, b in pairs) / 2
+    torch.testing.assert_close(found[0][0], expected)
+
+
 def test_what_an_intervention_cannot_mean_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     terms = "terms: [{signal: lm_logits, loss: mse}]"
     for given, message in (

@@ -425,9 +425,9 @@ def others(tiny: Any, tmp_path: Path) -> dict[str, str]:
 
 
 STALE = [
-    ("teacher={teacher}", "(teacher: "),
-    ("teacher={tokenizer}", "(tokenizer: "),
-    ("data.corpus={corpus}", "(corpus.files: "),
+    ("teacher={teacher}", "(teacher has changed"),
+    ("teacher={tokenizer}", "(tokenizer has changed"),
+    ("data.corpus={corpus}", "(corpus.files has changed"),
     ("pretraining.num_maskings=3", "(masking.num_maskings: 2 -> 3)"),
     ("pretraining.mlm_probability=0.2", "(masking.mlm_probability: 0.15 -> 0.2)"),
     ("seeds=[4]", "(masking.seed: 0 -> 4)"),

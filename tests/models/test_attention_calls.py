@@ -87,6 +87,39 @@ def test_inputs_of_attention_give_the_layers_output(name: str, padded: bool) -> 
         torch.testing.assert_close(found.transpose(1, 2)[valid], plain.transpose(1, 2)[valid])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_added_to_scores_counts_and_hides_what_it_lowers_to_the_least_number(dtype: torch.dtype) -> None:
+    """A bias by distance, as ALiBi's, beside keys hidden by -inf, and others as transformers hides them."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 4, generator=generator).to(dtype) for _ in range(3))
+    places = torch.arange(5)
+    mask = (-(places[:, None] - places).abs() * torch.tensor([0.5, 1, 2])[:, None, None]).to(dtype)
+    mask = mask.expand(2, -1, -1, -1).clone()
+    mask[0, ..., 3], mask[0, ..., 4] = -torch.inf, torch.finfo(dtype).min
+    with AttentionCalls() as calls:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    scores = calls.layers[0].scores()
+    plain = query.to(scores) @ key.to(scores).transpose(-1, -2) / 2 + mask
+    torch.testing.assert_close(scores[1], plain[1])
+    torch.testing.assert_close(scores[0, ..., :3], plain[0, ..., :3])
+    assert scores[0, ..., 3:].isneginf().all() and scores[..., :3].isfinite().all() and scores[1].isfinite().all()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype.itemsize > 2 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(scores.softmax(-1) @ value.to(scores), output.to(scores), **tolerance)
+
+
+def test_probabilities_under_a_mask_that_a_user_adds_are_those_of_eager_attention() -> None:
+    model, inputs = model_of("bert"), inputs_of(padded=False)
+    added = torch.randn(3, 1, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    added[..., 0, 5] = torch.finfo(torch.float64).min
+    with AttentionCalls() as calls:
+        model.bert(inputs["input_ids"], attention_mask=added)
+    found = [each.read("attentions", 4).transpose(1, 2) for each in calls.layers]
+    model.set_attn_implementation("eager")
+    own = model.bert(inputs["input_ids"], attention_mask=added, output_attentions=True).attentions
+    torch.testing.assert_close(found, [*own])
+    assert all(not each[:, :, 0, 5].any() for each in found)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "modernbert"])
 def test_gradients_flow_through_what_is_read_also_where_layers_are_run_again(name: str) -> None:
     found = []

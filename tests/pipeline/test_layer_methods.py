@@ -11,7 +11,7 @@ from glmd.commands.export import export_folder
 from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.signals import SIGNALS
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, RunError
 from glmd.pipeline.run import run
 from glmd.planning.plan import make_plan
 from glmd.planning.step_cost import Cast, counted, require_fitting_layers
@@ -68,6 +68,20 @@ def test_a_checkpoint_holds_the_projection_and_its_export_does_not(method, tiny,
     assert saved["projections.hidden_states_mse.weight"].shape == (16, 8)
     export_folder(stage, tmp_path / "exported")
     assert not any("projection" in name for name in load_file(tmp_path / "exported" / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_stage_of_a_loss_whose_import_has_changed_is_refused_by_the_files_name(write, tiny, trusting, tmp_path):
+    write("scale.py", "factor = 1\n")
+    write("own.py", "from scale import factor\ndef far(a, b):\n    return factor * (a - b).square().mean(-1)\n")
+    path = write("m.yaml", "pretraining: [{signal: hidden_states, loss: 'own.py:far'}]")
+    config = tiny.config(tmp_path / "run", f"method={path}", "tasks={}", "pretraining.max_steps=1")
+    results = run(config)
+    write("scale.py", "factor = 2\n")
+    with pytest.raises(RunError, match=r"was made from other inputs \(terms\[0\].source.scale.py has changed\)"):
+        run(config)
+    write("scale.py", "factor = 1\n")
+    assert run(config) == results
 
 
 @pytest.mark.slow

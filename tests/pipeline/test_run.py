@@ -236,7 +236,7 @@ def test_a_stage_whose_inputs_changed_is_refused_field_by_field(finished, tiny, 
     flip(teacher / "model.safetensors")
     folder = lost_config(finished, tmp_path / "run")
     for place, key in ((f"data.superglue={superglue}", "tasks.RTE"), (f"teacher={teacher}", "teacher")):
-        with pytest.raises(RunError, match=rf"vocabulary was made from other inputs \({key}: '\w+' -> '\w+'\)"):
+        with pytest.raises(RunError, match=rf"vocabulary was made from other inputs \({key} has changed\)"):
             run(tiny.config(folder, place))
         (folder / "config.yaml").unlink()
     assert run(tiny.config(folder)) == finished.results
@@ -502,7 +502,7 @@ def test_a_task_whose_definition_changed_is_refused(finished, tiny, tmp_path):
     ):
         assert old in text
         definition.write_text(text.replace(old, new))
-        with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tasks.RTE: '\w+' -> '\w+'\)"):
+        with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tasks.RTE has changed\)"):
             run(tiny.config(folder, f"tasks.RTE.definition={definition}"))
         (folder / "config.yaml").unlink()
     definition.write_text(text)
@@ -565,7 +565,7 @@ def test_a_corpus_that_is_another_when_it_is_built_again_is_refused(finished, ti
     folder = finished.copy(tmp_path / "run")
     shutil.rmtree(folder / "corpus")
     monkeypatch.setattr("glmd.data.token_store.read_documents", lambda *_, **__: iter(["abcd . " * 200] * 5))
-    with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tokens: '\w+' -> '\w+'\)"):
+    with pytest.raises(RunError, match=r"vocabulary was made from other inputs \(tokens has changed\)"):
         run(tiny.config(folder))
 
 
