@@ -10,6 +10,8 @@ writes the same numbers a dozen times. Importing this imports triton.
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ class TritonRows:
     def __init__(self, spec: LossSpec) -> None:
         assert spec.loss in FUSED and spec.merged_into is None, spec.loss
         # A generalized divergence of one model alone is 0, and by convention the KL of that name.
-        ends = {0: "kl_divergence", 1: "reverse_kl"} if spec.loss == "generalized_js" else {}
+        ends: dict[Any, str] = {0: "kl_divergence", 1: "reverse_kl"} if spec.loss == "generalized_js" else {}
         self.spec = spec._replace(loss=ends.get(spec.options.get("beta"), spec.loss))
 
     def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
