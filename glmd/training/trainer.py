@@ -234,7 +234,7 @@ class Trainer:
             "gradient_checkpointing": self.settings.gradient_checkpointing,
             "a teacher of another kind": not isinstance(teacher, OnlineTeacher | CachedTeacher | Ensemble),
             "teacher.quantization": any(is_quantized(each.base) for each in live if isinstance(each, OnlineTeacher)),
-            "an intervention, a weight that changes, or a term on masked tokens": not objective.is_constant,
+            "an intervention, a weight or loss that changes, or a term on masked tokens": not objective.is_constant,
         }
         found = [name for name, holds in against.items() if holds]
         if found:
