@@ -2,18 +2,23 @@
 
     python benchmarks/linear_loss.py --shape 1024,768,768,30522 --plot docs/images/linear_loss.png
     pip install --no-deps --target /tmp/liger liger-kernel==0.8.5     # then also: --liger /tmp/liger
+    pip install --no-deps --target /tmp/orda orda-kernel==0.1.0       # then also: --losses --orda /tmp/orda
+    python benchmarks/linear_loss.py --losses --shape 4096,256,256,128256 --pad 0
 
 The variants alternate, one call each per round, so that a busy machine slows all alike; read the ratios. A call is
 forward and backward. The floor is the four matrix products alone, in chunks, into buffers made beforehand. Errors are
-relative to float64 on the same inputs. The plot needs the extra `plots`; `--device cuda` was never run.
+relative to float64 on the same inputs. With `--losses` each loss on logits stands beside the KL, and beside the same
+one of others, with the distance of their values. The plot needs the extra `plots`; `--device cuda` was never run.
 """
 
 import argparse
 import ctypes
+import inspect
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glmd.losses.head import Head
 from glmd.losses.linear import chunk_tokens, linear_distillation_loss
+from glmd.losses.logits import LOGIT_LOSSES
 from glmd.losses.rows import BLOCK_ROWS, EagerRows, LossSpec
 
 TEMPERATURE = 15.0
@@ -274,6 +280,86 @@ def compare_rows(k: int, rounds: int, clock: Callable[[], float]) -> None:
         print(f"| {name} | {median(values[1:]):.2f} |")
 
 
+LIGER = {"kl_divergence": 0.0, "reverse_kl": 1.0, "js_divergence": 0.5, "generalized_js": 0.3}  # beta
+ORDA: dict[str, dict[str, Any]] = {
+    "kl_divergence": {"kl_divergence": "forward"},
+    "reverse_kl": {"kl_divergence": "reverse"},
+    "skew_kl": {"kl_divergence": "skew_forward", "kl_beta": 0.9},
+    "skew_reverse_kl": {"kl_divergence": "skew_reverse", "kl_beta": 0.1},
+    "alpha_beta": {"kl_divergence": "abkd", "kl_alpha": 0.2, "kl_beta": 0.7},
+    "decoupled_kd": {"kl_divergence": "dkd", "kl_alpha": 1.0, "kl_beta": 8.0},
+}
+OPTIONS: dict[str, dict[str, Any]] = {"generalized_js": {"beta": 0.3}, "taid": {"progress": 0.5}}
+
+
+def losses_of(inputs: Inputs, has_liger: bool, has_orda: bool) -> dict[str, Callable[[Inputs], Tensor]]:
+    """Name -> function of the sum of a loss over tokens, all of which count."""
+    found: dict[str, Callable[[Inputs], Tensor]] = {}
+    for name, plain in LOGIT_LOSSES.items():
+        options = OPTIONS.get(name, {})
+        temperature = TEMPERATURE if "temperature" in inspect.signature(plain).parameters else 1.0
+        found[name] = partial(our_loss, loss=name, temperature=temperature, options=options)
+        if has_liger and name in LIGER:
+            found[f"{name}, Liger"] = partial(liger_loss, beta=LIGER[name])
+        if has_orda and name in ORDA:
+            labels = torch.cat([(h @ inputs.teacher_weight.t()).argmax(-1) for h in inputs.teacher_hidden.split(256)])
+            found[f"{name}, orda"] = partial(orda_loss, labels=labels, options=ORDA[name])
+    return found
+
+
+def our_loss(inputs: Inputs, **given: Any) -> Tensor:
+    student, teacher = Head(inputs.student_weight), Head(inputs.teacher_weight)
+    return linear_distillation_loss(inputs.student_hidden, student, inputs.teacher_hidden, teacher, **given)
+
+
+def liger_loss(inputs: Inputs, *, beta: float) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    given = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "compiled": False, "chunk_size": 512}
+    loss: Any = LigerFusedLinearJSDLoss(beta=beta, temperature=TEMPERATURE, **given)
+    hidden, labels = inputs.student_hidden, torch.zeros(len(inputs.mask), dtype=torch.int64, device=inputs.mask.device)
+    value = loss(hidden, inputs.student_weight, inputs.teacher_hidden, inputs.teacher_weight, labels)
+    return value * len(labels) * TEMPERATURE**2
+
+
+def orda_loss(inputs: Inputs, *, labels: Tensor, options: dict[str, Any]) -> Tensor:
+    """On a CPU it holds whole logits; its kernels are for CUDA, where it was never measured."""
+    from orda_kernel import SeparateTeacher, distillation_loss
+
+    weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0, "kl_temperature": TEMPERATURE}
+    teacher = SeparateTeacher(inputs.teacher_hidden, inputs.teacher_weight)
+    found = distillation_loss(
+        inputs.student_hidden, inputs.student_weight, labels, teacher, reduction="sum", **weights, **options
+    )
+    return found.loss
+
+
+def compare_losses(inputs: Inputs, variants: dict[str, Callable[[Inputs], Tensor]], rounds: int, clock: Any) -> None:
+    """Each loss's time and memory beside those of the KL, and of the same loss of others how far its value is away."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    values, peaks = {}, {}
+    for i in range(rounds + 1):  # the first round warms up and is not counted
+        for name, loss in variants.items():
+
+            def call(given: Inputs, name: str = name, loss: Callable[[Inputs], Tensor] = loss) -> None:
+                value = loss(given)
+                value.backward()
+                values[name] = value.item()
+
+            if i == 0:
+                peaks[name] = peak_extra_mib(call, inputs.to(torch.float32))
+            else:
+                times[name].append(timed(call, inputs.to(torch.float32), clock))
+        print(f"round {i}", file=sys.stderr)
+    kl = median(times["kl_divergence"])
+    print("| loss | ms | time / KL | peak MiB | relative distance of the value |\n|---|---|---|---|---|")
+    for name in variants:
+        ours, peak = values[name.partition(",")[0]], peaks[name]
+        apart = f"{abs(values[name] / ours - 1):.0e}" if "," in name else ""
+        row = [name, f"{median(times[name]):.0f}", f"{median(times[name]) / kl:.2f}", f"{peak or 0:.0f}", apart]
+        print("| " + " | ".join(row) + " |")
+
+
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Speed over the usual code, with the gradient's error beside each bar."""
     from matplotlib.figure import Figure
@@ -303,17 +389,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="the process's own time, where others use the machine")
     parser.add_argument("--liger", type=Path, help="folder with liger-kernel, if it is to be measured")
+    parser.add_argument("--orda", type=Path, help="folder with orda-kernel, if it is to be measured among the losses")
+    parser.add_argument(
+        "--losses", action="store_true", help="only compare losses with the KL, and with those of others"
+    )
     parser.add_argument("--plot", type=Path, help="file for the picture, .png or .svg")
     parser.add_argument("--rows", action="store_true", help="only compare forms of what stands between the products")
     arguments = parser.parse_args()
-    if arguments.liger is not None:
-        sys.path.append(str(arguments.liger))
+    sys.path += [str(each) for each in (arguments.liger, arguments.orda) if each is not None]
     n, student_size, teacher_size, k = (int(x) for x in arguments.shape.split(","))
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.rows:
         compare_rows(k, arguments.rounds, clock)
         return
     inputs = make_inputs(n, student_size, teacher_size, k, arguments.pad, arguments.device)
+    if arguments.losses:
+        losses = losses_of(inputs, arguments.liger is not None, arguments.orda is not None)
+        compare_losses(inputs, losses, arguments.rounds, clock)
+        return
     variants = variants_of(inputs)
     if arguments.liger is None:
         variants = {name: each for name, each in variants.items() if "Liger" not in name}

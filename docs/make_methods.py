@@ -11,7 +11,7 @@ from typing import Any
 
 from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective, Term
-from glmd.distillation.signals import SIGNALS, feature_loss
+from glmd.distillation.signals import GIVEN, SIGNALS, feature_loss
 from glmd.distillation.theseus import require_alike
 from glmd.models.layers import LayerChoice
 
@@ -40,9 +40,9 @@ OWN = """\
 
 """
 WRITING = """\
-`weight` is a number, `{from: 1, to: 0}` over the stage, or points `[[0, 1], [0.5, 0]]` that lines join. `tokens:
-masked` asks of masked tokens alone; of layers `first` takes the first token of each text, `mean` the mean of its
-tokens.
+`weight` is a number, `{from: 1, to: 0}` over the stage, or points `[[0, 1], [0.5, 0]]` that lines join, and so is a
+`temperature`. `tokens: masked` asks of masked tokens alone; of layers `first` takes the first token of each text,
+`mean` the mean of its tokens. [losses.md](losses.md) has the formulas of losses on logits.
 
 **Layers** are counted from zero. `uniform`, `first` and `last` give each of the student's layers one of the
 teacher's, as `student.initialization` does; `all` that of its number; `every` each of the teacher's; `random` drawn
@@ -178,7 +178,7 @@ def _signals() -> str:
         losses = []
         for loss, function in signal.losses.items():
             parameters = inspect.signature(getattr(function, "function", function)).parameters.values()
-            options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"]
+            options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN]
             losses.append(f"`{loss}`" + (f" ({', '.join(options)})" if options else ""))
         rows.append([f"`{name}`", f"{signal.level}s", ", ".join(losses)])
     return _markdown(["signal", "of", "losses (options)"], rows)

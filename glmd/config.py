@@ -271,7 +271,7 @@ class RunConfig:
     torch_compile: bool = False
     # On CUDA: steps on the corpus start all their kernels at once, which small models and batches are several times
     # faster by; the same bits. Not with several processes, fp16, gradient_checkpointing, an intervention, a weight
-    # that changes or terms on masked tokens, which the log says. Without effect elsewhere.
+    # or loss that changes or terms on masked tokens, which the log says. Without effect elsewhere.
     cuda_graphs: bool = True
     # By which code student and teacher compute attention in training, as transformers calls it: sdpa, eager,
     # flex_attention, flash_attention_2, ... None: what transformers chooses, sdpa where the architecture has it. It is

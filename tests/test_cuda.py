@@ -242,7 +242,9 @@ def test_an_export_is_proved_where_products_are_rounded_to_tf32(tiny: Any, tmp_p
     assert json.loads((tmp_path / "run" / "results.json").read_text())["exports_verified"]
 
 
-@pytest.mark.parametrize("loss", ["kl_divergence", "cross_entropy", "reverse_kl", "hard_cross_entropy"])
+@pytest.mark.parametrize(
+    "loss", ["kl_divergence", "cross_entropy", "reverse_kl", "generalized_js", "hard_cross_entropy"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_says_what_plain_torch_says_and_the_same_twice(loss: str, dtype: torch.dtype) -> None:
     from glmd.losses.linear import triton_problem
@@ -343,7 +345,9 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_the_step_before(tmp_path: Path) -
         assert train(tmp_path / "texts", "masked", "bf16")
 
 
-@pytest.mark.parametrize("loss", ["kl_divergence", "reverse_kl", "js_divergence", "cross_entropy"])
+@pytest.mark.parametrize(
+    "loss", ["kl_divergence", "reverse_kl", "js_divergence", "generalized_js", "cross_entropy", "skew_kl"]
+)
 @pytest.mark.parametrize("words", [1001, 3000])
 def test_a_loss_on_a_gpu_is_that_of_float64_whatever_the_number_of_words(loss: str, words: int) -> None:
     generator = torch.Generator().manual_seed(0)

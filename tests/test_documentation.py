@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 import glmd.errors
 from glmd.cli import build_parser
+from glmd.distillation.signals import GIVEN
+from glmd.losses.logits import TASK_LOGIT_LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -79,6 +82,19 @@ def test_every_test_that_a_page_names_exists():
         for file, name in re.findall(r"\b(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8")):
             functions = ast.parse(next((ROOT / "tests").rglob(file)).read_text(encoding="utf-8")).body
             assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_the_page_of_losses_has_a_row_for_each_with_its_options_and_their_defaults():
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`.*\|(.*)\|.*\|$", page, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(TASK_LOGIT_LOSSES)
+    for name, written in rows:
+        parameters = inspect.signature(TASK_LOGIT_LOSSES[name]).parameters.values()
+        options = [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in GIVEN]
+        said = [each.split()[0] for each in re.sub(r"\(.*?\)", "", written).split(",") if each.strip()]
+        assert sorted(said) == sorted(each.name for each in options), name
+        for each in options:
+            assert each.name == "temperature" or f"{each.name} ({each.default:g}" in written, f"{name}: {each.name}"
 
 
 def test_every_promise_and_every_fault_names_a_test():

@@ -38,8 +38,8 @@ class Term:
     modules: tuple[tuple[str, str], ...] = ()  # of modules: (the student's, the teacher's), by names in the backbones
     over_layers: Literal["mean", "sum"] = "mean"  # what is taken of the values of the layers
     # hidden_states: a learned map from the student's width to the teacher's, one for all layers; maps of each of the
-    # teacher's layers to the student's width; or maps of both models' widths, each layer's its own (of drawn layers each
-    # place's, whichever is drawn there), to projection_size, the teacher's width where it is not given
+    # teacher's layers to the student's width; or maps of both models' widths, each layer's its own (of drawn layers
+    # each place's, whichever is drawn there), to projection_size, the teacher's width where it is not given
     projection: Literal["none", "linear", "teacher", "both"] = "none"
     projection_size: int | None = None
     # Progress is divided into one turn for each pair of layers and a last one. In its turn a pair joins those before

@@ -83,18 +83,21 @@ def feature_loss(term: Any) -> FeatureLoss:
 GIVEN = ("progress", "labels")
 
 
-@cache
 def takes(loss: Any, name: str) -> bool:
     """Whether a loss has a keyword-only parameter of this name."""
-    parameter = inspect.signature(getattr(loss, "function", loss)).parameters.get(name)
-    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+    return name in _keywords(loss)
+
+
+def needs_labels(loss: Any) -> bool:
+    """Whether a loss on what both models say cannot do without labels; some take them where they are there."""
+    return _keywords(loss).get("labels", False)
 
 
 @cache
-def needs_labels(loss: Any) -> bool:
-    """Whether a loss on what both models say cannot do without labels; some take them where they are there."""
-    parameter = inspect.signature(getattr(loss, "function", loss)).parameters.get("labels")
-    return takes(loss, "labels") and parameter is not None and parameter.default is parameter.empty
+def _keywords(loss: Any) -> dict[str, bool]:
+    """The keyword-only parameters of a loss, and whether each must be given."""
+    parameters = inspect.signature(getattr(loss, "function", loss)).parameters.values()
+    return {each.name: each.default is each.empty for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tuple[Place, Place]]:

@@ -236,7 +236,7 @@ class Trainer:
             "several teachers from a cache": len(live) > 1
             and not all(isinstance(each, OnlineTeacher) for each in live),
             "teacher.quantization": any(is_quantized(each.base) for each in live if isinstance(each, OnlineTeacher)),
-            "an intervention, a weight that changes, or a term on masked tokens": not objective.is_constant,
+            "an intervention, a weight or loss that changes, or a term on masked tokens": not objective.is_constant,
         }
         found = [name for name, holds in against.items() if holds]
         if found:

@@ -24,6 +24,7 @@ from glmd.data.batches import with_positions
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import Ensemble, OnlineTeacher, TeacherOutputs
+from glmd.losses.logits import TASK_LOGIT_LOSSES
 from glmd.tasks.forms import task_form
 from glmd.tasks.tasks import load_task
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -193,6 +194,42 @@ def test_a_term_equals_the_plain_loss_of_both_models_full_logits(name: str) -> N
     assert expected > 0.01
     assert_same(loss, expected)
     assert_same(gradients(distiller, loss), gradients(distiller, expected))
+
+
+@pytest.mark.parametrize("signal", ["lm_logits", "task_logits"])
+def test_a_scheduled_temperature_is_that_of_its_place_in_the_stage(signal: str) -> None:
+    def sums(progress: float, temperature: Any) -> Tensor:
+        term = Term(signal, "kl_divergence", options={"temperature": temperature})
+        distiller, inputs = Distiller(Objective((term,)), TOKEN_MAP, **students()), batch()
+        return distiller(inputs, teacher()(inputs), progress)
+
+    falling = {"from": 15.0, "to": 1.0}
+    assert_same(sums(0.5, falling), sums(0.0, 8.0))
+    assert_same(sums(1.0, falling), sums(0.3, 1.0))
+    assert sums(1.0, falling) != sums(0.0, falling)
+
+
+@pytest.mark.parametrize("signal", ["lm_logits", "task_logits"])
+def test_taid_is_given_the_progress_of_the_stage(signal: str) -> None:
+    def sums(progress: float, loss: str = "taid") -> Tensor:
+        distiller, inputs = Distiller(Objective((Term(signal, loss),)), TOKEN_MAP, **students()), batch()
+        return distiller(inputs, teacher()(inputs), progress)
+
+    assert_same(sums(1.0), sums(1.0, "kl_divergence"))
+    assert sums(0.0) < sums(0.5) < sums(1.0)
+
+
+def test_losses_that_look_at_labels_are_given_those_of_the_task() -> None:
+    inputs, both = batch(), students()
+    model, classifier = teacher(), both["classifier"]
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    logits = classifier(**given | {"input_ids": torch.from_numpy(TOKEN_MAP)[inputs["input_ids"]]}).logits
+    theirs = model(inputs).task_logits
+    for loss in ("modified_targets", "decoupled_kd"):
+        found = Distiller(Objective((Term("task_logits", loss),)), TOKEN_MAP, **both)(inputs, model(inputs))
+        expected = TASK_LOGIT_LOSSES[loss](logits, theirs, labels=inputs["labels"]).sum()
+        torch.testing.assert_close(found[0], expected)
+        assert found[0] != TASK_LOGIT_LOSSES[loss](logits, theirs, labels=torch.full((4,), -100)).sum()
 
 
 def test_words_and_task_together_are_the_weighted_sum_of_the_plain_losses() -> None:

@@ -1,5 +1,6 @@
 """Methods as YAML, and an objective's masks, counts, means and weights."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,18 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: hot}]", "[0].temperature", "a number"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: .nan}]", "[0].temperature", "nan"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: .inf}]", "[0].temperature", "inf"),
+        (
+            "task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: {from: 1}}]",
+            "[0].temperature",
+            "{from: a, to",
+        ),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: [[0, 1], [1, 0]]}]", "above 0", "got 0.0"),
+        (
+            "task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: [[1, 1], [0, 2]]}]",
+            "must rise",
+            "[1.0, 0.0]",
+        ),
+        ("task_lm: [{signal: lm_logits, loss: skew_kl, mixing: {from: 0, to: 1}}]", "[0].mixing must be a number", ""),
         ("task_lm: [{signal: lm_logits, loss: mse, weight: -1}]", "[0].weight must be at least 0", "-1"),
         ("task_lm: [{signal: lm_logits, loss: mse, weight: .inf}]", "[0].weight", "inf"),
         ("task_lm: [{signal: lm_logits, loss: mse, weight: .nan}]", "[0].weight", "nan"),
@@ -215,6 +228,29 @@ def test_the_total_is_the_sum_of_weight_times_mean_and_weights_follow_the_progre
         total = objective.total(means, progress)
         assert total.item() == pytest.approx(weight * 10 + 3)
         assert torch.autograd.grad(total, means)[0].tolist() == [weight, 3.0]
+
+
+def test_a_temperature_may_be_scheduled_as_a_weight_is_and_a_plain_one_leaves_the_term_as_it_was(write: Write) -> None:
+    text = "{signal: lm_logits, loss: kl_divergence, temperature: %s}"
+    forms = ("15", "{from: 15, to: 1}", "[[0, 15], [0.5, 1]]")
+    plain, line, points = (
+        load_method(str(write("mine.yaml", f"task_lm: [{text % each}]")))["task_lm"] for each in forms
+    )
+    assert plain.terms == (WORDS,) and plain.is_constant and not plain.changes
+    assert plain.terms[0].record()["options"] == {"temperature": 15.0} == WORDS.record()["options"]
+    for objective, wanted in ((line, [15, 8, 1]), (points, [15, 1, 1])):
+        term = objective.terms[0]
+        assert objective.changes and not objective.is_constant
+        assert [term.options_at(at)["temperature"] for at in (0.0, 0.5, 1.0)] == wanted
+        assert json.loads(json.dumps(term.record()))["options"] != {"temperature": 15.0}
+    assert plain.terms[0].options_at(0.5) == {"temperature": 15.0}
+
+
+def test_a_loss_that_cannot_do_without_labels_says_so_and_one_that_can_does_not() -> None:
+    found = {loss: Objective((Term("task_logits", loss),)) for loss in ("modified_targets", "decoupled_kd", "mse")}
+    assert [each.reads("labels") for each in found.values()] == [True, False, False]
+    assert not any(each.reads("lm_labels") for each in found.values())
+    assert Objective((TASK_LABELS,)).reads("labels")
 
 
 def test_terms_of_one_signal_and_loss_are_told_apart_by_their_labels(write: Write) -> None:

@@ -35,6 +35,12 @@ def one_number(student, teacher):
 def with_option(student, teacher, *, sharpness: float = 1.0):
     return sharpness * (student - teacher).square().mean(-1)
 
+def later(student, teacher, *, progress: float, factor: float = 1.0):
+    return progress * factor * (student - teacher).square().mean(-1)
+
+def of_labels(student, teacher, *, labels):
+    return student.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+
 def kl_divergence(student, teacher):
     return (student - teacher).square().mean(-1)
 
@@ -109,7 +115,11 @@ def test_a_function_of_a_file_is_the_loss_of_layers_with_its_options(own: Any) -
         ("{signal: hidden_states, loss: 'losses.py:needs_option'}", "missing 1 required keyword-only argument"),
         ("{signal: hidden_states, loss: 'losses.py:untyped'}", "option power has neither type nor default"),
         ("{signal: hidden_states, loss: 'leaves.py:absolute'}", "SystemExit: 7"),
-        ("{signal: lm_logits, loss: 'losses.py:with_option'}", "may have the option temperature alone"),
+        (
+            "{signal: lm_logits, loss: 'losses.py:with_option', factor: 2}",
+            "factor has no effect on lm_logits with_option",
+        ),
+        ("{signal: lm_logits, loss: 'losses.py:of_labels'}", "missing 1 required keyword-only argument: 'labels'"),
         ("{signal: lm_labels, loss: 'losses.py:absolute'}", "lm_labels have one loss"),
         (
             "{signal: hidden_states, loss: 'losses.py:absolute', strength: 2}",
@@ -144,6 +154,19 @@ def test_an_own_loss_of_words_keeps_its_own_temperature(own: Any) -> None:
     ours = sums_and_gradients(own("{signal: lm_logits, loss: 'losses.py:sharp'}"))
     theirs = sums_and_gradients(Objective((Term("lm_logits", "kl_divergence", options={"temperature": 4.0}),)))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_an_own_loss_of_words_has_options_of_any_name_and_the_progress_of_the_stage(own: Any) -> None:
+    twice = sums_and_gradients(own("{signal: lm_logits, loss: 'losses.py:with_option', sharpness: 2}"))
+    torch.testing.assert_close(twice[0], 2 * sums_and_gradients(Objective((Term("lm_logits", "mse"),)))[0])
+    objective = own("{signal: lm_logits, loss: 'losses.py:later', factor: 8}")
+    assert objective.changes
+    distiller, teacher, batch = (
+        distiller_of(objective, model_of(layers=2, width=8)),
+        teacher_of(width=8),
+        batch_of(0, 1, 2),
+    )
+    torch.testing.assert_close(distiller(batch, teacher(batch), 0.25), twice[0])
 
 
 def test_annotations_may_be_texts(own: Any, write: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.distillation.schedules import KINDS, learning_rate_factor, scheduled
+from glmd.distillation.schedules import KINDS, is_scheduled, learning_rate_factor, scheduled
 from glmd.errors import ConfigError
 
 shares = st.floats(0, 1, allow_subnormal=False)
@@ -80,6 +80,10 @@ def test_a_weight_goes_straight_from_one_number_to_the_other(progress: float, st
 def test_a_weight_without_both_ends_is_refused() -> None:
     with pytest.raises(ConfigError, match="a schedule must be a number or"):
         scheduled({"from": 1.0, "until": 0.0}, 0.5)
+
+
+def test_a_number_is_no_schedule_and_the_others_are() -> None:
+    assert [is_scheduled(each) for each in (2, 2.0, {"from": 1.0, "to": 2.0}, ((0.0, 1.0),), None)] == [0, 0, 1, 1, 0]
 
 
 def test_points_are_joined_by_lines_and_the_second_of_two_at_one_place_holds_from_there():
