@@ -73,7 +73,7 @@ PAIRS = [
     (signal, name)
     for signal in ("lm_logits", "task_logits")
     for name in weightings_of(signal)
-    if not WEIGHTINGS[name].is_learned
+    if WEIGHTINGS[name].function is not None
 ]
 
 

@@ -57,7 +57,9 @@ def config(tiny, four_layers):
         layers = 3 if method == "mgskd" else 2  # whose upper ones begin behind the second
         dropout = "{hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}"
         student = f"student={{num_hidden_layers: {layers}, config: {dropout}}}"
-        if any(objective.weighs_teachers for objective in load_method(method).values()):
+        if method in ("takd", "dgkd"):
+            more = ("assistants=[{num_hidden_layers: 3}, {num_hidden_layers: 2}]", *more)
+        elif any(objective.weighs_teachers for objective in load_method(method).values()):
             more = (f"teacher.ensemble=[{four_layers / 'small'}]", *more)
         saves = [f"{name}.save_steps=10" for name in ("pretraining", "task_lm", "task_soft_labels")]
         return tiny.config(
