@@ -399,7 +399,7 @@ def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("teacher.tasks.RTE={other}", "(classifier: "),
+        ("teacher.tasks.RTE={other}", "(classifier has changed"),
         ("task_lm.max_length=24", "max_length: 32 -> 24"),
         ("task_soft_labels.max_length=24", "max_length: 32 -> 24"),
         ("tasks.RTE.inputs={inputs}", "(inputs"),
