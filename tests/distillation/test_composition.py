@@ -122,7 +122,7 @@ NOT_ZERO |= {"attended_mse", "attended_kl"}
 
 
 def is_zero_for_equals(term: Term) -> bool:
-    of_layers = term.of_layers and (feature_loss(term).couples or feature_loss(term).needs_both)
+    of_layers = term.of_layers and (feature_loss(term).least_texts > 1 or feature_loss(term).needs_both)
     return term.loss not in NOT_ZERO and not of_layers
 
 
