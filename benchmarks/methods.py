@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("methods", nargs="*")
     given = parser.parse_args()
     names = given.methods or sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    ours, ratios = load_method("glmd"), {}
+    known = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.exists() else {}
+    ours, ratios = load_method("glmd"), known.get("ratios", {})
     base = {"corpus": [ours["pretraining"]], "task": [ours["task_lm"], ours["task_soft_labels"]]}
     print("| method | corpus step | task step |\n| --- | --- | --- |")
     for name in names:
@@ -54,14 +55,20 @@ def main() -> None:
                 found[kind] = statistics.median(mine / theirs for mine, theirs in pairs)
         ratios[name] = found
         print(f"| {name} | " + " | ".join(f"{found[k]:.2f}" if k in found else "-" for k in stages) + " |", flush=True)
-    if given.json:
-        about = (
-            "Seconds of a step beside those of `glmd` (`python benchmarks/methods.py`, "
-            f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}): {given.examples} texts of "
-            f"{given.length} tokens, six layers of 384 to three, half of 30,522 tokens; a task step is the mean of the "
-            "stages on a task."
-        )
-        given.json.write_text(json.dumps({"about": about, "ratios": ratios}, indent=1) + "\n", encoding="utf-8")
+        if given.json:
+            write(given, ratios)
+
+
+def write(given: argparse.Namespace, ratios: dict[str, dict[str, float]]) -> None:
+    """What is measured so far, beside what the file had of other methods."""
+    about = (
+        "Seconds of a step beside those of `glmd` (`python benchmarks/methods.py`, "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}): {given.examples} texts of "
+        f"{given.length} tokens, six layers of 384 to three, half of 30,522 tokens; a task step is the mean of the "
+        "stages on a task. Methods that weigh several teachers have a second one of three layers."
+    )
+    found = {"about": about, "ratios": dict(sorted(ratios.items()))}
+    given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def seconds(objectives: list[Objective], kind: str, given: Any) -> float:
