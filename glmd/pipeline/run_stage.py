@@ -7,6 +7,7 @@ The stages that it begins from and learns from are complete.
 
 import gc
 import logging
+import shutil
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.rules import live_stages
 from glmd.planning.stages import TEACHER, Stage
 from glmd.runtime.phases import phase
-from glmd.runtime.processes import on_main
+from glmd.runtime.processes import number_of_ranks, on_main, together
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
 from glmd.training.fsdp import is_sharded
@@ -122,17 +123,10 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         torch.manual_seed(stage.seed)
         return BertForMaskedLM(context.plan.teacher_config), None
     if stage.start is None:
-        # Of the teacher's layers, whoever it learns from. Read in float32 whatever the teacher will run in, so that
-        # copied weights are not rounded.
-        wide = whole(context.language_model(TEACHER))
-        source = load_language_model(wide)
-        context.whole_answers = whole_answers(context, stage, source)
-        student = build_student(source, context.vocabulary(stage), context.student(stage), seed=stage.seed)
-        if wide == context.language_model(TEACHER):
-            context.at_hand = wide, source  # the teacher itself, which is not loaded again
-        del source
-        gc.collect()  # models hold themselves in cycles, and the teacher is loaded next
-        return student, None
+        is_teacher = stage.teacher == TEACHER and whole(context.language_model(TEACHER)) == context.language_model(
+            TEACHER
+        )
+        return (_student(context, stage) if is_teacher or number_of_ranks() == 1 else _from_main(context, stage)), None
     name, task_model, teacher = context.model(stage.start), None, context.config.teacher
     if stage.task is not None and (not stage.leaves_language_model or "task_head" in stage.needs):
         remote = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
@@ -143,6 +137,28 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         return None, task_model
     is_both = task_model is not None and not context.form(stage).has_own_head
     return task_model if is_both else load_language_model(TeacherConfig(name, dtype="float32")), task_model
+
+
+def _student(context: Context, stage: Stage) -> Any:
+    """A new student of the teacher's layers, whoever it learns from."""
+    wide = whole(context.language_model(TEACHER))  # so that copied weights are not rounded
+    source = load_language_model(wide)
+    context.whole_answers = whole_answers(context, stage, source)
+    student = build_student(source, context.vocabulary(stage), context.student(stage), seed=stage.seed)
+    if wide == context.language_model(TEACHER):
+        context.at_hand = wide, source  # the teacher itself, which is not loaded again
+    del source
+    gc.collect()  # models hold themselves in cycles, and the teacher is loaded next
+    return student
+
+
+def _from_main(context: Context, stage: Stage) -> Any:
+    """The same where no other rank needs the teacher in float32, which is twice what it will teach in."""
+    folder = context.folder(stage) / "start"
+    on_main(lambda: _student(context, stage).save_pretrained(folder))
+    student = together(lambda: load_language_model(TeacherConfig(str(folder), dtype="float32")))
+    on_main(lambda: shutil.rmtree(folder))
+    return student
 
 
 def whole(teacher: TeacherConfig) -> TeacherConfig:

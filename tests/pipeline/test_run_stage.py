@@ -62,3 +62,25 @@ def test_a_pass_over_a_task_is_compared_with_the_stage_that_is_its_teacher(conte
     twin = replace(stage, path="more/twin", start=LABELS, teacher=LABELS, settings=still)
     context.stages.append(twin)
     assert complete(context, twin)["agreement"] == 1.0 > with_teacher["agreement"]
+
+
+def test_ranks_whose_teacher_runs_in_half_precision_get_the_student_that_the_main_one_made(tiny, tmp_path, monkeypatch):
+    """Only there is the teacher read in float32; the student is the same, and nothing of it stays behind."""
+    import glmd.pipeline.run_stage as run_stage
+
+    with prepared_run(tiny.config(tmp_path / "run", "tasks={}", "teacher.dtype=bfloat16")) as context:
+        complete_to(context, "vocabulary")
+        stage = context.stage("pretraining")
+        alone, _ = run_stage.start(context, stage)
+        monkeypatch.setattr(run_stage, "number_of_ranks", lambda: 2)
+        given, read = [], []
+        monkeypatch.setattr(run_stage, "on_main", lambda function: given.append(function()))
+        load = run_stage.load_language_model
+        monkeypatch.setattr(run_stage, "load_language_model", lambda model, **o: read.append(model) or load(model, **o))
+        main, _ = run_stage.start(context, stage)
+        assert [(each.model, each.dtype) for each in read] == [
+            (str(tiny.teacher), "float32"), (str(context.folder(stage) / "start"), "float32")
+        ]  # fmt: skip
+        assert not (context.folder(stage) / "start").exists() and len(given) == 2
+        ours, theirs = main.state_dict(), alone.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
