@@ -164,7 +164,7 @@ def test_decoupled_kd_takes_the_label_where_there_is_one_and_else_the_teachers_c
 
 
 def test_modified_targets_mix_in_the_least_of_the_label_that_lets_it_lead() -> None:
-    rows = [[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.45, 0.4, 0.15], [0.7, 0.2, 0.1]]
+    rows = [[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.45, 0.4, 0.15], [0.2, 0.7, 0.1]]
     teacher = torch.tensor(rows, dtype=torch.float64).log()
     labels, student = torch.tensor([1, 0, 0, -100]), logits(3, 4, 3).requires_grad_()
     share = (0.7 - 0.2 + 0.25) / (1 + 0.7 - 0.2), (0.4 - 0.45 + 0.25) / (1 + 0.4 - 0.45)
@@ -173,7 +173,7 @@ def test_modified_targets_mix_in_the_least_of_the_label_that_lets_it_lead() -> N
             [0.7 * (1 - share[0]), 0.2 * (1 - share[0]) + share[0], 0.1 * (1 - share[0])],
             [0.7, 0.2, 0.1],  # leads by more than that already
             [0.45 * (1 - share[1]) + share[1], 0.4 * (1 - share[1]), 0.15 * (1 - share[1])],
-            [0.7, 0.2, 0.1],  # no label
+            [0.2, 0.7, 0.1],  # no label
         ],
         dtype=torch.float64,
     )
@@ -244,6 +244,18 @@ def test_a_choice_that_one_model_alone_rules_out_costs_no_more_than_the_bound(lo
     assert values.isfinite().all() and student.grad is not None
     if loss != "js_divergence":
         assert student.grad.isfinite().all()
+
+
+def test_a_choice_that_the_teacher_alone_rules_out_is_nothing_to_the_kl() -> None:
+    teacher = TEACHER.clone()
+    teacher[:, 5] = -math.inf
+    for loss in (partial(alpha_beta, alpha=1.0, beta=0.0), partial(generalized_js, beta=0.0), skew_kl, taid):
+        more = {"progress": 1.0} if loss is taid else {"mixing": 0.0} if loss is skew_kl else {}
+        student = STUDENT.clone().requires_grad_()
+        values = loss(student, teacher, **more)
+        close(values, kl_divergence(STUDENT, teacher))
+        (gradient,) = torch.autograd.grad(values.sum(), student)
+        close(gradient, STUDENT.softmax(-1) - teacher.softmax(-1))
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOGIT_LOSSES if loss != "cross_entropy"])
