@@ -72,8 +72,9 @@ there is one.
 | `dropout` | 1 for three examples in four, drawn (DGKD) | `task_logits` |
 | `policy` | those that a policy draws, which is trained by REINFORCE (RL-KD) | `task_logits` |
 
-Give the largest teacher first. With `assistants` the student learns from the last of them, or, where a term has
-`teachers` other than `first`, from the teacher and all of them.
+Give the largest teacher first. With `assistants` a stage learns from the last of them; where any of its terms has
+`teachers` other than `first`, all its terms see the teacher and all assistants, the teacher first. `policy` and
+`dropout` of one teacher count 1.
 
 **A loss of your own** is a function in a file beside the YAML. Keyword-only parameters are its options:
 

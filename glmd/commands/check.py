@@ -19,6 +19,7 @@ def describe(plan: Plan, world_size: int) -> str:
         f"{'parameters':<20}{'total':>14}{'vocabulary':>14}{'body':>14}{'layers':>8}{'tokens':>9}{'embedding':>11}",
     ]
     sides = [("teacher", plan.teacher_config, plan.source_size)]
+    sides += [(f"teacher {i}", model, plan.source_size) for i, model in enumerate(plan.ensemble_configs, start=2)]
     for i, (assistant, model) in enumerate(zip(config.assistants, plan.assistant_configs, strict=True), start=1):
         words = plan.kept_size if assistant.vocabulary == "student" else plan.source_size
         sides.append((f"assistant {i}", model, words))
@@ -27,9 +28,10 @@ def describe(plan: Plan, world_size: int) -> str:
         p = plan.parameters[name]
         counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
         text.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
+    width = max(20, *(len(stage.name) + 1 for stage, *_ in lines(plan, world_size)))
     swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
-    text += ["", f"{'stage':<20}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
-    text += [_stage_line(stage, world_size) for stage, *_ in lines(plan, world_size)]
+    text += ["", f"{'stage':<{width}}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
+    text += [_stage_line(stage, world_size, width) for stage, *_ in lines(plan, world_size)]
     controls = [name for name, on in vars(config.controls).items() if on]
     text += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
     text += [f"sweep     {len(config.grid_points)} grid points: {', '.join(swept)}"] if swept else []
@@ -49,9 +51,9 @@ def _precision(plan: Plan) -> str:
     return f"{said}; {NO_TF32}" if config.tf32 and not has_tensor_float32(device) else said
 
 
-def _stage_line(stage: Stage, world_size: int) -> str:
+def _stage_line(stage: Stage, world_size: int, width: int) -> str:
     settings, examples = stage.training, len(stage.examples)
     steps, batch = settings.steps(examples, world_size), settings.global_batch_size(world_size)
     shown = f"{examples:,}" if stage.task is not None else "corpus"
     figures = f"{steps:>9,}{batch:>7}{stage.length:>8}{shown:>10}{steps * batch * stage.length:>17,}"
-    return f"{stage.name:<20}{figures}" + (f"  {stage.swept}" if stage.swept else "")
+    return f"{stage.name:<{width}}{figures}" + (f"  {stage.swept}" if stage.swept else "")

@@ -95,7 +95,7 @@ class Distiller(nn.Module):
             if asked:
                 self._ask_for_layers(each, number, asked, seed=seed, is_proved=is_proved)
         for i, term in enumerate(self.objective.terms):
-            if term.weighting.is_learned:
+            if term.weighting.is_learned and len(found) > 1:  # of one there is nothing to choose
                 self._make_policy(term, len(found), seed + i)
 
     def _make_policy(self, term: Term, teachers: int, seed: int) -> None:
@@ -361,7 +361,7 @@ class Distiller(nn.Module):
         theirs = [teachers[number].task_logits for number in self._asked(term, len(teachers))]
         assert all(each is not None for each in theirs), "the teachers have a task head"
         values = torch.stack([self._task_values(term, logits, each, batch, progress) for each in theirs])
-        if len(theirs) == 1:
+        if len(theirs) == 1 and term.weighting.function is None:
             return values.sum()
         answers = torch.stack(theirs).to(values.dtype)  # type: ignore[arg-type]
         if term.weighting.survival is not None:

@@ -291,8 +291,8 @@ def _checked_option(key: str, kind: Any, given: Any, where: str) -> Any:
         return coerce(kind, given, where)
     checked, values = _checked_schedule(given, where)
     for value in values:
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{where} must be above 0 and finite, got {value}")
+        if not 0.01 <= value <= 10_000:  # beyond, float32 has nothing left of the logits' differences
+            raise ConfigError(f"{where} must be from 0.01 to 10,000, got {value}")
     return checked
 
 

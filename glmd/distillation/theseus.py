@@ -74,6 +74,12 @@ def _replaced_by(block: Sequence[nn.Module]) -> Callable[..., Any]:
 
 def require_alike(student: Any, teacher: Any) -> None:
     """Layers of one kind and width. Raises ConfigError."""
+    depths = [config.get_text_config().num_hidden_layers for config in (student, teacher)]
+    if depths[0] > depths[1]:
+        raise ConfigError(
+            f"theseus puts a block of the teacher's layers in the place of each of the student's: it has {depths[0]}, "
+            f"the teacher {depths[1]}; give a student of fewer"
+        )
     for name in ("model_type", "hidden_size"):
         ours, theirs = (getattr(config.get_text_config(), name) for config in (student, teacher))
         if ours != theirs:

@@ -1,6 +1,7 @@
 """What a plan refuses of models and lengths: teachers that are not one another's, weights, positions, settings."""
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,6 +140,29 @@ def require_blanks(
                 TaskDataset(examples, form, tokenizer, max_length=shortest)
 
 
+def require_task_losses(config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan]) -> None:
+    """Refuse a loss on a task's logits that takes not so many classes, or is 0 whatever two models say of them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for (name, plan), (stage, objective) in itertools.product(tasks.items(), method.items()):
+        choices = {len(each.choices) for each in plan.inputs} if plan.task.is_choice else {len(plan.task.labels)}
+        for count, term in itertools.product(sorted(choices), objective.terms):
+            if term.signal != "task_logits" or term.source or stage == "pretraining":
+                continue
+            student, teacher = 8 * torch.randn(2, 8, count, generator=generator)
+            where = f"method {config.method}: {stage}: {term.name} of {name}"
+            labels = torch.arange(8) % count
+            try:
+                values = term.function(student, teacher, **term.options_at(1.0, labels=labels))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+            if not values.any():
+                raise ConfigError(
+                    f"{where} is 0 for {count} classes, whatever the models say; give other options or loss"
+                )
+
+
 def require_checkpointing(config: RunConfig, method: dict[str, Objective], teacher: Any, student: Any) -> None:
     """Refuse `gradient_checkpointing` for an architecture whose layers cannot be run again."""
     stages = {"pretraining": config.pretraining}
@@ -162,6 +186,8 @@ def require_vocabulary_effects(
     from glmd.models.loading import compared_embeddings
 
     settings = config.vocabulary
+    if is_whole and any(each.vocabulary == "student" for each in config.assistants):
+        raise ConfigError("assistants: vocabulary student has no effect: every token is kept; remove it")
     try:
         compared_embeddings(teacher, settings.similarity)
     except ModelError as error:

@@ -29,6 +29,7 @@ from glmd.planning.checks import (
     require_ensemble,
     require_lengths,
     require_named_teachers,
+    require_task_losses,
     require_text_model,
     require_vocabulary_effects,
     require_weight_files,
@@ -98,6 +99,7 @@ def make_plan(
     tasks = {name: plan_task(config, name, method, source, verbalizers[name]) for name in config.tasks}
     require_lengths(config, method, tasks, "the teacher", teacher_config)
     require_named_teachers(config, method, tasks, tokenizer)
+    require_task_losses(config, method, tasks)
     ensemble_configs = require_ensemble(config, tokenizer, teacher_config)
     require_blanks(config, method, tasks, tokenizer, causal=is_causal(teacher_config))
     plan = Plan(
@@ -289,6 +291,8 @@ def _with_parameters(plan: Plan) -> Plan:
         quantized_linears(teacher)
     require_vocabulary_effects(plan.config, plan.method, teacher, is_whole=plan.kept_size == plan.source_size)
     models: dict[str, Any] = {"teacher": teacher}
+    for number, each in enumerate(plan.ensemble_configs, start=2):
+        models[f"teacher {number}"] = model_on_meta(f"teacher {number}", each)
     configs: list[Any] = []
     for i, assistant in enumerate(plan.config.assistants, start=1):
         size = plan.kept_size if assistant.vocabulary == "student" else plan.source_size
@@ -345,8 +349,11 @@ def _require_layers(
 
     first, *others = above.values() if objective.asks_assistants else [*above.values()][-1:]
     require_layers(objective.terms, student_config, first)
-    for config in [*others, *further_configs(plan, stage)]:
-        require_layers([term for term in objective.terms if term.asks_all_teachers], student_config, config)
+    for number, config in enumerate([*others, *further_configs(plan, stage)], start=2):
+        try:
+            require_layers([term for term in objective.terms if term.asks_all_teachers], student_config, config)
+        except ConfigError as error:
+            raise ConfigError(f"teacher {number}: {error}") from None
     if objective.intervention is not None:
         objective.intervention.check(student_config, first)
     for term in objective.layer_terms:

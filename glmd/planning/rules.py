@@ -39,7 +39,7 @@ def resolve(config: RunConfig) -> tuple[dict[str, Objective], RunConfig, float |
     _check_methods_needs(config, method)
     _check_cache(config, method)
     check_ensemble(config, method)
-    check_assistants(config)
+    check_assistants(config, method)
     _check_steps(config, method)
     _check_attention(config, method)
     _check_analysis(config, method)

@@ -41,7 +41,7 @@ class Stage:
     teacher: path of the stage whose model it learns from; None where it learns from labels alone. further: paths of
         the other teachers, where it learns from several. A teacher that is named has a path without a stage.
     named: the model that stands in the place of what it would train. assistant: number of the assistant whose stage it
-        is, from 1; 0 for the student.
+        is, from 1; 0 for the student. number: of one of several teachers that are trained, from 0.
     last: the method's last stage over a task, which leaves the model of the task, and whose settings the control has.
     """
 
@@ -60,12 +60,14 @@ class Stage:
     further: tuple[str, ...] = ()
     named: str | None = None
     assistant: int = 0
+    number: int = 0
 
     @property
     def name(self) -> str:
         """For people: RTE task_lm."""
         whose = f"assistant {self.assistant} " if self.assistant else ""
-        return whose + (self.kind if self.task is None else f"{self.task.task.name} {self.kind}")
+        number = f" {self.number + 1}" if self.number else ""
+        return whose + (self.kind if self.task is None else f"{self.task.task.name} {self.kind}") + number
 
     @property
     def system(self) -> str:
@@ -74,8 +76,7 @@ class Stage:
             return "hard labels"
         if self.assistant:
             return f"assistant {self.assistant}"
-        number = self.path.partition("task_teacher_")[2]  # of one of several teachers
-        return f"{self.variant} {number}" if number else self.variant
+        return f"{self.variant} {self.number + 1}" if self.number else self.variant
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -177,7 +178,8 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
         for number in range(teachers_of_task(config, plan.method, name)):
             path, start, model = teacher_path(number, name), teacher_path(number), models.get(number)
             trained = None if model is not None else config.stage("task_teacher", name)
-            yield Stage("task_teacher", path, trained, HARD_LABELS, seed, "teacher", task, start=start, named=model)
+            more: dict[str, Any] = {"start": start, "named": model, "number": number}
+            yield Stage("task_teacher", path, trained, HARD_LABELS, seed, "teacher", task, **more)
     for number, assistant in enumerate(config.assistants, start=1):
         whose: Variant = "student" if assistant.vocabulary == "student" else "full vocabulary"
         yield _pretraining(plan, whose, number)
@@ -299,7 +301,7 @@ def learner_config(plan: Plan, stage: Stage) -> Any:
     """The config of the model that a stage trains."""
     if stage.assistant:
         return plan.assistant_configs[stage.assistant - 1]
-    return plan.teacher_config if stage.trains_teacher else plan.student_config
+    return plan.teacher_config_at(stage.number, stage.task) if stage.trains_teacher else plan.student_config
 
 
 def teacher_config(plan: Plan, stage: Stage, number: int) -> Any:

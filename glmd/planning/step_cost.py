@@ -114,7 +114,10 @@ class Step:
         logits = cast.form.logits if cast.form is not None else class_logits
         words, task = _models(cast, cast.student, torch.float32, objective.needs)
         kept = np.arange(cast.student.vocab_size)
-        vocabulary = Vocabulary(kept, np.minimum(np.arange(cast.source_size), len(kept) - 1))
+        source_size = max(
+            cast.source_size, len(kept)
+        )  # a teacher that is fine-tuned may have rows beyond its tokenizer
+        vocabulary = Vocabulary(kept, np.minimum(np.arange(source_size), len(kept) - 1))
         self.distiller = Distiller(
             objective,
             vocabulary.token_map,

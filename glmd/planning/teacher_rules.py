@@ -5,6 +5,8 @@
 From names and numbers alone, as all rules.
 """
 
+from pathlib import Path
+
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError
@@ -48,6 +50,16 @@ def check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
         raise ConfigError(
             f"teacher.ensemble has no effect: method {config.method} compares nothing with further teachers; remove it"
         )
+    for stage in asking:
+        intervention = method[stage].intervention
+        if teacher.ensemble and intervention is not None and intervention.kind.changes_teacher:
+            raise ConfigError(
+                f"teacher.ensemble: the intervention {intervention.name} of method {config.method} in {stage} changes "
+                "what one teacher says; remove one of the two"
+            )
+    places = [Path(each).resolve() for each in (teacher.model, *teacher.ensemble) if each and Path(each).is_dir()]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"teacher.ensemble names a folder twice, or teacher.model: {', '.join(teacher.ensemble)}")
     for task in config.tasks:
         named = teacher.of_task(task)
         if len(named) > teachers_of_task(config, method, task):
@@ -72,6 +84,10 @@ def check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
         most = [teachers_of_task(config, method, task) for task in config.tasks] if stage != "pretraining" else []
         there = min(most, default=len(teacher.ensemble) + 1) + len(config.assistants)
         if method[stage].weighs_teachers and there == 1:
+            if not method[stage].asks_assistants:
+                raise ConfigError(
+                    f"method {config.method} learns from assistants in {stage}, and there are none; give some"
+                )
             also = "" if stage == "pretraining" else ", or a list of models for each task in teacher.tasks"
             raise ConfigError(
                 f"method {config.method} weighs several teachers in {stage}, and there is one; name others in "
@@ -79,8 +95,10 @@ def check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
             )
 
 
-def check_assistants(config: RunConfig) -> None:
-    """Refuse assistants beside other further teachers, and a vocabulary of theirs that teaches nobody."""
+def check_assistants(config: RunConfig, method: dict[str, Objective]) -> None:
+    """Refuse assistants beside other further teachers, without effect, and a vocabulary that teaches nobody."""
+    if config.assistants and not any(objective.teacher_needs for objective in method.values()):
+        raise ConfigError(f"assistants have no effect: method {config.method} asks nothing of a teacher; remove them")
     several = [task for task in config.tasks if len(config.teacher.of_task(task)) > 1]
     if config.assistants and (config.teacher.ensemble or several):
         raise ConfigError("assistants and teacher.ensemble are both given; keep one")

@@ -149,7 +149,13 @@ def test_check_shows_assistants_and_counts_them(tiny, tmp_path, capsys) -> None:
         (["assistants=[{num_hidden_layers: 9}]"], "assistants, number 1.initialization and num_hidden_layers"),
         (["assistants=[{vocabulary: half}]"], "assistants[0].vocabulary must be one of full, student"),
         (["assistants=[{num_layers: 2}]"], "assistants[0].num_layers is unknown"),
-        (["method=takd"], "or give assistants"),
+        (["method=takd"], "method takd learns from assistants in task_soft_labels, and there are none; give some"),
+        (["method=dgkd"], "or give assistants"),
+        (["method=hard", "assistants=[{}]"], "assistants have no effect: method hard asks nothing of a teacher"),
+        (
+            ["method=theseus", "assistants=[{num_hidden_layers: 1}]", "student.num_hidden_layers=2"],
+            "it has 2, the teacher 1; give a student of fewer",
+        ),
         (
             ["method=minilm", "assistants=[{config: {num_attention_heads: 4}}]"],
             "assistant 1: attentions.kl_divergence: the student's num_attention_heads is 4, the teacher's 2",

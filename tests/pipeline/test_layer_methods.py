@@ -190,6 +190,25 @@ def test_heads_are_as_wide_as_the_layers_have_them_and_not_as_the_config_would_h
 
 
 @pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("{loss: bild}", "task_logits.bild of RTE: loss bild needs at least 3 choices, got 2"),
+        ("{loss: standardized_kl}", "task_logits.standardized_kl of RTE"),
+        (
+            "{loss: decoupled_kd, alpha: 0}",
+            "decoupled_kd of RTE is 0 for 2 classes, whatever the models say",
+        ),
+        ("{loss: kl_divergence, temperature: 1.0e-30}", "temperature must be from 0.01 to 10,000"),
+    ],
+)
+def test_a_loss_that_says_nothing_of_a_tasks_classes_is_refused_by_check(term, message, write, tiny, tmp_path, capsys):
+    path = write("two.yaml", f"task_soft_labels: [{{signal: task_logits, {term[1:]}]")
+    assert main(["check", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"method={path}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
     ("change", "ranks", "message"),
     [
         ("pretraining.gradient_accumulation_steps=2", "1", "gradient_accumulation_steps is 2, but method"),

@@ -19,6 +19,7 @@ from glmd.planning.stages import stages
 from glmd.reporting.report import results_table
 
 SIZES = {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64, "initializer_range": 0.4}
+TINY = {"hidden_size": 8, "num_hidden_layers": 1}
 MASKS = ("pretraining.num_maskings=2", "pretraining.logging_steps=1", "task_lm.logging_steps=1")
 LOGS = (*MASKS, "task_soft_labels.logging_steps=1", "controls.hard_labels=false")
 
@@ -33,6 +34,10 @@ def others(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder, model in ((name, BertForMaskedLM), (f"{name}-rte", BertForSequenceClassification)):
             model(config).save_pretrained(root / folder)
             tokenizer.save_pretrained(root / folder)
+    BertForSequenceClassification(BertConfig(vocab_size=128, num_labels=3, **SIZES | TINY)).save_pretrained(
+        root / "three"
+    )
+    tokenizer.save_pretrained(root / "three")
     return root
 
 
@@ -106,6 +111,8 @@ def test_check_lists_every_teacher_and_the_plan_counts_all(tiny, others, tmp_pat
     assert found["tasks/RTE/seed-0/task_lm"] == found["tasks/RTE/seed-0/task_soft_labels"] == teachers
     several, one = (run_cost(each, Layout()).stages for each in (plan, alone))
     ours, theirs = ({stage.name: stage.memory["teacher"] for stage in each} for each in (several, one))
+    trained = {stage.name: stage.memory["student"] for stage in several if "task_teacher" in stage.name}
+    assert len(set(trained.values())) == 3 and "RTE task_teacher 3" in trained, "each by its own config"
     more = ours["pretraining"] - theirs["pretraining"]
     sizes = [BertForMaskedLM.from_pretrained(others / name) for name in ("deep", "wide")]
     expected = sum(p.nbytes for model in sizes for p in [*model.parameters(), *model.buffers()])
@@ -135,12 +142,18 @@ FURTHER = "teacher.ensemble=[{deep}]"
             [FURTHER, "method=uncertainty", "task_soft_labels.gradient_accumulation_steps=2"],
             "compares the examples of a batch with each other",
         ),
-        ([FURTHER, "method=minilm"], "num_attention_heads"),
+        ([FURTHER, "method=minilm"], "teacher 2: attentions.kl_divergence: the student's num_attention_heads"),
+        (["teacher.ensemble=[{deep}, {deep}/../deep]"], "names a folder twice"),
+        (
+            [FURTHER, "method=diito", "tasks={{}}"],
+            "the intervention interchange of method diito in pretraining changes",
+        ),
+        (["method=kd", "teacher.tasks.RTE=[{deep}-rte, {three}]"], "has 3 classes, RTE has 2"),
     ],
 )
 def test_what_several_teachers_cannot_be_is_refused_by_check(given, message, tiny, others, tmp_path, capsys):
     shutil.copytree(tiny.superglue / "RTE", tmp_path / "superglue" / "RTE")
-    places = {"deep": others / "deep", "wide": others / "wide"}
+    places = {"deep": others / "deep", "wide": others / "wide", "three": others / "three"}
     changed = [each.format(**places) for each in given]
     if "method=minilm" in given:
         folder = shutil.copytree(others / "deep", tmp_path / "heads")

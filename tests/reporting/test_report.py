@@ -46,6 +46,13 @@ def test_seeds_become_mean_and_standard_deviation():
     assert "Scores on val; casting: head; checkpoint: last; seeds: 0, 1, 2 (mean ± standard deviation)" in text
 
 
+def test_a_stage_before_the_last_that_leaves_a_model_of_the_task_is_no_seed_of_the_student():
+    rows = [scored("student", 0, 0.1, agreement=0.1, stage="task_average"), scored("student", 0, 0.7, agreement=0.8)]
+    text = results_table({"rows": rows, "parameters": PARAMETERS})
+    assert cells(text, "student (distilled)") == ["0.700"]
+    assert cells(text, "student's agreement with the teacher") == ["0.800"]
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_controls_updates_are_told_by_the_passes_that_there_are(passes):
     rows = [scored("student", 0, 0.6), scored("hard labels", 0, 0.6)]
