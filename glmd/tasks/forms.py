@@ -112,10 +112,10 @@ class ClassForm(TaskForm):
         """Also refuses classes that are not the task's, in the task's order."""
         self._require_architecture(config, name, "SequenceClassification")
         got, expected = _classes_of(config), self._names()
-        if len(got) != len(expected):
-            raise ModelError(f"{name}: has {len(got)} classes, {self.task.name} has {len(expected)}: {expected}")
         if not _is_unnamed(got) and [each.lower() for each in got] != [each.lower() for each in expected]:
             raise ModelError(f"{name}: its classes {got} are not those of {self.task.name} in this order: {expected}")
+        if len(got) != len(expected):
+            raise ModelError(f"{name}: has {len(got)} classes, {self.task.name} has {len(expected)}: {expected}")
 
     def new_head(self) -> dict[str, Any]:
         names = self._names()

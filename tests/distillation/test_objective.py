@@ -95,7 +95,7 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
         ("task_lm: [{signal: lm_logits, loss: mse, gkd_compat: 1}]", "[0].gkd_compat must be true or false", "1"),
         ("pretraining: [{signal: lm_labels, loss: hard_cross_entropy, tokens: all}]", "[0].tokens has no eff", ""),
         ("task_lm: [{signal: lm_logits, loss: mse, tokens: mask}]", "[0].tokens must be one of all, masked", ""),
-        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: 0}]", "[0].temperature", "above 0"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: 0}]", "[0].temperature", "from 0.01"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: hot}]", "[0].temperature", "a number"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: .nan}]", "[0].temperature", "nan"),
         ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: .inf}]", "[0].temperature", "inf"),
@@ -104,7 +104,7 @@ GOOD = "{signal: lm_logits, loss: kl_divergence}"
             "[0].temperature",
             "{from: a, to",
         ),
-        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: [[0, 1], [1, 0]]}]", "above 0", "got 0.0"),
+        ("task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: [[0, 1], [1, 0]]}]", "from 0.01", "got 0.0"),
         (
             "task_lm: [{signal: lm_logits, loss: kl_divergence, temperature: [[1, 1], [0, 2]]}]",
             "must rise",

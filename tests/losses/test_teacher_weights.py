@@ -10,7 +10,7 @@ from glmd.losses.head import Head
 from glmd.losses.teacher_weights import WEIGHTINGS, linear_weights
 
 N, K = 9, 5
-PLAIN = [name for name, each in WEIGHTINGS.items() if not each.is_learned]
+PLAIN = [name for name, each in WEIGHTINGS.items() if each.function is not None]
 
 
 def rows(teachers: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
