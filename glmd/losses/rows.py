@@ -27,8 +27,9 @@ FUSED = ("kl_divergence", "cross_entropy", "reverse_kl", "js_divergence", "gener
 
 # On a CPU the buffers of a block stay near the core; a GPU is better served by few large steps.
 BLOCK_ROWS = {"cpu": 64, "cuda": 512}
-# A graph keeps two dozen tensors of a block: in an eighth of the rows no more than the buffers of a whole one.
-GRAPH_BLOCKS = 8
+# A graph keeps two dozen tensors of a block. Of so many numbers, or of four rows, they take no more memory than the
+# buffers of a whole block do where the vocabulary is large; on a CPU they stay near the core.
+GRAPH_NUMBERS = {"cpu": 2**17, "cuda": 2**22}
 
 
 Factor = float | Tensor  # a tensor () on a device that is not to be waited for
@@ -64,20 +65,25 @@ class EagerRows:
         dtype = torch.promote_types(student.dtype, torch.float32)
         if teacher.is_floating_point():
             dtype = torch.promote_types(dtype, teacher.dtype)
-        rows = min(len(student), BLOCK_ROWS.get(student.device.type, 512))
+        device = student.device.type if student.device.type in BLOCK_ROWS else "cuda"
+        rows = min(len(student), BLOCK_ROWS[device])
         if spec.loss in ROW_LOSSES:
             self.loss = ROW_LOSSES[spec.loss]
         else:
-            self.loss, rows = rows_by_autograd(LOGIT_LOSSES[spec.loss], spec.loss), -(-rows // GRAPH_BLOCKS)
+            self.loss = rows_by_autograd(LOGIT_LOSSES[spec.loss], spec.loss)
+            rows = min(rows, max(4, GRAPH_NUMBERS[device] // student.shape[1]))
         capped = spec.student_softcap is not None
         self.buffers = student.new_empty(4 if capped else 3, rows, student.shape[1], dtype=dtype)
         merged = () if spec.merged_into is None else teacher.shape[1:]
         self.every_token = student.new_empty(rows, *merged, dtype=dtype)
 
     def __call__(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
-        values = self.buffers.new_empty(len(student))
-        for start in range(0, len(student), self.buffers.shape[1]):
-            block = slice(start, start + self.buffers.shape[1])
+        values, size = self.buffers.new_empty(len(student)), self.buffers.shape[1]
+        starts = range(0, len(student), size)
+        if hasattr(student, "fake_mode"):  # a rehearsal counts what is held at once: one block says it
+            starts = starts[:1]
+        for start in starts:
+            block = slice(start, start + size)
             values[block] = self._block(student[block], teacher[block], None if weights is None else weights[block])
         return values
 
