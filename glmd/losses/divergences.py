@@ -7,14 +7,13 @@ float32 or better, and a choice that is -inf in both models does not exist. Each
 gradient. Weights that are made of p and q are constants: no gradient flows through them.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from glmd.errors import ConfigError
-from glmd.losses.probabilities import expectation, kl_of, log_probabilities, probabilities
+from glmd.losses.probabilities import check_alpha_beta, expectation, kl_of, log_probabilities, probabilities
 
 
 def generalized_js(
@@ -122,11 +121,7 @@ def alpha_beta(
     alpha, beta: at least 0, not both 0; where one is 0 it is the limit. (1, 0) is the KL, (0, 1) the reverse KL. A
     larger alpha looks at where the two differ most, a larger beta at what the student is sure of.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be at least 0 and finite, got {value}")
-    if alpha == beta == 0:
-        raise ConfigError("alpha and beta must not both be 0")
+    check_alpha_beta(alpha, beta)
     _, _, log_ratio = probabilities(student_logits, teacher_logits, temperature)
     log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
     is_above = log_ratio > 0

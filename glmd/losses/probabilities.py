@@ -20,6 +20,15 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(f"temperature must be above 0 and finite, got {temperature}")
 
 
+def check_alpha_beta(alpha: float, beta: float) -> None:
+    """Raises ConfigError unless both are finite and at least 0, and one is above it."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be at least 0 and finite, got {value}")
+    if alpha == beta == 0:
+        raise ConfigError("alpha and beta must not both be 0")
+
+
 def widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype of at least float32. Raises ValueError if shapes differ, even if they broadcast."""
     if student.ndim != 2 or student.shape != teacher.shape:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from glmd.errors import ConfigError
-from glmd.losses.probabilities import check_temperature, kl_of, log_probabilities, probabilities, widened
+from glmd.losses.probabilities import (
+    check_alpha_beta,
+    check_temperature,
+    kl_of,
+    log_probabilities,
+    probabilities,
+    widened,
+)
 
 
 def decoupled_kd(
@@ -32,11 +39,7 @@ def decoupled_kd(
     has; of a token, and where a label is negative, the target is the teacher's likeliest choice. alpha, beta: at least
     0, not both 0.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be at least 0 and finite, got {value}")
-    if alpha == beta == 0:
-        raise ConfigError("alpha and beta must not both be 0")
+    check_alpha_beta(alpha, beta)
     student, teacher = widened(student_logits, teacher_logits)
     target = teacher.argmax(-1)
     if labels is not None:

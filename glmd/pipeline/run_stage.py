@@ -123,10 +123,9 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
         torch.manual_seed(stage.seed)
         return BertForMaskedLM(context.plan.teacher_config), None
     if stage.start is None:
-        is_teacher = stage.teacher == TEACHER and whole(context.language_model(TEACHER)) == context.language_model(
-            TEACHER
-        )
-        return (_student(context, stage) if is_teacher or number_of_ranks() == 1 else _from_main(context, stage)), None
+        taught = context.language_model(TEACHER)
+        is_read_by_all = number_of_ranks() == 1 or (stage.teacher == TEACHER and whole(taught) == taught)
+        return (_student if is_read_by_all else _from_main)(context, stage), None
     name, task_model, teacher = context.model(stage.start), None, context.config.teacher
     if stage.task is not None and (not stage.leaves_language_model or "task_head" in stage.needs):
         remote = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}

@@ -186,8 +186,9 @@ def require_vocabulary_effects(
     from glmd.models.loading import compared_embeddings
 
     settings = config.vocabulary
-    if is_whole and any(each.vocabulary == "student" for each in config.assistants):
-        raise ConfigError("assistants: vocabulary student has no effect: every token is kept; remove it")
+    for i, assistant in enumerate(config.assistants):
+        if is_whole and assistant.vocabulary == "student":
+            raise ConfigError(f"assistants[{i}].vocabulary has no effect: every token is kept; remove it")
     try:
         compared_embeddings(teacher, settings.similarity)
     except ModelError as error:

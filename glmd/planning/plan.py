@@ -293,31 +293,30 @@ def _with_parameters(plan: Plan) -> Plan:
     models: dict[str, Any] = {"teacher": teacher}
     for number, each in enumerate(plan.ensemble_configs, start=2):
         models[f"teacher {number}"] = model_on_meta(f"teacher {number}", each)
-    configs: list[Any] = []
-    for i, assistant in enumerate(plan.config.assistants, start=1):
-        size = plan.kept_size if assistant.vocabulary == "student" else plan.source_size
-        above = {"teacher": plan.teacher_config} | {f"assistant {j}": each for j, each in enumerate(configs, start=1)}
-        model_config, models[f"assistant {i}"] = _learner(plan, f"assistant {i}", assistant, size, above)
-        configs.append(model_config)
-    plan = replace(plan, assistant_configs=tuple(configs))
-    above = {"teacher": plan.teacher_config} | {f"assistant {j}": each for j, each in enumerate(configs, start=1)}
-    student_config, models["student"] = _learner(plan, "student", plan.config.student, plan.kept_size, above)
+    above = [plan.teacher_config]  # and then each assistant's
+    for i, assistant in enumerate(plan.config.assistants):
+        size, name = plan.kept_size if assistant.vocabulary == "student" else plan.source_size, f"assistant {i + 1}"
+        model_config, models[name] = _learner(plan, name, f"assistants[{i}]", assistant, size, above)
+        above.append(model_config)
+    learner = plan.config.student
+    student_config, models["student"] = _learner(plan, "student", "student", learner, plan.kept_size, above)
     require_attention(plan.config, student_config, plan.teacher_config)
     parameters = {
         name: split_parameters(model, set(vocabulary_axes(model.config, type(model)))) for name, model in models.items()
     }
-    return replace(plan, student_config=student_config, parameters=parameters)
+    return replace(plan, student_config=student_config, assistant_configs=tuple(above[1:]), parameters=parameters)
 
 
-def _learner(plan: Plan, name: str, shape: StudentConfig, size: int, above: dict[str, Any]) -> tuple[Any, Any]:
+def _learner(plan: Plan, name: str, key: str, shape: StudentConfig, size: int, above: Sequence[Any]) -> tuple[Any, Any]:
     """Config and model, without weights, of the student or of an assistant with so many tokens.
 
-    above: configs of teacher and assistants that it may learn from. Raises ConfigError for what does not fit.
+    key: where the config has it. above: configs of teacher and assistants that it may learn from. Raises ConfigError
+    for what does not fit.
     """
     from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
 
     total = plan.teacher_config.num_hidden_layers
-    count, key = shape.num_hidden_layers or total, name.replace("assistant ", "assistants, number ")
+    count = shape.num_hidden_layers or total
     try:
         chosen = chosen_layers(shape, count, total)
     except ConfigError as error:
@@ -342,12 +341,12 @@ def _learner(plan: Plan, name: str, shape: StudentConfig, size: int, above: dict
 
 
 def _require_layers(
-    plan: Plan, stage: str, objective: Objective, student_config: Any, student: Any, above: dict[str, Any]
+    plan: Plan, stage: str, objective: Objective, student_config: Any, student: Any, above: Sequence[Any]
 ) -> None:
     """Refuse terms of a stage whose layers or modules one of the models has not."""
     from glmd.distillation.signals import require_layers
 
-    first, *others = above.values() if objective.asks_assistants else [*above.values()][-1:]
+    first, *others = above if objective.asks_assistants else above[-1:]
     require_layers(objective.terms, student_config, first)
     for number, config in enumerate([*others, *further_configs(plan, stage)], start=2):
         try:

@@ -103,8 +103,6 @@ def check_assistants(config: RunConfig, method: dict[str, Objective]) -> None:
     if config.assistants and (config.teacher.ensemble or several):
         raise ConfigError("assistants and teacher.ensemble are both given; keep one")
     own = [i for i, each in enumerate(config.assistants, start=1) if each.vocabulary == "student"]
-    if own and config.vocabulary.keep_ratio == 1:
-        raise ConfigError(f"assistants[{own[0] - 1}].vocabulary has no effect: vocabulary.keep_ratio is 1; remove it")
     if own and config.controls.full_vocabulary:
         raise ConfigError(
             f"assistants[{own[0] - 1}].vocabulary student: it cannot teach the control with the full vocabulary; give "

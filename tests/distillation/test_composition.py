@@ -126,11 +126,9 @@ def is_zero_for_equals(term: Term) -> bool:
     return term.loss not in NOT_ZERO and not of_layers
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [each for each in PAIRS if any(map(is_zero_for_equals, each.values[0]))])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(pair: tuple[Term, ...]) -> None:
     terms = tuple(term for term in pair if is_zero_for_equals(term))
-    if not terms:
-        pytest.skip("neither is 0 for equal models")
     teacher = OnlineTeacher(*models_of(V, 2, 0, 0), Vocabulary.identity(V))
     pair_of = {name: copy.deepcopy(getattr(teacher, name)) for name in ("language_model", "classifier")}
     models = {name: each.requires_grad_() for name, each in pair_of.items()}

@@ -143,10 +143,11 @@ def test_check_shows_assistants_and_counts_them(tiny, tmp_path, capsys) -> None:
     ("given", "message"),
     [
         (["assistants=[{}]", "teacher.ensemble=[x]"], "assistants and teacher.ensemble are both given; keep one"),
-        (["assistants=[{vocabulary: student}]", "vocabulary.keep_ratio=1"], "vocabulary has no effect"),
+        (["assistants=[{vocabulary: student}]", "vocabulary.keep_ratio=1"], "assistants[0].vocabulary has no effect"),
+        (["assistants=[{}, {vocabulary: student}]", "vocabulary={size: 86}"], "assistants[1].vocabulary has no effect"),
         (["assistants=[{vocabulary: student}]", "controls.full_vocabulary=true"], "cannot teach the control"),
         (["assistants=[{vocabulary: student}, {}]"], "assistants[1].vocabulary full: the assistant before it has"),
-        (["assistants=[{num_hidden_layers: 9}]"], "assistants, number 1.initialization and num_hidden_layers"),
+        (["assistants=[{num_hidden_layers: 9}]"], "assistants[0].initialization and num_hidden_layers: "),
         (["assistants=[{vocabulary: half}]"], "assistants[0].vocabulary must be one of full, student"),
         (["assistants=[{num_layers: 2}]"], "assistants[0].num_layers is unknown"),
         (["method=takd"], "method takd learns from assistants in task_soft_labels, and there are none; give some"),
