@@ -30,6 +30,7 @@ BLOCK_ROWS = {"cpu": 64, "cuda": 512}
 # A graph keeps two dozen tensors of a block. Of so many numbers, or of four rows, they take no more memory than the
 # buffers of a whole block do where the vocabulary is large; on a CPU they stay near the core.
 GRAPH_NUMBERS = {"cpu": 2**17, "cuda": 2**22}
+BEYOND_BUFFERS = ("js_divergence",)  # row forms that make as many tensors as a graph has
 
 
 Factor = float | Tensor  # a tensor () on a device that is not to be waited for
@@ -67,10 +68,8 @@ class EagerRows:
             dtype = torch.promote_types(dtype, teacher.dtype)
         device = student.device.type if student.device.type in BLOCK_ROWS else "cuda"
         rows = min(len(student), BLOCK_ROWS[device])
-        if spec.loss in ROW_LOSSES:
-            self.loss = ROW_LOSSES[spec.loss]
-        else:
-            self.loss = rows_by_autograd(LOGIT_LOSSES[spec.loss], spec.loss)
+        self.loss = ROW_LOSSES.get(spec.loss) or rows_by_autograd(LOGIT_LOSSES[spec.loss], spec.loss)
+        if spec.loss not in ROW_LOSSES or spec.loss in BEYOND_BUFFERS:
             rows = min(rows, max(4, GRAPH_NUMBERS[device] // student.shape[1]))
         capped = spec.student_softcap is not None
         self.buffers = student.new_empty(4 if capped else 3, rows, student.shape[1], dtype=dtype)
