@@ -211,6 +211,7 @@ class ControlsConfig:
 
     hard_labels: bool = True  # same student and start, labels alone, as many updates as its task passes
     full_vocabulary: bool = False  # the whole method again with the teacher's full vocabulary
+    trim_only: bool = False  # the fine-tuned teacher with the student's vocabulary, and nothing trained
 
 
 def _pretraining_defaults() -> StageConfig:
@@ -257,6 +258,9 @@ class RunConfig:
     # How tasks are put to a model: head, to a task head; cloze, to a language model that fills it in (the paper's form)
     casting: str = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
+    # A method, by name or path: over each task the stages of `method` have together as many updates as those of this one
+    # would have, in the proportion of their own. None: as many as the settings of each say
+    updates_of: str | None = None
     # stage -> setting -> values: every combination is trained from one pretrained student, with every seed
     sweep: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])  # of the task stages; the first also pretrains

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -68,6 +69,18 @@ def files_problem(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def link_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Have files of one folder in another too: the same ones where the file system can, else copies. Raises OSError."""
+    for name in names:
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        try:
+            os.link(source / name, path)
+        except OSError:  # no links there, or no more of this file
+            shutil.copyfile(source / name, path)
 
 
 def file_sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from glmd.data.corpus import _sha256, corpus_fingerprint, read_documents
 from glmd.errors import DataError, DiskError, ModelError, RunError
-from glmd.storage import write_atomically
+from glmd.storage import link_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +183,21 @@ def require_same_store(folder: Path, corpus: Mapping[str, Any], tokenizer: Any, 
         return
     fingerprint = {"corpus": corpus, "tokenizer": reading_fingerprint(tokenizer), "text_field": text_field}
     _require_origin(store, fingerprint)
+
+
+def take_over_store(
+    folder: Path, others: Iterable[Path], corpus: Mapping[str, Any], tokenizer: Any, *, text_field: str
+) -> None:
+    """Have the same store in `folder` that one of the others holds, if one does and `folder` has none."""
+    for other in others:
+        if (folder / "manifest.json").exists():
+            return
+        try:
+            require_same_store(other, corpus, tokenizer, text_field=text_field)
+            open_token_store(other)
+        except RunError:
+            continue
+        link_files(other, folder, ["tokens.bin", "manifest.json"])
 
 
 def _require_origin(store: TokenStore, fingerprint: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ _TOLD: dict[str, tuple[str, str]] = {
     "task_lm": ("Student", "the fine-tuned teacher's word prediction on {task}"),
     "task_soft_labels": ("Student for {task}", "the fine-tuned teacher's answers on {task}"),
     "hard_labels": ("Student for {task}", "the labels of {task}, as a control"),
+    "trim_only": ("Teacher for {task} with fewer tokens", "the fine-tuned teacher without training, as a control"),
 }
 
 

@@ -10,13 +10,18 @@ from glmd.planning.stages import Stage
 from glmd.reporting.report import NEAREST
 
 
-def row_of(config: RunConfig, stage: Stage, result: dict[str, Any]) -> dict[str, Any]:
-    """The row of a stage that leaves a model."""
+def row_of(config: RunConfig, stage: Stage, result: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The row of a stage that leaves a model. processes: that its batch size speaks of."""
     planned = stage.task
+    of: dict[str, Any] = {"method": config.method, "path": stage.path}
+    if stage.settings is not None:
+        steps = stage.settings.steps(len(stage.examples), processes)
+        tokens = steps * stage.settings.global_batch_size(processes) * stage.length
+        of["budget"] = {"updates": steps, "tokens_at_most": tokens}
     if planned is None:
-        return {"system": stage.system, "stage": "pretraining", "task": None, "seed": stage.seed, **result}
+        return {"system": stage.system, "stage": "pretraining", "task": None, "seed": stage.seed, **of, **result}
     task = planned.task
-    row = {"system": stage.system, "task": task.name, "stage": stage.kind, "seed": stage.seed, "split": "val"}
+    row = {"system": stage.system, "task": task.name, "stage": stage.kind, "seed": stage.seed, "split": "val", **of}
     row |= {"casting": task.casting, "selection": selection_of(config, stage)}
     row |= {"grid_point": stage.grid_point} | result if stage.grid_point else result
     if planned.is_scored:

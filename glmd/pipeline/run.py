@@ -91,7 +91,7 @@ def _run_stages(context: Context, held: ExitStack) -> dict[str, Any]:
         warn_of_equal_candidates(context, stage)
         result = complete(context, stage)
         if stage.kind != "vocabulary":
-            rows.append(row_of(context.config, stage, result))
+            rows.append(row_of(context.config, stage, result, context.processes))
         if stage.kind == "task_teacher":
             for each in concerns(rows[-1:]):
                 logger.warning("%s", each)

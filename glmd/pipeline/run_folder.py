@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from glmd.models.loading import model_fingerprint
 from glmd.planning.rules import with_dtype
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
-from glmd.storage import describe_files, files_problem, locked, write_atomically, write_problem
+from glmd.storage import describe_files, files_problem, link_files, locked, write_atomically, write_problem
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,14 @@ def require_free_folder(config: RunConfig) -> Path:
 
 
 class RunFolder:
-    """The folder of a run, as all ranks see it. `left` is what its complete stages left, by the stage's folder."""
+    """The folder of a run, as all ranks see it. `left` is what its complete stages left, by the stage's folder.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    siblings: folders of other runs. A stage that is complete in one of them, made from the same inputs, is not made
+    again.
+    """
+
+    def __init__(self, path: Path, siblings: Sequence[Path] = ()) -> None:
+        self.path, self.siblings = path, siblings
         self.left: dict[Path, dict[str, dict[str, Any]]] = {}
         self._fingerprints: dict[tuple[str, str | None], str] = {}
 
@@ -138,8 +142,8 @@ class RunFolder:
         refused with the folder to delete.
         """
         path = place / "stage.json"
-        record = on_main(lambda: _read_record(path))
         inputs = json.loads(json.dumps(inputs))
+        record = on_main(lambda: _read_record(path) or self._taken_over(place, inputs))
         if record is not None:
             is_longer = not record["complete"] and only_goes_on(record["inputs"], inputs)
             ignore = [*WATCHING_KEYS, *(["stage.max_steps"] if is_longer else [])]
@@ -168,6 +172,27 @@ class RunFolder:
         gc.collect()  # models hold themselves in cycles: gigabytes that would stay for the next stage
         self._forget_the_way(place)
         return result
+
+    def _taken_over(self, place: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of a sibling's stage of the same name and inputs, whose files are then here too; None without."""
+        for sibling in self.siblings:
+            source = sibling / place.relative_to(self.path)
+            try:
+                record = _read_record(source / "stage.json")
+            except RunError:  # which that run will say
+                continue
+            if record is None or not record["complete"] or differences(record["inputs"], inputs, ignore=WATCHING_KEYS):
+                continue
+            if files_problem(source, record["files"]):
+                continue
+            cards = [each.relative_to(source).as_posix() for each in source.rglob(FREE_TO_CHANGE)]
+            link_files(source, place, record["files"])
+            for name in cards:  # of its own, which may be edited
+                (place / name).write_bytes((source / name).read_bytes())
+            write_atomically(place / "stage.json", json.dumps(record, indent=1))
+            logger.info("%s: taken from %s, which made it from the same", self.name(place), sibling)
+            return record
+        return None
 
     def _forget_the_way(self, place: Path) -> None:
         """What a finished stage leaves is its model; the way there is no longer needed."""

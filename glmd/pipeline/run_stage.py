@@ -38,7 +38,7 @@ from glmd.pipeline.scores import (
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.rules import live_stages
-from glmd.planning.stages import TEACHER, Stage
+from glmd.planning.stages import TEACHER, TRIM, Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import number_of_ranks, on_main, together
 from glmd.tasks.forms import class_logits
@@ -47,7 +47,7 @@ from glmd.training.fsdp import is_sharded
 from glmd.training.trainer import Evaluate, Teacher, Trainer
 from glmd.vocabulary.build import build_vocabulary
 from glmd.vocabulary.renumbering import named_ids
-from glmd.vocabulary.slicing import vocabulary_axes
+from glmd.vocabulary.slicing import slice_model, vocabulary_axes
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +57,18 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     if stage.kind == "vocabulary":
         on_main(lambda: choose_vocabulary(context, stage))
         return {}
-    if stage.kind == "task_teacher" and stage.settings is None:
-        assert stage.task is not None, "a stage of a task"
-        settings = context.config.stage("task_teacher", stage.task.task.name)
-        return score_task(context, replace(stage, settings=settings), load_fine_tuned(context, stage))
+    if stage.settings is None and stage.task is not None:
+        settings = context.config.stage("task_teacher", stage.task.task.name)  # how a model is scored
+        scored = replace(stage, settings=settings)
+        if stage.kind == TRIM:
+            return trim(context, scored)
+        return score_task(context, scored, load_fine_tuned(context, stage), keeps=True)
     language_model, task_model = start(context, stage)
     model = language_model if stage.leaves_language_model else task_model
     result: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     if not stage.trains_teacher and (stage.task is None or not stage.leaves_language_model):
-        result["parameters"] = split_parameters(model, set(vocabulary_axes(model.config, type(model))))
+        result["parameters"] = _counted(model)
     if stage.settings is not None:
         teacher = load_teacher(context, stage)
         context.at_hand = None
@@ -85,14 +87,14 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         if compared is not None:
             result["lm_scores"] = metrics = score_language_model(context, stage, model, compared) | bits
     if not stage.leaves_language_model:
-        scores = score_task(context, stage, model)
+        scores = score_task(context, stage, model, keeps=True)
         shown = {"agreement with the teacher": scores["agreement"]} if "agreement" in scores else {}
         metrics = scores.get("metrics", {}) | shown
         config = context.config.teacher
         if stage.trains_teacher and (config.dtype != "float32" or config.quantization):
             # The folder's own scores are on its card, those of the table are of the precision that it teaches in.
             export_stage(context, stage, model, metrics)
-            return result | score_task(context, stage, load_fine_tuned(context, stage))
+            return result | score_task(context, stage, load_fine_tuned(context, stage), keeps=True)
         result |= scores
     export_stage(context, stage, model, metrics)
     return result
@@ -112,6 +114,19 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
     counts = token_counts(context)
     built = build_vocabulary(context.plan.tokenizer, embeddings, counts, keep_ids=ids, **settings.choice)
     built.save(context.folder(stage))
+
+
+def trim(context: Context, stage: Stage) -> dict[str, Any]:
+    """Leave the fine-tuned teacher with the student's tokens, as it is otherwise, and score it."""
+    assert stage.task is not None and stage.start is not None, "a stage of a task"
+    model = slice_model(load_classifier(context.model(stage.start), stage.task.task), context.vocabulary(stage))
+    scores = score_task(context, stage, model, keeps=True)
+    export_stage(context, stage, model, scores.get("metrics", {}) | {"agreement with the teacher": scores["agreement"]})
+    return {"parameters": _counted(model)} | scores
+
+
+def _counted(model: Any) -> dict[str, int]:
+    return split_parameters(model, set(vocabulary_axes(model.config, type(model))))
 
 
 @phase("loading")

@@ -1,5 +1,6 @@
 """How a stage's model is scored: by the teacher's predictions, by the answers to a task."""
 
+import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from glmd.data.blocks import BlockDataset, block_texts
 from glmd.distillation.teacher import of_each
 from glmd.evaluation.bits_per_byte import score_text
 from glmd.evaluation.metrics import score
+from glmd.evaluation.resampling import resampled_scores
 from glmd.evaluation.scoring import answers_of, predict, score_lm
 from glmd.losses.logits import kl_divergence
 from glmd.models.attention import attention_of, chosen_by_transformers
@@ -24,9 +26,11 @@ from glmd.pipeline.teachers import load_fine_tuned, placed_language_model
 from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
+from glmd.storage import write_atomically
 from glmd.training.trainer import Teacher
 
 logger = logging.getLogger(__name__)
+ANSWERS = "answers.json"  # class ids on val, or positions of choices; and the metrics of resampled val sets
 FEW = 4  # held-out blocks on which a quantized teacher is compared with the whole one, which is on the CPU
 
 
@@ -136,13 +140,21 @@ def _few_blocks(context: Context, stage: Stage) -> Batch:
 
 
 @phase("scoring")
-def score_task(context: Context, stage: Stage, model: Any) -> dict[str, Any]:
-    """Metrics on the validation split, if it has labels; of a student also the share of the teacher's answers."""
+def score_task(context: Context, stage: Stage, model: Any, *, keeps: bool = False) -> dict[str, Any]:
+    """Metrics on the validation split, if it has labels; of a student also the share of the teacher's answers.
+
+    keeps: write ANSWERS into the stage's folder.
+    """
     assert stage.task is not None, "a stage of a task"
     answers = _answers(context, stage, model, is_teacher=stage.trains_teacher)
     result: dict[str, Any] = {"examples": len(answers)}
     if stage.task.is_scored:
         result["metrics"] = score(stage.task.task, answers, stage.task.val)
+    if keeps:
+        kept: dict[str, Any] = {"answers": answers.tolist()}
+        if stage.task.is_scored:
+            kept["resampled"] = resampled_scores(stage.task.task, answers, stage.task.val)
+        on_main(lambda: write_atomically(context.folder(stage) / ANSWERS, json.dumps(kept)))
     if not stage.trains_teacher:
         result["agreement"] = float((answers == teacher_answers(context, stage)).mean())
     return result

@@ -196,8 +196,17 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
         raise ConfigError(f"method {config.method} has no stage on a task, but tasks are given; give tasks={{}}")
     if config.tasks and config.casting == "head":
         _check_order(config, method)
+    ruler = load_method(config.updates_of) if config.updates_of is not None else {}
+    if config.updates_of is not None and not (config.tasks and passes(ruler)):
+        raise ConfigError(
+            f"updates_of {config.updates_of} has no effect: "
+            + (f"method {config.updates_of} has no stage on a task" if config.tasks else "there are no tasks")
+            + "; remove it"
+        )
+    if config.updates_of == config.method:
+        raise ConfigError(f"updates_of {config.updates_of} has no effect: it is the method itself; remove it")
     for name in config.stages:
-        if name not in method.keys() - {*STAGES}:
+        if name not in (method.keys() | ruler.keys()) - {*STAGES}:
             instead = f"give {name} itself" if name in STAGES else f"remove it{suggestion(name, method)}"
             raise ConfigError(f"stages.{name} has no effect: it is no stage of method {config.method}'s own; {instead}")
     for stage in config.sweep:
@@ -206,8 +215,11 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
                 f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it"
                 f"{suggestion(stage, passes(method))}"
             )
-    if config.controls.full_vocabulary and vocabulary.keep_ratio == 1:
-        raise ConfigError("controls.full_vocabulary has no effect: vocabulary.keep_ratio is 1")
+    for name in ("full_vocabulary", "trim_only"):
+        if getattr(config.controls, name) and vocabulary.keep_ratio == 1:
+            raise ConfigError(f"controls.{name} has no effect: vocabulary.keep_ratio is 1")
+    if config.controls.trim_only and not config.tasks:
+        raise ConfigError("controls.trim_only has no effect without tasks; remove it")
 
 
 def _check_order(config: RunConfig, method: dict[str, Objective]) -> None:

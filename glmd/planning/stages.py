@@ -6,11 +6,12 @@ A stage is known by its path, that of its folder in the run folder. Nothing is l
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from glmd.config import GridPoint, TeacherConfig, grid_point_name
+from glmd.config import GridPoint, RunConfig, TeacherConfig, grid_point_name
+from glmd.distillation.methods import load_method
 from glmd.distillation.objective import HARD_LABELS, MASKED_LM, Objective
 from glmd.distillation.signals import Need
 from glmd.planning.plan import Plan
@@ -23,6 +24,7 @@ from glmd.tasks.examples import TaskExample
 Variant = Literal["teacher", "student", "full vocabulary"]
 ASSISTANTS = "assistants"  # the folder of all of them
 CONTROL = "hard_labels"  # the kind of the stage in which a student learns labels alone
+TRIM = "trim_only"  # and of that which leaves the fine-tuned teacher with fewer tokens, and trains nothing
 TEACHER = "teacher"  # path of the pretrained teacher: a stage where it is trained here, else the model that is named
 # Settings that say how many updates a stage has.
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -32,9 +34,9 @@ LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "
 class Stage:
     """A unit of work of a run.
 
-    kind: "teacher", "vocabulary", "task_teacher", "hard_labels", or a stage of the method by its name.
+    kind: "teacher", "vocabulary", "task_teacher", "hard_labels", "trim_only", or a stage of the method by its name.
     settings: None where nothing is trained: for the vocabulary, a named teacher of a task, a student without
-        pretraining. objective: None for the vocabulary and a student without pretraining.
+        pretraining, a teacher that is trimmed. objective: None for the vocabulary and a student without pretraining.
     variant: whose vocabulary its model has. "full vocabulary" is the control with the teacher's.
     grid_point: what of the sweep's it depends on. cached: it reads the teacher's outputs from `teacher.cache`.
     start: path of the stage whose model it begins from; None where it makes its own, of the teacher's layers.
@@ -73,7 +75,7 @@ class Stage:
     def system(self) -> str:
         """What the results call it."""
         if self.is_control:
-            return "hard labels"
+            return self.kind.replace("_", " ")
         if self.assistant:
             return f"assistant {self.assistant}"
         return f"{self.variant} {self.number + 1}" if self.number else self.variant
@@ -85,8 +87,8 @@ class Stage:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is the student that learns the labels alone."""
-        return self.kind == CONTROL
+        """Whether it is a model beside the student's stages, which learns labels alone or nothing."""
+        return self.kind in (CONTROL, TRIM)
 
     @property
     def trains_teacher(self) -> bool:
@@ -180,6 +182,9 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
             trained = None if model is not None else config.stage("task_teacher", name)
             more: dict[str, Any] = {"start": start, "named": model, "number": number}
             yield Stage("task_teacher", path, trained, HARD_LABELS, seed, "teacher", task, **more)
+        if config.controls.trim_only:
+            trimmed, whole = f"controls/{TRIM}/tasks/{name}", teacher_path(0, name)
+            yield Stage(TRIM, trimmed, None, None, seed, task=task, start=whole, teacher=whole, last=TRIM)
     for number, assistant in enumerate(config.assistants, start=1):
         whose: Variant = "student" if assistant.vocabulary == "student" else "full vocabulary"
         yield _pretraining(plan, whose, number)
@@ -226,6 +231,9 @@ def _passes(
     config, method, name = plan.config, plan.method, task.task.name
     pretrained, kinds = f"{_root(variant, assistant)}pretraining", passes(method)
     settings = {kind: config.stage(kind, name, grid_point) for kind in kinds}
+    if config.updates_of is not None:
+        total = _updates(config, passes(load_method(config.updates_of)), task, grid_point, kinds[-1], processes)
+        settings = _shared_out(total, settings, len(task.inputs), processes)
     last, start = kinds[-1], pretrained
     for i, kind in enumerate(kinds):
         # Grid points that differ in later passes alone share the earlier ones.
@@ -246,6 +254,28 @@ def _passes(
         steps = sum(each.steps(len(task.inputs), processes) for each in settings.values())
         longer = replace(settings[last], max_steps=steps, num_train_epochs=None)
         yield Stage(CONTROL, path, longer, HARD_LABELS, seed, variant, task, point, pretrained, last=last)
+
+
+def _updates(
+    config: RunConfig, kinds: Sequence[str], task: TaskPlan, grid_point: GridPoint, last: str, processes: int
+) -> int:
+    """How many the passes of another method have. What is swept of `last` is meant for the last of those."""
+    swept = {key.removeprefix(f"{last}."): value for key, value in grid_point.items() if key.startswith(f"{last}.")}
+    point = {f"{kinds[-1]}.{key}": value for key, value in swept.items()}
+    settings = [config.stage(kind, task.task.name, point) for kind in kinds]
+    return sum(each.steps(len(task.inputs), processes) for each in settings)
+
+
+def _shared_out(total: int, settings: dict[str, StageConfig], examples: int, processes: int) -> dict[str, StageConfig]:
+    """The settings with so many updates together, in the proportion of their own; each has one at least."""
+    own = [each.steps(examples, processes) for each in settings.values()]
+    shared, done = {}, 0
+    for i, (kind, each) in enumerate(settings.items()):
+        until = round(total * sum(own[: i + 1]) / sum(own))
+        until = min(max(until, done + 1), max(done + 1, total - (len(own) - 1 - i)))
+        shared[kind] = replace(each, max_steps=until - done, num_train_epochs=None)
+        done = until
+    return shared
 
 
 def _learning(plan: Plan, kind: str, objective: Objective | None, task: str | None, assistant: int) -> dict[str, Any]:
