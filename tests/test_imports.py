@@ -95,6 +95,12 @@ def test_reports_are_read_without_a_framework():
     assert own_imports(MODULES["reporting.report"]) <= {"errors", "public"}
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if wing(name) == "reporting"])
+def test_reports_load_no_torch(name):
+    assert own_imports(MODULES[name]) <= {"errors", "public", *(each for each in MODULES if wing(each) == "reporting")}
+    assert not loaded_at_import(name) & {"torch", "transformers", "matplotlib"}
+
+
 def loaded_at_import(name: str) -> set[str]:
     """Top-level packages that importing glmd.`name` brings in, glmd's own modules followed."""
     packages, to_visit, visited = set(), [name], set()

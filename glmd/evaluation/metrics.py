@@ -28,8 +28,7 @@ SUPERGLUE = {"BoolQ": 1, "CB": 2, "COPA": 1, "MultiRC": 2, "ReCoRD": 2, "RTE": 1
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Share of right predictions. predictions, labels: (B,) class ids or positions of candidates."""
-    given, gold = _pairs(predictions, labels)
-    return float((given == gold).mean())
+    return float(_right(predictions, labels).mean())
 
 
 def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -38,9 +37,7 @@ def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     A class that neither predictions nor labels hold has no F1 and is left out, as in the official score;
     counted as 0 it would make a perfect model imperfect.
     """
-    both, given, gold = _counts(predictions, labels)
-    present = given + gold > 0
-    return float((2 * both[present] / (given + gold)[present]).mean())
+    return float(_macro_f1(_counts(predictions, labels)))
 
 
 def f1_binary(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -48,10 +45,10 @@ def f1_binary(predictions: ArrayLike, labels: ArrayLike) -> float:
 
     0 where neither predictions nor labels hold class 1, as in the official score.
     """
-    both, given, gold = _counts(predictions, labels)
-    if len(gold) > 2:
-        raise DataError(f"f1_binary knows classes 0 and 1, got class {len(gold) - 1}")
-    return float(2 * both[1] / (given[1] + gold[1])) if len(gold) == 2 else 0.0
+    counts = _counts(predictions, labels)
+    if counts.shape[-1] > 2:
+        raise DataError(f"f1_binary knows classes 0 and 1, got class {counts.shape[-1] - 1}")
+    return float(_f1_binary(counts))
 
 
 def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -60,12 +57,7 @@ def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
     For more than two classes it is R_K of Gorodkin (2004). 0 where either holds one class only, also where all
     is right: there is nothing to correlate.
     """
-    both, given, gold = ([int(count) for count in counts] for counts in _counts(predictions, labels))
-    total = sum(gold)
-    # In whole numbers of any size up to the one root and division: a perfect score is 1 and not 1.0000000000000002.
-    covariance = total * sum(both) - sum(p * y for p, y in zip(given, gold, strict=True))
-    variances = (total**2 - sum(p * p for p in given)) * (total**2 - sum(y * y for y in gold))
-    return covariance / math.sqrt(variances) if variances else 0.0
+    return float(_matthews_correlation(_counts(predictions, labels)))
 
 
 def group_exact_match(predictions: ArrayLike, labels: ArrayLike, groups: Sequence[Hashable]) -> float:
@@ -73,8 +65,7 @@ def group_exact_match(predictions: ArrayLike, labels: ArrayLike, groups: Sequenc
 
     predictions, labels: (B,) class ids. groups: (B,) the group of each example; its members may stand anywhere.
     """
-    given, gold = _pairs(predictions, labels)
-    rights = _by_group((given == gold).tolist(), groups)
+    rights = _by_group(_right(predictions, labels).tolist(), groups)
     return sum(map(all, rights.values())) / len(rights)
 
 
@@ -97,14 +88,16 @@ def record_f1(predictions: ArrayLike, choices: Sequence[Sequence[str]], answers:
     predictions: (B,) positions of the chosen candidates. choices: the candidates of each query. answers: the gold
     answers of each query; a query without any scores 0.
     """
-    return _mean_over_queries(_word_f1, predictions, choices, answers)
+    best = _best_answers(_word_f1, predictions, choices, answers)
+    return sum(best) / len(best)
 
 
 def record_exact_match(
     predictions: ArrayLike, choices: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
 ) -> float:
     """Share of ReCoRD's queries whose chosen candidate is a gold answer in its normal form; see record_f1."""
-    return _mean_over_queries(_same_text, predictions, choices, answers)
+    best = _best_answers(_same_text, predictions, choices, answers)
+    return sum(best) / len(best)
 
 
 def normalize_answer(text: str) -> str:
@@ -116,28 +109,110 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
+def _mean(sums: np.ndarray) -> np.ndarray:
+    """(..., 2) a sum and a number to its mean."""
+    mean: np.ndarray = sums[..., 0] / sums[..., 1]
+    return mean
+
+
+def _macro_f1(counts: np.ndarray) -> np.ndarray:
+    """(..., 3, C) counts to (...)."""
+    both, given, gold = np.moveaxis(counts, -2, 0)
+    f1 = 2 * both / np.maximum(given + gold, 1)
+    mean: np.ndarray = f1.sum(axis=-1) / (given + gold > 0).sum(axis=-1)
+    return mean
+
+
+def _f1_binary(counts: np.ndarray) -> np.ndarray:
+    """(..., 3, C) counts to (...)."""
+    both, given, gold = np.moveaxis(counts[..., 1], -1, 0)
+    f1: np.ndarray = 2 * both / np.maximum(given + gold, 1)
+    return f1
+
+
+def _matthews_correlation(counts: np.ndarray) -> np.ndarray:
+    """(..., 3, C) counts to (...)."""
+    both, given, gold = np.moveaxis(counts, -2, 0)
+    total = gold.sum(axis=-1)
+    # In whole numbers up to the one root and division: a perfect score is 1 and not 1.0000000000000002.
+    covariance = total * both.sum(axis=-1) - (given * gold).sum(axis=-1)
+    of_given, of_gold = (total**2 - (each * each).sum(axis=-1) for each in (given, gold))
+    # Of one class only both are 0.
+    correlation: np.ndarray = covariance / np.sqrt(np.maximum(np.multiply(of_given, of_gold, dtype=np.float64), 1))
+    return correlation
+
+
+def _class_marks(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(B, 3, C) whose sum over examples is _counts."""
+    given, gold = _pairs(predictions, labels)
+    classes = np.arange(max(2, 1 + given.max(), 1 + gold.max()))
+    is_given, is_gold = given[:, None] == classes, gold[:, None] == classes
+    return np.stack([is_given & is_gold, is_given, is_gold], axis=1)
+
+
+def _marks(values: ArrayLike) -> np.ndarray:
+    """(B, 2) of values that a mean is made of, each beside a 1."""
+    row = np.asarray(values, dtype=np.float64)
+    return np.stack([row, np.ones_like(row)], axis=1)
+
+
+def _group_marks(values: ArrayLike, groups: Sequence[Hashable], mark: Callable[[list[Any]], bool]) -> np.ndarray:
+    """(B, 2) the mark of each group's values beside a 1, at its first example; zeros at its others."""
+    members = {group: iter([(mark(each), 1)]) for group, each in _by_group(np.asarray(values).tolist(), groups).items()}
+    return np.array([next(members[group], (0, 0)) for group in groups], dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A function of predictions and these fields of the examples, each a list with an entry for an example."""
+    """A function of predictions and these fields of the examples, each a list with an entry for an example.
+
+    It is also `of_sums` of the sum of `statistics`, a function of the same arguments to an array of an entry for each
+    example; what is of a group stands at its first example. Of any resample the sums alone give it.
+    """
 
     function: Callable[..., float]
     fields: tuple[str, ...]  # of TaskExample
     needs: tuple[str, ...] = ()  # of the task, keys of NEEDS
+    statistics: Callable[..., np.ndarray] | None = None
+    of_sums: Callable[[np.ndarray], np.ndarray] = _mean
 
     def __call__(self, predictions: np.ndarray, examples: Sequence[TaskExample]) -> float:
-        return self.function(predictions, *([getattr(each, field) for each in examples] for field in self.fields))
+        return self.function(predictions, *self.columns(examples))
+
+    def columns(self, examples: Sequence[TaskExample]) -> list[list[Any]]:
+        return [[getattr(each, field) for each in examples] for field in self.fields]
 
 
-# All that says which metrics there are: a new one is a function and a row here.
+# All that says which metrics there are: a new one is a function, its statistics and a row here.
 METRICS = {
-    "accuracy": Metric(accuracy, ("label",)),
-    "macro_f1": Metric(macro_f1, ("label",), ("classes",)),
-    "f1_binary": Metric(f1_binary, ("label",), ("classes", "two labels")),
-    "matthews_correlation": Metric(matthews_correlation, ("label",), ("classes",)),
-    "group_exact_match": Metric(group_exact_match, ("label", "group"), ("groups",)),
-    "gender_parity": Metric(gender_parity, ("group",), ("groups",)),
-    "record_f1": Metric(record_f1, ("choices", "answers"), ("candidates",)),
-    "record_exact_match": Metric(record_exact_match, ("choices", "answers"), ("candidates",)),
+    "accuracy": Metric(accuracy, ("label",), (), lambda *columns: _marks(_right(*columns))),
+    "macro_f1": Metric(macro_f1, ("label",), ("classes",), _class_marks, _macro_f1),
+    "f1_binary": Metric(f1_binary, ("label",), ("classes", "two labels"), _class_marks, _f1_binary),
+    "matthews_correlation": Metric(matthews_correlation, ("label",), ("classes",), _class_marks, _matthews_correlation),
+    "group_exact_match": Metric(
+        group_exact_match,
+        ("label", "group"),
+        ("groups",),
+        lambda given, labels, groups: _group_marks(_right(given, labels), groups, all),
+    ),
+    "gender_parity": Metric(
+        gender_parity,
+        ("group",),
+        ("groups",),
+        lambda given, groups: _group_marks(given, groups, lambda both: both[0] == both[1]),
+    ),
+    "record_f1": Metric(
+        record_f1,
+        ("choices", "answers"),
+        ("candidates",),
+        lambda *columns: _marks(_best_answers(_word_f1, *columns)),
+    ),
+    "record_exact_match": Metric(
+        record_exact_match,
+        ("choices", "answers"),
+        ("candidates",),
+        lambda *columns: _marks(_best_answers(_same_text, *columns)),
+    ),
 }
 
 # Of a task, by name: whether it has what a metric needs, and what is said where it has not.
@@ -225,12 +300,17 @@ def _pairs(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.nd
     return given, gold
 
 
-def _counts(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(C,) each: how often a class is predicted rightly, predicted, and a label."""
+def _right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(B,) whether each prediction is its label."""
     given, gold = _pairs(predictions, labels)
-    num_classes = 1 + max(given.max(), gold.max())
-    right, given, gold = (np.bincount(ids, minlength=num_classes) for ids in (gold[given == gold], given, gold))
-    return right, given, gold
+    return given == gold
+
+
+def _counts(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(3, C): how often a class is predicted rightly, predicted, and a label. C is 2 or more."""
+    given, gold = _pairs(predictions, labels)
+    num_classes = max(2, 1 + given.max(), 1 + gold.max())
+    return np.stack([np.bincount(ids, minlength=num_classes) for ids in (gold[given == gold], given, gold)])
 
 
 def _class_ids(values: ArrayLike, name: str) -> np.ndarray:
@@ -260,13 +340,13 @@ def _by_group(values: Sequence[Any], groups: Sequence[Hashable]) -> dict[Hashabl
     return members
 
 
-def _mean_over_queries(
+def _best_answers(
     compare: Callable[[str, str], float],
     predictions: ArrayLike,
     choices: Sequence[Sequence[str]],
     answers: Sequence[Sequence[str]],
-) -> float:
-    """Mean of the best comparison of the chosen candidate with a gold answer, both in normal form."""
+) -> list[float]:
+    """Of each query the best comparison of the chosen candidate with a gold answer, both in normal form."""
     given = _one_row(predictions, "predictions").tolist()
     if not len(given) == len(choices) == len(answers):
         raise ValueError(f"{len(given)} predictions for the choices of {len(choices)} and answers of {len(answers)}")
@@ -276,7 +356,7 @@ def _mean_over_queries(
             raise DataError(f"query {query}: prediction {position} is none of its {len(candidates)} candidates")
         chosen = normalize_answer(candidates[position])
         best.append(max((compare(chosen, normalize_answer(answer)) for answer in gold), default=0.0))
-    return sum(best) / len(best)
+    return best
 
 
 def _same_text(chosen: str, answer: str) -> float:
