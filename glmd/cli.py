@@ -1,5 +1,5 @@
-"""The command line: `glmd run`, `check`, `plan`, `cache`, `compress`, `evaluate`, `predict`, `vocab`, `verify`,
-`export` and `report`.
+"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `compress`, `evaluate`, `predict`, `vocab`,
+`verify`, `export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
@@ -8,6 +8,7 @@ stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
 import argparse
 import atexit
 import gc
+import json
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from glmd.commands.terminal import ended, prepare_streams, say
 from glmd.config import RunConfig
 from glmd.config_file import differences, load_config, to_dict, words_of_file
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, GlmdError
 from glmd.runtime import phases
 from glmd.version import __version__
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, function, text in (
         ("run", _run, "Run a whole distillation; continue it where it was interrupted."),
+        ("compare", _compare, "Run several methods under matched conditions, and their controls, into one table."),
         ("check", _check, "Refuse what can be refused and print the plan; train nothing."),
         ("plan", _plan, "Say what a run will take: memory of a device, disk, FLOPs, tokens, time; read no weights."),
         ("cache", _cache, "Make a run's teacher.cache ahead of it, for this and other students."),
@@ -157,8 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
         "no words",
     )
 
-    command = add("report", _report, "Print the results of a finished run as a Markdown table.")
-    command.add_argument("run", type=Path, help="run folder")
+    command = add("report", _report, "Print the results of a finished run, or of several as one table.")
+    command.add_argument("runs", nargs="+", type=Path, metavar="run", help="run folder, or that of a comparison")
+    command.add_argument("--reference", metavar="NAME", help="of several: whose difference to each is shown")
+    command.add_argument(
+        "--format", choices=("markdown", "latex", "csv", "json"), help="of several, or a comparison (default: markdown)"
+    )
+    command.add_argument("--picture", type=Path, help="of several: draw it into this .png, .svg or .pdf")
     return parser
 
 
@@ -187,10 +194,15 @@ def _length(text: str) -> int:
     return int(text)
 
 
-def _config(options: argparse.Namespace) -> RunConfig:
-    """`glmd run a=b` has no config: its first word is an override."""
+def _words(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The config and its overrides. `glmd run a=b` has no config: its first word is an override."""
     words = [options.config, *options.overrides] if options.config else list(options.overrides)
     path = words.pop(0) if words and "=" not in words[0] else None
+    return path, words
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    path, words = _words(options)
     return load_config(path, words)
 
 
@@ -210,7 +222,28 @@ def _run(options: argparse.Namespace) -> None:
         say(f"\n{describe_students(config, results)}\n`glmd report {config.output_dir}` prints the table again.")
 
 
+def _compare(options: argparse.Namespace) -> None:
+    path, words = _words(options)
+    with phases.imports():
+        from glmd.commands.compare import describe_table
+        from glmd.pipeline.compare import run_comparison
+        from glmd.planning.comparison import load_comparison
+
+    comparison = load_comparison(path, words)
+    try:
+        table = run_comparison(comparison)
+    finally:
+        gc.unfreeze()
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(describe_table(comparison, table))
+
+
 def _check(options: argparse.Namespace) -> None:
+    from glmd.commands.compare import check_comparison, is_comparison
+
+    if is_comparison(*_words(options)):
+        say(check_comparison(*_words(options)))
+        return
     config = _config(options)
     from glmd.commands.check import describe
     from glmd.data.token_store import require_same_store
@@ -254,7 +287,24 @@ def _synthetic(config: RunConfig) -> Iterator[Path | None]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    config = _config(options)
+    from glmd.commands.compare import is_comparison
+
+    if not is_comparison(*_words(options)):
+        _plan_run(options, _config(options))
+        return
+    from glmd.planning.comparison import load_comparison
+
+    for arm in load_comparison(*_words(options)).arms:
+        say(f"{arm.name}" if not options.json else json.dumps({"arm": arm.name}))
+        try:
+            _plan_run(options, arm.config)
+        except GlmdError as error:
+            if arm.is_reference:
+                raise
+            say(f"refused: {error}")
+
+
+def _plan_run(options: argparse.Namespace, config: RunConfig) -> None:
     from glmd.pipeline.run_folder import with_dtype_of
     from glmd.planning import run_cost as costs
     from glmd.planning.limits import require_sizes
@@ -401,11 +451,20 @@ def _verify(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from glmd.reporting.report import load_results, results_table
 
-    results = load_results(options.run)
+    folder, *others = options.runs
+    if others or (folder / "comparison.json").is_file():
+        from glmd.commands.compare import report_comparison
+
+        say(report_comparison(options.runs, options.reference, options.format or "markdown", options.picture), end="")
+        return
+    for name in ("reference", "format", "picture"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} has no effect on one run; give several, or a comparison")
+    results = load_results(folder)
     say(results_table(results), end="")
     if results.get("exports_verified") is False:
         print("glmd: the exports are not verified yet; `glmd run` with the run's config does it", file=sys.stderr)
-    recorded = options.run / "config.yaml"
+    recorded = folder / "config.yaml"
     if "of" in results and recorded.is_file():
         now = to_dict(load_config(recorded))
         grown = differences(results["of"], {key: now[key] for key in results["of"]})

@@ -249,6 +249,8 @@ class RunConfig:
     # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own jsonl files,
     # `inputs` a jsonl, labeled or not, that the student learns from in place of train
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Of these, such whose texts count for the vocabulary, and on which nothing is trained
+    untrained_tasks: list[str] = field(default_factory=list)
     pretraining: StageConfig = field(default_factory=_pretraining_defaults)
     task_teacher: StageConfig = field(default_factory=_task_defaults)
     task_lm: StageConfig = field(default_factory=_task_defaults)
@@ -258,8 +260,8 @@ class RunConfig:
     # How tasks are put to a model: head, to a task head; cloze, to a language model that fills it in (the paper's form)
     casting: str = "head"
     controls: ControlsConfig = field(default_factory=ControlsConfig)
-    # A method, by name or path: over each task the stages of `method` have together as many updates as those of this one
-    # would have, in the proportion of their own. None: as many as the settings of each say
+    # A method, by name or path: over each task the stages of `method` have together as many updates as those of this
+    # one would have, in the proportion of their own. None: as many as the settings of each say
     updates_of: str | None = None
     # stage -> setting -> values: every combination is trained from one pretrained student, with every seed
     sweep: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
@@ -324,6 +326,12 @@ class RunConfig:
                 require(
                     value is None or bool(value.strip()), f"tasks.{task}.{name} is empty; give a path, or remove it"
                 )
+        for task in self.untrained_tasks:
+            require(task in self.tasks, f"untrained_tasks: {task} is not among tasks{suggestion(task, self.tasks)}")
+        require(
+            not self.tasks or len(self.trained_tasks) > 0,
+            "untrained_tasks names all tasks; leave one, or give tasks={}",
+        )
         for task in self.teacher.tasks:
             require(task in self.tasks, f"teacher.tasks.{task} is not among tasks{suggestion(task, self.tasks)}")
         for key in ("mlm_probability", "num_maskings"):
@@ -361,6 +369,11 @@ class RunConfig:
             for key in sorted(self.sweep[stage])
         }
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    @property
+    def trained_tasks(self) -> dict[str, dict[str, Any]]:
+        """The tasks without the untrained ones."""
+        return {task: changes for task, changes in self.tasks.items() if task not in self.untrained_tasks}
 
     def stage(self, name: str, task: str | None = None, grid_point: GridPoint | None = None) -> StageConfig:
         """The settings of a stage, with what the task changes and then what the grid point of a sweep does."""

@@ -48,19 +48,38 @@ def load_config(
     changes: values of whole top-level keys, `pretraining={"max_steps": 100}`; these win. A Path is taken as its text.
     Raises ConfigError naming file or override, key, value and remedy.
     """
+    file, values, keys = read_values(path, overrides, **changes)
+    require(
+        "compare" not in values,
+        f"{file}: compare is of a comparison of methods; `glmd compare` runs it, and `glmd check` shows it",
+    )
+    return config_of(values, file, keys)
+
+
+def read_values(
+    path: "str | Path | Mapping[str, Any] | RunConfig | None",
+    overrides: str | Iterable[str] | Mapping[str, Any],
+    **changes: Any,
+) -> tuple[str, dict[str, Any], list[str]]:
+    """What a config is called, its values as they are given, and the dotted keys of the overrides among them."""
     if isinstance(path, RunConfig):
         file, values = "config", to_dict(path)
     elif isinstance(path, Mapping):
         file, values = "config", {}
         for key, value in path.items():
-            _set_dotted(values, str(key), _plain(value))
+            set_dotted(values, str(key), _plain(value))
     else:
         found = named_file("runs", str(path) if path is not None else "quickstart")
         file, values = str(found), load_yaml(found)
     texts = [overrides] if isinstance(overrides, str) else overrides
     pairs = list(texts.items()) if isinstance(texts, Mapping) else [_split_override(text) for text in texts]
     for key, value in [*pairs, *changes.items()]:
-        _set_dotted(values, key, _plain(value))
+        set_dotted(values, key, _plain(value))
+    return file, values, [key for key, _ in pairs]
+
+
+def config_of(values: dict[str, Any], file: str, keys: Iterable[str] = ()) -> RunConfig:
+    """The config that values make, which are changed. file: to name them by. keys: of overrides, named as such."""
     _fill_stage_defaults(values)
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [values["tasks"]]
@@ -80,7 +99,7 @@ def load_config(
     try:
         return build(RunConfig, values, where=f"{file}:")
     except ConfigError as error:
-        raise _of_override(str(error), file, [key for key, _ in pairs]) from None
+        raise _of_override(str(error), file, keys) from None
 
 
 def _of_override(message: str, file: str, overrides: Iterable[str]) -> ConfigError:
@@ -182,7 +201,8 @@ def _split_override(text: str) -> tuple[str, Any]:
     return key, parse_yaml(value, f"override {key}") if value else None
 
 
-def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in values as they stand in a YAML. Raises ConfigError where a parent holds no keys."""
     *parents, leaf = key.split(".")
     for parent in parents:
         if parent == "teacher" and isinstance(values.get(parent), str):

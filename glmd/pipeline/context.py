@@ -149,7 +149,7 @@ class Context:
                 "teacher": self.fingerprint(TEACHER),
                 "corpus": plan.corpus,
                 "tokens": self.tokens,
-                "tasks": {name: task.fingerprint() for name, task in plan.tasks.items()},
+                "tasks": {name: task.fingerprint() for name, task in (plan.tasks | plan.untrained).items()},
             }
         task, is_student = stage.task, not stage.trains_teacher
         teacher = stage.teacher if task is None and stage.teacher is not None else TEACHER

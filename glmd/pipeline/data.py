@@ -10,7 +10,7 @@ import numpy as np
 
 from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.masking import masking_for
-from glmd.data.token_store import build_token_store, open_token_store
+from glmd.data.token_store import build_token_store, open_token_store, take_over_store
 from glmd.errors import counted
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
@@ -39,6 +39,9 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
         with phase("loading"):
             on_main(lambda: load_language_model(teacher, device=context.accelerator.device) and None)
     options: dict[str, Any] = {"text_field": context.config.data.text_field, "fingerprint": plan.corpus}
+    others = [each / "corpus" for each in context.run_folder.siblings]
+    made_from, field = plan.corpus or {}, context.config.data.text_field
+    on_main(lambda: take_over_store(place, others, made_from, plan.tokenizer, text_field=field))
     on_main(lambda: build_token_store(place, sources, plan.tokenizer, **options).manifest)
     context.store = together(lambda: open_token_store(place))
     for stage in context.stages:
@@ -108,7 +111,7 @@ def token_counts(context: Context) -> np.ndarray:
     counts = np.zeros(size, dtype=np.int64)
     if store is not None:
         counts = store.counts(size, weights=context.config.vocabulary.corpus_weights)
-    for task in context.plan.tasks.values():
+    for task in [*context.plan.tasks.values(), *context.plan.untrained.values()]:
         # Each text once: a passage stands in many rows.
         texts = [*dict.fromkeys(text for each in [*task.train, *task.inputs] for text in _texts_of(each))]
         for first in range(0, len(texts), 1000):

@@ -17,6 +17,7 @@ from glmd.runtime.processes import on_main
 from glmd.storage import write_atomically
 from glmd.version import __version__
 
+PROVED = "exports_checked.json"  # in a run's folder: what each was when it was proved
 # Title of a card, and what the model was made from.
 _TOLD: dict[str, tuple[str, str]] = {
     "teacher": ("Teacher trained from scratch", "masked tokens of the corpus"),
@@ -66,15 +67,19 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
 def prove_exports(context: Context) -> None:
     """Prove every exported folder of the run in a fresh process, each once."""
     root = context.run_folder.path
-    record = root / "exports_checked.json"
-    try:
-        proved = dict(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged: then all are proved again
-        proved = {}
+    proved = {name: stamp for each in (*context.run_folder.siblings, root) for name, stamp in _proved(each).items()}
     stamps = {}
     for place, files in context.run_folder.left.items():
         for probe in [place / name for name in files if Path(name).name == PROBE]:
             stamp = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
             stamps[probe.parent.relative_to(root).as_posix()] = stamp
     check_exports([root / name for name, stamp in sorted(stamps.items()) if proved.get(name) != stamp])
-    write_atomically(record, json.dumps(proved | stamps, indent=1))
+    write_atomically(root / PROVED, json.dumps(stamps, indent=1))
+
+
+def _proved(run: Path) -> dict[str, str]:
+    """What was proved of a run, by the names of its folders. Nothing yet, or damaged: then all are proved again."""
+    try:
+        return dict(json.loads((run / PROVED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

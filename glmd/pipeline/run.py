@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +73,16 @@ def run(
     """
     if not isinstance(config, RunConfig) or overrides or changes:
         config = load_config(config, overrides, **changes)
+    return run_beside(config)
+
+
+def run_beside(config: RunConfig, siblings: Sequence[Path] = ()) -> dict[str, Any]:
+    """`run` that makes no stage again which is complete in another run, made from the same.
+
+    siblings: folders of such runs, which nobody works in meanwhile.
+    """
     try:
-        with phase("rest"), prepared_run(config) as context, ExitStack() as held:
+        with phase("rest"), prepared_run(config, siblings=siblings) as context, ExitStack() as held:
             return _run_stages(context, held)
     finally:
         phases.forget()
@@ -157,10 +165,11 @@ def _write_results(context: Context, results: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[Context]:
+def prepared_run(config: RunConfig, *, makes_caches: bool = False, siblings: Sequence[Path] = ()) -> Iterator[Context]:
     """A checked run with its corpus, in its folder, which is held as long.
 
-    makes_caches: all caches of the plan are to be made, not those alone that stages will read.
+    siblings: as in `run_beside`. makes_caches: all caches of the plan are to be made, not those alone that stages will
+        read.
     """
     config = with_dtype_of(config)
     folder = require_free_folder(config)
@@ -178,7 +187,7 @@ def prepared_run(config: RunConfig, *, makes_caches: bool = False) -> Iterator[C
         if config.tf32 and not has_tensor_float32(accelerator.device):
             logger.info(NO_TF32)
         _require_one_config(config)
-        run_folder = RunFolder(folder)
+        run_folder = RunFolder(folder, siblings)
         with run_folder.lock():
             with phase("synthetic data"):
                 synthetic = _build_synthetic(folder) if config.data.synthetic else None

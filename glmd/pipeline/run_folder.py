@@ -10,9 +10,11 @@ import gc
 import json
 import logging
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,8 @@ class RunFolder:
         began = time.monotonic()
         result = work()
         result["seconds"] = round(time.monotonic() - began, 1)
+        commit = on_main(code_commit)
+        result |= {"commit": commit} if commit else {}
         with phase("files"):
             self.left[place] = on_main(lambda: _result_files(place))
         self._write(path, {"complete": True, "inputs": inputs, "result": result, "files": self.left[place]})
@@ -241,6 +245,24 @@ def only_goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
     is_fading = old.get("changes", False) or any(isinstance(term["weight"], dict) for term in old.get("terms", []))
     # The end of a stage is scored too: a best checkpoint chosen there would not be one of the longer stage.
     return bool(_is_steady(before) and not is_fading and new.get("selection") == "last" and 0 < were < are)
+
+
+@cache
+def code_commit() -> str:
+    """The commit of a checkout that glmd runs from, `+` behind it where files differ; empty where it is installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    found = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            told = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if told.returncode:
+            return ""
+        found.append(told.stdout.strip())
+    return found[0] + ("+" if found[1] else "")
 
 
 def begun_with(folder: Path) -> tuple[int, str | None] | None:

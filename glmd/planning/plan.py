@@ -58,6 +58,7 @@ class Plan:
     tasks: dict[str, TaskPlan]
     corpus: dict[str, Any] | None
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
+    untrained: dict[str, TaskPlan] = field(default_factory=dict)  # tasks that count for the vocabulary alone
     ensemble_configs: tuple[Any, ...] = ()  # of the further language models
     assistant_configs: tuple[Any, ...] = ()
 
@@ -81,6 +82,7 @@ def make_plan(
     synthetic: where the embedded world lies, for `data.synthetic`. hash_corpus: read the corpus for `Plan.corpus`.
     try_out: make a small student and try it. Of many processes one need do each of the two.
     """
+    whole, config = config, _trained(config)
     method, config, asked = resolve(config)
     tokenizer, teacher_config = _load_teacher_side(config, synthetic)
     if (config.data.corpus or synthetic) and tokenizer.sep_token_id is None and tokenizer.eos_token_id is None:
@@ -90,13 +92,17 @@ def make_plan(
         )
     config = for_teacher(config, method, asked, causal=is_causal(teacher_config))
     verbalizers = {name: verbalizer_ids(task_of(config, name), tokenizer) for name in config.tasks}
-    words = [word for name in config.tasks for word in task_of(config, name).verbalizers]
+    words = [word for name in whole.tasks for word in task_of(whole, name).verbalizers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(synthetic / "superglue") if synthetic else config.data.superglue
     corpus = corpus_sources(config, synthetic)
     require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
     tasks = {name: plan_task(config, name, method, source, verbalizers[name]) for name in config.tasks}
+    untrained = {
+        task.name: plan_task(whole, name, method, source, verbalizer_ids(task, tokenizer))
+        for name, task in ((name, task_of(whole, name)) for name in whole.untrained_tasks)
+    }
     require_lengths(config, method, tasks, "the teacher", teacher_config)
     require_named_teachers(config, method, tasks, tokenizer)
     require_task_losses(config, method, tasks)
@@ -113,6 +119,7 @@ def make_plan(
         tasks=tasks,
         corpus=None,
         ensemble_configs=ensemble_configs,
+        untrained=untrained,
     )
     plan = _with_parameters(plan)
     if kept_words(cached_stages(config, method), method):
@@ -122,6 +129,13 @@ def make_plan(
         _try_student(plan)
         _try_layers(plan)
     return replace(plan, corpus=corpus_fingerprint(corpus)) if corpus and hash_corpus else plan
+
+
+def _trained(config: RunConfig) -> RunConfig:
+    """The config of a run that has no other tasks than those that are trained."""
+    tasks = config.trained_tasks
+    named = {task: models for task, models in config.teacher.tasks.items() if task in tasks}
+    return replace(config, tasks=tasks, untrained_tasks=[], teacher=replace(config.teacher, tasks=named))
 
 
 def _try_student(plan: Plan) -> None:

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -50,6 +51,7 @@ class System:
     glmd: str = ""
     commit: str = ""
     problems: dict[str, str] = field(default_factory=dict)  # task, or "" for all: why there is no score
+    folder: Path | None = None  # of one of the models that are scored
 
 
 @dataclass(frozen=True)

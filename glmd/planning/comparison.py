@@ -1,0 +1,217 @@
+"""Methods under matched conditions, as runs: a run's YAML with a group `compare` beside its own keys.
+
+    comparison = load_comparison("glmd-against-all", ["compare.methods=[glmd, kd, minilmv2]"])
+    for arm in comparison.arms: ...        # each a RunConfig of its own
+
+From names and numbers alone: no model, tokenizer or text is read.
+"""
+
+import copy
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from glmd.config import ControlsConfig, RunConfig
+from glmd.config_file import config_of, read_values, set_dotted
+from glmd.distillation.methods import load_method
+from glmd.distillation.objective import Objective
+from glmd.errors import ConfigError, suggestion
+from glmd.planning.teacher_rules import passes
+from glmd.stage_config import require
+from glmd.strict_yaml import build, named_file
+
+# Methods that learn from labels alone, and how the table calls them.
+CONTROL_METHODS = {
+    "hard": "hard labels, pretrained without distillation",
+    "hard-no-pretraining": "hard labels, copied layers alone",
+}
+# Keys that are the same for all, or that the comparison sets.
+NOT_IN_GRID = ("compare", "controls", "method", "output_dir", "seeds", "sweep", "tasks", "updates_of")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared. All else of the YAML is a run's, and the same for all."""
+
+    methods: list[str] = field(default_factory=list)  # by name or path
+    # The one whose difference to each is shown, which has the controls and whose updates all have; None: the first
+    reference: str | None = None
+    # Methods of labels alone, as controls: pretrained without distillation, and not pretrained
+    control_methods: list[str] = field(default_factory=lambda: list(CONTROL_METHODS))
+    # dotted key of the run -> values: all is done at every combination, {vocabulary.keep_ratio: [0.5, 0.25]}
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    # setting -> values, of each method's last stage on a task: the best combination on val is shown, which flatters all
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    # matched: over each task all methods have as many updates as the reference; own: as their stages' settings say
+    budget: Literal["matched", "own"] = "matched"
+
+    def __post_init__(self) -> None:
+        require(len(self.methods) > 0, "compare.methods is missing; name the methods, compare.methods=[glmd, kd]")
+        both = [*self.methods, *self.control_methods]
+        for name in both:
+            require(both.count(name) == 1, f"compare.methods and control_methods name {name} twice; keep one")
+        names = [method_name(each).lower() for each in both]
+        for name in names:
+            require(names.count(name) == 1, f"compare.methods has two of the name {name}; keep one, or rename a file")
+        if self.reference is not None and self.reference not in self.methods:
+            near = suggestion(self.reference, self.methods)
+            raise ConfigError(f"compare.reference {self.reference} is none of compare.methods{near}")
+        for key, values in self.grid.items():
+            top = key.partition(".")[0]
+            if top in NOT_IN_GRID:
+                instead = {"seeds": "give seeds", "sweep": "give compare.sweep", "method": "give compare.methods"}
+                raise ConfigError(f"compare.grid.{key} cannot vary; {instead.get(top, 'remove it')}")
+            require(len(values) > 1, f"compare.grid.{key} must list two or more values, got {values}")
+            require(all(values.count(each) == 1 for each in values), f"compare.grid.{key} has a value twice: {values}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a comparison. kind: "control" where it learns from labels alone. point: of the grid, key -> value.
+
+    is_reference: that its point's others are compared with. problems: task -> why the method cannot do it.
+    """
+
+    name: str
+    kind: Literal["method", "control"]
+    point: dict[str, Any]
+    is_reference: bool
+    config: RunConfig
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def without(self, problems: dict[str, str]) -> "Arm":
+        """The arm that leaves tasks untrained, for these reasons."""
+        return replace(self, problems=problems, config=replace(self.config, untrained_tasks=[*problems]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """arms: the reference first at each point of the grid. reference: its name at the first point.
+
+    record: what the folder was begun with, and has to stay.
+    """
+
+    folder: Path
+    settings: CompareConfig
+    arms: list[Arm]
+    reference: str
+    record: dict[str, Any]
+
+
+def load_comparison(
+    path: str | Path | Mapping[str, Any] | None = None,
+    overrides: str | Iterable[str] | Mapping[str, Any] = (),
+    **changes: Any,
+) -> Comparison:
+    """Read a comparison's YAML, or any run's with `compare.methods` among the overrides, as `load_config` does.
+
+    Raises ConfigError, one line.
+    """
+    file, values, keys = read_values(path, overrides, **changes)
+    compare = build(CompareConfig, values.pop("compare", None) or {}, where=f"{file}: compare")
+    for name in ("method", "updates_of", "sweep"):
+        instead = {"method": "compare.methods", "updates_of": "compare.budget", "sweep": "compare.sweep"}[name]
+        require(not values.get(name), f"{file}: {name} has no effect in a comparison; give {instead}")
+    reference = compare.reference or compare.methods[0]
+    methods = {name: load_method(name) for name in [*compare.methods, *compare.control_methods]}
+    _require_stages(values, methods, file)
+    ordered = [reference, *(name for name in methods if name != reference)]
+    points = [dict(zip(compare.grid, each, strict=True)) for each in itertools.product(*compare.grid.values())]
+    base = copy.deepcopy(values)
+    _set_controls(base, is_reference=True, methods=methods)
+    common = config_of(_of_method(base, reference, methods[reference], {}), file, keys)
+    arms = []
+    for point, method in itertools.product(points, ordered):
+        own = copy.deepcopy(values)
+        for key, value in point.items():
+            set_dotted(own, key, copy.deepcopy(value))
+        _set_controls(own, is_reference=method == reference, methods=methods)
+        own = _of_method(own, method, methods[method], compare.sweep)
+        own["output_dir"] = str(Path(common.output_dir) / "runs" / _slug(method, point))
+        if compare.budget == "matched" and method != reference and own.get("tasks"):
+            own["updates_of"] = reference
+            kept = {*methods[method], *methods[reference]}
+            own["stages"] = {k: v for k, v in (values.get("stages") or {}).items() if k in kept}
+        kind: Literal["method", "control"] = "control" if method in compare.control_methods else "method"
+        name = CONTROL_METHODS.get(method, method_name(method)) if kind == "control" else method_name(method)
+        name += "".join(f", {_key(key, point)} {_shown(value)}" for key, value in point.items())
+        arms.append(Arm(name, kind, point, method == reference, config_of(own, file, keys)))
+    record = {"compare": {"budget": compare.budget, "sweep": compare.sweep}, "config": _record(common)}
+    return Comparison(Path(common.output_dir), compare, arms, arms[0].name, record)
+
+
+def method_name(method: str) -> str:
+    """A method by name or path, as tables call it."""
+    return Path(method).stem if method.endswith((".yaml", ".yml")) else method
+
+
+def _require_stages(values: Mapping[str, Any], methods: Mapping[str, dict[str, Objective]], file: str) -> None:
+    """Refuse settings of stages that none of the methods has."""
+    known = {stage for method in methods.values() for stage in method}
+    for stage in values.get("stages") or {}:
+        require(stage in known, f"{file}: stages.{stage} is a stage of none of the methods{suggestion(stage, known)}")
+
+
+def _set_controls(values: dict[str, Any], *, is_reference: bool, methods: Mapping[str, Any]) -> None:
+    """All controls for the reference but those that the YAML turns off, none for others."""
+    given = values.get("controls") or {}
+    require(isinstance(given, dict), f"controls holds {given!r}, which has no keys")
+    ratio = (values.get("vocabulary") or {}).get("keep_ratio")
+    names = list(vars(ControlsConfig()))
+    wanted = {name: is_reference and given.get(name, True) for name in names} | {
+        name: value for name, value in given.items() if name not in names
+    }
+    if ratio == 1:
+        wanted |= {"full_vocabulary": False, "trim_only": False}
+    tasks = values.get("tasks") or {}
+    if not tasks:
+        wanted["trim_only"] = False
+    elif any((changes or {}).get("inputs") for changes in (tasks.values() if isinstance(tasks, dict) else ())):
+        wanted["hard_labels"] = given.get("hard_labels", True)  # with it labeled texts count for the vocabulary
+    values["controls"] = wanted
+
+
+def _of_method(
+    values: dict[str, Any], method: str, stages: Mapping[str, Objective], sweep: Mapping[str, list[Any]]
+) -> dict[str, Any]:
+    """A run's values for one method: without settings of others' stages, and with the sweep of its last stage."""
+    values = copy.deepcopy(values) | {"method": method}
+    values["stages"] = {name: given for name, given in (values.get("stages") or {}).items() if name in stages}
+    if sweep and passes(dict(stages)):
+        values["sweep"] = {passes(dict(stages))[-1]: dict(sweep)}
+    return values
+
+
+def _record(config: RunConfig) -> dict[str, Any]:
+    from glmd.config_file import to_dict
+
+    varied = ("method", "output_dir", "controls", "seeds", "stages", "sweep", "updates_of")
+    return {key: value for key, value in to_dict(config).items() if key not in varied}
+
+
+def _key(key: str, point: Mapping[str, Any]) -> str:
+    """The last part of a dotted key where it tells it from others."""
+    short = key.rpartition(".")[2]
+    return short if [each.rpartition(".")[2] for each in point].count(short) == 1 else key
+
+
+def _shown(value: Any) -> str:
+    """A value for people: of a path its name."""
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+
+
+def _slug(method: str, point: Mapping[str, Any]) -> str:
+    """The name of an arm's folder, that of no other arm."""
+    name = ",".join([method_name(method), *(f"{key}={_shown(value)}" for key, value in point.items())])
+    plain = re.sub(r"[^A-Za-z0-9_.,=-]+", "_", name)[:120]
+    whole = repr([str(named_file("methods", method)) if method_name(method) != method else method, *point.items()])
+    is_exact = plain == name and not any(isinstance(value, str) and "/" in value for value in point.values())
+    return plain if is_exact else f"{plain}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"

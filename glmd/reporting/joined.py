@@ -1,0 +1,119 @@
+"""Runs as rows of one table: their students, controls and teachers, with what each cost.
+
+systems = systems_of(load_results(run), run, "kd")
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from glmd.reporting.comparison import Scored, System
+from glmd.reporting.report import _final, best_rows
+
+Kind = Literal["teacher", "method", "control", "constant"]
+ANSWERS = "answers.json"  # in the folder of a stage: answers on val, and the metrics of resampled val sets
+# Systems of a run that are not its students, and how a table calls them.
+CONTROLS = {
+    "hard labels": "hard labels from the same start",
+    "full vocabulary": "full vocabulary",
+    "trim only": "teacher trimmed, not trained",
+}
+
+
+def systems_of(
+    results: Mapping[str, Any],
+    run: Path,
+    name: str,
+    *,
+    kind: Literal["method", "control"] = "method",
+    with_teacher: bool = True,
+    problems: Mapping[str, str] | None = None,
+) -> list[System]:
+    """The systems of a run: the student under `name`, its controls, and its teachers where they are wanted.
+
+    problems: task -> why the student has no score on it.
+    """
+    rows = best_rows(results["rows"])
+    scored = [row for row in _final(rows) if "metrics" in row]
+    found = []
+    for system in dict.fromkeys(row["system"] for row in scored):
+        is_teacher = system.startswith("teacher")
+        if system == "student":
+            called, its_kind = name, kind
+        elif is_teacher:
+            if not with_teacher:
+                continue
+            called, its_kind = system, "teacher"  # type: ignore[assignment]
+        else:
+            called, its_kind = f"{name}: {CONTROLS.get(system, system)}", "control"
+        found.append(
+            System(
+                called,
+                its_kind,
+                [each for row in scored if row["system"] == system for each in _scores(row, run)],
+                method=next((str(row["method"]) for row in scored if row.get("method")), ""),
+                examples={row["task"]: row["examples"] for row in scored if row["system"] == system},
+                **_sizes(results, scored, system),
+                **_budget(rows, system),
+                glmd=str(results.get("glmd", "")),
+                commit=next((str(row["commit"]) for row in scored if row.get("commit")), ""),
+                folder=_folder(run, scored, system),
+                problems=dict(problems or {}) if system == "student" else {},
+            )
+        )
+    if with_teacher:
+        found += _constant(scored)
+    return found
+
+
+def _scores(row: Mapping[str, Any], run: Path) -> list[Scored]:
+    resampled: Mapping[str, list[float]] = {}
+    if "path" in row:
+        try:
+            resampled = json.loads((run / row["path"] / ANSWERS).read_text(encoding="utf-8"))["resampled"]
+        except (OSError, ValueError, KeyError, TypeError):  # of an older run
+            resampled = {}
+    return [
+        Scored(row["task"], metric, row["seed"], value, tuple(resampled.get(metric, ())), row["stage"])
+        for metric, value in row["metrics"].items()
+    ]
+
+
+def _folder(run: Path, scored: list[dict[str, Any]], system: str) -> Path | None:
+    own = [row["path"] for row in scored if row["system"] == system and "path" in row]
+    places = [run / path / name for path in own for name in ("student", "model")]
+    return next((each for each in places if each.is_dir()), None)
+
+
+def _constant(scored: list[dict[str, Any]]) -> list[System]:
+    """The best answer to everything."""
+    constants = {row["task"]: row for row in scored if "constant" in row}
+    scores = [
+        Scored(task, metric, 0, value) for task, row in constants.items() for metric, value in row["constant"].items()
+    ]
+    return [System("best constant answer", "constant", scores)] if scores else []
+
+
+def _sizes(results: Mapping[str, Any], scored: list[dict[str, Any]], system: str) -> dict[str, Any]:
+    """Of the models that are scored; of a teacher its language model's."""
+    counts = [row["parameters"] for row in scored if row["system"] == system and "parameters" in row]
+    counts = counts or [each for name, each in results["parameters"].items() if name == system]
+    return {"parameters": counts[0]["total"], "vocabulary": counts[0]["vocabulary"]} if counts else {}
+
+
+def _budget(rows: list[dict[str, Any]], system: str) -> dict[str, Any]:
+    """Updates, tokens and seconds of all stages of one seed, of several tasks the sum."""
+    if system.startswith("teacher"):
+        return {}
+    own = [row for row in rows if row["system"] == system]
+    if system == "hard labels":  # which begins where the student does
+        own += [row for row in rows if row["system"] == "student" and row["task"] is None]
+    seed = min((row["seed"] for row in own), default=0)
+    first = [row for row in own if row["seed"] == seed or row["task"] is None]
+    budgets = [row["budget"] for row in first if "budget" in row]
+    return {
+        "updates": sum(each["updates"] for each in budgets),
+        "tokens": sum(each["tokens_at_most"] for each in budgets),
+        "seconds": round(sum(row.get("seconds", 0.0) for row in first), 1),
+    }
