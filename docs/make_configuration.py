@@ -13,6 +13,7 @@ from typing import Any
 
 from glmd import config, config_file, stage_config
 from glmd.config import RunConfig
+from glmd.planning.comparison import CompareConfig
 from glmd.stage_config import StageConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -20,7 +21,8 @@ GROUPS = ("teacher", "student", "vocabulary", "data", "controls")
 INTRO = """\
 # Configuration
 
-Made by `python docs/make_configuration.py` from `glmd/config.py` and `glmd/stage_config.py`: change these files alone.
+Made by `python docs/make_configuration.py` from the comments of `glmd/config.py`, `glmd/stage_config.py` and
+`glmd/planning/comparison.py`: change these files alone.
 
 A run is one YAML file of these keys, with `key=value` words after it on the command line:
 
@@ -44,6 +46,14 @@ may change keys for all of its own stages: `tasks: {RTE: {num_train_epochs: 50.0
 """
 
 
+COMPARE = """\
+## compare
+
+Of a comparison (`glmd compare`), whose other keys are a run's. `compare: NAME` takes these from a
+file of `configs/comparisons`, or from one of yours, and `compare: {of: NAME, ...}` changes some of them.
+"""
+
+
 def main() -> None:
     """Write the page."""
     PAGE.write_text(page(), encoding="utf-8")
@@ -57,7 +67,8 @@ def page() -> str:
         cls = config_file._GROUPS[name]
         keys = [key for key in _meanings(cls) if key != "pretraining"]
         parts += [f"## {name}\n\n{inspect.getdoc(cls)}\n", _table(cls, keys, prefix=f"{name}.")]
-    return "\n".join([*parts, STAGES, _stage_table()])
+    compared = [COMPARE, _table(CompareConfig, list(_meanings(CompareConfig)), prefix="compare.")]
+    return "\n".join([*parts, STAGES, _stage_table(), *compared])
 
 
 def _table(cls: Any, keys: list[str], *, prefix: str = "") -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from glmd.version import __version__
 
 if TYPE_CHECKING:
+    from glmd.commands.compare import join_runs as join_runs
     from glmd.commands.compress import compress_model as compress_model
     from glmd.commands.evaluate import evaluate_folder as evaluate_folder
     from glmd.commands.evaluate import evaluate_text as evaluate_text
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from glmd.commands.verify import verify_folder as verify_folder
     from glmd.config_file import load_config as load_config
     from glmd.errors import GlmdError as GlmdError
+    from glmd.pipeline.compare import compare as compare
     from glmd.pipeline.run import run as run
     from glmd.reporting.report import load_results as load_results
     from glmd.reporting.report import results_table as results_table
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "GlmdError": "glmd.errors",
+    "compare": "glmd.pipeline.compare",
     "compress_model": "glmd.commands.compress",
     "evaluate_folder": "glmd.commands.evaluate",
     "evaluate_text": "glmd.commands.evaluate",
     "export_folder": "glmd.commands.export",
+    "join_runs": "glmd.commands.compare",
     "load_config": "glmd.config_file",
     "load_results": "glmd.reporting.report",
     "load_tokenizer": "glmd.vocabulary.tokenizer",

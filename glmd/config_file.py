@@ -207,6 +207,8 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         if parent == "teacher" and isinstance(values.get(parent), str):
             values[parent] = {"model": values[parent]}
+        if parent == "compare" and isinstance(values.get(parent), str):
+            values[parent] = {"of": values[parent]}
         if values.get(parent) is None:
             values[parent] = {}
         if isinstance(values[parent], list):

@@ -13,6 +13,7 @@ from glmd.config import RunConfig
 from glmd.config_file import config_keys, dump_config, load_config
 from glmd.distillation.methods import load_method
 from glmd.evaluation.metrics import require_metrics
+from glmd.planning.comparison import load_comparison
 from glmd.strict_yaml import configs_root, load_yaml
 from glmd.tasks.tasks import load_task
 
@@ -156,15 +157,16 @@ save_total_limit per_device_eval_batch_size"""
 
 # A key that is renamed or removed breaks the runs of users: changing this is a decision.
 KEYS = {
-    "": """output_dir analysis assistants method tasks stages casting sweep seeds selection mixed_precision
-        deterministic torch_compile cuda_graphs attn_implementation tf32 dataloader_num_workers elastic report_to""",
+    "": """output_dir analysis assistants method tasks untrained_tasks stages casting updates_of sweep seeds selection
+        mixed_precision deterministic torch_compile cuda_graphs attn_implementation tf32 dataloader_num_workers elastic
+        report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype quantization sharded cache cached_stages tasks "
     "scratch",
     "student.": "num_hidden_layers initialization config architecture",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass "
     "teacher_reads keep_words corpus_weights",
     "data.": "corpus text_field superglue synthetic eval_blocks",
-    "controls.": "hard_labels full_vocabulary",
+    "controls.": "hard_labels full_vocabulary trim_only trim_after",
     "teacher.pretraining.": STAGE,
     "pretraining.": STAGE,
     "task_teacher.": STAGE,
@@ -182,7 +184,7 @@ def yaml_files(kind: str) -> list[Path]:
 
 
 def test_there_are_methods_tasks_and_runs():
-    assert all(yaml_files(kind) for kind in ("methods", "tasks", "runs"))
+    assert all(yaml_files(kind) for kind in ("methods", "tasks", "runs", "comparisons"))
 
 
 @pytest.mark.parametrize("path", yaml_files("methods"), ids=lambda path: path.stem)
@@ -199,7 +201,27 @@ def test_every_task_builds(path):
         require_metrics(task)
 
 
-@pytest.mark.parametrize("path", yaml_files("runs"), ids=lambda path: path.stem)
+def is_comparison(path: Path) -> bool:
+    return "compare" in load_yaml(path)
+
+
+RUNS = [path for path in yaml_files("runs") if not is_comparison(path)]
+
+
+@pytest.mark.parametrize("path", [path for path in yaml_files("runs") if is_comparison(path)], ids=lambda p: p.stem)
+def test_every_comparison_builds(path):
+    assert len(load_comparison(path.stem).arms) > 1
+
+
+@pytest.mark.parametrize("path", yaml_files("comparisons"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: path.stem)
+def test_every_protocol_fits_every_run(path, run):
+    comparison = load_comparison(run.stem, [f"compare={path.stem}"])
+    assert comparison.arms[0].name == comparison.reference
+    assert len({arm.folder for arm in comparison.arms}) == len(comparison.arms)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_run_builds_and_names_what_exists(path, tmp_path):
     config = load_config(path.stem)
     load_method(config.method)

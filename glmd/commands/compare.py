@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from glmd.config_file import read_values
 from glmd.errors import ConfigError, GlmdError, RunError, counted
 from glmd.pipeline.compare import ORDER, planned, require_free
 from glmd.planning.comparison import Comparison, load_comparison
@@ -76,11 +75,6 @@ def report_comparison(runs: Sequence[Path], reference: str | None, form: str, pi
         draw(table, picture)
     told = "".join(f"\n{note}\n" for note in notes) if form == "markdown" else ""
     return FORMATS[form](table) + told
-
-
-def is_comparison(path: str | None, overrides: Iterable[str]) -> bool:
-    """Whether a YAML with its overrides is of a comparison."""
-    return "compare" in read_values(path, overrides)[1]
 
 
 def check_comparison(path: str | None, overrides: Iterable[str]) -> str:

@@ -34,6 +34,7 @@ from glmd.reporting.comparison_tables import as_json, costs_markdown, csv_text, 
 from glmd.reporting.conditions import conditions, differing
 from glmd.reporting.joined import systems_of
 from glmd.reporting.report import load_results
+from glmd.runtime.processes import ranks_kept
 from glmd.storage import locked, write_atomically
 from glmd.strict_yaml import dump_yaml, load_yaml
 
@@ -60,7 +61,7 @@ def compare(
 
 def run_comparison(comparison: Comparison) -> Compared:
     """`compare` of what `load_comparison` gives."""
-    with _held(comparison):
+    with _held(comparison), ranks_kept():
         arms = {arm.folder: arm for arm in comparison.arms}
         failed = _failures(comparison)
         # Those that failed before come last: a process that one of them ends has done the others.
@@ -153,7 +154,7 @@ def write_table(comparison: Comparison, arms: list[Arm]) -> Compared:
         )
         by_point.setdefault(json.dumps(arm.point), {})[arm.name] = conditions(arm.folder, results)
     for of_point in by_point.values():
-        _require_alike(comparison, of_point)
+        require_alike(comparison, of_point)
     systems.sort(key=lambda system: ORDER.index(system.kind))  # as they are otherwise
     table = compared(systems, comparison.reference)
     if _is_first():
@@ -161,7 +162,7 @@ def write_table(comparison: Comparison, arms: list[Arm]) -> Compared:
     return table
 
 
-def _require_alike(comparison: Comparison, of_point: dict[str, Any]) -> None:
+def require_alike(comparison: Comparison, of_point: dict[str, Any]) -> None:
     """Refuse arms that were made under other conditions than those before them."""
     is_free = comparison.settings.budget == "own" or comparison.settings.sweep
     for name, runs in differing(of_point).items():

@@ -49,7 +49,16 @@ from glmd.runtime.determinism import (
     tensor_float32,
 )
 from glmd.runtime.phases import known_objects_set_aside, phase
-from glmd.runtime.processes import TRAINING_PATIENCE, gathered, is_main, number_of_ranks, on_main, together, wait
+from glmd.runtime.processes import (
+    TRAINING_PATIENCE,
+    are_ranks_kept,
+    gathered,
+    is_main,
+    number_of_ranks,
+    on_main,
+    together,
+    wait,
+)
 from glmd.storage import full_disk_refused, write_atomically
 from glmd.training.fsdp import end_sharding, require_sound_launch, take_up_sharding
 from glmd.version import __version__
@@ -218,7 +227,11 @@ def _accelerator(config: RunConfig) -> Iterator[Accelerator]:
         with same_bits(accelerator.device, config.deterministic), tensor_float32(accelerator.device, config.tf32):
             yield accelerator
     finally:
-        accelerator.end_training()
+        if are_ranks_kept():
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        else:
+            accelerator.end_training()
         end_sharding(accelerator)
         AcceleratorState._reset_state()  # else the next run of this process could have no other mixed_precision
 

@@ -38,7 +38,7 @@ from glmd.pipeline.scores import (
 from glmd.pipeline.teacher_caches import cached_teacher
 from glmd.pipeline.teachers import live_teacher, load_fine_tuned
 from glmd.planning.rules import live_stages
-from glmd.planning.stages import TEACHER, TRIM, Stage
+from glmd.planning.stages import TEACHER, TRIMMED, Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import number_of_ranks, on_main, together
 from glmd.tasks.forms import class_logits
@@ -60,7 +60,7 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     if stage.settings is None and stage.task is not None:
         settings = context.config.stage("task_teacher", stage.task.task.name)  # how a model is scored
         scored = replace(stage, settings=settings)
-        if stage.kind == TRIM:
+        if stage.kind in TRIMMED:
             return trim(context, scored)
         return score_task(context, scored, load_fine_tuned(context, stage), keeps=True)
     language_model, task_model = start(context, stage)
@@ -117,7 +117,7 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
 
 
 def trim(context: Context, stage: Stage) -> dict[str, Any]:
-    """Leave the fine-tuned teacher with the student's tokens, as it is otherwise, and score it."""
+    """Leave the model that a stage begins from with the student's tokens, as it is otherwise, and score it."""
     assert stage.task is not None and stage.start is not None, "a stage of a task"
     model = slice_model(load_classifier(context.model(stage.start), stage.task.task), context.vocabulary(stage))
     scores = score_task(context, stage, model, keeps=True)

@@ -22,7 +22,7 @@ from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, suggestion
 from glmd.planning.teacher_rules import passes
 from glmd.stage_config import require
-from glmd.strict_yaml import build, named_file
+from glmd.strict_yaml import build, load_yaml, named_file
 
 # Methods that learn from labels alone, and how the table calls them.
 CONTROL_METHODS = {
@@ -50,23 +50,23 @@ class CompareConfig:
     budget: Literal["matched", "own"] = "matched"
 
     def __post_init__(self) -> None:
-        require(len(self.methods) > 0, "compare.methods is missing; name the methods, compare.methods=[glmd, kd]")
+        require(len(self.methods) > 0, "methods is missing; name them, compare.methods=[glmd, kd]")
         both = [*self.methods, *self.control_methods]
         for name in both:
-            require(both.count(name) == 1, f"compare.methods and control_methods name {name} twice; keep one")
+            require(both.count(name) == 1, f"methods and control_methods name {name} twice; keep one")
         names = [method_name(each).lower() for each in both]
         for name in names:
-            require(names.count(name) == 1, f"compare.methods has two of the name {name}; keep one, or rename a file")
+            require(names.count(name) == 1, f"methods has two of the name {name}; keep one, or rename a file")
         if self.reference is not None and self.reference not in self.methods:
             near = suggestion(self.reference, self.methods)
-            raise ConfigError(f"compare.reference {self.reference} is none of compare.methods{near}")
+            raise ConfigError(f"reference {self.reference} is none of methods{near}")
         for key, values in self.grid.items():
             top = key.partition(".")[0]
             if top in NOT_IN_GRID:
                 instead = {"seeds": "give seeds", "sweep": "give compare.sweep", "method": "give compare.methods"}
-                raise ConfigError(f"compare.grid.{key} cannot vary; {instead.get(top, 'remove it')}")
-            require(len(values) > 1, f"compare.grid.{key} must list two or more values, got {values}")
-            require(all(values.count(each) == 1 for each in values), f"compare.grid.{key} has a value twice: {values}")
+                raise ConfigError(f"grid.{key} cannot vary; {instead.get(top, 'remove it')}")
+            require(len(values) > 1, f"grid.{key} must list two or more values, got {values}")
+            require(all(values.count(each) == 1 for each in values), f"grid.{key} has a value twice: {values}")
 
 
 @dataclass(frozen=True)
@@ -116,25 +116,25 @@ def load_comparison(
     Raises ConfigError, one line.
     """
     file, values, keys = read_values(path, overrides, **changes)
-    compare = build(CompareConfig, values.pop("compare", None) or {}, where=f"{file}: compare")
-    for name in ("method", "updates_of", "sweep"):
-        instead = {"method": "compare.methods", "updates_of": "compare.budget", "sweep": "compare.sweep"}[name]
+    compare = _group(values.pop("compare", None) or {}, file)
+    for name, instead in (("method", "compare.methods"), ("updates_of", "compare.budget")):
         require(not values.get(name), f"{file}: {name} has no effect in a comparison; give {instead}")
     reference = compare.reference or compare.methods[0]
     methods = {name: load_method(name) for name in [*compare.methods, *compare.control_methods]}
+    sweep = _sweep(values.pop("sweep", None) or {}, compare, passes(methods[reference])[-1:], file)
     _require_stages(values, methods, file)
     ordered = [reference, *(name for name in methods if name != reference)]
     points = [dict(zip(compare.grid, each, strict=True)) for each in itertools.product(*compare.grid.values())]
     base = copy.deepcopy(values)
-    _set_controls(base, is_reference=True, methods=methods)
+    _set_controls(base, is_reference=True)
     common = config_of(_of_method(base, reference, methods[reference], {}), file, keys)
     arms = []
     for point, method in itertools.product(points, ordered):
         own = copy.deepcopy(values)
         for key, value in point.items():
             set_dotted(own, key, copy.deepcopy(value))
-        _set_controls(own, is_reference=method == reference, methods=methods)
-        own = _of_method(own, method, methods[method], compare.sweep)
+        _set_controls(own, is_reference=method == reference)
+        own = _of_method(own, method, methods[method], sweep)
         own["output_dir"] = str(Path(common.output_dir) / "runs" / _slug(method, point))
         if compare.budget == "matched" and method != reference and own.get("tasks"):
             own["updates_of"] = reference
@@ -144,8 +144,34 @@ def load_comparison(
         name = CONTROL_METHODS.get(method, method_name(method)) if kind == "control" else method_name(method)
         name += "".join(f", {_key(key, point)} {_shown(value)}" for key, value in point.items())
         arms.append(Arm(name, kind, point, method == reference, config_of(own, file, keys)))
-    record = {"compare": {"budget": compare.budget, "sweep": compare.sweep}, "config": _record(common)}
+    compare = replace(compare, sweep=sweep)
+    record = {"compare": {"budget": compare.budget, "sweep": sweep}, "config": _record(common)}
     return Comparison(Path(common.output_dir), compare, arms, arms[0].name, record)
+
+
+def _group(given: Any, file: str) -> CompareConfig:
+    """The group `compare`: its keys, or the name of a YAML of them in configs/comparisons, or the path of one."""
+    where = f"{file}: compare"
+    if isinstance(given, str):
+        found = named_file("comparisons", given)
+        given, where = load_yaml(found), str(found)
+    if isinstance(given, dict) and "of" in given:
+        found = named_file("comparisons", str(given["of"]))
+        given = load_yaml(found) | {key: value for key, value in given.items() if key != "of"}
+    if isinstance(given, dict) and isinstance(given.get("grid"), dict):
+        given = {**given, "grid": _flat(given["grid"])}
+    return build(CompareConfig, given, where=where)
+
+
+def _sweep(given: Any, compare: CompareConfig, last: list[str], file: str) -> dict[str, list[Any]]:
+    """What is swept of each method's last stage: a run's own sweep of the reference's means that too."""
+    if not given:
+        return compare.sweep
+    if compare.sweep or not isinstance(given, dict) or list(given) != last:
+        raise ConfigError(
+            f"{file}: sweep is of stages that not all methods have; give compare.sweep, of settings of each one's last"
+        )
+    return dict(given[last[0]])
 
 
 def method_name(method: str) -> str:
@@ -160,7 +186,7 @@ def _require_stages(values: Mapping[str, Any], methods: Mapping[str, dict[str, O
         require(stage in known, f"{file}: stages.{stage} is a stage of none of the methods{suggestion(stage, known)}")
 
 
-def _set_controls(values: dict[str, Any], *, is_reference: bool, methods: Mapping[str, Any]) -> None:
+def _set_controls(values: dict[str, Any], *, is_reference: bool) -> None:
     """All controls for the reference but those that the YAML turns off, none for others."""
     given = values.get("controls") or {}
     require(isinstance(given, dict), f"controls holds {given!r}, which has no keys")
@@ -169,12 +195,14 @@ def _set_controls(values: dict[str, Any], *, is_reference: bool, methods: Mappin
     wanted = {name: is_reference and given.get(name, True) for name in names} | {
         name: value for name, value in given.items() if name not in names
     }
-    if ratio == 1:
-        wanted |= {"full_vocabulary": False, "trim_only": False}
     tasks = values.get("tasks") or {}
-    if not tasks:
-        wanted["trim_only"] = False
-    elif any((changes or {}).get("inputs") for changes in (tasks.values() if isinstance(tasks, dict) else ())):
+    if ratio == 1:
+        wanted["full_vocabulary"] = False
+    for name in ("trim_only", "trim_after"):
+        wanted[name] = wanted[name] and ratio != 1 and bool(tasks)
+    if "trim_after" not in given:
+        wanted["trim_after"] = wanted["trim_after"] and wanted["full_vocabulary"]
+    if isinstance(tasks, dict) and any((changes or {}).get("inputs") for changes in tasks.values()):
         wanted["hard_labels"] = given.get("hard_labels", True)  # with it labeled texts count for the vocabulary
     values["controls"] = wanted
 
@@ -188,6 +216,14 @@ def _of_method(
     if sweep and passes(dict(stages)):
         values["sweep"] = {passes(dict(stages))[-1]: dict(sweep)}
     return values
+
+
+def _flat(grid: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A grid by dotted keys, whether it was given by these or in groups."""
+    found: dict[str, Any] = {}
+    for key, value in grid.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _record(config: RunConfig) -> dict[str, Any]:

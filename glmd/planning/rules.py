@@ -215,11 +215,14 @@ def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> Non
                 f"sweep.{stage} has no effect: method {config.method} has no such stage; remove it"
                 f"{suggestion(stage, passes(method))}"
             )
-    for name in ("full_vocabulary", "trim_only"):
+    for name in ("full_vocabulary", "trim_only", "trim_after"):
         if getattr(config.controls, name) and vocabulary.keep_ratio == 1:
             raise ConfigError(f"controls.{name} has no effect: vocabulary.keep_ratio is 1")
-    if config.controls.trim_only and not config.tasks:
-        raise ConfigError("controls.trim_only has no effect without tasks; remove it")
+    for name in ("trim_only", "trim_after"):
+        if getattr(config.controls, name) and not config.tasks:
+            raise ConfigError(f"controls.{name} has no effect without tasks; remove it")
+    if config.controls.trim_after and not config.controls.full_vocabulary:
+        raise ConfigError("controls.trim_after trims the student of controls.full_vocabulary; give that too")
 
 
 def _check_order(config: RunConfig, method: dict[str, Objective]) -> None:

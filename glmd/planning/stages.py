@@ -24,7 +24,9 @@ from glmd.tasks.examples import TaskExample
 Variant = Literal["teacher", "student", "full vocabulary"]
 ASSISTANTS = "assistants"  # the folder of all of them
 CONTROL = "hard_labels"  # the kind of the stage in which a student learns labels alone
-TRIM = "trim_only"  # and of that which leaves the fine-tuned teacher with fewer tokens, and trains nothing
+# And of those that leave a model of the task with fewer tokens, and train nothing: the fine-tuned teacher, or the
+# student with the full vocabulary.
+TRIMMED = ("trim_only", "trim_after")
 TEACHER = "teacher"  # path of the pretrained teacher: a stage where it is trained here, else the model that is named
 # Settings that say how many updates a stage has.
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -34,7 +36,7 @@ LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "
 class Stage:
     """A unit of work of a run.
 
-    kind: "teacher", "vocabulary", "task_teacher", "hard_labels", "trim_only", or a stage of the method by its name.
+    kind: "teacher", "vocabulary", "task_teacher", "hard_labels", one of TRIMMED, or a stage of the method by its name.
     settings: None where nothing is trained: for the vocabulary, a named teacher of a task, a student without
         pretraining, a teacher that is trimmed. objective: None for the vocabulary and a student without pretraining.
     variant: whose vocabulary its model has. "full vocabulary" is the control with the teacher's.
@@ -88,7 +90,7 @@ class Stage:
     @property
     def is_control(self) -> bool:
         """Whether it is a model beside the student's stages, which learns labels alone or nothing."""
-        return self.kind in (CONTROL, TRIM)
+        return self.kind in (CONTROL, *TRIMMED)
 
     @property
     def trains_teacher(self) -> bool:
@@ -183,8 +185,7 @@ def stages(plan: Plan, processes: int) -> Iterator[Stage]:
             more: dict[str, Any] = {"start": start, "named": model, "number": number}
             yield Stage("task_teacher", path, trained, HARD_LABELS, seed, "teacher", task, **more)
         if config.controls.trim_only:
-            trimmed, whole = f"controls/{TRIM}/tasks/{name}", teacher_path(0, name)
-            yield Stage(TRIM, trimmed, None, None, seed, task=task, start=whole, teacher=whole, last=TRIM)
+            yield _trimmed("trim_only", f"controls/trim_only/tasks/{name}", task, seed, teacher_path(0, name))
     for number, assistant in enumerate(config.assistants, start=1):
         whose: Variant = "student" if assistant.vocabulary == "student" else "full vocabulary"
         yield _pretraining(plan, whose, number)
@@ -243,6 +244,9 @@ def _passes(
         more: dict[str, Any] = {"start": start, "last": last, "assistant": assistant, **learning}
         yield Stage(kind, path, settings[kind], method[kind], seed, variant, task, point, **more)
         start = path
+    if config.controls.trim_after and variant == "full vocabulary" and not assistant:
+        trimmed = start.replace("full_vocabulary", "trim_after").rpartition("/")[0]
+        yield _trimmed("trim_after", trimmed, task, seed, start, grid_point)
     if config.controls.hard_labels and variant == "student" and not assistant:
         # Of the passes before the last one the control has but the number of updates.
         point = {
@@ -254,6 +258,13 @@ def _passes(
         steps = sum(each.steps(len(task.inputs), processes) for each in settings.values())
         longer = replace(settings[last], max_steps=steps, num_train_epochs=None)
         yield Stage(CONTROL, path, longer, HARD_LABELS, seed, variant, task, point, pretrained, last=last)
+
+
+def _trimmed(kind: str, path: str, task: TaskPlan, seed: int, start: str, grid_point: GridPoint | None = None) -> Stage:
+    """A control whose model is that of another stage with the student's tokens, and not trained."""
+    teacher = teacher_path(0, task.task.name)
+    point = grid_point or {}
+    return Stage(kind, path, None, None, seed, "student", task, point, start, teacher, last=kind)
 
 
 def _updates(

@@ -18,6 +18,7 @@ CONTROLS = {
     "hard labels": "hard labels from the same start",
     "full vocabulary": "full vocabulary",
     "trim only": "teacher trimmed, not trained",
+    "trim after": "full vocabulary, trimmed after training",
 }
 
 
@@ -107,8 +108,8 @@ def _budget(rows: list[dict[str, Any]], system: str) -> dict[str, Any]:
     if system.startswith("teacher"):
         return {}
     own = [row for row in rows if row["system"] == system]
-    if system == "hard labels":  # which begins where the student does
-        own += [row for row in rows if row["system"] == "student" and row["task"] is None]
+    begun = {"hard labels": "student", "trim after": "full vocabulary"}.get(system)  # from what it begins
+    own += [row for row in rows if row["system"] == begun and (row["task"] is None or system == "trim after")]
     seed = min((row["seed"] for row in own), default=0)
     first = [row for row in own if row["seed"] == seed or row["task"] is None]
     budgets = [row["budget"] for row in first if "budget" in row]

@@ -14,7 +14,7 @@ from glmd.errors import RunError
 from glmd.public import public
 
 NEAREST = "nearest to the teacher on val inputs"  # how a checkpoint was chosen, where labels were not looked at
-SYSTEMS = ("teacher", "student", "hard labels", "full vocabulary", "trim only")
+SYSTEMS = ("teacher", "student", "hard labels", "full vocabulary", "trim only", "trim after")
 
 
 @public
@@ -243,6 +243,7 @@ _LABELS = {
     "hard labels": "control: same student, hard labels only",
     "full vocabulary": "control: student with the full vocabulary",
     "trim only": "control: teacher with fewer tokens, not trained",
+    "trim after": "control: full vocabulary, trimmed after training",
 }
 
 

@@ -25,12 +25,30 @@ TRAINING_PATIENCE = timedelta(minutes=15)  # with one another in training and sc
 LOST = "another process of this run has ended; what it said last is why"
 
 T = TypeVar("T")
+_kept: list[bool] = []  # whether the ranks' group outlives a run
 _group_of: list[tuple[Any, Any]] = []  # torch's default group, and ours beside it
 
 
 def number_of_ranks() -> int:
     """How many processes there are; 1 where none were launched."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def ranks_kept() -> Iterator[None]:
+    """Several runs of the same ranks in turn: they part after the last one, and not after each."""
+    _kept.append(True)
+    try:
+        yield
+    finally:
+        _kept.pop()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def are_ranks_kept() -> bool:
+    """Whether the group of ranks is for runs to come, too."""
+    return bool(_kept)
 
 
 def is_main() -> bool:
