@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,17 @@ def test_runs_made_apart_are_joined_and_their_conditions_told(world, tiny, trust
     assert capsys.readouterr().out == (folder / "scores.csv").read_text(encoding="utf-8")
     assert main(["report", str(folder / "runs/glmd"), "--format", "csv"]) == 2
     assert main(["report", str(folder / "runs/glmd"), str(folder / "runs/glmd")]) == 2
+
+
+@pytest.mark.full
+def test_two_ranks_run_one_method_after_another_and_share_what_is_the_same(tiny, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "glmd"]
+    words = [f"output_dir={tmp_path / 'out'}", "compare.methods=[glmd, kd]", "compare.control_methods=[]"]
+    for _ in range(2):  # the second finds all complete
+        done = subprocess.run(
+            [*command, "compare", tiny.root / "run.yaml", *words], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| kd ") == 2
+    places = [tmp_path / "out/runs" / name / "vocabulary/vocabulary.json" for name in ("glmd", "kd")]
+    assert places[0].samefile(places[1])

@@ -139,3 +139,51 @@ def test_another_error_is_not_taken_for_a_full_disk(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, full_disk_refused(Path("runs/a")):
         raise error
     assert raised.value is error
+
+
+def make_stage(run: Path, inputs: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """The work of a stage that leaves two files."""
+
+    def work() -> dict[str, Any]:
+        place = run / "tasks/RTE/task_teacher"
+        (place / "model").mkdir(parents=True, exist_ok=True)
+        (place / "model/weights").write_bytes(f"made in {run.name}".encode())
+        (place / "model/README.md").write_text("A card.")
+        return {"loss": 1.0, **inputs}
+
+    return work
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_stage_that_a_sibling_made_from_the_same_is_taken_over_with_a_card_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    name, one, other = Path("tasks/RTE/task_teacher"), tmp_path / "one", tmp_path / "other"
+    RunFolder(one).complete(one / name, {"seed": 0}, make_stage(one, {}))
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    folder = RunFolder(other, [one])
+    result = folder.complete(other / name, {"seed": 0}, lambda: pytest.fail("it is made already"))
+    assert result["loss"] == 1.0
+    assert (other / name / "model/weights").read_bytes() == b"made in one"
+    assert (other / name / "model/weights").samefile(one / name / "model/weights") == links
+    assert not (other / name / "model/README.md").samefile(one / name / "model/README.md")
+    alone = RunFolder(other)  # which needs its sibling no more
+    shutil.rmtree(one)
+    assert alone.complete(other / name, {"seed": 0}, lambda: pytest.fail("it is complete")) == result
+
+
+@pytest.mark.parametrize("harm", ["other inputs", "changed file", "missing file", "damaged record", "not complete"])
+def test_a_siblings_stage_that_is_not_the_same_or_not_whole_is_made_anew(tmp_path: Path, harm: str) -> None:
+    name, one, other = Path("tasks/RTE/task_teacher"), tmp_path / "one", tmp_path / "other"
+    RunFolder(one).complete(one / name, {"seed": 1 if harm == "other inputs" else 0}, make_stage(one, {}))
+    if harm == "changed file":
+        (one / name / "model/weights").write_bytes(b"made in oen")
+    if harm == "missing file":
+        (one / name / "model/weights").unlink()
+    if harm == "damaged record":
+        (one / name / "stage.json").write_text("{")
+    if harm == "not complete":
+        (one / name / "stage.json").write_text('{"complete": false, "inputs": {"seed": 0}}')
+    RunFolder(other, [one]).complete(other / name, {"seed": 0}, make_stage(other, {}))
+    assert (other / name / "model/weights").read_bytes() == b"made in other"
