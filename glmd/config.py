@@ -212,9 +212,8 @@ class ControlsConfig:
     hard_labels: bool = True  # same student and start, labels alone, as many updates as its task passes
     full_vocabulary: bool = False  # the whole method again with the teacher's full vocabulary
     trim_only: bool = False  # the fine-tuned teacher with the student's vocabulary, and nothing trained
-    trim_after: bool = (
-        False  # the student of full_vocabulary, which then gets the student's vocabulary without training
-    )
+    # The student of full_vocabulary, which gets the student's vocabulary after training, without more of it
+    trim_after: bool = False
 
 
 def _pretraining_defaults() -> StageConfig:

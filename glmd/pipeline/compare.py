@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from glmd.config import RunConfig
-from glmd.config_file import differences
+from glmd.config_file import config_of, differences
 from glmd.errors import ConfigError, DataError, DiskError, GlmdError, ModelError, NumericsError, RankError, RunError
 from glmd.evaluation.latency import measured_latency
 from glmd.pipeline.run import run_beside
 from glmd.pipeline.run_folder import GROWING_KEYS, with_dtype_of
-from glmd.planning.comparison import Arm, Comparison, load_comparison
+from glmd.planning.comparison import Arm, Comparison, load_comparison, record_of
 from glmd.planning.limits import require_sizes_and_room
 from glmd.planning.plan import Plan, make_plan
 from glmd.reporting.comparison import Comparison as Compared
@@ -45,14 +45,10 @@ ORDER = ("teacher", "constant", "method", "control")  # of kinds in the table
 OF_THE_METHOD = (ConfigError, DataError, ModelError, NumericsError)
 
 
-def compare(
-    config: str | Path | Mapping[str, Any] | None = None,
-    overrides: str | Iterable[str] | Mapping[str, Any] = (),
-    **changes: Any,
-) -> Compared:
+def compare(config: str | Path | Mapping[str, Any] | None = None, *overrides: str, **changes: Any) -> Compared:
     """Run every arm of a comparison that is not complete, and return the table, which is also in its folder.
 
-    config, overrides, changes: as `load_config` takes them, with a group `compare`.
+    config, overrides, changes: as `run` takes them, with a group `compare`.
     A method that fails is a row that says why; it is tried again by the next call. Raises GlmdError with one line
     where nothing can be compared: the reference fails, the folder holds another comparison, conditions differ.
     """
@@ -240,13 +236,24 @@ def require_free(comparison: Comparison) -> None:
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {"lock", f"{RECORD}.tmp"}:
         return
     if not recorded.is_file():
+        if (folder / "lock").is_file() and (folder / "runs").is_dir():
+            return  # a comparison that lost its record: each run has its own
         raise RunError(f"output_dir {folder} is not empty and holds no comparison; choose another output_dir")
     ignore = [f"config.{key}" if "*" not in key else key for key in GROWING_KEYS]
-    changed = differences(load_yaml(recorded), comparison.record, ignore=ignore)
+    changed = differences(_recorded(recorded), comparison.record, ignore=ignore)
     if changed:
         raise RunError(
             f"output_dir {folder} holds another comparison ({'; '.join(changed)}); choose another, or change it back"
         )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What a comparison was begun with, with keys that came later as they are by default."""
+    found = load_yaml(path)
+    try:
+        return {**found, "config": record_of(config_of({**found["config"], "output_dir": "."}, str(path)))}
+    except (KeyError, TypeError):
+        raise RunError(f"{path} is damaged; delete it, and each run is compared by its own record") from None
 
 
 def _is_first() -> bool:
@@ -259,9 +266,12 @@ def _failure_file(comparison: Comparison, arm: Arm) -> Path:
 
 
 def _record_failure(comparison: Comparison, arm: Arm, why: str, trace: str = "") -> None:
+    """trace: of a crash, which may be that of one process alone; a refusal is that of all."""
     logger.warning("%s: %s", arm.name, why)
-    record = json.dumps({"why": " ".join(why.split()), "traceback": trace}, indent=1)
-    write_atomically(_failure_file(comparison, arm), record)
+    if trace or _is_first():
+        record = json.dumps({"why": " ".join(why.split()), "traceback": trace}, indent=1)
+        with suppress(DiskError):  # of two that write at once
+            write_atomically(_failure_file(comparison, arm), record)
 
 
 def _failures(comparison: Comparison) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glmd.config import ControlsConfig, RunConfig
-from glmd.config_file import config_of, read_values, set_dotted
+from glmd.config_file import config_of, read_values, set_dotted, to_dict
 from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, suggestion
@@ -145,7 +145,7 @@ def load_comparison(
         name += "".join(f", {_key(key, point)} {_shown(value)}" for key, value in point.items())
         arms.append(Arm(name, kind, point, method == reference, config_of(own, file, keys)))
     compare = replace(compare, sweep=sweep)
-    record = {"compare": {"budget": compare.budget, "sweep": sweep}, "config": _record(common)}
+    record = {"compare": {"budget": compare.budget, "sweep": sweep}, "config": record_of(common)}
     return Comparison(Path(common.output_dir), compare, arms, arms[0].name, record)
 
 
@@ -226,9 +226,8 @@ def _flat(grid: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _record(config: RunConfig) -> dict[str, Any]:
-    from glmd.config_file import to_dict
-
+def record_of(config: RunConfig) -> dict[str, Any]:
+    """What of a run all arms of a comparison have alike."""
     varied = ("method", "output_dir", "controls", "seeds", "stages", "sweep", "updates_of")
     return {key: value for key, value in to_dict(config).items() if key not in varied}
 

@@ -29,7 +29,7 @@ def world(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A comparison of a method with another, and with one that cannot be run."""
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("compared") / "out"
     patch.setattr("glmd.pipeline.exports.check_exports", lambda folders: None)
-    table = compare(tiny.root / "run.yaml", [f"output_dir={folder}", *WORDS])
+    table = compare(tiny.root / "run.yaml", f"output_dir={folder}", *WORDS)
     patch.undo()
     return folder, table
 
@@ -110,7 +110,7 @@ def test_the_same_command_trains_nothing_again_and_writes_the_same_bytes(world, 
     for method in ("glmd", "kd", "hard-no-pretraining"):  # whose folder is recorded in nothing
         assert (copy / "runs" / method).is_dir()
     monkeypatch.setattr(runs, "run_stage", lambda *_: pytest.fail("a stage was run again"))
-    compare(tiny.root / "run.yaml", [f"output_dir={copy}", *WORDS])
+    compare(tiny.root / "run.yaml", f"output_dir={copy}", *WORDS)
     assert texts(copy) == texts(folder)
 
 
@@ -132,8 +132,8 @@ def test_a_comparison_that_is_stopped_anywhere_ends_in_the_same_table(
     with monkeypatch.context() as patch:
         patch.setattr(runs, "run_stage", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compare(tiny.root / "run.yaml", words)
-    compare(tiny.root / "run.yaml", words)
+            compare(tiny.root / "run.yaml", *words)
+    compare(tiny.root / "run.yaml", *words)
     assert texts(tmp_path / "out") == texts(folder)
 
 
@@ -153,10 +153,10 @@ def test_a_method_that_crashes_is_a_row_and_is_tried_again_and_methods_may_be_ad
     words = [f"output_dir={copy}", *WORDS[:2], "compare.methods=[glmd, pd, kd]"]
     with monkeypatch.context() as patch:
         patch.setattr(runs, "run_stage", breaking)
-        broken = compare(tiny.root / "run.yaml", words)
+        broken = compare(tiny.root / "run.yaml", *words)
     assert of(broken, "pd").system.problems == {"": "RuntimeError: the card was lost"}
     assert of(broken, "kd").metrics == of(table, "kd").metrics
-    whole = compare(tiny.root / "run.yaml", words)
+    whole = compare(tiny.root / "run.yaml", *words)
     assert of(whole, "pd").average is not None and not (copy / "failures" / "pd.json").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_task_that_a_method_cannot_do_is_left_out_and_still_counts_for_the_voc
     task = f"definition: {tmp_path / 'Three.yaml'}, train: {tmp_path / 'three.jsonl'}, val: {tmp_path / 'three.jsonl'}"
     table = compare(
         tiny.root / "run.yaml",
-        [
+        *[
             f"output_dir={tmp_path / 'out'}",
             f"compare.methods=[kd, {tmp_path / 'standardized.yaml'}]",
             "compare.control_methods=[]",
@@ -202,7 +202,7 @@ def test_a_folder_of_another_comparison_or_of_something_else_is_refused(world, t
             assert found in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="is not empty and holds no comparison"):
-        compare(tiny.root / "run.yaml", [f"output_dir={tmp_path}", *WORDS])
+        compare(tiny.root / "run.yaml", f"output_dir={tmp_path}", *WORDS)
     assert main(["run", str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'new'}", *WORDS]) == 2
     assert "`glmd compare` runs it" in capsys.readouterr().err
 
