@@ -310,7 +310,7 @@ def _report(options: argparse.Namespace) -> None:
     from glmd.reporting.report import load_results, results_table
 
     folder, *others = options.runs
-    if others or (folder / "comparison.json").is_file():
+    if others or (folder / "comparison.yaml").is_file():
         from glmd.commands.compare import report_comparison
 
         say(report_comparison(options.runs, options.reference, options.format or "markdown", options.picture), end="")

@@ -3,10 +3,12 @@
 table, notes = join_runs(["runs/glmd", "runs/kd"])
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from glmd.errors import ConfigError, GlmdError, RunError, counted
 from glmd.pipeline.compare import ORDER, planned, require_free
@@ -16,7 +18,7 @@ from glmd.reporting.comparison import Comparison as Compared
 from glmd.reporting.comparison import compared
 from glmd.reporting.comparison_tables import as_json, csv_text, latex, markdown
 from glmd.reporting.conditions import conditions, differing
-from glmd.reporting.joined import systems_of
+from glmd.reporting.joined import answers_of, systems_of
 from glmd.reporting.report import load_results
 
 FORMATS: dict[str, Callable[[Compared], str]]
@@ -46,6 +48,7 @@ def join_runs(runs: Sequence[str | Path], *, reference: str | None = None) -> tu
         if not any(system.name == name for system in found):
             raise RunError(f"{folder}: its student has no scores on a task; `glmd report {folder}` shows what it has")
         systems += found
+    _require_same_examples(folders, names, results)
     found_by = {name: conditions(folder, each) for name, folder, each in zip(names, folders, results, strict=True)}
     notes = [
         f"Conditions differ: {what} ({', '.join(f'{run} {value}' for run, value in by_run.items())})."
@@ -53,6 +56,21 @@ def join_runs(runs: Sequence[str | Path], *, reference: str | None = None) -> tu
     ]
     systems.sort(key=lambda system: ORDER.index(system.kind))
     return compared(systems, reference or names[0]), notes
+
+
+def _require_same_examples(folders: Sequence[Path], names: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
+    """Refuse scores on other examples: they have no difference and no rank."""
+    known: dict[str, tuple[str, Any]] = {}
+    for folder, name, found in zip(folders, names, results, strict=True):
+        for row in (row for row in found["rows"] if row["system"] == "student" and "metrics" in row):
+            val = row["examples"], answers_of(folder, row).get("val")
+            other, theirs = known.setdefault(row["task"], (name, val))
+            is_same = val[0] == theirs[0] and (None in (val[1], theirs[1]) or val[1] == theirs[1])
+            if not is_same:
+                raise ConfigError(
+                    f"{row['task']}: {name} was scored on other examples than {other} (val of {val[0]}, {theirs[0]}); "
+                    "runs that share their val can be joined"
+                )
 
 
 def report_comparison(runs: Sequence[Path], reference: str | None, form: str, picture: Path | None = None) -> str:
@@ -64,15 +82,23 @@ def report_comparison(runs: Sequence[Path], reference: str | None, form: str, pi
                 raise ConfigError(
                     f"--{name} has no effect on a comparison, whose folder has it; give compare.reference, or its runs"
                 )
+        path = folder / TABLES[form]
         try:
-            return (folder / TABLES[form]).read_text(encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{folder / TABLES[form]}: cannot be read ({error.strerror})") from None
+            text = path.read_text(encoding="utf-8")
+            if form == "json":
+                json.loads(text)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "damaged"
+            raise RunError(f"{path}: {reason}; `glmd compare` with the comparison's config writes it again") from None
+        return text
     table, notes = join_runs(runs, reference=reference)
     if picture is not None:
         from glmd.reporting.comparison_picture import draw
 
-        draw(table, picture)
+        try:
+            draw(table, picture)
+        except (OSError, ValueError) as error:  # also a form that there is not
+            raise ConfigError(f"--picture {picture}: cannot be written ({error})") from None
     told = "".join(f"\n{note}\n" for note in notes) if form == "markdown" else ""
     return FORMATS[form](table) + told
 

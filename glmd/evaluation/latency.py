@@ -25,12 +25,17 @@ def measured_latency(folder: Path, known: dict[str, dict[str, float]]) -> dict[s
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
-    if shape not in known:
+    if not _is_latency(known.get(shape)):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model_as_saved(str(folder)).eval().to(device)
         length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
         known[shape] = {str(batch): _median(model, batch, length, device) for batch in BATCHES}
     return known[shape]
+
+
+def _is_latency(found: object) -> bool:
+    """Whether it is what was measured before, and nothing that a file was damaged to."""
+    return isinstance(found, dict) and bool(found) and all(isinstance(each, (int, float)) for each in found.values())
 
 
 def _median(model: torch.nn.Module, batch: int, length: int, device: torch.device) -> float:

@@ -24,10 +24,11 @@ from glmd.config_file import config_of, differences
 from glmd.errors import ConfigError, DataError, DiskError, GlmdError, ModelError, NumericsError, RankError, RunError
 from glmd.evaluation.latency import measured_latency
 from glmd.pipeline.run import run_beside
-from glmd.pipeline.run_folder import GROWING_KEYS, with_dtype_of
-from glmd.planning.comparison import Arm, Comparison, load_comparison, record_of
+from glmd.pipeline.run_folder import COMPARISON, GROWING_KEYS, with_dtype_of
+from glmd.planning.comparison import Arm, Comparison, load_comparison, method_name, record_of
 from glmd.planning.limits import require_sizes_and_room
 from glmd.planning.plan import Plan, make_plan
+from glmd.planning.stages import LENGTH_KEYS
 from glmd.reporting.comparison import Comparison as Compared
 from glmd.reporting.comparison import System, compared
 from glmd.reporting.comparison_tables import as_json, costs_markdown, csv_text, latex, markdown
@@ -35,14 +36,13 @@ from glmd.reporting.conditions import conditions, differing
 from glmd.reporting.joined import systems_of
 from glmd.reporting.report import load_results
 from glmd.runtime.processes import ranks_kept
-from glmd.storage import locked, write_atomically
+from glmd.storage import locked, write_atomically, write_problem
 from glmd.strict_yaml import dump_yaml, load_yaml
 
 logger = logging.getLogger(__name__)
-RECORD = "comparison.yaml"
 ORDER = ("teacher", "constant", "method", "control")  # of kinds in the table
 # Refusals of one method, or of a task by it. Others are of the folder, the disk or the launch.
-OF_THE_METHOD = (ConfigError, DataError, ModelError, NumericsError)
+OF_THE_METHOD = (ConfigError, DataError, ModelError, NumericsError, RunError)
 
 
 def compare(config: str | Path | Mapping[str, Any] | None = None, *overrides: str, **changes: Any) -> Compared:
@@ -77,7 +77,7 @@ def _complete(comparison: Comparison, arm: Arm) -> Arm | None:
         try:
             run_beside(arm.config, siblings)
         except OF_THE_METHOD as error:
-            narrowed = None if isinstance(error, NumericsError) else _narrowed(arm)
+            narrowed = None if isinstance(error, (NumericsError, RunError)) else _narrowed(arm)
             if narrowed is None:
                 raise
             arm = narrowed
@@ -103,7 +103,8 @@ def _complete(comparison: Comparison, arm: Arm) -> Arm | None:
             torch.cuda.empty_cache()
         return None
     if _is_first():
-        _failure_file(comparison, arm).unlink(missing_ok=True)
+        with suppress(OSError):  # a folder of this name, perhaps
+            _failure_file(comparison, arm).unlink(missing_ok=True)
     return arm
 
 
@@ -137,6 +138,7 @@ def planned(config: RunConfig, synthetic: Path | None, *, processes: int | None 
 def write_table(comparison: Comparison, arms: list[Arm]) -> Compared:
     """The table of what is complete, into the comparison's folder too. Raises RunError where conditions differ."""
     failed, systems = _failures(comparison), []
+    teachers: list[System] = []
     by_point: dict[str, dict[str, Any]] = {}
     for arm in arms:
         if arm.folder.name in failed or not (arm.folder / "results.json").is_file():
@@ -144,23 +146,58 @@ def write_table(comparison: Comparison, arms: list[Arm]) -> Compared:
             systems.append(System(arm.name, arm.kind, [], method=arm.config.method, problems={"": why}))
             continue
         results = load_results(arm.folder)
-        is_first = arm is arms[0]
-        systems += systems_of(
-            results, arm.folder, arm.name, kind=arm.kind, with_teacher=is_first, problems=arm.problems
-        )
+        for system in systems_of(results, arm.folder, arm.name, kind=arm.kind, problems=arm.problems):
+            if system.kind not in ("teacher", "constant"):
+                systems.append(system)
+            elif arm.is_reference and all(_scores(system) != _scores(other) for other in teachers):
+                teachers.append(system if all(system.name != each.name for each in teachers) else _renamed(system, arm))
         by_point.setdefault(json.dumps(arm.point), {})[arm.name] = conditions(arm.folder, results)
     for of_point in by_point.values():
         require_alike(comparison, of_point)
-    systems.sort(key=lambda system: ORDER.index(system.kind))  # as they are otherwise
-    table = compared(systems, comparison.reference)
+    systems = sorted([*teachers, *systems], key=lambda system: ORDER.index(system.kind))  # as they are otherwise
+    table = compared(systems, comparison.reference, notes=_notes(comparison))
     if _is_first():
         _write(comparison, table, systems)
     return table
 
 
+def _sweeps_lengths(comparison: Comparison) -> bool:
+    """Whether points of a sweep have other numbers of updates."""
+    return any(key in LENGTH_KEYS for key in comparison.settings.sweep)
+
+
+def _scores(system: System) -> tuple[str, Any]:
+    """What tells a teacher from that of another point of the grid."""
+    return system.kind, [(each.task, each.metric, each.seed, each.value, each.resamples) for each in system.scores]
+
+
+def _renamed(system: System, arm: Arm) -> System:
+    point = arm.name.partition(", ")[2]
+    return replace(system, name=f"{system.name}, {point}")
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What the table says of how its rows came about."""
+    settings, name = comparison.settings, comparison.arms[0].config.method
+    notes = [
+        f"Over each task all methods have as many updates as {method_name(name)}."
+        if settings.budget == "matched"
+        else "Each method has the updates that the settings of its stages say."
+    ]
+    if settings.sweep:
+        count = len(comparison.arms[0].config.grid_points)
+        swept = ", ".join(f"{key} {values}" for key, values in settings.sweep.items())
+        notes.append(
+            f"Each row is, for each task, the best of {count} points of its last stage on val ({swept}), which "
+            "flatters all of them."
+            + (" Updates are equal at each point, and not at best ones." if _sweeps_lengths(comparison) else "")
+        )
+    return notes
+
+
 def require_alike(comparison: Comparison, of_point: dict[str, Any]) -> None:
     """Refuse arms that were made under other conditions than those before them."""
-    is_free = comparison.settings.budget == "own" or comparison.settings.sweep
+    is_free = comparison.settings.budget == "own" or _sweeps_lengths(comparison)
     for name, runs in differing(of_point).items():
         if is_free and name.endswith(": updates"):
             continue
@@ -221,19 +258,21 @@ def _held(comparison: Comparison) -> Iterator[None]:
                 raise RunError(f"output_dir {folder} is in use by {holder}")
 
             require_free(comparison)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunError(f"output_dir {folder} cannot be written ({error.strerror}); choose another") from None
+            folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(folder / "lock", refuse))
-            write_atomically(folder / RECORD, dump_yaml(comparison.record))
+            write_atomically(folder / COMPARISON, dump_yaml(comparison.record))
         yield
 
 
 def require_free(comparison: Comparison) -> None:
     """Refuse a folder of something else. Methods, seeds, controls and points of the grid may be added."""
-    folder, recorded = comparison.folder, comparison.folder / RECORD
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= {"lock", f"{RECORD}.tmp"}:
+    folder, recorded = comparison.folder, comparison.folder / COMPARISON
+    problem = write_problem(folder)
+    if problem is not None:
+        raise RunError(f"output_dir {folder} {problem}; choose another".replace("\0", "\\0"))
+    if (folder / "failures").exists() and not (folder / "failures").is_dir():
+        raise RunError(f"{folder / 'failures'} is no folder; delete it")
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {"lock", f"{COMPARISON}.tmp"}:
         return
     if not recorded.is_file():
         if (folder / "lock").is_file() and (folder / "runs").is_dir():
@@ -249,10 +288,10 @@ def require_free(comparison: Comparison) -> None:
 
 def _recorded(path: Path) -> dict[str, Any]:
     """What a comparison was begun with, with keys that came later as they are by default."""
-    found = load_yaml(path)
     try:
+        found = load_yaml(path)
         return {**found, "config": record_of(config_of({**found["config"], "output_dir": "."}, str(path)))}
-    except (KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
         raise RunError(f"{path} is damaged; delete it, and each run is compared by its own record") from None
 
 

@@ -52,6 +52,7 @@ GROWING_KEYS = (
     "teacher.cache",
     "teacher.cached_stages",
 )
+COMPARISON = "comparison.yaml"  # what lies in the folder of a comparison
 # What may lie in a folder before its run has begun.
 BEFORE_THE_RUN = {"lock", "synthetic", "config.yaml.tmp"}
 # What lies in a stage's folder and is not its result: its own record, and the way there.
@@ -78,6 +79,8 @@ def require_free_folder(config: RunConfig) -> Path:
     problem = write_problem(folder)
     if problem is not None:
         raise RunError(f"output_dir {config.output_dir} {problem}; choose another".replace("\0", "\\0"))
+    if (folder / COMPARISON).is_file():
+        raise RunError(f"output_dir {folder} holds a comparison, which `glmd compare` goes on with; choose another")
     if not folder.exists() or {path.name for path in folder.iterdir()} <= BEFORE_THE_RUN:
         return folder
     recorded = folder / "config.yaml"

@@ -153,6 +153,7 @@ def score_task(context: Context, stage: Stage, model: Any, *, keeps: bool = Fals
     if keeps:
         kept: dict[str, Any] = {"answers": answers.tolist()}
         if stage.task.is_scored:
+            kept["val"] = stage.task.val_fingerprint()
             kept["resampled"] = resampled_scores(stage.task.task, answers, stage.task.val)
         on_main(lambda: write_atomically(context.folder(stage) / ANSWERS, json.dumps(kept)))
     if not stage.trains_teacher:

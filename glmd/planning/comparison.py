@@ -18,7 +18,6 @@ from typing import Any, Literal
 from glmd.config import ControlsConfig, RunConfig
 from glmd.config_file import config_of, read_values, set_dotted, to_dict
 from glmd.distillation.methods import load_method
-from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, suggestion
 from glmd.planning.teacher_rules import passes
 from glmd.stage_config import require
@@ -27,10 +26,13 @@ from glmd.strict_yaml import build, load_yaml, named_file
 # Methods that learn from labels alone, and how the table calls them.
 CONTROL_METHODS = {
     "hard": "hard labels, pretrained without distillation",
-    "hard-no-pretraining": "hard labels, copied layers alone",
+    "hard-no-pretraining": "hard labels, not pretrained",
 }
 # Keys that are the same for all, or that the comparison sets.
-NOT_IN_GRID = ("compare", "controls", "method", "output_dir", "seeds", "sweep", "tasks", "updates_of")
+NOT_IN_GRID = (
+    *("compare", "controls", "method", "output_dir", "seeds", "sweep", "updates_of"),
+    *("tasks", "untrained_tasks", "data", "data.superglue", "data.synthetic"),  # of other val sets scores are no match
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class CompareConfig:
         both = [*self.methods, *self.control_methods]
         for name in both:
             require(both.count(name) == 1, f"methods and control_methods name {name} twice; keep one")
+        for name in map(method_name, both):
+            is_taken = not name or name.startswith(("teacher", "best constant answer")) or ": " in name
+            require(not is_taken, f"methods names {name!r}, as rows of the table are called; rename it")
         names = [method_name(each).lower() for each in both]
         for name in names:
             require(names.count(name) == 1, f"methods has two of the name {name}; keep one, or rename a file")
@@ -61,7 +66,7 @@ class CompareConfig:
             near = suggestion(self.reference, self.methods)
             raise ConfigError(f"reference {self.reference} is none of methods{near}")
         for key, values in self.grid.items():
-            top = key.partition(".")[0]
+            top = key if key.startswith("data") else key.partition(".")[0]
             if top in NOT_IN_GRID:
                 instead = {"seeds": "give seeds", "sweep": "give compare.sweep", "method": "give compare.methods"}
                 raise ConfigError(f"grid.{key} cannot vary; {instead.get(top, 'remove it')}")
@@ -116,42 +121,82 @@ def load_comparison(
     Raises ConfigError, one line.
     """
     file, values, keys = read_values(path, overrides, **changes)
-    compare = _group(values.pop("compare", None) or {}, file)
+    compare = _group(values.pop("compare", None), file)
     for name, instead in (("method", "compare.methods"), ("updates_of", "compare.budget")):
         require(not values.get(name), f"{file}: {name} has no effect in a comparison; give {instead}")
     reference = compare.reference or compare.methods[0]
     methods = {name: load_method(name) for name in [*compare.methods, *compare.control_methods]}
-    sweep = _sweep(values.pop("sweep", None) or {}, compare, passes(methods[reference])[-1:], file)
-    _require_stages(values, methods, file)
+    sweep = _sweep(values.pop("sweep", None), compare, passes(methods[reference])[-1:], file)
+    common = _plain_config(values, methods, file, keys)
+    require(bool(common.tasks), f"{file}: tasks is empty; methods are compared by their scores on tasks: name one")
     ordered = [reference, *(name for name in methods if name != reference)]
     points = [dict(zip(compare.grid, each, strict=True)) for each in itertools.product(*compare.grid.values())]
-    base = copy.deepcopy(values)
-    _set_controls(base, is_reference=True)
-    common = config_of(_of_method(base, reference, methods[reference], {}), file, keys)
-    arms = []
+    arms: list[Arm] = []
     for point, method in itertools.product(points, ordered):
         own = copy.deepcopy(values)
         for key, value in point.items():
             set_dotted(own, key, copy.deepcopy(value))
+        where = f"{file}: compare.grid at {_told(point)}" if point else file
+        _plain_config(own, methods, where, keys)
+        is_matched = compare.budget == "matched" and method != reference
+        with_stages_of = [methods[method], *([methods[reference]] if is_matched else [])]
+        own["stages"] = {
+            name: given
+            for name, given in (own.get("stages") or {}).items()
+            if any(name in each for each in with_stages_of)
+        }
         _set_controls(own, is_reference=method == reference)
-        own = _of_method(own, method, methods[method], sweep)
+        own |= {"method": method, "updates_of": reference if is_matched else None}
         own["output_dir"] = str(Path(common.output_dir) / "runs" / _slug(method, point))
-        if compare.budget == "matched" and method != reference and own.get("tasks"):
-            own["updates_of"] = reference
-            kept = {*methods[method], *methods[reference]}
-            own["stages"] = {k: v for k, v in (values.get("stages") or {}).items() if k in kept}
+        if sweep and passes(methods[method]):
+            own["sweep"] = {passes(methods[method])[-1]: dict(sweep)}
         kind: Literal["method", "control"] = "control" if method in compare.control_methods else "method"
-        name = CONTROL_METHODS.get(method, method_name(method)) if kind == "control" else method_name(method)
-        name += "".join(f", {_key(key, point)} {_shown(value)}" for key, value in point.items())
-        arms.append(Arm(name, kind, point, method == reference, config_of(own, file, keys)))
+        arm = Arm("", kind, point, method == reference, config_of(own, where, keys))
+        is_new = all(record_of(each.config, whole=True) != record_of(arm.config, whole=True) for each in arms)
+        if is_new:
+            arms.append(replace(arm, name=_name(arm, compare)))
+        elif kind == "method":
+            raise ConfigError(f"compare.grid at {_told(point)} changes nothing for {method}; take one of both out")
+    names = [arm.name for arm in arms]
+    assert len(set(names)) == len(names), "values are shown whole where their names are alike"
     compare = replace(compare, sweep=sweep)
-    record = {"compare": {"budget": compare.budget, "sweep": sweep}, "config": record_of(common)}
+    first = {"first seed": common.seeds[0]}  # with which the teachers of tasks are fine-tuned
+    record = {"compare": {"budget": compare.budget, "sweep": sweep, **first}, "config": record_of(common)}
     return Comparison(Path(common.output_dir), compare, arms, arms[0].name, record)
+
+
+def _plain_config(values: dict[str, Any], methods: Mapping[str, Any], file: str, keys: Iterable[str]) -> RunConfig:
+    """The run that all arms have in common. Refuses values of wrong types, and settings of stages that none has."""
+    known = {stage for method in methods.values() for stage in method}
+    for name in ("stages", "controls"):
+        given = values.get(name)
+        require(given is None or isinstance(given, dict), f"{file}: {name} must be a mapping of keys, got {given!r}")
+    for stage in values.get("stages") or {}:
+        require(stage in known, f"{file}: stages.{stage} is a stage of none of the methods{suggestion(stage, known)}")
+    plain = copy.deepcopy(values) | {"stages": {}}
+    return config_of(plain, file, keys)
+
+
+def _name(arm: Arm, compare: CompareConfig) -> str:
+    """What the table calls an arm: its method, and where a point of the grid is."""
+    method = arm.config.method
+    name = CONTROL_METHODS.get(method, method_name(method)) if arm.kind == "control" else method_name(method)
+    for key, value in arm.point.items():
+        # By the last part of a path, unless that of another value is the same.
+        short = [_shown(other) for other in compare.grid[key]].count(_shown(value)) == 1
+        name += f", {_key(key, arm.point)} {_shown(value) if short else value}"
+    return name
+
+
+def _told(point: Mapping[str, Any]) -> str:
+    """A point of the grid for a refusal."""
+    return ", ".join(f"{key}={value}" for key, value in point.items())
 
 
 def _group(given: Any, file: str) -> CompareConfig:
     """The group `compare`: its keys, or the name of a YAML of them in configs/comparisons, or the path of one."""
     where = f"{file}: compare"
+    given = {} if given is None else given
     if isinstance(given, str):
         found = named_file("comparisons", given)
         given, where = load_yaml(found), str(found)
@@ -165,13 +210,13 @@ def _group(given: Any, file: str) -> CompareConfig:
 
 def _sweep(given: Any, compare: CompareConfig, last: list[str], file: str) -> dict[str, list[Any]]:
     """What is swept of each method's last stage: a run's own sweep of the reference's means that too."""
-    if not given:
+    if given is None or given == {}:
         return compare.sweep
     if compare.sweep or not isinstance(given, dict) or list(given) != last:
         raise ConfigError(
             f"{file}: sweep is of stages that not all methods have; give compare.sweep, of settings of each one's last"
         )
-    return dict(given[last[0]])
+    return build(CompareConfig, {"methods": ["glmd"], "sweep": given[last[0]]}, where=file).sweep
 
 
 def method_name(method: str) -> str:
@@ -179,43 +224,19 @@ def method_name(method: str) -> str:
     return Path(method).stem if method.endswith((".yaml", ".yml")) else method
 
 
-def _require_stages(values: Mapping[str, Any], methods: Mapping[str, dict[str, Objective]], file: str) -> None:
-    """Refuse settings of stages that none of the methods has."""
-    known = {stage for method in methods.values() for stage in method}
-    for stage in values.get("stages") or {}:
-        require(stage in known, f"{file}: stages.{stage} is a stage of none of the methods{suggestion(stage, known)}")
-
-
 def _set_controls(values: dict[str, Any], *, is_reference: bool) -> None:
     """All controls for the reference but those that the YAML turns off, none for others."""
-    given = values.get("controls") or {}
-    require(isinstance(given, dict), f"controls holds {given!r}, which has no keys")
-    ratio = (values.get("vocabulary") or {}).get("keep_ratio")
-    names = list(vars(ControlsConfig()))
-    wanted = {name: is_reference and given.get(name, True) for name in names} | {
-        name: value for name, value in given.items() if name not in names
-    }
-    tasks = values.get("tasks") or {}
-    if ratio == 1:
-        wanted["full_vocabulary"] = False
-    for name in ("trim_only", "trim_after"):
-        wanted[name] = wanted[name] and ratio != 1 and bool(tasks)
+    given, vocabulary = values.get("controls") or {}, values.get("vocabulary") or {}
+    is_whole = vocabulary.get("keep_ratio") == 1
+    wanted = {name: is_reference and given.get(name, True) for name in vars(ControlsConfig())}
+    if is_whole:
+        wanted |= {"full_vocabulary": False, "trim_only": False, "trim_after": False}
     if "trim_after" not in given:
         wanted["trim_after"] = wanted["trim_after"] and wanted["full_vocabulary"]
-    if isinstance(tasks, dict) and any((changes or {}).get("inputs") for changes in tasks.values()):
+    tasks = values["tasks"].values() if isinstance(values["tasks"], dict) else ()
+    if any((changes or {}).get("inputs") for changes in tasks):
         wanted["hard_labels"] = given.get("hard_labels", True)  # with it labeled texts count for the vocabulary
     values["controls"] = wanted
-
-
-def _of_method(
-    values: dict[str, Any], method: str, stages: Mapping[str, Objective], sweep: Mapping[str, list[Any]]
-) -> dict[str, Any]:
-    """A run's values for one method: without settings of others' stages, and with the sweep of its last stage."""
-    values = copy.deepcopy(values) | {"method": method}
-    values["stages"] = {name: given for name, given in (values.get("stages") or {}).items() if name in stages}
-    if sweep and passes(dict(stages)):
-        values["sweep"] = {passes(dict(stages))[-1]: dict(sweep)}
-    return values
 
 
 def _flat(grid: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -226,8 +247,10 @@ def _flat(grid: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def record_of(config: RunConfig) -> dict[str, Any]:
-    """What of a run all arms of a comparison have alike."""
+def record_of(config: RunConfig, *, whole: bool = False) -> dict[str, Any]:
+    """What of a run all arms of a comparison have alike; whole: all but where it lies, and its controls."""
+    if whole:
+        return {key: value for key, value in to_dict(config).items() if key not in ("output_dir", "controls")}
     varied = ("method", "output_dir", "controls", "seeds", "stages", "sweep", "updates_of")
     return {key: value for key, value in to_dict(config).items() if key not in varied}
 

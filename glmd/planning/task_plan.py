@@ -38,6 +38,11 @@ class TaskPlan:
     def has_own_inputs(self) -> bool:
         return self.inputs is not self.train
 
+    def val_fingerprint(self) -> str:
+        """Of what all are scored on, however it is asked."""
+        rows = [(e.texts, e.label, e.group, e.choices, e.answers) for e in self.val]
+        return hashlib.sha256(json.dumps([self.task.metrics, rows]).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         splits = [self.train, self.val, *([self.inputs] if self.has_own_inputs else [])]
         rows = [[(e.texts, e.label, e.group, e.choices, e.answers) for e in split] for split in splits]

@@ -45,7 +45,7 @@ class System:
     parameters: int | None = None  # of the model that is scored
     vocabulary: int | None = None  # of these in the vocabulary
     updates: int | None = None  # of the student, over all stages, of one seed
-    tokens: int | None = None  # as updates
+    tokens: int | None = None  # as updates, with padding: what batches of full length hold
     seconds: float | None = None
     latency: dict[str, float] = field(default_factory=dict)  # ms by batch: "1", "32"
     glmd: str = ""
@@ -97,6 +97,7 @@ class Comparison:
     columns: tuple[tuple[str, str], ...]
     tasks: tuple[str, ...]
     resamples: int  # how many each interval over examples is of; 0 without any
+    notes: tuple[str, ...] = ()  # of its conditions, in sentences
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,13 @@ class _Sample:
     resamples: np.ndarray | None  # (B,) of the mean over seeds
 
 
-def compared(systems: Sequence[System], reference: str, *, confidence: float = 0.95) -> Comparison:
+def compared(
+    systems: Sequence[System], reference: str, *, confidence: float = 0.95, notes: Sequence[str] = ()
+) -> Comparison:
     """Means over seeds, differences to the reference with their intervals, and ranks.
 
-    reference: the name of a system. Its tasks make the average; where it has no scores those of all do.
+    reference: the name of a system. Its tasks make the average; where it has no scores those of all do. notes: what
+        the table is to say of its conditions.
     Raises ConfigError for a reference that is not there, two systems of one name, and two scores of one thing.
     """
     names = [system.name for system in systems]
@@ -119,7 +123,7 @@ def compared(systems: Sequence[System], reference: str, *, confidence: float = 0
     if twice:
         raise ConfigError(f"two systems are called {line(twice[0])!r}; give each a name of its own")
     if reference not in names:
-        there = ", ".join(map(line, names)) or "none"
+        there = "; ".join(map(line, names)) or "none"
         raise ConfigError(f"reference {line(reference)!r} is none of the systems; there are: {there}")
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence must be between 0 and 1, got {confidence:g}")
@@ -138,7 +142,7 @@ def compared(systems: Sequence[System], reference: str, *, confidence: float = 0
         _row(system, samples[system.name], origin, samples[reference], tasks, ranks, confidence) for system in systems
     )
     count = max((len(each.resamples) for system in systems for each in system.scores), default=0)
-    return Comparison(rows, reference, confidence, tuple(columns), tasks, count)
+    return Comparison(rows, reference, confidence, tuple(columns), tasks, count, tuple(notes))
 
 
 def _row(

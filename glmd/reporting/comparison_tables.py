@@ -46,6 +46,7 @@ def latex(c: Comparison) -> str:
     bests = _bests(c)
     lines = [
         "% \\usepackage{booktabs}",
+        *(f"% {line(note)}" for note in c.notes),
         "\\begin{tabular}{l" + "r" * (len(_score_header(c)) - 1) + "}",
         "\\toprule",
         " & ".join(map(_tex, _score_header(c))) + " \\\\",
@@ -83,6 +84,7 @@ def as_json(c: Comparison) -> str:
         "resamples": c.resamples,
         "columns": [{"task": task, "metric": metric} for task, metric in c.columns],
         "tasks": list(c.tasks),
+        "notes": list(c.notes),
         "systems": [_system_json(row) for row in c.rows],
         "rows": [score for row in c.rows for score in _score_rows(row)],
     }
@@ -190,6 +192,7 @@ def _notes(c: Comparison) -> list[str]:
     origin = _reference(c).system
     kinds = intervals(c)
     notes = [
+        *c.notes,
         f"A task's score is the mean of its metrics, the average the mean of the scores of {_listed(c.tasks)}."
         if c.tasks
         else "There are no scores.",
@@ -268,8 +271,11 @@ def _size_table(c: Comparison) -> str:
         cells = [_millions(system.parameters), _millions(system.vocabulary)]
         cells += [_of(system.updates, "{:,}"), _of(system.tokens, "{:,}")]
         body += [[system.name, *cells]] if set(cells) != {NONE} else []
-    header = ["system", "parameters", "of them vocabulary", "student updates", "student tokens"]
-    note = "Parameters are of the model that is scored; updates and tokens are of one seed, over all stages."
+    header = ["system", "parameters", "of them vocabulary", "student updates", "tokens at most"]
+    note = (
+        "Parameters are of the model that is scored; updates and tokens are of one seed, over all stages, tokens as "
+        "many as batches of full length hold, padding among them."
+    )
     return f"{_markdown_table(header, body)}\n\n{note}" if body else ""
 
 

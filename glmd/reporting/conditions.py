@@ -84,4 +84,5 @@ def _inputs(place: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((place / "stage.json").read_text(encoding="utf-8"))["inputs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{place / 'stage.json'}: cannot be read ({type(error).__name__}: {error})") from None
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        raise RunError(f"{place / 'stage.json'}: {reason}; delete {place}, and the run makes it again") from None

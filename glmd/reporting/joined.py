@@ -3,11 +3,13 @@
 systems = systems_of(load_results(run), run, "kd")
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from glmd.errors import RunError
 from glmd.reporting.comparison import Scored, System
 from glmd.reporting.report import _final, best_rows
 
@@ -69,16 +71,29 @@ def systems_of(
 
 
 def _scores(row: Mapping[str, Any], run: Path) -> list[Scored]:
-    resampled: Mapping[str, list[float]] = {}
-    if "path" in row:
-        try:
-            resampled = json.loads((run / row["path"] / ANSWERS).read_text(encoding="utf-8"))["resampled"]
-        except (OSError, ValueError, KeyError, TypeError):  # of an older run
-            resampled = {}
+    resampled = answers_of(run, row).get("resampled", {})
     return [
         Scored(row["task"], metric, row["seed"], value, tuple(resampled.get(metric, ())), row["stage"])
         for metric, value in row["metrics"].items()
     ]
+
+
+def answers_of(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """ANSWERS of the stage of a row; empty where its run is older. Raises RunError where it is not what was written."""
+    if "path" not in row:
+        return {}
+    place = run / row["path"]
+    try:
+        files = json.loads((place / "stage.json").read_text(encoding="utf-8"))["files"]
+        if ANSWERS not in files:
+            return {}
+        raw = (place / ANSWERS).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != files[ANSWERS]["sha256"]:
+            raise RunError(f"{place / ANSWERS} has changed; delete {place}, and the run makes it again")
+        return dict(json.loads(raw))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        raise RunError(f"{place}: stage.json or {ANSWERS} {reason}; delete it, and the run makes it again") from None
 
 
 def _folder(run: Path, scored: list[dict[str, Any]], system: str) -> Path | None:

@@ -24,6 +24,8 @@ def load_results(folder: str | Path) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (Path(folder) / "comparison.yaml").is_file():
+            raise RunError(f"{folder} holds a comparison; its runs lie in {Path(folder) / 'runs'}") from None
         raise RunError(f"{folder}: no results.json; `glmd run` writes it when all stages are complete") from None
     except NotADirectoryError:
         raise RunError(f"{folder} is a file; give the folder of a run") from None
@@ -38,10 +40,20 @@ def load_results(folder: str | Path) -> dict[str, Any]:
         isinstance(results, dict)
         and isinstance(results.get("rows"), list)
         and isinstance(results.get("parameters"), dict)
-        and all(isinstance(row, dict) and keys <= row.keys() for row in results["rows"])
+        and all(isinstance(row, dict) and keys <= row.keys() and _is_scored_row(row) for row in results["rows"])
     ):
         raise RunError(f"{path}: holds no results of a run; `glmd run` with the run's config writes them again")
     return results
+
+
+def _is_scored_row(row: dict[str, Any]) -> bool:
+    """Whether a row's scores, if it has any, are numbers, and what stands beside them is there."""
+    numbers = [row.get("metrics", {}), row.get("budget", {}), {key: row[key] for key in ("agreement",) if key in row}]
+    if not all(isinstance(each, dict) for each in numbers):
+        return False
+    if any(type(value) not in (int, float) or value != value for each in numbers for value in each.values()):
+        return False
+    return "metrics" not in row or {"examples", "selection", "casting", "split"} <= row.keys()
 
 
 @public

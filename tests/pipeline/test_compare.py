@@ -1,5 +1,6 @@
 """Comparisons from end to end: what is shared, what fails, what is added, and what a kill leaves of the table."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import BertForMaskedLM
 
 from glmd.cli import main
 from glmd.commands.compare import join_runs
 from glmd.commands.evaluate import evaluate_folder
-from glmd.errors import RunError
+from glmd.errors import ConfigError, RunError
 from glmd.pipeline import run as runs
 from glmd.pipeline.compare import compare
 from glmd.pipeline.run import run
@@ -55,7 +58,7 @@ def test_a_table_has_a_row_for_each_method_control_and_failure(world):
         ("control", "glmd: hard labels from the same start"),
         ("control", "glmd: full vocabulary"),
         ("control", "glmd: full vocabulary, trimmed after training"),
-        ("control", "hard labels, copied layers alone"),
+        ("control", "hard labels, not pretrained"),
     ]
     assert "weighs several teachers" in of(table, "tmkd").system.problems[""]
     text = (folder / "table.md").read_text(encoding="utf-8")
@@ -200,6 +203,8 @@ def test_a_folder_of_another_comparison_or_of_something_else_is_refused(world, t
         for command in ("compare", "check"):
             assert main([command, str(tiny.root / "run.yaml"), f"output_dir={folder}", *WORDS, *words]) == 2
             assert found in capsys.readouterr().err
+    assert main(["run", str(tiny.root / "run.yaml"), f"output_dir={folder}"]) == 2
+    assert "holds a comparison" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="is not empty and holds no comparison"):
         compare(tiny.root / "run.yaml", f"output_dir={tmp_path}", *WORDS)
@@ -224,8 +229,41 @@ def test_runs_made_apart_are_joined_and_their_conditions_told(world, tiny, trust
     assert "Conditions differ: vocabulary (" in capsys.readouterr().out
     assert main(["report", str(folder), "--format", "csv"]) == 0
     assert capsys.readouterr().out == (folder / "scores.csv").read_text(encoding="utf-8")
+    answers = tmp_path / "again" / "tasks/RTE/seed-0/task_soft_labels/answers.json"
+    answers.write_text(answers.read_text().replace("0.5", "0.6"))
+    with pytest.raises(RunError, match=r"answers\.json has changed; delete .*, and the run makes it again"):
+        join_runs([folder / "runs/glmd", tmp_path / "again"])
     assert main(["report", str(folder / "runs/glmd"), "--format", "csv"]) == 2
     assert main(["report", str(folder / "runs/glmd"), str(folder / "runs/glmd")]) == 2
+
+
+@pytest.mark.slow
+def test_scores_on_other_examples_are_not_joined(world, tmp_path, monkeypatch):
+    folder, _ = world
+    run_folder, place = tmp_path / "run", "tasks/RTE/seed-0/task_soft_labels"
+    shutil.copytree(folder / "runs/kd", run_folder)
+    record = json.loads((run_folder / place / "stage.json").read_text())
+    answers = json.loads((run_folder / place / "answers.json").read_text()) | {"val": "of another set"}
+    (run_folder / place / "answers.json").write_text(json.dumps(answers))
+    digest = hashlib.sha256((run_folder / place / "answers.json").read_bytes()).hexdigest()
+    record["files"]["answers.json"]["sha256"] = digest
+    (run_folder / place / "stage.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="RTE: .* was scored on other examples than glmd"):
+        join_runs([folder / "runs/glmd", run_folder])
+
+
+@pytest.mark.full
+def test_a_grid_over_teachers_has_a_row_for_each_of_them(tiny, trusting, tmp_path):
+    other = shutil.copytree(tiny.teacher, tmp_path / "other")
+    model = BertForMaskedLM.from_pretrained(other)
+    torch.manual_seed(3)
+    model.apply(model._init_weights)
+    model.save_pretrained(other)
+    words = ["compare.methods=[kd]", "compare.control_methods=[]", f"compare.grid.teacher=[{tiny.teacher}, {other}]"]
+    table = compare(tiny.root / "run.yaml", f"output_dir={tmp_path / 'out'}", *words)
+    names = [row.system.name for row in table.rows]
+    assert names[:2] == ["teacher", "teacher, teacher other"]
+    assert {"kd, teacher teacher", "kd, teacher other"} <= set(names)
 
 
 @pytest.mark.full

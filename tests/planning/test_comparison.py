@@ -32,7 +32,7 @@ def test_every_arm_is_a_run_of_its_own_folder_and_the_reference_has_the_controls
         ("glmd", "method"),
         ("kd", "method"),
         ("hard labels, pretrained without distillation", "control"),
-        ("hard labels, copied layers alone", "control"),
+        ("hard labels, not pretrained", "control"),
     ]
     assert [arm.config.output_dir for arm in comparison.arms] == [
         f"out/runs/{name}" for name in ("glmd", "kd", "hard", "hard-no-pretraining")
@@ -72,8 +72,15 @@ def test_a_grid_repeats_all_at_every_point_and_names_its_values(tiny):
 
 def test_two_teachers_of_one_name_have_folders_of_their_own(tiny):
     grid = "compare.grid={teacher: [a/model, b/model]}"
-    folders = [arm.folder for arm in compared(tiny, grid).arms]
-    assert len(set(folders)) == len(folders) == 8
+    arms = compared(tiny, grid).arms
+    assert len({arm.folder for arm in arms}) == len({arm.name for arm in arms}) == 8
+    assert arms[0].name == "glmd, teacher a/model"
+
+
+def test_settings_of_a_stage_in_a_grid_reach_the_methods_that_have_it(tiny):
+    grid = "compare.grid={stages.task_hard_labels.learning_rate: [0.001, 0.05]}"
+    arms = compared(tiny, grid, "compare.control_methods=[]", methods="[theseus]").arms
+    assert [arm.config.stage("task_hard_labels").learning_rate for arm in arms] == [0.001, 0.05]
 
 
 @pytest.mark.parametrize("method", ["kd", "tinybert", "universal-kd", "hard", "glmd-no-task-lm"])
@@ -120,6 +127,20 @@ def test_what_is_swept_of_one_last_stage_is_swept_of_each_ones(tiny):
         (["compare.grid={vocabulary.keep_ratio: [0.5, 0.5]}"], "grid.vocabulary.keep_ratio has a value twice"),
         (["compare.budgt=own"], "compare.budgt is unknown; did you mean budget"),
         (["compare.budget=equal"], "budget"),
+        (["compare.grid={data.superglue: [a, b]}"], "grid.data.superglue cannot vary"),
+        (["compare.grid={stages: [{}, {task_lyers: {}}]}"], "stages.task_lyers is a stage of none of the methods"),
+        (["compare.grid={vocabulary: [1, 2]}"], "compare.grid at vocabulary=1"),
+        (
+            ["compare.grid={stages.task_hard_labels.learning_rate: [1, 2]}", "compare.methods=[glmd, theseus]"],
+            "stages.task_hard_labels.learning_rate=2 changes nothing for glmd",
+        ),
+        (["tasks={}"], "tasks is empty"),
+        (["tasks={RTE: 3}"], "tasks"),
+        (["vocabulary=3"], "vocabulary"),
+        (["stages=3"], "stages must be a mapping"),
+        (["controls=false"], "controls must be a mapping"),
+        (["sweep={task_soft_labels: 3}"], "sweep"),
+        (["compare.methods=[glmd, '']"], "methods names ''"),
         (["method=kd"], "method has no effect in a comparison; give compare.methods"),
         (["updates_of=kd"], "updates_of has no effect in a comparison; give compare.budget"),
         (["sweep={task_lm: {learning_rate: [1, 2]}}"], "sweep is of stages that not all methods have"),

@@ -264,7 +264,7 @@ def test_ranks_are_among_methods_and_controls_and_ties_share_their_mean_place():
 
 def test_what_cannot_be_compared_is_refused_in_a_line():
     assert refusal(TWO_TASKS, "glm") == (
-        "reference 'glm' is none of the systems; there are: glmd, kd, hard labels, broken, teacher"
+        "reference 'glm' is none of the systems; there are: glmd; kd; hard labels; broken; teacher"
     )
     assert refusal([], "glmd") == "reference 'glmd' is none of the systems; there are: none"
     assert "two systems are called 'kd'" in refusal([*TWO_TASKS, TWO_TASKS[1]], "glmd")
