@@ -94,7 +94,8 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     expected |= {f"{folder}/{name}" for folder in models for name in STOCK | EXACT}
     expected |= {f"tasks/RTE/task_teacher/model/{name}" for name in STOCK}
     expected |= {f"{folder.removesuffix('/student')}/stage.json" for folder in models}
-    expected |= {"vocabulary/stage.json", "tasks/RTE/task_teacher/stage.json"}
+    expected |= {"vocabulary/stage.json", "tasks/RTE/task_teacher/stage.json", "tasks/RTE/task_teacher/answers.json"}
+    expected |= {f"{task}/{stage}/answers.json" for stage in ("task_soft_labels", "hard_labels")}
     assert listing(finished.folder) == expected
 
 
