@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glmd.commands.arguments import build_parser
@@ -105,7 +103,7 @@ def _check(options: argparse.Namespace) -> None:
         say(check_comparison(*_words(options)))
         return
     config = _config(options)
-    from glmd.commands.check import describe
+    from glmd.commands.check import describe, synthetic_data
     from glmd.data.token_store import require_same_store
     from glmd.pipeline.elastic import processes_of
     from glmd.pipeline.run_folder import require_free_folder, with_dtype_of
@@ -117,7 +115,7 @@ def _check(options: argparse.Namespace) -> None:
     config = with_dtype_of(config)
     require_free_folder(config)
     cache = []
-    with _synthetic(config) as synthetic:
+    with synthetic_data(config) as synthetic:
         plan = make_plan(config, synthetic=synthetic)
         launched = os.environ.get("WORLD_SIZE")
         processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
@@ -130,20 +128,6 @@ def _check(options: argparse.Namespace) -> None:
 
             cache = [describe_cache(plan, corpus_sources(config, synthetic))]
     say("\n".join([describe(plan, processes), *cache, *of_the_run]))
-
-
-@contextmanager
-def _synthetic(config: RunConfig) -> Iterator[Path | None]:
-    """The folder of the synthetic data, for as long as it is read, where the config asks for it."""
-    if not config.data.synthetic:
-        yield None
-        return
-    from glmd.data.synthetic import build_synthetic
-
-    with tempfile.TemporaryDirectory() as temporary:
-        synthetic = Path(temporary) / "synthetic"
-        build_synthetic(synthetic)
-        yield synthetic
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -163,6 +147,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _plan_run(options: argparse.Namespace, config: RunConfig) -> None:
+    from glmd.commands.check import synthetic_data
     from glmd.pipeline.run_folder import with_dtype_of
     from glmd.planning import run_cost as costs
     from glmd.planning.limits import require_sizes
@@ -175,7 +160,7 @@ def _plan_run(options: argparse.Namespace, config: RunConfig) -> None:
     if is_config_alone(config.teacher.model):
         plan = make_sketch(config)
     else:
-        with _synthetic(config) as synthetic:
+        with synthetic_data(config) as synthetic:
             plan = make_plan(config, synthetic=synthetic)
             require_sizes(plan, corpus_sources(config, synthetic), processes=options.devices)
     cost = costs.run_cost(plan, layout, measure=options.measure)

@@ -1,11 +1,30 @@
 """A plan for a person to read, as `glmd check` prints it: models, stages, steps."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
-from glmd.config import FLOAT16_HEADS
+from glmd.config import FLOAT16_HEADS, RunConfig
 from glmd.planning.plan import Plan
 from glmd.planning.stages import Stage, lines
 from glmd.runtime.determinism import NO_TF32, has_tensor_float32
+
+
+@contextmanager
+def synthetic_data(config: RunConfig) -> Iterator[Path | None]:
+    """The folder of the synthetic data, for as long as it is read, where the config asks for it."""
+    if not config.data.synthetic:
+        yield None
+        return
+    from glmd.data.synthetic import build_synthetic
+
+    with tempfile.TemporaryDirectory() as temporary:
+        synthetic = Path(temporary) / "synthetic"
+        build_synthetic(synthetic)
+        yield synthetic
 
 
 def describe(plan: Plan, world_size: int) -> str:

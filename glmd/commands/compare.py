@@ -5,11 +5,11 @@ table, notes = join_runs(["runs/glmd", "runs/kd"])
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from glmd.commands.check import synthetic_data
 from glmd.errors import ConfigError, GlmdError, RunError, counted
 from glmd.pipeline.compare import ORDER, planned, require_free
 from glmd.planning.comparison import Comparison, load_comparison
@@ -108,26 +108,17 @@ def check_comparison(path: str | None, overrides: Iterable[str]) -> str:
 
     Raises GlmdError where the reference is refused, one line.
     """
-    from glmd.data.synthetic import build_synthetic
-
     comparison = load_comparison(path, overrides)
     require_free(comparison)
-    with tempfile.TemporaryDirectory() as temporary:
-        synthetic = None
-        if comparison.arms[0].config.data.synthetic:
-            synthetic = Path(temporary) / "synthetic"
-            build_synthetic(synthetic)
-        lines = []
+    lines = []
+    with synthetic_data(comparison.arms[0].config) as synthetic:
         for arm in comparison.arms:
-            problem = ""
             try:
                 plan = planned(arm.config, synthetic, processes=int(os.environ.get("WORLD_SIZE", "1")))
             except GlmdError as error:
                 if arm is comparison.arms[0]:
                     raise
-                problem = str(error)
-            if problem:
-                lines.append(f"{arm.kind:<8} {arm.name}: refused, {problem}")
+                lines.append(f"{arm.kind:<8} {arm.name}: refused, {error}")
                 continue
             size, controls = plan.parameters["student"]["total"], vars(arm.config.controls)
             beside = [name for name, on in controls.items() if on]

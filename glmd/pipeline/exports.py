@@ -27,7 +27,7 @@ _TOLD: dict[str, tuple[str, str]] = {
     "task_soft_labels": ("Student for {task}", "the fine-tuned teacher's answers on {task}"),
     "hard_labels": ("Student for {task}", "the labels of {task}, as a control"),
     "trim_only": ("Teacher for {task} with fewer tokens", "the fine-tuned teacher without training, as a control"),
-    "trim_after": ("Student for {task}", "a student with all tokens, of which it lost most without training"),
+    "trim_after": ("Student for {task}", "a student with all tokens, which lost some of them without training"),
 }
 
 

@@ -24,13 +24,13 @@ from glmd.pipeline.context import Context
 from glmd.pipeline.data import corpus_blocks, val_data
 from glmd.pipeline.teachers import load_fine_tuned, placed_language_model
 from glmd.planning.stages import Stage
+from glmd.reporting.joined import ANSWERS
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
 from glmd.storage import write_atomically
 from glmd.training.trainer import Teacher
 
 logger = logging.getLogger(__name__)
-ANSWERS = "answers.json"  # class ids on val, or positions of choices; and the metrics of resampled val sets
 FEW = 4  # held-out blocks on which a quantized teacher is compared with the whole one, which is on the CPU
 
 

@@ -1,6 +1,6 @@
 """Methods under matched conditions, as runs: a run's YAML with a group `compare` beside its own keys.
 
-    comparison = load_comparison("glmd-against-all", ["compare.methods=[glmd, kd, minilmv2]"])
+    comparison = load_comparison("quickstart", ["compare.methods=[glmd, kd, pkd]"])
     for arm in comparison.arms: ...        # each a RunConfig of its own
 
 From names and numbers alone: no model, tokenizer or text is read.

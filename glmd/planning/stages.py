@@ -237,8 +237,12 @@ def _passes(
         settings = _shared_out(total, settings, len(task.inputs), processes)
     last, start = kinds[-1], pretrained
     for i, kind in enumerate(kinds):
-        # Grid points that differ in later passes alone share the earlier ones.
-        point = {key: value for key, value in grid_point.items() if key.partition(".")[0] in kinds[: i + 1]}
+        # Grid points that differ in later passes alone share the earlier ones, unless their updates are shared out.
+        point = {
+            key: value
+            for key, value in grid_point.items()
+            if key.partition(".")[0] in kinds[: i + 1] or (config.updates_of and key.partition(".")[2] in LENGTH_KEYS)
+        }
         path = pass_path(kind, name, seed, point, variant, assistant)
         learning = _learning(plan, kind, method[kind], name, assistant)
         more: dict[str, Any] = {"start": start, "last": last, "assistant": assistant, **learning}

@@ -1,6 +1,7 @@
 """Under which conditions a run's students were made: what a comparison needs to be the same for all.
 
-    differing([Path("runs/glmd"), Path("runs/kd")])     # {"RTE: fine-tuned teacher": {...}}
+    differing({"glmd": conditions(run, results), "kd": conditions(other, theirs)})
+    # {"RTE: fine-tuned teacher": {"glmd": "0a1b2c3d", "kd": "4e5f6071"}}
 
 Read from the records of its stages, which hold fingerprints of all that a stage was made from.
 """

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from glmd.errors import RunError
 from glmd.reporting.comparison import Scored, System
-from glmd.reporting.report import _final, best_rows
+from glmd.reporting.report import best_rows, final_rows
 
 Kind = Literal["teacher", "method", "control", "constant"]
-ANSWERS = "answers.json"  # in the folder of a stage: answers on val, and the metrics of resampled val sets
+# In the folder of a stage: class ids on val, or positions of choices; what val was; and the metrics of resampled ones.
+ANSWERS = "answers.json"
 # Systems of a run that are not its students, and how a table calls them.
 CONTROLS = {
     "hard labels": "hard labels from the same start",
@@ -38,18 +39,18 @@ def systems_of(
     problems: task -> why the student has no score on it.
     """
     rows = best_rows(results["rows"])
-    scored = [row for row in _final(rows) if "metrics" in row]
+    scored = [row for row in final_rows(rows) if "metrics" in row]
     found = []
+    called: str
+    its_kind: Kind
     for system in dict.fromkeys(row["system"] for row in scored):
-        is_teacher = system.startswith("teacher")
+        called, its_kind = f"{name}: {CONTROLS.get(system, system)}", "control"
         if system == "student":
             called, its_kind = name, kind
-        elif is_teacher:
+        elif system.startswith("teacher"):
             if not with_teacher:
                 continue
-            called, its_kind = system, "teacher"  # type: ignore[assignment]
-        else:
-            called, its_kind = f"{name}: {CONTROLS.get(system, system)}", "control"
+            called, its_kind = system, "teacher"
         found.append(
             System(
                 called,

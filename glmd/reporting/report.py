@@ -87,7 +87,7 @@ def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if _is_of(row, best)]
 
 
-def _final(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def final_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with scores of each system's last stage on a task; a method may have others that leave such a model."""
     scored = [row for row in rows if "metrics" in row or "agreement" in row]
     last = {(row["system"], row["task"]): row["stage"] for row in scored}
@@ -98,7 +98,7 @@ def _best_of_sweep(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str
     """Of a sweep: for each system and task the grid point whose mean over seeds is the highest; the first of equals."""
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
     points = {}
-    for row in _final(rows):
+    for row in final_rows(rows):
         if "grid_point" in row and "agreement" in row:
             name = json.dumps(row["grid_point"])
             points[name] = row["grid_point"]
@@ -123,7 +123,7 @@ def _is_of(row: dict[str, Any], best: dict[tuple[str, str], dict[str, Any]]) -> 
 
 
 def _sweep_note(rows: list[dict[str, Any]]) -> str:
-    swept = [row for row in _final(rows) if "grid_point" in row and "agreement" in row]
+    swept = [row for row in final_rows(rows) if "grid_point" in row and "agreement" in row]
     if not swept:
         return ""
     count = len({json.dumps(row["grid_point"]) for row in swept if row["system"] == swept[0]["system"]})
@@ -136,7 +136,7 @@ def _sweep_note(rows: list[dict[str, Any]]) -> str:
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
     """Every grid point of a sweep: mean and standard deviation of each system's scores and agreement."""
-    swept = [row for row in _final(rows) if "grid_point" in row and "agreement" in row]
+    swept = [row for row in final_rows(rows) if "grid_point" in row and "agreement" in row]
     best = _best_of_sweep(rows)
     columns = list(dict.fromkeys((row["task"], m) for row in swept for m in (*row.get("metrics", ()), "agreement")))
     body = []
@@ -154,7 +154,7 @@ def _sweep_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
-    scored = _final(rows)
+    scored = final_rows(rows)
     if not scored:
         return ""
     # A split without labels still has answers, and how many are the teacher's.
@@ -212,7 +212,7 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
     Far is more than 0.05 and more than two standard errors of the examples' number.
     """
     found = []
-    rows = _final(rows)
+    rows = final_rows(rows)
     for task in dict.fromkeys(row["task"] for row in rows if "metrics" in row):
         of_task = [row for row in rows if row["task"] == task and "metrics" in row]
         metric = next(iter(of_task[0]["metrics"]))
