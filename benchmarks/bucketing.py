@@ -41,7 +41,7 @@ def share_of_pads(data: TaskDataset, batches: Iterable[Sequence[int]]) -> float:
     """Of the positions of batches with these examples; the choices of an example are rows of their own."""
     lengths, positions = 0, 0
     for each in batches:
-        rows = [data.row_lengths[slice(*data.first_row[i : i + 2])] for i in each]
+        rows = [data.read.lengths[slice(*data.first_row[i : i + 2])] for i in each]
         lengths += sum(int(row.sum()) for row in rows)
         positions += sum(map(len, rows)) * max(int(row.max()) for row in rows)
     return 1 - lengths / positions
@@ -77,7 +77,7 @@ def main() -> None:
 def read_task(name: str, arguments: argparse.Namespace, split: str, tokenizer: Any) -> TaskDataset:
     task = load_task(name)
     examples = read_split(task, arguments.data, split, require_labels=False)
-    return TaskDataset(examples, task_form(task, causal=False), tokenizer, max_length=task.max_length)
+    return TaskDataset(examples, task_form(task, kind="masked"), tokenizer, max_length=task.max_length)
 
 
 def tabulate_pads(name: str, arguments: argparse.Namespace) -> None:

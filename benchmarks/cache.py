@@ -87,7 +87,7 @@ def pairs(blocks: BlockDataset, tokenizer: Any, length: int) -> TaskDataset:
     starts = range(0, len(words) - 2 * half, 2 * half)
     texts = [(" ".join(words[i : i + half]), " ".join(words[i + half : i + 2 * half])) for i in starts]
     examples = [TaskExample(i, (pair,), 0) for i, pair in enumerate(texts)]
-    return TaskDataset(examples, task_form(load_task("RTE"), causal=False), tokenizer, max_length=length)
+    return TaskDataset(examples, task_form(load_task("RTE"), kind="masked"), tokenizer, max_length=length)
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:

@@ -35,7 +35,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from glmd.data.batches import Collate, Examples
 from glmd.data.blocks import BlockDataset
-from glmd.data.masking import Masking, apply_masking
+from glmd.data.masking import Masking
 from glmd.data.sampling import StepPlan, loader_workers, step_batches
 from glmd.distillation.cached_teacher import CachedTeacher
 from glmd.distillation.distiller import Distiller
@@ -272,7 +272,7 @@ class Blocks(BlockDataset):
         rows = self.ids[numbers[:, 1] % len(self.ids)]
         lengths, tokens = np.full(len(keys), rows.shape[1]), {"input_ids": rows.reshape(-1).copy()}
         examples = Examples(lengths, tokens, {"example_id": numbers[:, 1]})
-        return examples if self.masking is None else apply_masking(examples, tuple(numbers.T), self.masking)
+        return examples if self.masking is None else self.masking.corrupt(examples, numbers)
 
 
 def seconds_of_usual(pair: Pair, steps: int) -> float:

@@ -131,7 +131,7 @@ def data_sets(folder: Path, texts: int, tokenizer: Any) -> dict[str, Callable[[M
         return " ".join(f"w{i}" for i in rng.integers(len(SPECIAL), WORDS, rng.integers(4, 121)))
 
     examples = [TaskExample(i, ((words(), words()),), i % 2) for i in range(texts)]
-    task = TaskDataset(examples, task_form(load_task("RTE"), causal=False), tokenizer, max_length=256)
+    task = TaskDataset(examples, task_form(load_task("RTE"), kind="masked"), tokenizer, max_length=256)
 
     def pairs(masking: Masking | None) -> Data:
         task.masking = masking

@@ -79,7 +79,7 @@ def seconds(objectives: list[Objective], kind: str, given: Any) -> float:
     small = BertConfig(
         num_hidden_layers=3, vocab_size=30_522, **SIZES
     )  # a second teacher, where a method weighs several
-    form = task_form(load_task("RTE", "head"), causal=False) if kind == "task" else None
+    form = task_form(load_task("RTE", "head"), kind="masked") if kind == "task" else None
     totals = []
     for objective in objectives:
         masked = 0.15 if objective.needs_masking else 0.0

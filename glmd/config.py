@@ -116,17 +116,26 @@ class TeacherConfig:
 class StudentConfig:
     """The student's shape and where its first weights come from."""
 
-    num_hidden_layers: int | None = None  # None: as many as the teacher
+    num_hidden_layers: int | None = None  # None: as many as the teacher; of an encoder-decoder those of its encoder
     # Which teacher layers are copied; "scratch" copies nothing, embeddings included.
     initialization: Literal["uniform", "first", "last", "even", "scratch"] | list[int] = "uniform"
     config: dict[str, Any] = field(default_factory=dict)  # other fields of the config to change, else the teacher's
     # For embeddings narrower than the hidden states (config.embedding_size, 128): electra factorizes them, the
     # paper's +al; mobilebert reads each beside its neighbors', +mo. None: the teacher's own architecture.
     architecture: Literal["electra", "mobilebert"] | None = None
+    # Of an encoder-decoder's decoder. None: num_hidden_layers if that is given, else as many as the teacher
+    num_decoder_layers: int | None = None
+    # Which of its layers are copied. None: those that `initialization` says
+    decoder_initialization: Literal["uniform", "first", "last", "even"] | list[int] | None = None
 
     def __post_init__(self) -> None:
-        n = self.num_hidden_layers
-        require(n is None or 1 <= n <= MOST_LAYERS, f"num_hidden_layers must be in [1, {MOST_LAYERS}], got {n}")
+        for name in ("num_hidden_layers", "num_decoder_layers"):
+            n = getattr(self, name)
+            require(n is None or 1 <= n <= MOST_LAYERS, f"{name} must be in [1, {MOST_LAYERS}], got {n}")
+        require(
+            self.decoder_initialization is None or self.initialization != "scratch",
+            "decoder_initialization has no effect beside initialization scratch; remove it",
+        )
         for name in ("vocab_size", "num_hidden_layers", "architectures", "model_type"):
             require(name not in self.config, f"config.{name} is set by glmd; remove it")
 

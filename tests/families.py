@@ -14,6 +14,7 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from glmd.models.heads import LMKind
 from glmd.tasks.forms import TaskForm, task_form
 from glmd.tasks.tasks import load_task
 
@@ -188,14 +189,14 @@ def make_models(root: Path) -> Path:
 
 def class_form() -> TaskForm:
     """A task of two classes and two texts, under a classification head."""
-    return task_form(load_task("RTE"), causal=False)
+    return task_form(load_task("RTE"), kind="masked")
 
 
-def cloze_form(*verbalizers: str, causal: bool = False, mean: bool = False) -> TaskForm:
+def cloze_form(*verbalizers: str, kind: LMKind = "masked", mean: bool = False) -> TaskForm:
     """A task as a cloze: filled by these words for its two labels, or without them by each example's candidates."""
     task = load_task("RTE" if verbalizers else "COPA", "cloze")
     cloze = replace(task.cloze, verbalizers=verbalizers, mean_over_tokens=mean)
-    return task_form(replace(task, cloze=cloze), causal=causal)
+    return task_form(replace(task, cloze=cloze), kind=kind)
 
 
 def one_of(cases: Iterable[Any]) -> list[Any]:

@@ -67,7 +67,7 @@ def compress_model(
     require_free_output(output)
     require_model(model, field="model")
     require_corpus(sources, text_field)
-    tokenizer = load_source_tokenizer(model, words=False)
+    tokenizer = load_source_tokenizer(model, kind=None)
     companions = find_companions(model)
     # Refuses what cannot be, before text is counted and the model loaded.
     kept_size(settings, tokenizer, texts=companions.texts, ids=named_ids(load_model_config(model)))

@@ -18,7 +18,7 @@ from glmd.evaluation.leaderboard import require_idx, with_idx, write_predictions
 from glmd.evaluation.metrics import score
 from glmd.evaluation.scoring import answers_of, predict
 from glmd.models.card import told_by_card
-from glmd.models.heads import is_causal
+from glmd.models.heads import lm_kind
 from glmd.models.loading import load_model_as_saved, load_model_config, model_positions, require_model
 from glmd.models.probes import prove_causal, require_length
 from glmd.public import public
@@ -32,6 +32,7 @@ from glmd.tasks.tasks import Task, load_task
 from glmd.vocabulary.tokenizer import load_tokenizer, require_fast, stock_tokenizer
 
 logger = logging.getLogger(__name__)
+LANGUAGE_MODELS = ("MaskedLM", "CausalLM", "LMHeadModel", "ForConditionalGeneration")  # in names of architectures
 
 
 @public
@@ -136,12 +137,12 @@ def _task_for(model: str, task_name: str) -> Task:
     task = load_task(task_name)
     require_model(model, field="model")
     config = load_model_config(model)
-    if is_causal(config) or any("MaskedLM" in architecture for architecture in config.architectures or ()):
+    if any(head in architecture for architecture in config.architectures or () for head in LANGUAGE_MODELS):
         try:
             task = load_task(task_name, "cloze")
         except ConfigError as error:
             raise ModelError(f"{model}: is a language model without a task head ({error})") from None
-    form = task_form(task, causal=is_causal(config))
+    form = task_form(task, kind=lm_kind(config))
     form.require(config, model)
     warn_of_unnamed_classes(config, form, model)
     return task
@@ -159,7 +160,7 @@ def _answers(
         tokenizer = stock_tokenizer(tokenizer)
     classifier = load_classifier(model, task)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    form = task_form(task, causal=is_causal(classifier.config))
+    form = task_form(task, kind=lm_kind(classifier.config))
     dataset = TaskDataset(examples, form, tokenizer, max_length=max_length)
     collate = Collate(tokenizer.pad_token_id or 0)  # a decoder may have none; what stands there is masked
     classifier.to(accelerator.device)
@@ -184,7 +185,7 @@ def evaluate_text(
     files = [str(each) for each in ([sources] if isinstance(sources, (str, Path)) else sources)]
     require_model(model, field="model")
     config = load_model_config(model)
-    if not is_causal(config):
+    if lm_kind(config) != "causal":
         held = ", ".join(config.architectures or ()) or "model of no named class"
         raise ModelError(f"{model}: holds a {held}; bits per byte need a causal LM (a task model: --task)")
     positions = model_positions(config)

@@ -114,6 +114,6 @@ def _run_tokenizer(stage: Path, vocab_size: int) -> Any:
     teacher = load_config(root / "config.yaml").teacher
     place = teacher.model or str(root / "synthetic" / "tokenizer")
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    source = load_source_tokenizer(place, words=False, **options)
+    source = load_source_tokenizer(place, kind=None, **options)
     vocabulary = Vocabulary.load(root / "vocabulary")
     return compress_tokenizer(source, vocabulary) if vocabulary.size == vocab_size else source

@@ -9,7 +9,7 @@ from typing import Any
 from glmd.config import RunConfig
 from glmd.distillation.methods import load_method
 from glmd.models.card import opens_plainly
-from glmd.models.loading import load_model_config
+from glmd.models.loading import auto_class_name, load_model_config
 from glmd.planning.stages import pass_path
 from glmd.planning.teacher_rules import passes, task_of
 from glmd.reporting.report import best_rows
@@ -53,12 +53,10 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
     name, is_exact = (config.architectures or [""])[0], (folder / TOKEN_MAP_FILE).is_file()
     trusted = ", trust_remote_code=True" if is_exact else ""
     if "MultipleChoice" in name:
-        classes = "AutoModelForMultipleChoice, AutoTokenizer"
-        model, tokenizer = (
-            f'{each}.from_pretrained("{folder}"{more})'
-            for each, more in zip(classes.split(", "), ("", trusted), strict=True)
-        )
-        return f"from transformers import {classes}; model, tokenizer = {model}, {tokenizer}"
+        return _opened("AutoModelForMultipleChoice", folder, trusted)
+    if auto_class_name(name) == "AutoModelForSeq2SeqLM":
+        said = 'tokenizer.decode(model.generate(**tokenizer("A text", return_tensors="pt"))[0])'
+        return f"{_opened('AutoModelForSeq2SeqLM', folder, trusted)}; print({said})"
     if "SequenceClassification" in name:
         task, text = (
             "text-classification",
@@ -70,3 +68,12 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
         task, text = "text-generation", '"A text"'
         trusted = "" if opens_plainly(config) else trusted
     return f'from transformers import pipeline; print(pipeline("{task}", "{folder}"{trusted})({text}))'
+
+
+def _opened(auto_class: str, folder: Path, trusted: str) -> str:
+    """Python that opens model and tokenizer of a folder."""
+    model, tokenizer = (
+        f'{auto_class}.from_pretrained("{folder}")',
+        f'AutoTokenizer.from_pretrained("{folder}"{trusted})',
+    )
+    return f"from transformers import {auto_class}, AutoTokenizer; model, tokenizer = {model}, {tokenizer}"

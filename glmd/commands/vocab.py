@@ -83,7 +83,7 @@ def budget_curve(
             raise ConfigError(f"--keep-ratios must be in (0, 1], got {ratio}")
     require_model(teacher, field="teacher")
     require_corpus(corpus, text_field)
-    config, tokenizer = load_model_config(teacher), load_source_tokenizer(teacher, words=False)
+    config, tokenizer = load_model_config(teacher), load_source_tokenizer(teacher, kind=None)
     counts, held_out, lines = _count(tokenizer, corpus, text_field)
     must_keep, parts = must_keep_ids(tokenizer), parts_to_keep(tokenizer, selection)
     source_lengths = _lengths(tokenizer, lines)
@@ -115,7 +115,7 @@ def examples(
 
     counts: (V,) of a curve.
     """
-    tokenizer = load_source_tokenizer(teacher, words=False)
+    tokenizer = load_source_tokenizer(teacher, kind=None)
     embeddings = load_model_as_saved(teacher).get_input_embeddings().weight.detach().float()
     vocabulary = build_vocabulary(
         tokenizer, embeddings, counts, keep_ratio=keep_ratio, selection=selection, mapping=mapping

@@ -9,7 +9,7 @@ cached teacher all see the same batches.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,40 +36,80 @@ def positions_in_rows(lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
 
 
+# Columns of what a decoder beside an encoder says, where there is `target_ids`; its rows have lengths of their own.
+TARGET_COLUMNS = ("target_ids", "lm_labels", "cloze_ids")
+
+
+class Grid(NamedTuple):
+    """Rows of tokens one after another, without padding. lengths: (R,). tokens: (T,) int64 of each column."""
+
+    lengths: np.ndarray
+    tokens: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, np.ndarray]]) -> "Grid":
+        """From the columns of each row."""
+        lengths = np.array([len(next(iter(row.values()))) for row in rows])
+        return cls(lengths, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+
+    def valid(self) -> np.ndarray:
+        """(R, S) bool: not padding, where all rows are as long as the longest."""
+        found: np.ndarray = np.arange(self.lengths.max()) < self.lengths[:, None]
+        return found
+
+    def rows(self) -> list[dict[str, np.ndarray]]:
+        """The columns of each row, views of what is held."""
+        columns = {name: np.split(each, np.cumsum(self.lengths)[:-1]) for name, each in self.tokens.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def chosen(self, rows: np.ndarray) -> "Grid":
+        """Some of the rows, by their numbers."""
+        first = (np.cumsum(self.lengths) - self.lengths)[rows]
+        lengths = self.lengths[rows]
+        spans = [slice(*span) for span in zip(first.tolist(), (first + lengths).tolist(), strict=True)]
+        tokens = self.tokens.items()
+        return Grid(
+            lengths, {name: np.concatenate([each[span] for span in spans], dtype=np.int64) for name, each in tokens}
+        )
+
+
 @dataclass(frozen=True)
 class Examples:
     """Examples on their way into a batch: their rows one after another, without padding.
 
     lengths: (R,) tokens of each row. tokens: (T,) int64 of each token column. numbers: (B,) or (B, C) int64 of each
-    column of examples.
+    column of examples. targets: of the same rows what a decoder is to say, where that is another text.
     """
 
     lengths: np.ndarray
     tokens: dict[str, np.ndarray]
     numbers: dict[str, np.ndarray]
+    targets: Grid | None = None
 
     @classmethod
     def of(cls, examples: list[dict[str, Any]]) -> "Examples":
         """From examples one by one: (S,) of a token column, a list of these where there are choices, numbers."""
         columns = {name: [example[name] for example in examples] for name in examples[0]}
-        rows = {
-            name: [row for each in column for row in (each if isinstance(each, list) else [each])]
-            for name, column in columns.items()
-            if not isinstance(column[0], int)
-        }
+        said = TARGET_COLUMNS if "target_ids" in columns else ()
+        rows = {name: _rows_of(column) for name, column in columns.items() if not isinstance(column[0], int)}
         lengths = [len(row) for row in rows["input_ids"]]
+        targets = {name: np.concatenate(rows.pop(name)).astype(np.int64) for name in said if name in rows}
         tokens = {name: each for name, each in rows.items() if [len(row) for row in each] == lengths}
+        others = {name: each for name, each in columns.items() if name not in tokens and name not in said}
         return cls(
             np.array(lengths),
             {name: np.concatenate(each).astype(np.int64) for name, each in tokens.items()},
-            {name: np.array(each, dtype=np.int64) for name, each in columns.items() if name not in tokens},
+            {name: np.array(each, dtype=np.int64) for name, each in others.items()},
+            Grid(np.array([len(row) for row in _rows_of(columns["target_ids"])]), targets) if said else None,
         )
 
     def alone(self) -> dict[str, Any]:
         """The only example, as `of` takes it."""
-        found: dict[str, Any] = dict(self.tokens)
+        grids = [Grid(self.lengths, self.tokens), *([self.targets] if self.targets is not None else [])]
+        found: dict[str, Any] = {name: each for grid in grids for name, each in grid.tokens.items()}
         if "num_choices" in self.numbers:
-            found = {name: np.split(each, np.cumsum(self.lengths)[:-1]) for name, each in self.tokens.items()}
+            ends = {name: np.cumsum(grid.lengths)[:-1] for grid in grids for name in grid.tokens}
+            found = {name: np.split(each, ends[name]) for name, each in found.items()}
         numbers = {name: each[0] if each.ndim > 1 else int(each[0]) for name, each in self.numbers.items()}
         return found | numbers
 
@@ -84,7 +124,12 @@ def with_positions(batch: Mapping[str, Tensor]) -> Batch:
 
 def is_full(batch: Mapping[str, Tensor]) -> bool:
     """Whether no row of a batch has padding, as the host can tell by sizes alone."""
-    return len(batch["positions"]) == batch["input_ids"].numel()
+    return "target_ids" not in batch and len(batch["positions"]) == batch["input_ids"].numel()
+
+
+def _rows_of(column: list[Any]) -> list[Any]:
+    """The rows of a column of examples, of which each has one or a list of them."""
+    return [row for each in column for row in (each if isinstance(each, list) else [each])]
 
 
 @dataclass(frozen=True)
@@ -92,10 +137,11 @@ class Collate:
     """Pad examples to the longest row of them. `pad_id` fills input_ids, 0 the masks, -100 the labels.
 
     Token columns are (B, S), or (R, S) with R rows for the choices of B examples one after another; `num_choices` (B,)
-    then says how many are whose. `predicts` (B, S) bool is where words are predicted, which losses and scores look at:
-    all tokens of masked and causal LMs. `positions` (N,) are these places in the flat batch, row * S + column, so that
-    a device need not look for them; `labeled_positions` those of them that have an LM label. `attention_mask` is for
-    models.
+    then says how many are whose. `target_ids` (R, T) is what a decoder beside an encoder says, and `lm_labels` and
+    `cloze_ids` are then of these. `predicts` (B, S) bool, or (R, T), is where words are predicted, which losses and
+    scores look at: all tokens of masked and causal LMs, all targets of encoder-decoders. `positions` (N,) are these
+    places in the flat batch, row * S + column, so that a device need not look for them; `labeled_positions` those of
+    them that have an LM label. `attention_mask` is for models.
     """
 
     pad_id: int
@@ -103,18 +149,26 @@ class Collate:
     def __call__(self, examples: Examples | list[dict[str, Any]]) -> Batch:
         if isinstance(examples, list):
             examples = Examples.of(examples)
-        fill = {"input_ids": self.pad_id, "lm_labels": IGNORED_LABEL, "cloze_ids": IGNORED_LABEL}
-        lengths, batch = examples.lengths, Batch()
-        predicts = np.arange(lengths.max()) < lengths[:, None]
-        positions = np.flatnonzero(predicts)
-        if "lm_labels" in examples.tokens:
-            labeled = examples.tokens["lm_labels"] != IGNORED_LABEL
-            batch["labeled_positions"] = torch.from_numpy(positions[labeled])
-        for name, tokens in examples.tokens.items():
+        read = Grid(examples.lengths, examples.tokens)
+        said = read if examples.targets is None else examples.targets
+        valid = read.valid()
+        predicts = valid if said is read else said.valid()
+        made = {"predicts": predicts, "positions": np.flatnonzero(predicts), "attention_mask": valid.astype(np.int64)}
+        if "lm_labels" in said.tokens:
+            made["labeled_positions"] = made["positions"][said.tokens["lm_labels"] != IGNORED_LABEL]
+        for grid, places in ((read, valid), (said, predicts))[: 1 if said is read else 2]:
+            made |= self._padded(grid, places)
+        return {name: torch.from_numpy(each) for name, each in (examples.numbers | made).items()}
+
+    def _padded(self, grid: Grid, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Its columns (R, S), with tokens at their places."""
+        fill = dict.fromkeys(("input_ids", "target_ids"), self.pad_id)
+        fill |= dict.fromkeys(("lm_labels", "cloze_ids"), IGNORED_LABEL)
+        found = {}
+        for name, tokens in grid.tokens.items():
             padded = tokens
-            if len(tokens) < predicts.size:
-                padded = np.full(predicts.size, fill.get(name, 0), dtype=np.int64)
-                padded[positions] = tokens
-            batch[name] = torch.from_numpy(padded.reshape(predicts.shape))
-        made = {"predicts": predicts, "positions": positions, "attention_mask": predicts.astype(np.int64)}
-        return batch | {name: torch.from_numpy(each) for name, each in (examples.numbers | made).items()}
+            if len(tokens) < places.size:
+                padded = np.full(places.size, fill.get(name, 0), dtype=np.int64)
+                padded[places.ravel()] = tokens
+            found[name] = padded.reshape(places.shape)
+        return found

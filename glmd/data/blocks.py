@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glmd.data.batches import Examples, Key, key_columns
-from glmd.data.masking import Masking, apply_masking
+from glmd.data.masking import Corruption
 from glmd.data.token_store import TokenStore
 from glmd.errors import ModelError
 
@@ -45,7 +45,7 @@ class BlockDataset(Dataset[dict[str, Any]]):
         *,
         max_length: int,
         blocks: range,
-        masking: Masking | None,
+        masking: Corruption | None,
     ) -> None:
         self.store, self.blocks, self.masking = store, blocks, masking
         self.start, self.end = block_frame(tokenizer)
@@ -57,7 +57,10 @@ class BlockDataset(Dataset[dict[str, Any]]):
 
     @property
     def num_tokens(self) -> int:
-        """Ids of all blocks, with those of their frames."""
+        """Ids of all blocks, with those of their frames; of blocks with targets how many these have, at most."""
+        of_targets = getattr(self.masking, "num_targets", None)
+        if of_targets is not None:
+            return len(self) * int(of_targets(self.max_length))
         ends = (self.blocks.start * self.block_length, self.blocks.stop * self.block_length)
         first, last = (min(each, self.store.num_tokens) for each in ends)
         return last - first + len(self) * (self.max_length - self.block_length)
@@ -84,7 +87,7 @@ class BlockDataset(Dataset[dict[str, Any]]):
         examples = Examples(rows, {"input_ids": input_ids}, {"example_id": ids})
         if self.masking is None:
             return examples
-        return apply_masking(examples, (epochs, ids, np.zeros_like(ids)), self.masking)
+        return self.masking.corrupt(examples, np.stack([epochs, ids, np.zeros_like(ids)], axis=1))
 
 
 def block_texts(data: BlockDataset, tokenizer: Any) -> list[str]:

@@ -5,7 +5,7 @@ padding, on what else is in its batch, or on what was drawn before.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +31,23 @@ def draw(states: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
     return z ^ (z >> 31)
 
 
+def row_states(keys: np.ndarray, seed: int, num_maskings: int | None) -> np.ndarray:
+    """(R, k) of each row the epoch, and the numbers that name it -> (R,) states for the draws of rows."""
+    keys = np.atleast_2d(keys).astype(np.uint64)
+    epochs = keys[:, 0] % num_maskings if num_maskings else keys[:, 0]
+    rows = draw(np.zeros(1, dtype=np.uint64), seed)
+    for counter in (epochs, *keys.T[1:]):
+        rows = draw(rows, counter)
+    return rows
+
+
+class Corruption(Protocol):
+    """What is done to texts before a model reads them, from draws that are functions of (seed, epoch, example)."""
+
+    def corrupt(self, examples: Examples, keys: np.ndarray) -> Examples:
+        """Other columns of tokens for the same rows. keys: (R, 3) of each the epoch, example id and choice."""
+
+
 @dataclass(frozen=True)
 class Masking:
     """BERT's masking of inputs (arXiv:1810.04805, section 3.1): 80 % mask, 10 % random, 10 % as it was.
@@ -53,12 +70,8 @@ class Masking:
         keys: (R, k) of each row the epoch, and the numbers that name it. lengths: (R,) tokens of each row; of one row,
         with one key (k,), none.
         """
-        keys = np.atleast_2d(np.asarray(keys, dtype=np.uint64))
         lengths = np.array([len(input_ids)]) if lengths is None else lengths
-        epochs = keys[:, 0] % self.num_maskings if self.num_maskings else keys[:, 0]
-        rows = draw(np.zeros(1, dtype=np.uint64), self.seed)
-        for counter in (epochs, *keys.T[1:]):
-            rows = draw(rows, counter)
+        rows = row_states(np.asarray(keys), self.seed, self.num_maskings)
         tokens = draw(np.repeat(rows, lengths), positions_in_rows(lengths))
         chosen = np.flatnonzero(tokens < np.uint64(int(self.probability * 2**64)))
         chosen = chosen[~np.isin(input_ids[chosen], self.special_ids)]
@@ -73,6 +86,11 @@ class Masking:
         labels[chosen] = originals
         return masked, labels
 
+    def corrupt(self, examples: Examples, keys: np.ndarray) -> Examples:
+        """The examples with masked ids and `lm_labels`."""
+        tokens, found = examples.tokens, self(examples.tokens["input_ids"], keys, examples.lengths)
+        return replace(examples, tokens=tokens | dict(zip(("input_ids", "lm_labels"), found, strict=True)))
+
 
 def masking_for(tokenizer: Any, probability: float, seed: int, num_maskings: int | None = None) -> Masking | None:
     """The masking of a tokenizer's ids; None at probability 0."""
@@ -81,9 +99,3 @@ def masking_for(tokenizer: Any, probability: float, seed: int, num_maskings: int
     special = np.unique(np.array(tokenizer.all_special_ids, dtype=np.int64))
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
     return Masking(probability, tokenizer.mask_token_id, special, ordinary, seed, num_maskings)
-
-
-def apply_masking(examples: Examples, keys: tuple[np.ndarray, ...], masking: Masking) -> Examples:
-    """The examples with masked ids and `lm_labels`. keys: of their rows the (R,) epochs, example ids and choices."""
-    tokens, found = examples.tokens, masking(examples.tokens["input_ids"], np.stack(keys, axis=1), examples.lengths)
-    return replace(examples, tokens=tokens | dict(zip(("input_ids", "lm_labels"), found, strict=True)))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glmd.data.batches import TARGET_COLUMNS
 from glmd.distillation.teacher import TeacherOutputs, sliced_head
 from glmd.errors import DataError
 from glmd.losses.head import Head
@@ -27,7 +28,7 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 DIGEST = 16  # bytes of an example's name
 # Columns that a teacher reads: of each row of an example, and of the example.
-ROW_COLUMNS = ("input_ids", "token_type_ids", "cloze_ids")
+ROW_COLUMNS = ("input_ids", "token_type_ids", "target_ids", "cloze_ids")
 EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
 # bfloat16 has no twin in numpy; its bits, and float16's, are read as whole numbers.
 BITS = {"F16": np.int16, "BF16": np.int16, "F32": np.float32}
@@ -46,19 +47,22 @@ def digests(batch: Mapping[str, Tensor]) -> list[bytes]:
 
     Where not every token predicts also of those that do.
     """
-    lengths = batch["attention_mask"].sum(1).tolist()
+    read = batch["attention_mask"].sum(1).tolist()
+    said = batch["predicts"].sum(1).tolist() if "target_ids" in batch else read
     rows = {name: batch[name].cpu().numpy().astype("<i4") for name in ROW_COLUMNS if name in batch}
     others = {name: batch[name].cpu().numpy().astype("<i4") for name in EXAMPLE_COLUMNS if name in batch}
     predicts = batch["predicts"].cpu().numpy()
     names = []
     for example, (first, stop) in enumerate(example_spans(batch)):
         # Lengths come first, so that no two examples run together to the same bytes.
-        found = hashlib.blake2b(np.array([stop - first, *lengths[first:stop]], "<i4").tobytes(), digest_size=DIGEST)
+        of_rows = [stop - first, *read[first:stop], *(said[first:stop] if said is not read else ())]
+        found = hashlib.blake2b(np.array(of_rows, "<i4").tobytes(), digest_size=DIGEST)
         for name, ids in rows.items():
+            lengths = said if name in TARGET_COLUMNS else read
             found.update(name.encode())
             for row in range(first, stop):
                 found.update(ids[row, : lengths[row]].tobytes())
-        parts = [predicts[row, : lengths[row]] for row in range(first, stop)]
+        parts = [predicts[row, : said[row]] for row in range(first, stop)]
         if not all(each.all() for each in parts):
             found.update(b"predicts" + b"".join(each.tobytes() for each in parts))
         for name, values in others.items():

@@ -215,7 +215,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """The sums of some terms, by name, from one pass of the student."""
         student, needs = self.splits[0], self.objective.needs
-        inputs = student.inputs(batch) | {"input_ids": self.token_map[batch["input_ids"]]}
+        inputs = student.inputs(batch, self.token_map)
         places: dict[str, list[Place]] = {}
         for term in (each for each in terms if each.of_layers):
             for number in self._asked(term, len(teachers)):

@@ -210,7 +210,7 @@ class Objective:
         if signal.level == "example":
             return len(batch["example_id"]) if signal.labels is None else int((batch[signal.labels] >= 0).sum())
         if term.gkd_compat:
-            return batch["input_ids"].numel()
+            return batch["predicts"].numel()
         if term.tokens in ("first", "mean") or (term.of_layers and feature_loss(term).unit == "text"):
             return len(batch["input_ids"])
         return len(positions_of(term, batch))

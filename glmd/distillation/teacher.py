@@ -108,8 +108,7 @@ class OnlineTeacher:
         batch = {name: each.to(device, non_blocking=True) for name, each in batch.items()}
         if self.source_map is not None:
             self.source_map = self.source_map.to(device)
-            batch["input_ids"] = self.source_map[batch["input_ids"]]
-        inputs = self.splits[0].inputs(batch)
+        inputs = self.splits[0].inputs(batch, self.source_map)
         outputs, read = run_and_read(self.splits[0], inputs, self.layers, is_full=is_full(batch))
         hidden = task_logits = None
         if self.language_model is not None:

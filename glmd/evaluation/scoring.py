@@ -149,8 +149,5 @@ def _share(
 
 
 def _student_inputs(split: Split, batch: Batch, token_map: np.ndarray | None) -> dict[str, Tensor]:
-    inputs = split.inputs(batch)
-    if token_map is not None:
-        ids = inputs["input_ids"]
-        inputs["input_ids"] = torch.from_numpy(token_map).to(ids.device)[ids]
-    return inputs
+    own_ids = None if token_map is None else torch.from_numpy(token_map).to(batch["input_ids"].device)
+    return split.inputs(batch, own_ids)

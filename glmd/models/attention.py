@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from glmd.errors import ConfigError, ModelError
-from glmd.models.probes import differ, difference, logits_of, probe_inputs, refused
+from glmd.models.probes import differ, difference, logits_of, predicting, probe_inputs, refused
 
 
 def set_attention(model: Any, implementation: str) -> None:
@@ -63,7 +63,7 @@ def prove_implementation(model: Any, implementation: str, *, half: torch.dtype |
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model.to(device).eval()
     inputs = probe_inputs(model)
-    valid, own = inputs["attention_mask"].bool(), logits_of(model, inputs)
+    valid, own = predicting(inputs), logits_of(model, inputs)
     what, remedy = f"it does not run by attn_implementation {implementation}", "give another, or remove it"
     with (
         attention_of(model, implementation=implementation),

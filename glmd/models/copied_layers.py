@@ -9,41 +9,44 @@ import torch
 from torch import Tensor, nn
 
 from glmd.errors import ModelError
+from glmd.models.heads import backbone, lm_kind
 from glmd.models.probes import as_it_was, logits_of, probe_inputs
 
 OTHER_LAYERS = "choose layers that it treats alike (even and first begin with the teacher's first one), or scratch"
 
 
 @torch.no_grad()
-def prove_copied_layers(student: Any, teacher: Any, lists: Mapping[str, str], chosen: Sequence[int]) -> None:
+def prove_copied_layers(student: Any, teacher: Any, layers: Mapping[str, str]) -> None:
     """Prove that each copied layer, given what the teacher's was given, gives the teacher's output, bit for bit nearly.
 
     The student's own forward is run; what it hands to a layer beside hidden states (masks, positions) is its own, so a
-    setting that a layer takes from its index, or that the forward does, shows.
-    lists: names of the student's module lists -> the teacher's, each with a module for every layer.
-    chosen: the teacher's layer of each of the student's.
+    setting that a layer takes from its index, or that the forward does, shows. A decoder is given what the teacher's
+    encoder gave.
+    layers: names of the student's layers -> the teacher's.
     """
     if teacher.dtype != student.dtype:
         teacher = copy.deepcopy(teacher).to(student.dtype)
     inputs = probe_inputs(teacher)
-    inputs["input_ids"] = inputs["input_ids"] % student.config.get_text_config().vocab_size  # ids that both have
-    for ours, theirs in lists.items():
-        pairs = [
-            (student.get_submodule(f"{ours}.{i}"), teacher.get_submodule(f"{theirs}.{j}")) for i, j in enumerate(chosen)
-        ]
-        with as_it_was(teacher), _recorded([each for _, each in pairs]) as seen:
-            logits_of(teacher, inputs)
-        with as_it_was(student), _replayed([each for each, _ in pairs], seen) as got:
-            logits_of(student, inputs)
-        for i, ((given, expected), output) in enumerate(zip(seen, got, strict=True)):
-            update = (expected - given).abs().max() if given.shape == expected.shape else expected.abs().max()
-            error = (output - expected).abs().max() if output.shape == expected.shape else torch.tensor(torch.inf)
-            if not error <= 1e-5 * update:
-                raise ModelError(
-                    f"student.initialization: layer {i} of the student is a copy of the teacher's layer {chosen[i]} "
-                    f"and gives another output (relative difference {error / update:.1e}): "
-                    f"{type(student).__name__} treats layers by their number; {OTHER_LAYERS}"
-                )
+    rows = student.config.get_text_config().vocab_size
+    inputs |= {name: ids % rows for name, ids in inputs.items() if name.endswith("input_ids")}  # ids that both have
+    ours, theirs = (
+        [model.get_submodule(name) for name in names]
+        for model, names in ((student, layers.keys()), (teacher, layers.values()))
+    )
+    with as_it_was(teacher), _recorded(theirs) as seen, _encoded(teacher) as read:
+        logits_of(teacher, inputs)
+    with as_it_was(student), _replayed(ours, seen) as got, _encoded(student, read):
+        logits_of(student, inputs)
+    for (name, origin), (given, expected), output in zip(layers.items(), seen, got, strict=True):
+        update = (expected - given).abs().max() if given.shape == expected.shape else expected.abs().max()
+        error = (output - expected).abs().max() if output.shape == expected.shape else torch.tensor(torch.inf)
+        if not error <= 1e-5 * update:
+            i, j = (each.rpartition(".")[2] for each in (name, origin))
+            raise ModelError(
+                f"student.initialization: layer {i} of the student is a copy of the teacher's layer {j} "
+                f"and gives another output (relative difference {error / update:.1e}): "
+                f"{type(student).__name__} treats layers by their number; {OTHER_LAYERS}"
+            )
 
 
 def _hidden_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
@@ -99,6 +102,23 @@ def _replayed(modules: Sequence[nn.Module], seen: Sequence[tuple[Tensor, Tensor]
     with _wrapped(modules, replace):
         yield result
     result += _of_each(outputs, modules)
+
+
+@contextmanager
+def _encoded(model: Any, instead: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+    """What an encoder-decoder's encoder gives, `instead` in its place where that is given; nothing of other models."""
+    seen: list[Tensor] = []
+
+    def record(_: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if instead:
+            output.last_hidden_state = instead[0]
+        seen.append(output.last_hidden_state.clone())
+        return output
+
+    is_pair = lm_kind(model.config) == "encoder-decoder"
+    with _wrapped([backbone(model).get_submodule("encoder")] if is_pair else [], record):
+        yield seen
 
 
 def _of_each(found: Mapping[nn.Module, Any], modules: Sequence[nn.Module]) -> list[Any]:

@@ -16,9 +16,9 @@ Some models scale or cap their logits after the map; that is a part of it here.
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import cache
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,22 +40,63 @@ FACTORS: dict[str, Callable[[float], float]] = {
 FinalLinear = Callable[[Tensor, Head], Any]
 
 
+LMKind = Literal["masked", "causal", "encoder-decoder"]
+HALVES = ("encoder", "decoder")  # the parts of an encoder-decoder
+
+
 def backbone(model: nn.Module) -> nn.Module:
-    """The encoder under the head. Raises ModelError where the class has none."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; these are not supported yet")
-    return model.get_submodule(backbone_name(model))
+    """What is under the head: an encoder, a decoder, or both. Raises ModelError where the class has none."""
+    name = backbone_name(model)
+    return model.get_submodule(name) if name else _assembled(model)
 
 
 def backbone_name(model: nn.Module) -> str:
-    """The attribute that holds the encoder: base_model_prefix, or else the only transformers model inside."""
+    """The attribute that holds the backbone: base_model_prefix, or else the only transformers model inside.
+
+    "" where the model holds the parts of its backbone itself, as T5 its encoder and its decoder.
+    """
     name = getattr(model, "base_model_prefix", "")
     if name and isinstance(getattr(model, name, None), nn.Module):
         return str(name)
     inside = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
-    if len(inside) != 1:
-        raise ModelError(f"{type(model).__name__} has no backbone under base_model_prefix; it is not supported yet")
-    return inside[0]
+    if len(inside) == 1:
+        return inside[0]
+    if set(inside) == set(HALVES):
+        return ""
+    raise ModelError(f"{type(model).__name__} has no backbone under base_model_prefix; it is not supported yet")
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """With what the names of a backbone's parts begin in the model."""
+    name = backbone_name(model)
+    return f"{name}." if name else ""
+
+
+def _assembled(model: Any) -> nn.Module:
+    """The base model that transformers has for a class, of the parts that the class holds itself.
+
+    It is kept beside the model, and is no module of it: its parts are.
+    """
+    whole: Any = model.__dict__.get("_assembled_backbone")
+    if whole is None:
+        from transformers import AutoModel
+
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            whole = AutoModel.from_config(model.config)
+        strange = [name for name, part in whole.named_children() if type(part) is not type(getattr(model, name, None))]
+        if strange or any(True for _ in whole.parameters(recurse=False)):
+            raise ModelError(f"{type(model).__name__} is not made of the parts of its base model; it is not supported")
+        model.__dict__["_assembled_backbone"] = whole
+    for name in dict(whole.named_children()):
+        whole._modules[name] = model._modules[name]
+    return whole
+
+
+def lm_kind(config: Any) -> LMKind:
+    """How a language model of this config predicts tokens."""
+    if is_causal(config):
+        return "causal"
+    return "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "masked"
 
 
 def is_causal(config: Any) -> bool:
@@ -82,7 +123,7 @@ def _is_causal_class(name: str) -> bool:
 
 def final_linear(model: nn.Module) -> Head:
     """The map from hidden states to vocabulary. Raises ModelError where there is none or it is not one linear map."""
-    return _linear_map(model, _output_embeddings(model), _joining_head(model))
+    return _linear_map(model, _output_embeddings(model), _joining_head(model), _added_bias(model))
 
 
 def logit_scaling(config: Any) -> LogitScaling:
@@ -92,10 +133,20 @@ def logit_scaling(config: Any) -> LogitScaling:
     return LogitScaling(float(math.prod(factors)), getattr(config, "final_logit_softcapping", None))
 
 
-def _linear_map(model: Any, linear: nn.Linear, head: Any) -> Head:
+ADDED_BIAS = "final_logits_bias"  # (1, V) that BART and its kin add to what their final map gives
+
+
+def _added_bias(model: nn.Module) -> Tensor | None:
+    return model._buffers.get(ADDED_BIAS)
+
+
+def _linear_map(model: Any, linear: nn.Linear, head: Any, added: Tensor | None) -> Head:
     if head is not None:
         return _joined(head, model.config)
-    return Head(linear.weight, linear.bias, logit_scaling(model.config))
+    bias: Tensor | None = linear.bias
+    if added is not None:
+        bias = added[0] if bias is None else bias + added[0]
+    return Head(linear.weight, bias, logit_scaling(model.config))
 
 
 def _output_embeddings(model: nn.Module) -> nn.Linear:
@@ -127,7 +178,9 @@ def share_backbone(model: nn.Module, other: nn.Module) -> None:
     ours, theirs = backbone(model), backbone(other)
     if type(ours) is not type(theirs):
         raise ModelError(f"{type(model).__name__} and {type(other).__name__} have different backbones")
-    setattr(other, backbone_name(other), ours)
+    name = backbone_name(other)
+    for part, module in [(name, ours)] if name else ours.named_children():
+        setattr(other, part, module)
     other.tie_weights()  # type: ignore[operator]
 
 
@@ -161,6 +214,7 @@ class Split:
     def __init__(self, model: nn.Module) -> None:
         self.model, body = model, backbone(model)
         self.is_causal = is_causal(model.config)
+        self.is_encoder_decoder = lm_kind(model.config) == "encoder-decoder"
         parameters: Mapping[str, Any] = inspect.signature(body.forward).parameters
         if "input_ids" not in parameters:  # a wrapper that hands on what it is given, as BART's decoder has
             parameters = inspect.signature(model.forward).parameters
@@ -179,9 +233,29 @@ class Split:
         """The final linear map. Raises ModelError where there is none or it is not one linear map."""
         return final_linear(self.model)
 
-    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The columns of a batch that the backbone's forward names."""
-        return {name: column for name, column in batch.items() if name in self.columns}
+    def inputs(self, batch: Mapping[str, Tensor], token_map: Tensor | None = None) -> dict[str, Tensor]:
+        """The columns of a batch that the backbone's forward names, in the ids that token_map gives, if any.
+
+        A decoder beside an encoder reads what it is to say (`target_ids`, or the text itself where there are none), one
+        place later. It needs no mask of padding: no earlier position sees what comes at the end.
+        """
+        batch = in_own_ids(batch, token_map)
+        found = {name: column for name, column in batch.items() if name in self.columns}
+        if self.is_encoder_decoder:
+            found["decoder_input_ids"] = self._shifted(batch.get("target_ids", batch["input_ids"]))
+        return found
+
+    @cached_property
+    def _shifted(self) -> Callable[[Tensor], Tensor]:
+        """The model's own way to what a decoder reads from what it is to say."""
+        shift: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:  # that of the language model, which needs no weights for it
+            from transformers import AutoModelForSeq2SeqLM
+
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                shift = AutoModelForSeq2SeqLM.from_config(self.model.config).prepare_decoder_input_ids_from_labels
+        found: Callable[[Tensor], Tensor] = shift
+        return found
 
     def run_backbone(self, inputs: Mapping[str, Tensor], *, is_full: bool | None = None, **asked: Any) -> Any:
         """The backbone's outputs. A decoder keeps no keys and values: nothing is generated.
@@ -231,15 +305,34 @@ class Split:
         return hidden
 
 
+ID_COLUMNS = ("input_ids", "target_ids")  # of a batch, which a model reads
+
+
+def in_own_ids(batch: Mapping[str, Tensor], token_map: Tensor | None) -> Mapping[str, Tensor]:
+    """A batch of source ids in those of a model, by its (V,) map; itself where there is no map."""
+    if token_map is None:
+        return batch
+    return {**batch, **{name: token_map[batch[name]] for name in ID_COLUMNS if name in batch}}
+
+
 @contextmanager
 def _stub_backbone(model: nn.Module, outputs: Any) -> Iterator[None]:
     name = backbone_name(model)
-    real = model._modules[name]
-    model._modules[name] = _Stub(outputs, real)  # type: ignore[arg-type]
-    try:
+    said = {name: outputs}
+    if not name:
+        from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+
+        read = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+        said = {
+            "encoder": read,
+            "decoder": BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs.last_hidden_state),
+        }
+    with ExitStack() as stack:
+        for part, its_outputs in said.items():
+            real = model._modules[part]
+            stack.callback(model._modules.__setitem__, part, real)
+            model._modules[part] = _Stub(its_outputs, real)  # type: ignore[arg-type]
         yield
-    finally:
-        model._modules[name] = real
 
 
 @contextmanager
@@ -250,20 +343,25 @@ def _replaced_forward(model: nn.Module, function: FinalLinear | None) -> Iterato
         return
     linear, head = _output_embeddings(model), _joining_head(model)
     caller: Any = linear if head is None else head
+    added = _added_bias(model)
     # Placement over several devices puts a forward of its own on the instance; it must be there again afterwards.
     own = caller.__dict__.get("forward")
 
     def forward(hidden: Tensor) -> Any:
         if head is not None:
             hidden = head.transform(hidden)
-        returned.append(function(hidden, _linear_map(model, linear, head)))
+        returned.append(function(hidden, _linear_map(model, linear, head, added)))
         # The model may go on to index or reshape its logits: hand it something of that form.
         return hidden
 
     caller.forward = forward
+    if added is not None:  # which would not fit to what it is handed
+        model._buffers[ADDED_BIAS] = added.new_zeros(1)
     try:
         yield returned
     finally:
+        if added is not None:
+            model._buffers[ADDED_BIAS] = added
         del caller.forward  # the class's own forward shows again
         if own is not None:
             caller.forward = own

@@ -7,11 +7,13 @@ The same mapping starts a student from a teacher's layers and aligns hidden stat
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from glmd.errors import ConfigError, ModelError
+from glmd.models.heads import HALVES, lm_kind
 
 LAYER_CHOICES = ("first", "last", "uniform", "even")
 EMBEDDINGS = -1  # the number of what goes into the first layer
@@ -40,16 +42,45 @@ class LayerChoice:
 Layers = str | tuple[tuple[int, ...], ...] | LayerChoice
 
 
-def layer_lists(model: Any) -> dict[str, Any]:
-    """The outermost module lists that are as long as the model has layers; none where one layer is repeated."""
+def depths(config: Any) -> tuple[int, ...]:
+    """How many layers a model of this config has; of an encoder-decoder those of either half.
+
+    Raises ModelError for an encoder-decoder whose config does not say so.
+    """
+    if lm_kind(config) != "encoder-decoder":
+        return (config.num_hidden_layers,)
+    return config.num_hidden_layers, getattr(config, decoder_depth_name(config))
+
+
+def decoder_depth_name(config: Any) -> str:
+    """The field with the number of an encoder-decoder's decoder layers. Raises ModelError where there is none."""
+    found = [name for name, value in vars(config).items() if re.fullmatch("(num_)?decoder_layers", name) and value]
+    if len(found) != 1:
+        raise ModelError(f"{type(config).__name__} has no one field of the number of decoder layers; not supported")
+    return found[0]
+
+
+def layer_stacks(model: Any) -> list[dict[str, Any]]:
+    """By name the outermost module lists as long as the model has layers; of an encoder-decoder those of each half.
+
+    Most models have one list; XLM has one for each part of a layer, and one that repeats a layer has none.
+    """
     from torch import nn
 
-    found: dict[str, Any] = {}
+    found: list[dict[str, Any]] = [{} for _ in depths(model.config)]
+    halves = HALVES if len(found) > 1 else ("",)
     for name, module in model.named_modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
-        if is_list and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
+        for stack, half, depth in zip(found, halves, depths(model.config), strict=True):
+            is_inside = not half or half in name.split(".")
+            is_list = is_inside and isinstance(module, nn.ModuleList) and len(module) == depth
+            if is_list and not any(name.startswith(f"{outer}.") for outer in stack):
+                stack[name] = module
     return found
+
+
+def layer_lists(model: Any) -> dict[str, Any]:
+    """All of `layer_stacks`."""
+    return {name: layers for stack in layer_stacks(model) for name, layers in stack.items()}
 
 
 def layers_in_order(model: Any) -> list[Any]:

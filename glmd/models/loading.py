@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from glmd.config import TeacherConfig
+from glmd.data.infilling import infilling_for
 from glmd.errors import GlmdError, ModelError, counted
-from glmd.models.heads import is_causal
+from glmd.models.heads import LMKind, lm_kind
 from glmd.models.probes import prove_language_model, silence_padding
 from glmd.models.quantization import quantized_loading
 from glmd.storage import file_sha256
@@ -86,11 +87,12 @@ def load_model_config(name: str, *, revision: str | None = None, trust_remote_co
 
 
 def load_source_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, words: bool = True
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, kind: LMKind | None = "masked"
 ) -> Any:
     """The teacher's tokenizer, checked to have what distillation needs.
 
-    words: it must serve masked-word prediction (pad, mask, cls and sep token); else one that cuts text will do.
+    kind: of the teacher. A masked LM needs a pad, mask, cls and sep token, an encoder-decoder a pad token and what
+    stands for a span that is left out; for a causal LM, and where none is to be trained, one that cuts text will do.
     """
     from transformers import AutoTokenizer
 
@@ -102,8 +104,12 @@ def load_source_tokenizer(
             f"{name}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); save the teacher's there"
         )
     tokenizer = from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
-    if not words:
+    if kind in ("causal", None):
         require_fast(tokenizer)
+        return tokenizer
+    if kind == "encoder-decoder":
+        require_tokenizer(tokenizer, mask=False)
+        infilling_for(tokenizer, None, 0)  # refuses a tokenizer that has nothing for a span
         return tokenizer
     require_tokenizer(tokenizer, mask=True)
     for role in ("cls_token", "sep_token"):
@@ -113,20 +119,20 @@ def load_source_tokenizer(
 
 
 def language_model_class(config: Any) -> Any:
-    """The auto class of a teacher's language model: causal where its config names such an architecture, else masked."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    """The auto class of a teacher's language model."""
+    import transformers
 
-    return AutoModelForCausalLM if is_causal(config) else AutoModelForMaskedLM
+    names = {"causal": "CausalLM", "masked": "MaskedLM", "encoder-decoder": "Seq2SeqLM"}
+    return getattr(transformers, f"AutoModelFor{names[lm_kind(config)]}")
 
 
-def auto_class_name(model: Any) -> str:
-    """The auto class that opens a model's folder, or its own class where none does."""
+def auto_class_name(name: str) -> str:
+    """The auto class that opens a folder of a model whose class has this name, or the name itself where none does."""
     from transformers.models.auto import modeling_auto
 
-    name = type(model).__name__
-    for head in ("MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice"):
-        mapping = f"MODEL_FOR_{re.sub('(?<=[a-z])(?=[A-Z])', '_', head).upper()}_MAPPING_NAMES"
-        if name in getattr(modeling_auto, mapping).values():
+    for head in ("MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice", "Seq2SeqLM"):
+        words = re.sub("(?<=[a-z])(?=[A-Z])", "_", head.replace("Seq2SeqLM", "SeqToSeqCausalLM")).upper()
+        if name in getattr(modeling_auto, f"MODEL_FOR_{words}_MAPPING_NAMES").values():
             return f"AutoModelFor{head}"
     return name
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glmd.errors import GlmdError, ModelError, disk_error
-from glmd.models.heads import Split, final_linear, is_causal
+from glmd.models.heads import Split, final_linear, lm_kind
 from glmd.models.quantization import is_quantized
 
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
@@ -39,7 +39,7 @@ def prove_language_model(model: Any) -> None:
         with refused(model, "its head does not run on its backbone's outputs alone"):
             parts = Split(model)
             split = head.logits(parts.hidden_before_final(parts.run_backbone(inputs)))
-        valid = inputs["attention_mask"].bool()
+        valid = predicting(inputs)
         if own.shape != split.shape:
             raise ModelError(f"{name}: its logits are {tuple(own.shape)}, those of its split {tuple(split.shape)}")
         if differ(split[valid], own[valid]):
@@ -50,7 +50,7 @@ def prove_language_model(model: Any) -> None:
                 "supported"
             )
         _require_padding_unseen(model, inputs, own)
-        if is_causal(model.config):
+        if lm_kind(model.config) != "masked":
             _require_causal(model, own)
 
 
@@ -142,9 +142,10 @@ def _require_reloadable(model: Any) -> None:
 @torch.no_grad()
 def require_length(model: Any, length: int) -> None:
     """Prove that a model reads so many tokens, whatever its table of positions is called."""
-    ids = probe_inputs(model)["input_ids"][:1, :1].expand(1, length)
+    found = probe_inputs(model)
+    inputs = {name: torch.cat([each[:1, :1].expand(1, length - 1), each[:1, -1:]], 1) for name, each in found.items()}
     with refused(model, f"it does not read {length} tokens at once", "give a smaller max_length"):
-        model.eval()(**_shape_of(model)({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+        model.eval()(**_shape_of(model)(inputs))
 
 
 def _require_trainable(model: Any) -> None:
@@ -176,7 +177,11 @@ def refused(model: Any, what: str, remedy: str = "it is not supported") -> Itera
 
 
 def probe_inputs(model: Any) -> dict[str, Tensor]:
-    """Three rows of ids: whole, whole with another last id, padded."""
+    """Three rows of ids: whole, whole with another last id, padded.
+
+    An encoder-decoder's decoder reads such rows, its encoder reads the first of them twice. Each of the encoder's ends
+    with the one end of the text, which a task head of theirs looks for.
+    """
     config = model.config.get_text_config()
     device, size, pad = (
         model.get_input_embeddings().weight.device,
@@ -190,13 +195,19 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[2, min(PADDED, length - 1) :] = 0
     ids[1, :-1], ids[2, mask[2] == 0] = ids[0, :-1], pad
-    return {"input_ids": ids, "attention_mask": mask}
+    if lm_kind(model.config) != "encoder-decoder":
+        return {"input_ids": ids, "attention_mask": mask}
+    read, end = torch.cat([ids[:1], ids[:1], ids[2:]]), getattr(config, "eos_token_id", None)
+    if isinstance(end, int):
+        read = torch.where((read == end) & mask.bool(), (end + 1) % size, read)
+        read.scatter_(1, mask.sum(1, keepdim=True) - 1, end)
+    return {"input_ids": read, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
 def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     with refused(model, "it does not read plain ids"):
         logits: Tensor = model(**inputs).logits
-    read = logits[inputs["attention_mask"].bool()] if logits.ndim == 3 else logits
+    read = logits[predicting(inputs)] if logits.ndim == 3 else logits
     if not read.isfinite().all():
         is_half = model.dtype in (torch.float16, torch.bfloat16)
         why = f"it overflows in {model.dtype}; give teacher.dtype=float32" if is_half else "its weights are damaged"
@@ -204,6 +215,11 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         raise ModelError(f"{type(model).__name__}: {found}: {why}")
     # A last bit may send an activation to the next of 255 steps: compared as what is rounded to half precision.
     return logits.to(torch.bfloat16) if is_quantized(model) else logits
+
+
+def predicting(inputs: Mapping[str, Tensor]) -> Tensor:
+    """(R, S) where tokens are predicted: all but padding, of what a decoder reads where there is one."""
+    return inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
 
 
 def _require_causal(model: Any, own: Tensor) -> None:

@@ -22,14 +22,15 @@ from glmd.config import StudentConfig
 from glmd.errors import ConfigError, ModelError, disk_error, suggestion
 from glmd.models.copied_layers import OTHER_LAYERS, prove_copied_layers
 from glmd.models.factorized_embeddings import check_narrow, copy_around_layers, narrow_config
-from glmd.models.heads import backbone_name
-from glmd.models.layers import layer_indices, layer_lists
+from glmd.models.heads import backbone_prefix
+from glmd.models.layers import decoder_depth_name, depths, layer_indices, layer_stacks
 from glmd.models.loading import language_model_class
 from glmd.models.probes import prove_language_model
 from glmd.vocabulary.slicing import slice_model
 from glmd.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+Chosen = tuple[list[int], ...]  # the teacher's layer of each of the student's; of an encoder-decoder those of each half
 
 
 def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *, seed: int) -> Any:
@@ -43,11 +44,9 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     # Every token kept is not every row: a teacher may have rows beyond its tokenizer.
     is_whole = vocabulary.is_identity and vocabulary.size == teacher.config.vocab_size
     sliced = teacher if is_whole else slice_model(teacher, vocabulary)
-    total = teacher.config.num_hidden_layers
-    count = config.num_hidden_layers or total
-    chosen = chosen_layers(config, count, total)
+    chosen = chosen_layers(config, teacher.config)
     torch.manual_seed(seed)
-    model_config = student_model_config(sliced.config, config, count, chosen)
+    model_config = student_model_config(sliced.config, config)
     if config.architecture is None:
         student = type(teacher)(model_config)
     else:
@@ -66,9 +65,9 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     return student
 
 
-def student_model_config(teacher_config: Any, config: StudentConfig, num_layers: int, chosen: list[int] | None) -> Any:
+def student_model_config(teacher_config: Any, config: StudentConfig) -> Any:
     """The teacher's config with the student's changes. Raises ConfigError for a field the architecture has not."""
-    architecture = config.architecture
+    architecture, chosen = config.architecture, chosen_layers(config, teacher_config)
     result = copy.deepcopy(teacher_config) if architecture is None else narrow_config(teacher_config, architecture)
     known = set(result.to_dict()) | set(getattr(result, "attribute_map", {}))
     for key, value in config.config.items():
@@ -86,7 +85,12 @@ def student_model_config(teacher_config: Any, config: StudentConfig, num_layers:
         result.true_hidden_size = result.intra_bottleneck_size if result.use_bottleneck else result.hidden_size
     if architecture is not None:
         check_narrow(result, teacher_config, copies=chosen is not None)
-    _choose_settings(result, num_layers, chosen, given=set(config.config))
+    count, *of_decoder = student_depths(config, teacher_config)
+    if of_decoder:
+        result.num_hidden_layers = count
+        setattr(result, decoder_depth_name(result), of_decoder[0])
+    else:
+        _choose_settings(result, count, None if chosen is None else chosen[0], given=set(config.config))
     result.dtype = torch.float32
     return result
 
@@ -149,19 +153,38 @@ def saved_and_reopened(config: Any) -> Any:
     return again
 
 
-def chosen_layers(config: StudentConfig, count: int, total: int) -> list[int] | None:
-    """Zero-based teacher layers to copy, or None from scratch. Raises ConfigError."""
+def student_depths(config: StudentConfig, teacher_config: Any) -> tuple[int, ...]:
+    """How many layers the student has; of an encoder-decoder those of either half.
+
+    Raises ConfigError for settings of a decoder that is none beside an encoder.
+    """
+    total, *of_decoder = depths(teacher_config)
+    count = config.num_hidden_layers or total
+    if of_decoder:
+        return count, config.num_decoder_layers or config.num_hidden_layers or of_decoder[0]
+    for name in ("num_decoder_layers", "decoder_initialization"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"student.{name} has no effect: the teacher is no encoder-decoder; remove it")
+    return (count,)
+
+
+def chosen_layers(config: StudentConfig, teacher_config: Any) -> tuple[list[int], ...] | None:
+    """Zero-based teacher layers to copy, of each half of an encoder-decoder; None from scratch. Raises ConfigError."""
+    counts = student_depths(config, teacher_config)
     if config.initialization == "scratch":
         return None
-    if isinstance(config.initialization, list) and len(config.initialization) != count:
-        raise ConfigError(
-            f"student.initialization names {len(config.initialization)} layers, num_hidden_layers is {count}"
-        )
-    return layer_indices(config.initialization, count, total)
+    ways = (config.initialization, config.decoder_initialization or config.initialization)[: len(counts)]
+    for how, count, half in zip(ways, counts, ("hidden", "decoder"), strict=False):
+        if isinstance(how, list) and len(how) != count:
+            key = (
+                "initialization" if half == "hidden" or not config.decoder_initialization else "decoder_initialization"
+            )
+            raise ConfigError(f"student.{key} names {len(how)} layers, num_{half}_layers is {count}")
+    return tuple(map(layer_indices, ways, counts, depths(teacher_config)))
 
 
 @torch.no_grad()
-def _copy_weights(student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any]) -> None:
+def _copy_weights(student: Any, teacher: Any, chosen: Chosen, changes: Mapping[str, Any]) -> None:
     source = teacher.state_dict()
     tensors = student.state_dict()
     for name, origin in weight_origins(student, teacher, chosen, changes).items():
@@ -177,7 +200,7 @@ def _own_fields(value: Any) -> Any:
 
 
 def weight_origins(
-    student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any] = MappingProxyType({})
+    student: Any, teacher: Any, chosen: Chosen, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, str]:
     """Which of the teacher's tensors each of the student's is a copy of, by name. Shapes alone are looked at.
 
@@ -185,16 +208,18 @@ def weight_origins(
     Of a student of another architecture the tensors of its layers are copies. Raises ConfigError where a changed width
     makes a copy impossible, or a copied layer would have other settings than the teacher's.
     """
-    lists, is_narrow = paired_lists(student, teacher), type(student) is not type(teacher)
-    places = "|".join(re.escape(name) for name in lists)
-    pattern = re.compile(rf"^({places})\.(\d+)(\..*)$")
+    layers, is_narrow = copied_layers(student, teacher, chosen), type(student) is not type(teacher)
+    places = "|".join(sorted({re.escape(name.rpartition(".")[0]) for name in layers}))
+    pattern = re.compile(rf"^((?:{places})\.\d+)(\..*)$")
     source = teacher.state_dict()
     origins = {}
     for name, tensor in student.state_dict().items():
         match = pattern.match(name)
         if is_narrow and not match:
             continue
-        origins[name] = f"{lists[match[1]]}.{chosen[int(match[2])]}{match[3]}" if match else name
+        origins[name] = f"{layers[match[1]]}{match[2]}" if match else name
+        if match and match[1].endswith(".0") and origins[name] not in source:
+            origins[name] = name  # what the first layer alone has, as T5's table of distances, serves all layers
         found = source.get(origins[name])
         if found is None or found.shape != tensor.shape:
             was = tuple(found.shape) if found is not None else "absent"
@@ -203,7 +228,7 @@ def weight_origins(
                 "with other widths use scratch"
             )
     if not is_narrow:
-        _require_same_settings(student, _with_changes(teacher, changes), lists, chosen)
+        _require_same_settings(student, _with_changes(teacher, changes), layers)
     return origins
 
 
@@ -221,42 +246,47 @@ def _with_changes(teacher: Any, changes: Mapping[str, Any]) -> Any:
     return changed.train(teacher.training)
 
 
-def paired_lists(student: Any, teacher: Any) -> dict[str, str]:
-    """Names of the student's module lists with a module for each layer -> the teacher's.
+def copied_layers(student: Any, teacher: Any, chosen: Chosen) -> dict[str, str]:
+    """Names of the student's layers -> those of the teacher's that they are copies of.
 
-    Most models have one; XLM has one for each part of a layer. Raises ConfigError where there is none.
+    Raises ConfigError where layers are not in a list, or in lists of the same names.
     """
-    ours, theirs = _lists_of(student), _lists_of(teacher)
-    if not (ours and theirs):
-        raise ConfigError(
-            f"student.initialization: {type(teacher).__name__} has no list of {teacher.config.num_hidden_layers} "
-            "layers to copy from; use scratch"
+    found: dict[str, str] = {}
+    for stack, theirs, layers in zip(layer_stacks(student), layer_stacks(teacher), chosen, strict=True):
+        ours, whose = (
+            [name for name in lists if name.startswith(backbone_prefix(model))]
+            for lists, model in ((stack, student), (theirs, teacher))
         )
-    if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's
-        return {min(ours, key=len): min(theirs, key=len)}
-    return {name: name for name in ours if name in theirs}
-
-
-def _lists_of(model: Any) -> list[str]:
-    """Names of the layer lists of a model's backbone."""
-    return [name for name in layer_lists(model) if name.startswith(f"{backbone_name(model)}.")]
-
-
-def _require_same_settings(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> None:
-    """Refuse a copied layer with other modules than the teacher's, or with other settings but for its own number."""
-    for ours, theirs in lists.items():
-        for i, j in enumerate(chosen):
-            now, was = (
-                _settings_of(model.get_submodule(name))
-                for model, name in ((student, f"{ours}.{i}"), (teacher, f"{theirs}.{j}"))
+        if not (ours and whose):
+            raise ConfigError(
+                f"student.initialization: {type(teacher).__name__} has no list of layers for each of its "
+                f"{' + '.join(map(str, depths(teacher.config)))} to copy from; use scratch"
             )
-            pairs = {key: (now.get(key, "nothing"), was.get(key, "nothing")) for key in sorted(now.keys() | was.keys())}
-            for key, (value, original) in pairs.items():
-                if value != original and (value, original) != (i, j):
-                    raise ConfigError(
-                        f"student.initialization: layer {i} of the student, a copy of the teacher's layer {j}, would "
-                        f"have {key} {value} in place of {original}; {OTHER_LAYERS}"
-                    )
+        pairs = {name: name for name in ours if name in whose}
+        if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's
+            pairs = {min(ours, key=len): min(whose, key=len)}
+        for name, origin in pairs.items():
+            found |= {f"{name}.{i}": f"{origin}.{j}" for i, j in enumerate(layers)}
+    return found
+
+
+def _require_same_settings(student: Any, teacher: Any, layers: Mapping[str, str]) -> None:
+    """Refuse a copied layer with other modules than the teacher's, or with other settings but for its own number.
+
+    A module that the first layer has beside the copied one's, and a setting that says so, belong to all layers.
+    """
+    for name, origin in layers.items():
+        now, was = _settings_of(student.get_submodule(name)), _settings_of(teacher.get_submodule(origin))
+        i, j = (int(each.rpartition(".")[2]) for each in (name, origin))
+        added = {key.split(" ")[0].rpartition(".")[2] for key in now.keys() - was.keys() if key.endswith(" (class)")}
+        for key in sorted(now.keys() | was.keys()):
+            value, original = now.get(key, "nothing"), was.get(key, "nothing")
+            belongs = i == 0 and {part.removeprefix("has_") for part in key.split(" ")[0].split(".")} & added
+            if value != original and (value, original) != (i, j) and not belongs:
+                raise ConfigError(
+                    f"student.initialization: layer {i} of the student, a copy of the teacher's layer {j}, would "
+                    f"have {key} {value} in place of {original}; {OTHER_LAYERS}"
+                )
 
 
 def _settings_of(layer: nn.Module) -> dict[str, Any]:
@@ -271,7 +301,7 @@ def _settings_of(layer: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _prove_copy(student: Any, teacher: Any, chosen: list[int], changes: Mapping[str, Any]) -> None:
+def _prove_copy(student: Any, teacher: Any, chosen: Chosen, changes: Mapping[str, Any]) -> None:
     """Prove that a student holds and does what it copied, once its tied weights are one. Raises ModelError."""
     ours, source = student.state_dict(), teacher.state_dict()
     is_narrow = type(student) is not type(teacher)
@@ -279,18 +309,18 @@ def _prove_copy(student: Any, teacher: Any, chosen: list[int], changes: Mapping[
         if not torch.equal(ours[name], source[origin].to(ours[name].dtype)):
             raise ModelError(f"{type(teacher).__name__}: {name} is tied by the configuration but not in the model")
     if not is_narrow:
-        lists, changed = paired_lists(student, teacher), _with_changes(teacher, changes)
-        prove_copied_layers(student, changed, lists, chosen)
-        if changed is not teacher and not _gives_the_same(student, teacher, lists, chosen):
+        layers, changed = copied_layers(student, teacher, chosen), _with_changes(teacher, changes)
+        prove_copied_layers(student, changed, layers)
+        if changed is not teacher and not _gives_the_same(student, teacher, layers):
             logger.warning(
                 "student.config %s: the copied layers give other outputs than the teacher's; the student begins worse",
                 ", ".join(changes),
             )
 
 
-def _gives_the_same(student: Any, teacher: Any, lists: dict[str, str], chosen: list[int]) -> bool:
+def _gives_the_same(student: Any, teacher: Any, layers: Mapping[str, str]) -> bool:
     try:
-        prove_copied_layers(student, teacher, lists, chosen)
+        prove_copied_layers(student, teacher, layers)
     except ModelError:
         return False
     return True

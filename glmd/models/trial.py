@@ -1,6 +1,6 @@
 """A small student with drawn weights, tried in `check` in all that a run would do with it.
 
-    try_student(config.student, teacher_config, chosen=[1, 3, 5], length=128, task_heads={"MultipleChoice"})
+    try_student(config.student, teacher_config, length=128, task_heads={"MultipleChoice"})
 
 The architecture is the student's own; it has few tokens, so that even one of a large model takes a second. What this
 refuses would be refused by a run too, days later.
@@ -18,6 +18,7 @@ from glmd.errors import ConfigError, ModelError
 from glmd.models.attention import prove_implementation, set_attention
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import share_backbone
+from glmd.models.layers import depths
 from glmd.models.loading import language_model_class
 from glmd.models.probes import prove_config, prove_language_model, prove_task_model
 from glmd.models.student import student_model_config
@@ -30,9 +31,7 @@ TOKENS = 64  # besides special ones
 def try_student(
     student: StudentConfig,
     teacher_config: Any,
-    chosen: list[int] | None,
     *,
-    num_layers: int,
     length: int,
     task_heads: Iterable[str] = (),
     is_whole: bool = False,
@@ -41,7 +40,7 @@ def try_student(
 ) -> None:
     """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
 
-    chosen: the teacher's layers to copy, None from scratch. length: the most tokens that it reads at once.
+    length: the most tokens that it reads at once.
     task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
     is_whole: the student keeps every row, so that its ids stay and need not be known.
     needs: what is compared with the teacher's, by the names of `distillation.signals`. attention: by which code it is
@@ -50,7 +49,7 @@ def try_student(
     import transformers
 
     few = _with_few_tokens(teacher_config, is_whole=is_whole)
-    config = student_model_config(few, student, num_layers, chosen)
+    config = student_model_config(few, student)
     of_words: Any = language_model_class(config)
     try:
         inside = "attention_inputs" in needs
@@ -65,7 +64,8 @@ def try_student(
                 share_backbone(of_task.from_config(config), of_words.from_config(config))
     except ModelError as error:
         start = student.initialization
-        raise ConfigError(f"a student of {num_layers} layers with student.initialization {start}: {error}") from None
+        count = " + ".join(map(str, depths(config)))
+        raise ConfigError(f"a student of {count} layers with student.initialization {start}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:  # no such head for this architecture
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None
@@ -75,9 +75,7 @@ def try_attention(
     implementation: str,
     shapes: Mapping[str, StudentConfig],
     teacher_config: Any,
-    chosen: list[int] | None,
     *,
-    num_layers: int,
     mixed_precision: str,
     trained: Collection[str],
 ) -> None:
@@ -88,7 +86,7 @@ def try_attention(
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     few = _with_few_tokens(teacher_config, is_whole=True)
     for name, shape in shapes.items():
-        config = student_model_config(few, shape, num_layers, chosen)
+        config = student_model_config(few, shape)
         prove = partial(prove_implementation, implementation=implementation, half=half, trains=name in trained)
         try:
             prove_config(config, language_model_class(config), prove)

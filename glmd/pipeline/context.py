@@ -21,7 +21,6 @@ from glmd.data.token_store import TokenStore
 from glmd.distillation.cached_teacher import CachedOutputs
 from glmd.distillation.teacher_cache import STORED
 from glmd.errors import ConfigError
-from glmd.models.heads import is_causal
 from glmd.pipeline.elastic import require_shareable
 from glmd.pipeline.run_folder import RunFolder, begun_with
 from glmd.planning.plan import Plan
@@ -119,7 +118,7 @@ class Context:
     def form(self, stage: Stage) -> TaskForm:
         """How the task of a stage is asked."""
         assert stage.task is not None, "a stage of a task"
-        return task_form(stage.task.task, causal=is_causal(self.plan.teacher_config))
+        return task_form(stage.task.task, kind=self.plan.kind)
 
     # Vocabularies
 
@@ -215,7 +214,8 @@ class Context:
             return self.fingerprint(stage.start)
         if stage.kind == "teacher":
             return self.config.teacher.scratch
-        return asdict(self.student(stage))
+        later = ("num_decoder_layers", "decoder_initialization")  # keys that came later
+        return {name: value for name, value in asdict(self.student(stage)).items() if name not in later or value}
 
     def student(self, stage: Stage) -> StudentConfig:
         """The shape of a stage's student, or of its assistant."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from glmd.data.blocks import BlockDataset, block_frame
-from glmd.data.masking import masking_for
+from glmd.data.infilling import corruption_for
 from glmd.data.token_store import build_token_store, open_token_store, take_over_store
 from glmd.errors import counted
 from glmd.models.loading import load_language_model
@@ -56,7 +56,7 @@ def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
         return corpus_blocks(context, stage)
     name, length, (probability, maskings) = stage.task.task.name, stage.length, stage.masking
     data = copy(_task_data(context, name, stage.examples, length))
-    data.masking = masking_for(context.plan.tokenizer, probability, stage.seed, maskings)
+    data.masking = corruption_for(context.plan.tokenizer, context.plan.kind, probability, stage.seed, maskings)
     # Once for the same inputs of a task: passes, seeds and controls read them again.
     found = f"{name}: {data.truncated:,} of {counted(len(data), 'input')} truncated to {length} tokens"
     if data.truncated and found not in context.said:
@@ -96,7 +96,7 @@ def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> 
         logger.info("data.eval_blocks: %d of %s %s held out, a fifth of them", reserved, counted(total, "block"), held)
     blocks = range(total - reserved, total) if held_out else range(total - reserved)
     probability, maskings = stage.masking
-    masking = masking_for(tokenizer, probability, stage.seed, maskings)
+    masking = corruption_for(tokenizer, context.plan.kind, probability, stage.seed, maskings)
     return BlockDataset(store, tokenizer, max_length=length, blocks=blocks, masking=masking)
 
 

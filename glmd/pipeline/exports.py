@@ -57,7 +57,7 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
         facts,
         dict(metrics),
         exact_tokenizer=tokenizer is not context.plan.tokenizer,
-        auto_class=auto_class_name(model),
+        auto_class=auto_class_name(type(model).__name__),
         task=None if stage.leaves_language_model else task,
     )
     folder = context.folder(stage) / ("model" if stage.trains_teacher else "student")

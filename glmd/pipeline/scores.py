@@ -19,7 +19,7 @@ from glmd.evaluation.resampling import resampled_scores
 from glmd.evaluation.scoring import answers_of, predict, score_lm
 from glmd.losses.logits import kl_divergence
 from glmd.models.attention import attention_of, chosen_by_transformers
-from glmd.models.heads import Split, is_causal
+from glmd.models.heads import Split
 from glmd.pipeline.context import Context
 from glmd.pipeline.data import corpus_blocks, val_data
 from glmd.pipeline.teachers import load_fine_tuned, placed_language_model
@@ -48,7 +48,7 @@ def score_language_model(context: Context, stage: Stage, student: Any, teacher: 
             accelerator=context.accelerator,
             batch_size=stage.training.per_device_eval_batch_size,
         )
-    if isinstance(data, BlockDataset) and is_causal(context.plan.teacher_config):
+    if isinstance(data, BlockDataset) and context.plan.kind == "causal":
         scores |= _bits(context, student, context.tokenizer(stage), data)
     return scores
 
@@ -56,7 +56,7 @@ def score_language_model(context: Context, stage: Stage, student: Any, teacher: 
 @phase("scoring")
 def teacher_bits(context: Context, stage: Stage, teacher: Teacher) -> dict[str, float]:
     """Bits per byte of a causal teacher on the held-out text; one that is read from a cache is loaded for it."""
-    if stage.task is not None or not is_causal(context.plan.teacher_config):
+    if stage.task is not None or context.plan.kind != "causal":
         return {}
     assert stage.teacher is not None, "the stage learns from a teacher"
     model = getattr(teacher, "language_model", None) or placed_language_model(context, stage.teacher)

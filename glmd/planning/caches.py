@@ -17,11 +17,11 @@ from glmd.config import RunConfig
 from glmd.config_file import differences
 from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.corpus import read_documents
-from glmd.data.masking import SCHEME, masking_for
+from glmd.data.infilling import SpanInfilling, corruption_for
+from glmd.data.masking import SCHEME
 from glmd.data.token_store import TokenStore, encode_texts, open_token_store
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
-from glmd.models.heads import is_causal
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, live_stages
@@ -83,7 +83,7 @@ def task_cache(
     assert planned is not None, "a pass over a task"
     task, (probability, maskings) = planned.task, stage.masking
     data = task_dataset(plan, task.name, planned.inputs, stage.length)
-    data.masking = masking_for(plan.tokenizer, probability, stage.seed, maskings)
+    data.masking = corruption_for(plan.tokenizer, plan.kind, probability, stage.seed, maskings)
     parts = [(data, maskings or 1)]
     asks_words = stage.asks_lm_logits_of(number)
     if stage.leaves_language_model and asks_words and number == 0:  # by whom the student is scored
@@ -107,7 +107,7 @@ def task_dataset(plan: Plan, task: str, examples: Sequence[TaskExample], length:
     planned = plan.tasks[task]
     return TaskDataset(
         examples,
-        task_form(planned.task, causal=is_causal(plan.teacher_config)),
+        task_form(planned.task, kind=plan.kind),
         plan.tokenizer,
         max_length=length,
     )
@@ -269,6 +269,9 @@ def _corpus_size(plan: Plan, sources: Sequence[str], number: int) -> tuple[str, 
     held_out = min(plan.config.data.eval_blocks, blocks // 5)
     texts = (blocks - held_out) * maskings + held_out
     kept = round((tokens + blocks * frame) * texts / blocks)
+    corruption = corruption_for(plan.tokenizer, plan.kind, plan.config.pretraining.mlm_probability or 0.0, 0)
+    if isinstance(corruption, SpanInfilling):
+        kept = texts * corruption.num_targets(length)
     size = kept * token_bytes + texts * 24
     about = "" if store is not None else "about "
     found = f"{about}{counted(kept, 'token')} of {token_bytes} bytes in {counted(maskings, 'masking')}"

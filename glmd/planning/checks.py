@@ -8,7 +8,7 @@ from typing import Any
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
-from glmd.models.heads import is_causal
+from glmd.models.heads import LMKind, lm_kind
 from glmd.models.quantization import quantized_linears
 from glmd.planning.rules import task_stages
 from glmd.planning.task_plan import TaskPlan
@@ -16,11 +16,11 @@ from glmd.planning.teacher_rules import task_of
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import task_form
 
+WITH_ARTICLE = {"masked": "a masked LM", "causal": "a causal LM", "encoder-decoder": "an encoder-decoder"}
+
 
 def require_text_model(config: Any, name: str) -> None:
-    """Refuse an encoder-decoder, and a model of several parts, whose layers and vocabulary are those of a part."""
-    if getattr(config, "is_encoder_decoder", False) and not is_causal(config):
-        raise ConfigError(f"teacher.model {name}: holds an encoder-decoder; these are not distilled yet")
+    """Refuse a model of several parts, whose layers and vocabulary are those of a part."""
     for name_of in ("vocab_size", "num_hidden_layers"):
         if not isinstance(getattr(config, name_of, None), int):
             raise ConfigError(
@@ -41,10 +41,10 @@ def require_named_teachers(
         field = f"teacher.tasks.{name}"
         require_model(model, field=field)
         model_config = load_model_config(model)
-        form = task_form(task_of(config, name), causal=is_causal(model_config))
+        form = task_form(task_of(config, name), kind=lm_kind(model_config))
         form.require(model_config, model)
         warn_of_unnamed_classes(model_config, form, f"{field}: {model}")
-        theirs = load_source_tokenizer(model, words=not is_causal(model_config))
+        theirs = load_source_tokenizer(model, kind=lm_kind(model_config))
         _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         require_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
 
@@ -64,9 +64,10 @@ def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> 
         field = f"teacher.ensemble: {model}"
         require_model(model, field="teacher.ensemble")
         model_config = load_model_config(model)
-        if is_causal(model_config) != is_causal(teacher_config):
-            raise ConfigError(f"{field}: one of it and teacher.model predicts the next token, the other masked ones")
-        theirs = load_source_tokenizer(model, words=not is_causal(model_config))
+        kinds = lm_kind(model_config), lm_kind(teacher_config)
+        if kinds[0] != kinds[1]:
+            raise ConfigError(f"{field}: is {WITH_ARTICLE[kinds[0]]}, and teacher.model {WITH_ARTICLE[kinds[1]]}")
+        theirs = load_source_tokenizer(model, kind=lm_kind(model_config))
         _require_same_tokenizer(tokenizer, theirs, field)
         require_lengths(config, {"pretraining": Objective(())}, {}, field, model_config)
         on_meta = model_on_meta(field, model_config)
@@ -126,11 +127,11 @@ def stage_lengths(config: RunConfig, method: dict[str, Objective], tasks: Mappin
 
 
 def require_blanks(
-    config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], tokenizer: Any, *, causal: bool
+    config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], tokenizer: Any, *, kind: LMKind
 ) -> None:
     """Refuse examples whose blank does not fit into a stage's length."""
     for name, plan in tasks.items():
-        form = task_form(plan.task, causal=causal)
+        form = task_form(plan.task, kind=kind)
         if form.has_own_head:
             continue
         stages = task_stages(config, method, name).values()

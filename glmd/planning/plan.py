@@ -16,9 +16,10 @@ import numpy as np
 
 from glmd.config import RunConfig, StudentConfig, VocabularyConfig
 from glmd.data.corpus import corpus_fingerprint, require_corpus
+from glmd.data.infilling import infilling_for
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
-from glmd.models.heads import is_causal, split_parameters
+from glmd.models.heads import LMKind, lm_kind, split_parameters
 from glmd.models.module_outputs import require_modules
 from glmd.models.quantization import quantized_linears
 from glmd.planning.checks import (
@@ -62,6 +63,11 @@ class Plan:
     ensemble_configs: tuple[Any, ...] = ()  # of the further language models
     assistant_configs: tuple[Any, ...] = ()
 
+    @property
+    def kind(self) -> LMKind:
+        """How its language models predict tokens."""
+        return lm_kind(self.teacher_config)
+
     def teacher_config_at(self, number: int, task: TaskPlan | None) -> Any:
         """Of one of several teachers, from 0; of a task's where no language models are named beside them."""
         from glmd.models.loading import load_model_config
@@ -90,7 +96,12 @@ def make_plan(
             f"teacher.model {config.teacher.model}: its tokenizer has neither sep_token nor eos_token to put between "
             "documents; set one and save it"
         )
-    config = for_teacher(config, method, asked, causal=is_causal(teacher_config))
+    kind = lm_kind(teacher_config)
+    config = for_teacher(config, method, asked, kind=kind)
+    if kind == "encoder-decoder" and "pretraining" in method:
+        infilling = infilling_for(tokenizer, asked, 0)
+        infilling.require_length(config.pretraining.max_length or 0, "pretraining.max_length")
+        config = config.with_stage("pretraining", mlm_probability=infilling.probability)
     verbalizers = {name: verbalizer_ids(task_of(config, name), tokenizer) for name in config.tasks}
     words = [word for name in whole.tasks for word in task_of(whole, name).verbalizers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
@@ -107,7 +118,7 @@ def make_plan(
     require_named_teachers(config, method, tasks, tokenizer)
     require_task_losses(config, method, tasks)
     ensemble_configs = require_ensemble(config, tokenizer, teacher_config)
-    require_blanks(config, method, tasks, tokenizer, causal=is_causal(teacher_config))
+    require_blanks(config, method, tasks, tokenizer, kind=kind)
     plan = Plan(
         config,
         method,
@@ -139,17 +150,13 @@ def _trained(config: RunConfig) -> RunConfig:
 
 
 def _try_student(plan: Plan) -> None:
-    from glmd.models.student import chosen_layers
     from glmd.models.trial import try_attention, try_student
 
-    config, student, total = plan.config, plan.config.student, plan.teacher_config.num_hidden_layers
-    count = student.num_hidden_layers or total
+    config, student = plan.config, plan.config.student
     heads = [task.task for task in plan.tasks.values() if task.task.casting == "head"]
     try_student(
         student,
         plan.teacher_config,
-        chosen_layers(student, count, total),
-        num_layers=count,
         length=max(stage_lengths(plan.config, plan.method, plan.tasks).values()),
         task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
@@ -162,10 +169,8 @@ def _try_student(plan: Plan) -> None:
         )
         try_attention(
             config.attn_implementation,
-            {"student": student, "teacher": StudentConfig(count)},
+            {"student": student, "teacher": replace(student, config={}, architecture=None)},
             plan.teacher_config,
-            chosen_layers(student, count, total),
-            num_layers=count,
             mixed_precision=config.mixed_precision,
             trained={"student", "teacher"} if trains_teacher else {"student"},
         )
@@ -203,7 +208,7 @@ def make_sketch(config: RunConfig) -> Plan:
             "save the teacher's there, or give tasks={}"
         )
     teacher_config = load_model_config(str(config.teacher.model))
-    config = for_teacher(config, method, asked, causal=is_causal(teacher_config))
+    config = for_teacher(config, method, asked, kind=lm_kind(teacher_config))
     require_lengths(config, method, {}, "the teacher", teacher_config)
     total, settings = teacher_config.vocab_size, config.vocabulary
     kept = choose_kept_ids(np.zeros(total, dtype=np.int64), (), **_budget(settings))
@@ -260,7 +265,7 @@ def _load_teacher_side(config: RunConfig, synthetic: Path | None) -> tuple[Any, 
     else:
         require_model(teacher.model)
         model_config = load_model_config(teacher.model, **options)
-        tokenizer = load_source_tokenizer(teacher.model, **options, words=not is_causal(model_config))
+        tokenizer = load_source_tokenizer(teacher.model, **options, kind=lm_kind(model_config))
     require_text_model(model_config, str(teacher.model))
     if len(tokenizer) > model_config.vocab_size:
         raise ConfigError(
@@ -329,17 +334,15 @@ def _learner(plan: Plan, name: str, key: str, shape: StudentConfig, size: int, a
     """
     from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
 
-    total = plan.teacher_config.num_hidden_layers
-    count = shape.num_hidden_layers or total
     try:
-        chosen = chosen_layers(shape, count, total)
+        chosen = chosen_layers(shape, plan.teacher_config)
     except ConfigError as error:
         raise ConfigError(f"{key}.initialization and num_hidden_layers: {error}") from None
     cut_config = copy.deepcopy(plan.teacher_config)
     cut_config.vocab_size = size
     if (getattr(cut_config, "pad_token_id", None) or 0) >= size:
         cut_config.pad_token_id = 0  # its number among the kept tokens is not known yet, and no shape depends on it
-    model_config = student_model_config(cut_config, shape, count, chosen)
+    model_config = student_model_config(cut_config, shape)
     require_lengths(plan.config, plan.method, plan.tasks, f"the {name}", model_config)
     small = model_on_meta(name, saved_and_reopened(model_config))
     for stage, objective in plan.method.items():

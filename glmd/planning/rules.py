@@ -1,7 +1,7 @@
 """What a config means beside its method: open choices filled in, and what is missing or has no effect there refused.
 
     method, config, asked = resolve(config)
-    config = for_teacher(config, method, asked, causal=False)
+    config = for_teacher(config, method, asked, kind="masked")
 
 From names and numbers alone: no model, tokenizer or text is read.
 """
@@ -17,6 +17,7 @@ from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective
 from glmd.distillation.teacher_cache import folder_problem, read_manifest
 from glmd.errors import ConfigError, suggestion
+from glmd.models.heads import LMKind
 from glmd.models.quantization import require_library
 from glmd.planning.teacher_rules import (
     check_assistants,
@@ -61,10 +62,12 @@ def _dtype_here() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if has_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
-def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | None, *, causal: bool) -> RunConfig:
+def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | None, *, kind: LMKind) -> RunConfig:
     """The resolved config for a teacher of this kind. asked: the pretraining's mlm_probability as it was given."""
-    if causal:
+    if kind == "causal":
         config = _for_decoder(config, method, asked)
+    elif kind == "encoder-decoder":
+        config = _for_encoder_decoder(config, method, asked)
     _check_cached_maskings(config, method)
     return config
 
@@ -147,22 +150,52 @@ def _check_maskings(config: RunConfig) -> None:
 
 def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probability: float | None) -> RunConfig:
     """The config for a causal teacher, which predicts the next token of whole text: nothing is masked."""
-    if any(task_form(task_of(config, name), causal=True).has_own_head for name in config.tasks):
+    if any(task_form(task_of(config, name), kind="causal").has_own_head for name in config.tasks):
         raise ConfigError(
             f"tasks: {', '.join(config.tasks)}: a causal teacher is asked to go on; give casting=cloze, or tasks={{}}"
         )
     if any(objective.needs_masking for objective in method.values()):
         raise ConfigError(f"method {config.method} speaks of masked tokens; a causal teacher has none: give glmd")
-    given = {"pretraining": mlm_probability} | {
-        config.key_of(name): config.stage(name).mlm_probability for name in (*STAGES[1:], *config.stages)
-    }
-    given |= {f"tasks.{task}": changes.get("mlm_probability") for task, changes in config.tasks.items()}
-    for name, probability in given.items():
+    for name, probability in ({"pretraining": mlm_probability} | _masked_on_tasks(config)).items():
         if probability:
             raise ConfigError(f"{name}.mlm_probability is {probability}; a causal teacher reads whole text: remove it")
     config = replace(config, pretraining=replace(config.pretraining, mlm_probability=0.0))
     _check_maskings(config)
     return config
+
+
+def _for_encoder_decoder(config: RunConfig, method: dict[str, Objective], asked: float | None) -> RunConfig:
+    """The config for an encoder-decoder, to which spans are left out of the corpus, and which reads tasks whole."""
+    for name, objective in method.items():
+        if objective.layer_terms or objective.intervention is not None:
+            raise ConfigError(
+                f"method {config.method} compares or changes layers in {name}, which is not supported for "
+                "encoder-decoders; give a method of predictions, as glmd or kd"
+            )
+        if objective.needs_masking and name != "pretraining":
+            raise ConfigError(
+                f"method {config.method} speaks of masked tokens in {name}; an encoder-decoder reads tasks whole: give "
+                "glmd"
+            )
+    if config.analysis != "none":
+        raise ConfigError(f"analysis {config.analysis} is not supported for encoder-decoders; remove it")
+    for name, probability in _masked_on_tasks(config).items():
+        if probability:
+            raise ConfigError(
+                f"{name}.mlm_probability is {probability}; an encoder-decoder reads tasks whole: remove it"
+            )
+    if asked == 0 and "pretraining" in method:
+        raise ConfigError(
+            "pretraining.mlm_probability is 0, but the decoder of an encoder-decoder says what is left out; give 0.15"
+        )
+    return config
+
+
+def _masked_on_tasks(config: RunConfig) -> dict[str, float | None]:
+    """Where stages on tasks say what share of tokens is masked."""
+    stages = {config.key_of(name): config.stage(name) for name in (*STAGES[1:], *config.stages)}
+    given = {name: stage.mlm_probability for name, stage in stages.items()}
+    return given | {f"tasks.{task}": changes.get("mlm_probability") for task, changes in config.tasks.items()}
 
 
 def _check_methods_needs(config: RunConfig, method: dict[str, Objective]) -> None:

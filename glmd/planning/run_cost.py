@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
+from glmd.data.infilling import SpanInfilling, corruption_for
 from glmd.data.token_store import TokenStore, open_token_store
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, ModelError, RunError
-from glmd.models.heads import is_causal
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages
 from glmd.planning.stages import Stage, learner_config, lines, teacher_config
@@ -193,7 +193,12 @@ def each_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def _cast(plan: Plan, stage: Stage) -> Cast:
     config, task, objective = plan.config, stage.task, stage.objective
     assert objective is not None, "the stage trains"
-    form = task_form(task.task, causal=is_causal(plan.teacher_config)) if task is not None else None
+    form = task_form(task.task, kind=plan.kind) if task is not None else None
+    corruption, targets = None, stage.length
+    if task is None and plan.tokenizer is not None:
+        corruption = corruption_for(plan.tokenizer, plan.kind, stage.masking[0], stage.seed)
+    if isinstance(corruption, SpanInfilling):
+        targets = corruption.num_targets(stage.length)
     return Cast(
         objective,
         learner_config(plan, stage),
@@ -209,6 +214,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         mixed_precision=config.mixed_precision,
         gradient_checkpointing=stage.training.gradient_checkpointing,
         attention=config.attn_implementation,
+        target_length=targets,
         further=tuple(teacher_config(plan, stage, number) for number in range(1, len(stage.teachers))),
     )
 

@@ -42,7 +42,7 @@ from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.linear import chunk_tokens
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.attention import set_attention
-from glmd.models.heads import backbone, backbone_name, final_linear
+from glmd.models.heads import backbone, backbone_prefix, final_linear, lm_kind
 from glmd.models.loading import language_model_class
 from glmd.models.quantization import Quantization, quantized_linears, quantized_savings
 from glmd.tasks.forms import TaskForm, class_logits
@@ -67,7 +67,8 @@ class Cast:
     teacher: None where nothing is asked of one. further: configs of others that the objective asks. is_cached: its
         hidden states are read from disk. source_size: V. form: how a task is asked; None on a corpus. masked: share of
         tokens with a label. attention: `attn_implementation`; those that keep no probabilities are counted as sdpa is.
-        shares_teacher: under FSDP the ranks share out its backbone.
+        shares_teacher: under FSDP the ranks share out its backbone. target_length: tokens that an encoder-decoder says
+        of a text of the corpus; 0: as many as it reads.
     """
 
     objective: Objective
@@ -85,6 +86,7 @@ class Cast:
     gradient_checkpointing: bool = False
     attention: str | None = None
     further: tuple[Any, ...] = ()
+    target_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,16 @@ def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     ids = torch.ones((examples * choices, length), dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0
-    batch["predicts"] = batch["attention_mask"].bool()
-    if cast.masked:
-        batch["lm_labels"] = torch.full_like(ids, IGNORED_LABEL)
-        batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     if cast.form is not None:
         batch["labels"] = torch.zeros_like(batch["example_id"])
         batch |= cast.form.dummy(examples, choices, length)
+    elif lm_kind(cast.student) == "encoder-decoder":
+        batch["target_ids"] = torch.ones((examples * choices, cast.target_length or length), dtype=torch.long)
+    batch["predicts"] = torch.ones_like(batch.get("target_ids", ids), dtype=torch.bool)
+    batch["predicts"][-1, -1] = False
+    if cast.masked:
+        batch["lm_labels"] = torch.full_like(batch.get("target_ids", ids), IGNORED_LABEL)
+        batch["lm_labels"][:, : math.ceil(cast.masked * length)] = 1
     return with_positions(batch)
 
 
@@ -225,7 +230,7 @@ def counted(cast: Cast, *, examples: int, length: int, choices: int = 1, fused_a
         assert language_model is not None, "predicts the words"
         words, width = final_linear(language_model).weight.shape
         theirs = cast.source_size if cast.merge_dropped else words
-        tokens = batch["input_ids"].numel()
+        tokens = batch["predicts"].numel()
         chunk = chunk_bytes(cast, tokens, words, fused_attention)
         wider = chunk - chunk_bytes(cast, tokens, words, False)  # the fake tensors are of a CPU
         loss = chunk + 4 * words * width + 4 * (2 * words + theirs) * BLOCK_ROWS["cpu"]
@@ -377,7 +382,7 @@ def _tied_bytes(teacher: OnlineTeacher) -> int:
     inside = {id(each): each.nbytes for each in backbone(teacher.base).parameters()}
     outside: set[int] = set()
     for split in teacher.splits:
-        prefix, named = f"{backbone_name(split.model)}.", split.model.named_parameters(remove_duplicate=False)
+        prefix, named = backbone_prefix(split.model), split.model.named_parameters(remove_duplicate=False)
         outside |= {id(each) for name, each in named if not name.startswith(prefix)}
     return sum(size for name, size in inside.items() if name in outside)
 

@@ -2,10 +2,11 @@
 
 rows = cloze_rows(examples, tokenizer, max_length=256)             # mask tokens for a masked LM
 rows = continuation_rows(examples, tokenizer, max_length=256)      # text to go on from for a causal one
+rows = infilling_rows(examples, tokenizer, max_length=256)         # text and what is left out, for encoder and decoder
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glmd.data.blocks import block_frame
+from glmd.data.infilling import sentinel_ids
 from glmd.errors import ConfigError, DataError
 from glmd.losses.head import Head
 from glmd.losses.labels import IGNORED_LABEL
@@ -27,14 +29,73 @@ def cloze_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: i
     `cloze_ids` of a row have there the ids that fill it (0 for a verbalizer), elsewhere -100. The text without the
     cloze loses its end at max_length. Raises DataError where the cloze would be truncated.
     """
-    refuse_masks(examples, tokenizer)
-    fillings = candidate_ids(examples, tokenizer)
-    owners = [(example, choice) for example in examples for choice in range(len(example.texts))]
+    refuse_marks(examples, [tokenizer.mask_token])
+    fillings, owners = candidate_ids(examples, tokenizer), _owners(examples)
+    counts = [_count_blanks(example.texts[choice]) for example, choice in owners]
+    blanks = [[tokenizer.mask_token * len(each)] * count for each, count in zip(fillings, counts, strict=True)]
+    rows = _encoded(examples, blanks, tokenizer, max_length)
+    for row, filling, count, (example, _) in zip(rows.tokens, fillings, counts, owners, strict=True):
+        places, expected = row["input_ids"] == tokenizer.mask_token_id, filling * count
+        if places.sum() != len(expected):
+            found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
+            raise DataError(f"{place(example)}: {found}; give a larger max_length")
+        row["cloze_ids"] = np.full(len(places), IGNORED_LABEL, dtype=np.int32)
+        row["cloze_ids"][places] = expected
+    return rows
+
+
+def infilling_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+    """Rows for an encoder-decoder: each blank of the cloze is one sentinel, or mask token, to the encoder.
+
+    `target_ids` is what the decoder says, as in pretraining: sentinels, each before what fills it; or with a mask token
+    the text up to the end of the last blank. `cloze_ids` of it are the ids that fill the blanks (0 for a verbalizer,
+    which is said last), elsewhere -100. The text without the cloze loses its end at max_length. Raises DataError where
+    the cloze would be truncated.
+    """
+    sentinels = sentinel_ids(tokenizer)
+    names = [tokenizer.mask_token] if not len(sentinels) else tokenizer.convert_ids_to_tokens(sentinels.tolist())
+    refuse_marks(examples, names)
+    fillings, owners = candidate_ids(examples, tokenizer), _owners(examples)
+    counts = [_count_blanks(example.texts[choice]) for example, choice in owners]
+    if len(sentinels) and max(counts) > len(sentinels):
+        example, _ = owners[int(np.argmax(counts))]
+        raise DataError(f"{place(example)}: {max(counts)} blanks, and the tokenizer has {len(sentinels)} sentinels")
+    blanks = [names[:count] if len(sentinels) else names * count for count in counts]
+    rows = _encoded(examples, blanks, tokenizer, max_length)
+    marks = sentinels if len(sentinels) else np.array([tokenizer.mask_token_id])
+    for row, filling, count, (example, _) in zip(rows.tokens, fillings, counts, owners, strict=True):
+        ids = row["input_ids"]
+        places = np.flatnonzero(np.isin(ids, marks))
+        if len(places) != count:
+            found = f"{len(places)} of {count} blanks are left at max_length {max_length}"
+            raise DataError(f"{place(example)}: {found}; give a larger max_length")
+        starts = [0, *(places[:-1] + 1)]
+        before = [ids[i : i + 1] if len(sentinels) else ids[start:i] for start, i in zip(starts, places, strict=True)]
+        parts = [part for each in before for part in (each, np.array(filling, dtype=np.int32))]
+        scored = [np.full(len(part), i % 2 == 1) for i, part in enumerate(parts)]
+        row["target_ids"] = np.concatenate(parts).astype(np.int32)
+        row["cloze_ids"] = np.where(np.concatenate(scored), row["target_ids"], IGNORED_LABEL).astype(np.int32)
+    return rows
+
+
+def _owners(examples: Sequence[TaskExample]) -> list[tuple[TaskExample, int]]:
+    """Of each row its example, and which of its choices."""
+    return [(example, choice) for example in examples for choice in range(len(example.texts))]
+
+
+def _count_blanks(texts: tuple[str, str | None]) -> int:
+    return sum((text or "").count(BLANK) for text in texts)
+
+
+def _encoded(examples: Sequence[TaskExample], blanks: list[list[str]], tokenizer: Any, max_length: int) -> Rows:
+    """The tokenizer's rows of clozes, with these texts in the place of each row's blanks, one after another.
+
+    Raises DataError where the text around a blank has too many tokens.
+    """
+    owners = _owners(examples)
     given = [example.texts[choice] for example, choice in owners]
-    firsts, seconds = (
-        [with_masks(pair[side] or "", filling, tokenizer) for pair, filling in zip(given, fillings, strict=True)]
-        for side in (0, 1)
-    )
+    filled = [_with_blanks(pair, each) for pair, each in zip(given, blanks, strict=True)]
+    firsts, seconds = ([pair[side] for pair in filled] for side in (0, 1))
     in_first, paired = BLANK in given[0][0], has_pairs(examples)
     truncation = "longest_first" if not paired else "only_second" if in_first else "only_first"
     try:
@@ -45,14 +106,6 @@ def cloze_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: i
         found = f"the text around the blank has {len(kept[longest])} tokens"
         where = place(owners[longest][0])
         raise DataError(f"{where}: {found}, too many for max_length {max_length}; give a larger one") from error
-    for row, filling, (example, choice) in zip(rows.tokens, fillings, owners, strict=True):
-        places = row["input_ids"] == tokenizer.mask_token_id
-        expected = filling * sum((part or "").count(BLANK) for part in example.texts[choice])
-        if places.sum() != len(expected):
-            found = f"{places.sum()} of the {len(expected)} tokens of the blank are left at max_length {max_length}"
-            raise DataError(f"{place(example)}: {found}; give a larger max_length")
-        row["cloze_ids"] = np.full(len(places), IGNORED_LABEL, dtype=np.int32)
-        row["cloze_ids"][places] = expected
     return rows
 
 
@@ -159,22 +212,25 @@ def ids_in_text(words: list[str], tokenizer: Any) -> list[list[int]]:
     return [after if len(after) <= len(alone) else alone for after, alone in zip(*both, strict=True)]
 
 
-def refuse_masks(examples: Sequence[TaskExample], tokenizer: Any) -> None:
-    """The blank is known by its mask tokens, so a text must bring none of its own."""
+def refuse_marks(examples: Sequence[TaskExample], marks: Collection[str]) -> None:
+    """A blank is known by its tokens, so a text must bring none of its own."""
     for example in examples:
         texts = [text or "" for pair in example.texts for text in pair]
-        if any(tokenizer.mask_token in text for text in (*texts, *example.choices)):
-            found = f"the text holds {tokenizer.mask_token}, which the model would take for the blank"
-            raise DataError(f"{place(example)}: {found}; remove it")
+        for mark in marks:
+            if any(mark in text for text in (*texts, *example.choices)):
+                found = f"the text holds {mark}, which the model would take for the blank"
+                raise DataError(f"{place(example)}: {found}; remove it")
 
 
 def place(example: TaskExample) -> str:
     return example.where or f"example {example.example_id} (idx {example.idx})"
 
 
-def with_masks(text: str, filling: list[int], tokenizer: Any) -> str:
+def _with_blanks(texts: tuple[str, str | None], marks: list[str]) -> list[str]:
+    """Both texts with the marks in the place of their blanks, one after another."""
     # The space before a blank belongs to what fills it (`ids_in_text`); not every mask token takes it along.
-    return re.sub(f" ?{BLANK}", tokenizer.mask_token * len(filling), text)
+    coming = iter(marks)
+    return [re.sub(f" ?{BLANK}", lambda _: next(coming), text or "") for text in texts]
 
 
 def cloze_logits(batch: Mapping[str, Tensor], token_map: Tensor | None, hidden: Tensor, linear: Head) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from glmd.data.batches import Examples, Key, key_columns, positions_in_rows
-from glmd.data.masking import Masking, apply_masking
+from glmd.data.batches import TARGET_COLUMNS, Examples, Grid, Key, key_columns, positions_in_rows
+from glmd.data.masking import Corruption
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm
@@ -28,14 +28,13 @@ class TaskDataset(Dataset[dict[str, Any]]):
         tokenizer: Any,
         *,
         max_length: int,
-        masking: Masking | None = None,
+        masking: Corruption | None = None,
     ) -> None:
         self.examples, self.form, self.masking = examples, form, masking
         rows, truncated, self.columns = form.rows(examples, tokenizer, max_length=max_length)
-        self.row_lengths = np.array([len(row["input_ids"]) for row in rows])
-        # Of each token column all rows one after another; row i has the tokens from first_token[i] on.
-        self.tokens = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        self.first_token = np.cumsum(self.row_lengths) - self.row_lengths
+        said = TARGET_COLUMNS if "target_ids" in rows[0] else ()
+        self.read = Grid.of([{name: each for name, each in row.items() if name not in said} for row in rows])
+        self.said = Grid.of([{name: row[name] for name in said if name in row} for row in rows]) if said else None
         # Example i has the rows from first_row[i] up to first_row[i + 1].
         self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
         self.labels = np.array([IGNORED_LABEL if each.label is None else each.label for each in examples])
@@ -47,23 +46,25 @@ class TaskDataset(Dataset[dict[str, Any]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """(examples,) tokens of each one's longest row."""
-        return np.maximum.reduceat(self.row_lengths, self.first_row[:-1])
+        return np.maximum.reduceat(self.read.lengths, self.first_row[:-1])
 
     @property
     def rows(self) -> list[dict[str, np.ndarray]]:
         """Of each row its token columns, views of what is held."""
-        columns = {name: np.split(each, self.first_token[1:]) for name, each in self.tokens.items()}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if self.said is None:
+            return self.read.rows()
+        return [ours | theirs for ours, theirs in zip(self.read.rows(), self.said.rows(), strict=True)]
 
     @property
     def num_tokens(self) -> int:
-        """Ids of all rows."""
-        return int(self.row_lengths.sum())
+        """Ids of all rows at which tokens are predicted."""
+        return int((self.said or self.read).lengths.sum())
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example, all its choices together."""
-        return int(np.add.reduceat(self.row_lengths, self.first_row[:-1]).max())
+        grids = [self.read, *([self.said] if self.said is not None else [])]
+        return max(int(np.add.reduceat(each.lengths, self.first_row[:-1]).max()) for each in grids)
 
     def fingerprint(self) -> str:
         """sha256 of all that a teacher reads of the examples, unmasked; not of their labels."""
@@ -85,16 +86,13 @@ class TaskDataset(Dataset[dict[str, Any]]):
         counts = self.first_row[ids + 1] - self.first_row[ids]
         choices = positions_in_rows(counts)
         rows = np.repeat(self.first_row[ids], counts) + choices
-        lengths, first = self.row_lengths[rows], self.first_token[rows]
-        spans = [slice(*span) for span in zip(first.tolist(), (first + lengths).tolist(), strict=True)]
-        tokens = {
-            name: np.concatenate([each[span] for span in spans], dtype=np.int64) for name, each in self.tokens.items()
-        }
+        read, said = self.read.chosen(rows), self.said.chosen(rows) if self.said is not None else None
         numbers = {"labels": self.labels[ids], "example_id": ids}
         numbers |= {name: np.tile(value, (len(ids), *[1] * np.ndim(value))) for name, value in self.columns.items()}
         if self.examples[0].choices:
             numbers["num_choices"] = counts
-        examples = Examples(lengths, tokens, numbers)
+        examples = Examples(*read, numbers, said)
         if self.masking is None:
             return examples
-        return apply_masking(examples, (np.repeat(epochs, counts), np.repeat(ids, counts), choices), self.masking)
+        of_rows = np.stack([np.repeat(epochs, counts), np.repeat(ids, counts), choices], axis=1)
+        return self.masking.corrupt(examples, of_rows)

@@ -1,6 +1,6 @@
 """The forms in which a task is put to a model: the rows that it reads, its class, and the logits of its answer.
 
-    form = task_form(load_task("RTE"), causal=False)           # ClassForm
+    form = task_form(load_task("RTE"), kind="masked")          # ClassForm
     data = TaskDataset(examples, form, tokenizer, max_length=256)
     logits = form.logits(Split(model), outputs, inputs, batch)        # (B, C)
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from glmd.errors import ConfigError, ModelError, suggestion
 from glmd.losses.labels import IGNORED_LABEL
-from glmd.models.heads import Split
+from glmd.models.heads import LMKind, Split
 from glmd.models.loading import language_model_class
 from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
-from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, verbalizer_ids
+from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, infilling_rows, verbalizer_ids
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.rows import Rows, pair_rows
 from glmd.tasks.tasks import Task
@@ -196,23 +196,45 @@ class ContinuationForm(ClozeForm):
         """Every causal LM is one of this form."""
 
 
-def _head(task: Task, causal: bool) -> TaskForm:
+class InfillingForm(ClozeForm):
+    """The same by an encoder-decoder: its encoder reads the cloze, its decoder says what fills it."""
+
+    name = "infilling"
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return infilling_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
+
+    def require(self, config: Any, name: str) -> None:
+        self._require_architecture(config, name, "ForConditionalGeneration")
+
+    def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
+        return super().dummy(examples, choices, length) | {"target_ids": torch.ones(examples * choices, length).long()}
+
+
+def _head(task: Task, kind: LMKind) -> TaskForm:
     return ChoiceForm(task) if task.is_choice else ClassForm(task)
 
 
-def _cloze(task: Task, causal: bool) -> TaskForm:
-    return ContinuationForm(task) if causal else ClozeForm(task)
+CLOZES: dict[LMKind, type[TaskForm]] = {
+    "masked": ClozeForm,
+    "causal": ContinuationForm,
+    "encoder-decoder": InfillingForm,
+}
 
 
-# casting -> (task, whether the teacher is causal) -> form
-CASTINGS: dict[str, Callable[[Task, bool], TaskForm]] = {"head": _head, "cloze": _cloze}
+def _cloze(task: Task, kind: LMKind) -> TaskForm:
+    return CLOZES[kind](task)
 
 
-def task_form(task: Task, *, causal: bool) -> TaskForm:
-    """The form of a task as it is cast, for masked or causal models. Raises ConfigError for an unknown casting."""
+# casting -> (task, how the teacher predicts tokens) -> form
+CASTINGS: dict[str, Callable[[Task, LMKind], TaskForm]] = {"head": _head, "cloze": _cloze}
+
+
+def task_form(task: Task, *, kind: LMKind) -> TaskForm:
+    """The form of a task as it is cast, for models of a kind. Raises ConfigError for an unknown casting."""
     if task.casting not in CASTINGS:
         raise ConfigError(f"casting {task.casting!r} is unknown{suggestion(task.casting, CASTINGS)}")
-    return CASTINGS[task.casting](task, causal)
+    return CASTINGS[task.casting](task, kind)
 
 
 def class_logits(split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None) -> Tensor:

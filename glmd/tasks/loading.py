@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from glmd.models.heads import is_causal
+from glmd.models.heads import lm_kind
 from glmd.models.loading import (
     WEIGHTS,
     from_pretrained,
@@ -21,12 +21,12 @@ from glmd.tasks.forms import TaskForm, task_form
 from glmd.tasks.tasks import Task
 
 # Parts of a task's head that a language model lacks.
-HEADS = ("classifier", "pooler", "score", "sequence_summary")
+HEADS = ("classifier", "classification_head", "pooler", "score", "sequence_summary")
 
 
 def form_of(task: Task, name: str, **options: Any) -> TaskForm:
     """The form in which the model at `name` reads a task. options: revision and trust_remote_code."""
-    return task_form(task, causal=is_causal(load_model_config(name, **options)))
+    return task_form(task, kind=lm_kind(load_model_config(name, **options)))
 
 
 def load_classifier(
@@ -48,7 +48,7 @@ def load_classifier(
     """
     remote = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     config = load_model_config(name, **remote)
-    form = task_form(task, causal=is_causal(config))
+    form = task_form(task, kind=lm_kind(config))
     if new_head:
         options |= form.new_head()
     else:

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glmd.distillation.distiller import Distiller
 from glmd.errors import ConfigError
-from glmd.models.heads import backbone, backbone_name
-from glmd.models.layers import layer_lists
+from glmd.models.heads import backbone, backbone_prefix
+from glmd.models.layers import layer_lists, layer_stacks
 
 # What Accelerate's launcher says by its environment, why that is refused, and what would work.
 OTHER_LAUNCHES = {
@@ -129,7 +129,7 @@ def shard_backbones(models: Sequence[nn.Module], device: torch.device) -> None:
         for each in (*model.parameters(), *model.buffers()):
             if id(each) not in inside:
                 each.data = each.data.to(device)
-    prefix = f"{backbone_name(models[0])}."
+    prefix = backbone_prefix(models[0])
     for name, layers in layer_lists(models[0]).items():
         for layer in layers if name.startswith(prefix) else ():
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -143,8 +143,7 @@ def _layer_classes(distiller: Distiller) -> set[str]:
     """Names of the classes of the students' layers; of a model that repeats one layer there are none."""
     found: set[str] = set()
     for model in (distiller.language_model, distiller.classifier):
-        if model is not None:
-            lists = layer_lists(model)
+        for lists in layer_stacks(model) if model is not None else ():
             layers = lists[min(lists, key=len)] if lists else ()
             found |= {type(layer).__name__ for layer in layers}
     return found

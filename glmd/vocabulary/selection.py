@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from glmd.data.infilling import sentinel_ids
 from glmd.errors import ModelError
 
 SELECTIONS = ("closed", "free")
@@ -25,8 +26,8 @@ def must_keep_ids(
 ) -> set[int]:
     """Source ids that no budget may drop.
 
-    These are special and added tokens, the unknown token, bytes, every piece of each of `words` (label words, names of
-    classes), of `texts` (what a folder itself puts before an input) and of what its chat template writes, and,
+    These are special, added and sentinel tokens, the unknown token, bytes, every piece of each of `words` (label words,
+    names of classes), of `texts` (what a folder itself puts before an input) and of what its chat template writes, and,
     where there are no bytes to spell with, every one-character piece: with them in place the stock tokenizer of the
     exported folder spells a rare word out where it would else give up.
 
@@ -36,7 +37,8 @@ def must_keep_ids(
     vocabulary = tokenizer.get_vocab()
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     keep_bytes = byte_ids(tokenizer)
-    keep = {int(i) for i in (*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *keep_bytes)}
+    others = (*tokenizer.added_tokens_decoder, *sentinel_ids(tokenizer))
+    keep = {int(i) for i in (*tokenizer.all_special_ids, *others, *keep_bytes)}
     if tokenizer.unk_token_id is not None:
         keep.add(int(tokenizer.unk_token_id))
     if model.get("unk_token") in vocabulary:

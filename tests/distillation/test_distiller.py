@@ -449,7 +449,7 @@ def test_choices_are_distilled_like_the_plain_softmax_over_each_examples_own() -
     task, hard = Term("task_logits", "kl_divergence", options={"temperature": 3.0}), TASK_LABELS
     student = model_of(BertForMultipleChoice, len(KEPT), 1, seed=3)
     source = model_of(BertForMultipleChoice, V, 2, seed=1)
-    form = task_form(load_task("COPA"), causal=False)
+    form = task_form(load_task("COPA"), kind="masked")
     teacher_of_choices = OnlineTeacher(None, source, VOCABULARY, task_logits=form.logits)
     data = batch() | {
         "num_choices": torch.tensor([1, 3]),

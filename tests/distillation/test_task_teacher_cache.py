@@ -87,7 +87,7 @@ def task_form_of(form: str, words: Sequence[str] = ("light", "dark")) -> TaskFor
         return cloze_form(*words[:2])
     if form == "candidates in a cloze":
         return cloze_form(mean=True)
-    return class_form() if form == "pairs" else task_form(load_task("COPA"), causal=False)
+    return class_form() if form == "pairs" else task_form(load_task("COPA"), kind="masked")
 
 
 def dataset(form: str, tokenizer: Any, words: list[str], **options: Any) -> TaskDataset:

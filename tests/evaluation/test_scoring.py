@@ -45,7 +45,7 @@ def test_logits_are_in_the_rows_order_and_those_of_each_row_alone(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     model: Any = (BertForMultipleChoice if choices else BertForSequenceClassification)(config).eval()
-    form = task_form(load_task("COPA"), causal=False) if choices else class_form()
+    form = task_form(load_task("COPA"), kind="masked") if choices else class_form()
     data = TaskDataset(examples, form, tokenizer, max_length=32)
     got = predict(model, data, Collate(0), token_map=None, accelerator=accelerator, batch_size=batch_size)
     assert len(got) == len(examples)

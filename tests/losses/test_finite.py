@@ -120,7 +120,7 @@ def test_only_the_choices_that_an_example_has_not_may_be_infinite(tiny: Any, acc
         model = BertForMultipleChoice(BertConfig.from_pretrained(tiny.teacher))
         last = torch.tensor([[value]])
         model.classifier.register_forward_hook(lambda _, given, logits: torch.cat([logits[:-1] * 0, last]))
-        data = TaskDataset(examples, task_form(load_task("COPA"), causal=False), tokenizer, max_length=16)
+        data = TaskDataset(examples, task_form(load_task("COPA"), kind="masked"), tokenizer, max_length=16)
         return predict(model, data, Collate(0), token_map=None, accelerator=accelerator, name="m")
 
     assert np.isneginf(answers(1.0)).sum() == 2

@@ -83,7 +83,7 @@ def gradients(model: nn.Module, logits: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", [name for name in MASKED if hasattr(transformers, f"{name}ForMultipleChoice")])
 def test_choices_of_unequal_number_score_as_the_stock_model_scores_each_example(name: str) -> None:
     model, inputs, num_choices = model_of(name, "ForMultipleChoice"), padded_inputs(), torch.tensor([1, 2])
-    choices = task_form(load_task("COPA"), causal=False)
+    choices = task_form(load_task("COPA"), kind="masked")
     logits = choices.logits(Split(model), backbone(model)(**inputs), inputs, {"num_choices": num_choices})
     for row, rows in zip(logits, (slice(0, 1), slice(1, 3)), strict=True):
         alone = model(**{key: each[None, rows] for key, each in inputs.items()}).logits[0]

@@ -350,9 +350,7 @@ def test_each_of_several_lists_of_layers_is_copied() -> None:
 def test_a_config_that_cannot_be_saved_and_opened_again_is_refused() -> None:
     config = transformers.GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]])
     with pytest.raises(ConfigError, match=r"GPTNeoConfig .* cannot be saved and opened again .*attention"):
-        saved_and_reopened(
-            student_model_config(config, StudentConfig(2, config={"attention_layers": ["local"]}), 2, [1, 3])
-        )
+        saved_and_reopened(student_model_config(config, StudentConfig(2, config={"attention_layers": ["local"]})))
 
 
 # --- Rows are not tokens ------------------------------------------------------------------------------------------
@@ -445,15 +443,15 @@ def test_a_decoder_with_the_config_of_an_encoder_decoder_gets_fewer_layers() -> 
 def test_settings_by_the_number_of_a_layer_follow_the_copied_layers() -> None:
     config = transformers.BertConfig(num_hidden_layers=4)
     config.of_some = {"1": "one", "3": "three"}
-    student = student_model_config(config, StudentConfig(2), 2, [0, 3])
+    student = student_model_config(config, StudentConfig(2, [0, 3]))
     assert student.of_some == {1: "three"}
     config.of_some = {"9": "no layer's"}
-    assert student_model_config(config, StudentConfig(2), 2, [0, 3]).of_some == {"9": "no layer's"}
+    assert student_model_config(config, StudentConfig(2, [0, 3])).of_some == {"9": "no layer's"}
 
 
 def test_a_number_of_layers_that_a_config_does_not_take_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"student.num_hidden_layers: FunnelConfig does not take it \(.*block_sizes"):
-        student_model_config(transformers.FunnelConfig(), StudentConfig(2), 2, [0, 1])
+        student_model_config(transformers.FunnelConfig(), StudentConfig(2))
 
 
 def test_a_model_that_loses_weights_in_its_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,15 +595,15 @@ def test_a_task_head_on_another_backbone_than_the_words_is_refused_in_check(monk
 
     stock = transformers.BertForSequenceClassification.__init__
     config = transformers.BertConfig(**TRANSFORMER, architectures=["BertForMaskedLM"])
-    arguments = {"num_layers": 1, "length": 16, "task_heads": {"SequenceClassification"}}
-    try_student(StudentConfig(1), config, [1], **arguments)
+    arguments = {"length": 16, "task_heads": {"SequenceClassification"}}
+    try_student(StudentConfig(1), config, **arguments)
     monkeypatch.setattr(transformers.BertForSequenceClassification, "__init__", with_other_backbone)
     with pytest.raises(ConfigError, match="have different backbones"):
-        try_student(StudentConfig(1), config, [1], **arguments)
+        try_student(StudentConfig(1), config, **arguments)
     fields = {**TRANSFORMER, "max_position_embeddings": 64, "attention_window": [4, 4], "sep_token_id": 2}
     longformer = transformers.LongformerConfig(**fields)
     with pytest.raises(ConfigError, match=r"Longformer.* task head on its backbone's outputs differs"):
-        try_student(StudentConfig(2), longformer, [0, 1], **arguments | {"num_layers": 2})
+        try_student(StudentConfig(2), longformer, **arguments)
 
 
 def test_what_a_config_changes_by_wish_is_no_reason_to_refuse_a_copied_layer() -> None:
@@ -721,8 +719,8 @@ def test_a_field_that_looks_like_an_id_is_no_hindrance_where_no_id_moves(tiny: A
     config.start_index = 1
     arguments = {"num_layers": 1, "length": 16}
     with pytest.raises(ModelError, match="start_index = 1 looks like a token id"):
-        try_student(StudentConfig(1), config, [1], **arguments)
-    try_student(StudentConfig(1), config, [1], **arguments, is_whole=True)
+        try_student(StudentConfig(1), config, **arguments)
+    try_student(StudentConfig(1), config, **arguments, is_whole=True)
 
 
 @pytest.fixture

@@ -198,4 +198,4 @@ def test_layers_that_the_teacher_has_not_are_refused(config: StudentConfig, mess
 
 
 def test_from_scratch_no_layers_are_chosen() -> None:
-    assert chosen_layers(StudentConfig(3, "scratch"), 3, 6) is None
+    assert chosen_layers(StudentConfig(3, "scratch"), teacher_of().config) is None

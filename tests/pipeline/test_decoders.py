@@ -305,7 +305,7 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
         ),
     )
     examples = read_split(task, str(file), "val", require_labels=True)
-    form = task_form(task, causal=True)
+    form = task_form(task, kind="causal")
     data = TaskDataset(examples, form, tokenizer, max_length=60)
     assert data.truncated == 0
     batch = Collate(tokenizer.pad_token_id)([data[0, i] for i in range(len(examples))])
@@ -322,17 +322,17 @@ def test_a_task_is_scored_by_what_a_causal_model_says_next(name, model_name, mod
 def test_the_text_without_the_question_is_cut_and_what_is_asked_stays(models):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "LlamaForCausalLM")
     asked = TaskExample(0, (("light \ufdd0.", "the cat sang over a dark river"),), 0)
-    whole = TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=60)
-    short = TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=8)
+    whole = TaskDataset([asked], cloze_form(kind="causal"), tokenizer, max_length=60)
+    short = TaskDataset([asked], cloze_form(kind="causal"), tokenizer, max_length=8)
     assert (whole.truncated, short.truncated) == (0, 1)
     kept = len(short.rows[0]["input_ids"])
     assert kept == 8 and short.rows[0]["input_ids"][-2:].tolist() == whole.rows[0]["input_ids"][-2:].tolist()
     assert short.rows[0]["cloze_ids"].tolist() == [-100] * 7 + [0], "the text ends where the word would come"
     with pytest.raises(DataError, match="the text around the blank has"):
-        TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=2)
+        TaskDataset([asked], cloze_form(kind="causal"), tokenizer, max_length=2)
     gpt2 = transformers.AutoTokenizer.from_pretrained(models / "GPT2LMHeadModel")
     with pytest.raises(DataError, match="nothing stands before the blank"):
-        TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], cloze_form(causal=True), gpt2, max_length=20)
+        TaskDataset([TaskExample(0, (("\ufdd0 sang", None),), 0)], cloze_form(kind="causal"), gpt2, max_length=20)
 
 
 @pytest.mark.slow
@@ -400,7 +400,7 @@ def test_a_candidate_without_tokens_is_refused_by_causal_models_too(models):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "LlamaForCausalLM")
     asked = TaskExample(0, (("so \ufdd0", None),) * 2, 0, choices=("light", ""))
     with pytest.raises(DataError, match="has no tokens"):
-        TaskDataset([asked], cloze_form(causal=True), tokenizer, max_length=20)
+        TaskDataset([asked], cloze_form(kind="causal"), tokenizer, max_length=20)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def count_of(family: Any = bert, examples: int = B, **changes: Any) -> Any:
     return counted(cast_of(family, **changes), examples=examples, choices=choices, length=S, fused_attention=False)
 
 
-FORMS = [class_form(), task_form(load_task("COPA"), causal=False), cloze_form("yes", "no")]
+FORMS = [class_form(), task_form(load_task("COPA"), kind="masked"), cloze_form("yes", "no")]
 
 
 @pytest.mark.parametrize("family", [bert, llama])

@@ -71,10 +71,10 @@ def test_the_columns_that_a_plan_counts_are_those_of_a_real_batch(name, tiny):
     one, two = [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) == 4][:2]
     forms = {
         "classes": class_form(),
-        "choices": task_form(load_task("COPA"), causal=False),
+        "choices": task_form(load_task("COPA"), kind="masked"),
         "labels in a cloze": cloze_form(one, two),
         "candidates in a cloze": cloze_form(),
-        "continuation": cloze_form(one, two, causal=True),
+        "continuation": cloze_form(one, two, kind="causal"),
     }
     form, choices = forms[name], (one, two) if forms[name].task.is_choice else ()
     text = one if form.has_own_head else f"{one} {BLANK}"
