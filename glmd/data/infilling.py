@@ -128,7 +128,9 @@ class SpanInfilling:
 
     def _poisson_spans(self, count: int, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of so many tokens are in spans, no two of which touch, and before which a span of none stands."""
-        noise, _ = self._noise(count)
+        noise, spans = self._noise(count)
+        if not spans:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         of_lengths, of_slots = draw(state, 0), draw(state, 1)
         lengths = np.searchsorted(POISSON, _fractions(of_lengths, 2 * noise + 8)).clip(0, len(POISSON) - 1)
         total = np.cumsum(lengths)

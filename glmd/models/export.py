@@ -58,7 +58,8 @@ def export_model(
         companions.copy_to(temporary)
     (temporary / "README.md").write_text(card_text(card), encoding="utf-8")
     weights = {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-    (temporary / PROBE).write_text(json.dumps({**_probe(model), "weights": weights}), encoding="utf-8")
+    proof = {**_probe(model), "tokens": len(tokenizer), "weights": weights}
+    (temporary / PROBE).write_text(json.dumps(proof), encoding="utf-8")
     model.train(was_training)
     for path in temporary.rglob("*"):
         storage.sync_to_disk(path)
@@ -152,8 +153,9 @@ def prove(folder):
     except ValueError:  # of a few model types (llama) AutoTokenizer knows no ordinary class: this one is what it is
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) != rows:
-        sys.exit(f"{{folder}}: the tokenizer has {{len(tokenizer)}} tokens, the model {{rows}} rows")
+    wanted = probe.get("tokens", rows)  # of a teacher that was fine-tuned there may be fewer than rows
+    if len(tokenizer) != wanted or wanted > rows:
+        sys.exit(f"{{folder}}: the tokenizer has {{len(tokenizer)}} tokens of {{wanted}}, the model {{rows}} rows")
     ids = torch.tensor(probe["input_ids"])
     decoder = {{"decoder_input_ids": ids}} if model.config.is_encoder_decoder else {{}}
     with torch.no_grad():

@@ -130,7 +130,8 @@ def auto_class_name(name: str) -> str:
     """The auto class that opens a folder of a model whose class has this name, or the name itself where none does."""
     from transformers.models.auto import modeling_auto
 
-    for head in ("MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice", "Seq2SeqLM"):
+    # BART's is in the list of masked LMs too.
+    for head in ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice"):
         words = re.sub("(?<=[a-z])(?=[A-Z])", "_", head.replace("Seq2SeqLM", "SeqToSeqCausalLM")).upper()
         if name in getattr(modeling_auto, f"MODEL_FOR_{words}_MAPPING_NAMES").values():
             return f"AutoModelFor{head}"
