@@ -23,7 +23,7 @@ PACKAGE = Path(glmd.__file__).parent
 # but not its neighbors between the same bars.
 WINGS = """
 version errors | runtime | storage strict_yaml losses | stage_config public | config | config_file data | vocabulary
-| models | tasks | distillation | training evaluation | planning | reporting | pipeline | commands tokenizer | cli
+| models | tasks | distillation | training evaluation | planning | reporting | pipeline | commands tokenizer glm | cli
 | __main__
 """
 RANK = {name: rank for rank, group in enumerate(WINGS.split("|")) for name in group.split()}

@@ -24,9 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class GlmdGlmConfig(PreTrainedConfig):
-    """Shape of a GLM; by default that of 110M parameters. Both tables of positions have max_position_embeddings + 1 rows.
+    """Shape of a GLM; by default that of 110M parameters.
 
-    bos_token_id and eos_token_id are the start and the end of a piece.
+    Both tables of positions have max_position_embeddings + 1 rows. bos_token_id and eos_token_id are the start and the
+    end of a piece.
     """
 
     model_type = "glmd_glm"
@@ -51,6 +52,7 @@ class GlmdGlmConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
+        super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -62,23 +64,16 @@ class GlmdGlmConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
-        self.mask_token_id = mask_token_id
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
-        # Not every version of transformers has these as fields of all configs.
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        # After what the base class sets: not every version of transformers has these as fields of all configs.
+        self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
+        self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
 
 
 def blank_infilling_mask(attention_mask: Tensor | None, context_mask: Tensor | None) -> Tensor | None:
     """(R, S) masks -> (R, 1, S, S) bool, True where a query may look at a key; None where all may look everywhere.
 
-    attention_mask: 1 for tokens, 0 for padding; None: no padding. context_mask: 1 in part A, 0 in part B; None: all is A.
+    attention_mask: 1 for tokens, 0 for padding; None: no padding. context_mask: 1 in part A, 0 in B; None: all is A.
     """
     given = attention_mask if context_mask is None else context_mask
     if given is None:
@@ -209,7 +204,7 @@ class GlmdGlmModel(GlmdGlmPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.word_embeddings = value
 
     def forward(
