@@ -109,6 +109,12 @@ def eager_attention_forward(
     return (probabilities @ value).transpose(1, 2), probabilities
 
 
+class AddedLinear(nn.Linear):
+    """The last map of an update that is added to the states. Of code that is not its own, transformers draws weights of
+    modules that hold some, so that these are told by a class.
+    """
+
+
 class GlmdGlmAttention(nn.Module):
     is_causal = False
 
@@ -121,9 +127,8 @@ class GlmdGlmAttention(nn.Module):
         self.config = config
         self.head_size = config.hidden_size // config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
-        self.query, self.key, self.value, self.dense = (
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
-        )
+        self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+        self.dense = AddedLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(R, S, H) states -> (R, S, H), and the probabilities (R, A, S, S) where they are made."""
@@ -143,7 +148,7 @@ class GlmdGlmMLP(nn.Module):
     def __init__(self, config: GlmdGlmConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down = AddedLinear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -180,10 +185,9 @@ class GlmdGlmPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights, those that are added to the states smaller by the root of their number (2 a layer)."""
         super()._init_weights(module)
-        if isinstance(module, (GlmdGlmAttention, GlmdGlmMLP)):
-            last = module.dense if isinstance(module, GlmdGlmAttention) else module.down
+        if isinstance(module, AddedLinear):
             depth = math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(last.weight, mean=0.0, std=self.config.initializer_range / depth)
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range / depth)
 
 
 class GlmdGlmModel(GlmdGlmPreTrainedModel):
@@ -192,7 +196,7 @@ class GlmdGlmModel(GlmdGlmPreTrainedModel):
     def __init__(self, config: GlmdGlmConfig) -> None:
         super().__init__(config)
         positions = config.max_position_embeddings + 1
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(positions, config.hidden_size)
         self.block_position_embeddings = nn.Embedding(positions, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -201,7 +205,7 @@ class GlmdGlmModel(GlmdGlmPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:

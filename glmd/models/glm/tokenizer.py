@@ -18,8 +18,8 @@ END_OF_TEXT = "<|endoftext|>"
 def glm_tokenizer(source: Any) -> PreTrainedTokenizerFast:
     """A tokenizer with the ids of the published code, from BERT's or GPT-2's; one of a GLM is returned as it is.
 
-    A text is `[CLS] text [PAD]`, of GPT-2's `[CLS] text <|endoftext|>`; a pair has nothing between its texts. So the end
-    of a text is the pad token, which a model tells from padding by the attention mask. Raises ModelError for others.
+    A text is `[CLS] text [PAD]`, of GPT-2's `[CLS] text <|endoftext|>`; a pair has nothing between its texts. So a
+    text's end is the pad token, which a model tells from padding by the attention mask. Raises ModelError for others.
     """
     require_fast(source)
     known = source.get_vocab()
