@@ -43,8 +43,8 @@ def glm_tokens(tokenizer: Any) -> GlmTokens:
     missing = [name for name in (START, END) if name not in known] + ["a mask token"] * (mask is None)
     if missing:
         raise ConfigError(
-            f"blank infilling needs {START}, {END} and a mask token in the tokenizer, which has no "
-            f"{' and no '.join(missing)}; give a GLM (glmd convert-glm writes one with its tokenizer)"
+            f"blank infilling needs {START}, {END} and a mask token; {type(tokenizer).__name__} lacks "
+            f"{' and '.join(missing)}; give a GLM (glmd convert-glm writes one with its tokenizer)"
         )
     masks = [known.get(name, known[mask]) for name in ("[sMASK]", "[gMASK]")]
     return GlmTokens(known[mask], known[START], known[END], *masks)

@@ -70,9 +70,9 @@ def _row(
 ) -> dict[str, np.ndarray]:
     """The columns of a row, from its part A and what is predicted in its part B."""
     masks = np.flatnonzero(context == ids.mask)
-    if len(masks) != 1:
-        raise DataError(f"{place(example)}: the blank is lost at max_length {max_length}; give a larger one")
     length, size = len(context), len(filling)
+    if len(masks) != 1 or length + size > max_length:
+        raise DataError(f"{place(example)}: the blank has no room at max_length {max_length}; give a larger one")
     within = np.arange(1, size + 1)
     columns = {
         "input_ids": [*context, ids.start, *filling[:-1]],

@@ -8,7 +8,26 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from glmd.models.glm.tokenizer import glm_tokenizer
 
-WORDS = "the cat dog bird river sang ran light dark green over under blue stone paper yes no maybe".split()
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "river",
+    "sang",
+    "ran",
+    "light",
+    "dark",
+    "green",
+    "over",
+    "under",
+    "blue",
+    "stone",
+    "paper",
+    "yes",
+    "no",
+    "maybe",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

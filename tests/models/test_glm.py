@@ -1,4 +1,4 @@
-"""GLM as a model of transformers: its masks, its positions, its sizes, and what glmd proves of a teacher and a student."""
+"""GLM as a model of transformers: masks, positions, sizes, and what glmd proves of a teacher and a student."""
 
 import numpy as np
 import pytest
@@ -29,10 +29,8 @@ def test_a_token_sees_what_the_paper_lets_it_see():
     for row in range(2):
         for query in range(6):
             for key in range(6):
-                if context[row][query]:
-                    expected = context[row][key] == 1
-                else:
-                    expected = context[row][key] == 1 or key <= query
+                in_context = context[row][key] == 1
+                expected = in_context or (context[row][query] == 0 and key <= query)
                 expected = (expected and tokens[row][key] == 1) or key == query
                 assert found[row, 0, query, key] == expected, (row, query, key)
     assert blank_infilling_mask(None, None) is None
@@ -183,7 +181,9 @@ def test_a_folder_opens_with_glmd_and_with_the_code_that_it_brings(tmp_path, mon
     model.save_pretrained(tmp_path / "glm")
     row = as_row()
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "glm", dtype=torch.float64)
-    assert type(again) is GlmdGlmForBlankInfilling and type(AutoConfig.from_pretrained(tmp_path / "glm")) is GlmdGlmConfig
+    assert (
+        type(again) is GlmdGlmForBlankInfilling and type(AutoConfig.from_pretrained(tmp_path / "glm")) is GlmdGlmConfig
+    )
     assert type(AutoModel.from_pretrained(tmp_path / "glm")) is GlmdGlmModel
     assert torch.equal(again(**row).logits, model(**row).logits)
     import transformers.dynamic_module_utils as dynamic
