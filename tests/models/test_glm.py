@@ -110,13 +110,19 @@ def test_layers_run_again_in_the_backward_give_the_same_gradients():
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+# The two large ones are called 2B and 10B.
+PARAMETERS = {"110M": 109_338_624, "340M": 334_688_256, "2B": 1_920_122_880, "10B": 9_880_682_496}
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_each_published_size_has_its_published_number_of_parameters(size):
     with torch.device("meta"):
         model = GlmdGlmForBlankInfilling(published_config(size))
     parameters = sum(each.numel() for each in model.parameters())
-    # 109,338,624 and 334,688,256; 1,920,153,600 and 9,880,682,496, which are called 2B and 10B.
-    assert parameters == pytest.approx(PUBLISHED[size].parameters, rel=0.041)
+    assert parameters == PARAMETERS[size] == pytest.approx(PUBLISHED[size].parameters, rel=0.04)
+    width, layers = PUBLISHED[size].hidden_size, PUBLISHED[size].num_hidden_layers
+    tables = model.config.vocab_size + 2 * (PUBLISHED[size].max_position_embeddings + 1)
+    assert parameters == tables * width + layers * (12 * width**2 + 13 * width) + 2 * width
     assert model.glm.layers[0].attention.head_size == 64
 
 
