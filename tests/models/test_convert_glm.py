@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from glm_cases import ROW, SIZES, as_row, plain_logits, published_checkpoint
 from glm_tokenizers import bpe_glm, gpt2, wordpiece
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertTokenizer, GPT2Tokenizer
 
 from glmd.cli import main
 from glmd.commands.convert_glm import convert_glm
+from glmd.data.blank_infilling import glm_tokens
 from glmd.errors import ModelError
+from glmd.models.glm.configuration import TOKEN_IDS
 from glmd.models.glm.convert import converted_model
+from glmd.models.glm.tokenizer import glm_tokenizer
 from glmd.vocabulary.tokenizer import load_tokenizer
 
 
@@ -102,6 +106,18 @@ def test_what_is_no_published_glm_is_one_line_that_says_why(change, options, mes
     assert "\n" not in str(refused.value)
 
 
+def test_a_file_that_an_old_numpy_wrote_is_read(weights, tmp_path):
+    """Which names its own modules otherwise; the published ones are of 2021."""
+    path = saved(tmp_path / "glm", weights, "file")
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in parts.items():
+            file.writestr(name, content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert any(b"numpy" in content for content in parts.values())
+    assert converted_model(path, num_attention_heads=2).config.hidden_size == 16
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return (print, ("run",))
@@ -162,10 +178,26 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.real
+@pytest.mark.parametrize(("kind", "folder"), [("wordpiece", "bert-base-uncased"), ("bpe", "gpt2")])
+def test_real_tokenizers_give_the_ids_that_published_configs_name(kind, folder, shared):
+    source = (BertTokenizer if kind == "wordpiece" else GPT2Tokenizer).from_pretrained(
+        shared / "data/tokenizers" / folder
+    )
+    tokenizer, ids = glm_tokenizer(source), TOKEN_IDS[kind]
+    found = glm_tokens(tokenizer)
+    assert [found.mask, found.start, found.end, tokenizer.pad_token_id] == [
+        ids[f"{name}_token_id"] for name in ("mask", "bos", "eos", "pad")
+    ]
+    assert len(tokenizer) <= ids["vocab_size"] < len(tokenizer) + 128
+    row = tokenizer("The cat [MASK] on it.", "Yes, it did.")["input_ids"]
+    assert row.count(found.mask) == 1 and row[-1] == tokenizer.pad_token_id
+    text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert text.lower().replace(" ", "") == "thecatonit.yes,itdid."
+
+
 def test_the_tokens_of_glm_stand_where_the_published_code_has_them():
     """Behind the 30,522 of BERT the two of a piece; behind the 50,257 of GPT-2 eight, and these two come first."""
-    from glmd.models.glm.configuration import TOKEN_IDS
-
     tokenizer, size = bpe_glm(), len(gpt2())
     expected = ["<|startofpiece|>", "<|endofpiece|>", "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]"]
     assert tokenizer.convert_ids_to_tokens(list(range(size, size + 8))) == expected

@@ -189,7 +189,10 @@ def _read_file(file: Path) -> dict[str, Any]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{file}: holds more than weights, and what it holds is not run ({reason})") from None
+        raise ModelError(
+            f"{file}: holds more than weights, and what it holds is not run ({reason}); where you trust it, save its "
+            "weights alone: torch.save({'module': torch.load(FILE, weights_only=False)['module']}, NEW_FILE)"
+        ) from None
     except Exception as error:  # torch, zip and safetensors have errors of their own
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{file}: cannot be read ({reason})") from None

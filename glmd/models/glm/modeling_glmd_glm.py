@@ -81,9 +81,9 @@ def blank_infilling_mask(attention_mask: Tensor | None, context_mask: Tensor | N
     rows, length = given.shape
     seen = torch.ones(rows, 1, length, dtype=torch.bool, device=given.device)
     if context_mask is not None:
-        is_context = context_mask.bool()
+        # What stands before a token of part A is part A.
         earlier = torch.ones(length, length, dtype=torch.bool, device=given.device).tril()
-        seen = is_context[:, None, :] | (~is_context[:, :, None] & earlier)
+        seen = context_mask.bool()[:, None, :] | earlier
     if attention_mask is not None:
         seen = seen & attention_mask.bool()[:, None, :]
     # What a pad sees is of no account, but it has to see something: a softmax over nothing is nan.
