@@ -111,10 +111,11 @@ def test_a_file_that_an_old_numpy_wrote_is_read(weights, tmp_path):
     path = saved(tmp_path / "glm", weights, "file")
     with zipfile.ZipFile(path) as file:
         parts = {name: file.read(name) for name in file.namelist()}
+    now, then = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
+    assert any(now in content or then in content for content in parts.values())
     with zipfile.ZipFile(path, "w") as file:
         for name, content in parts.items():
-            file.writestr(name, content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
-    assert any(b"numpy" in content for content in parts.values())
+            file.writestr(name, content.replace(now, then))
     assert converted_model(path, num_attention_heads=2).config.hidden_size == 16
 
 
@@ -181,9 +182,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_pat
 @pytest.mark.real
 @pytest.mark.parametrize(("kind", "folder"), [("wordpiece", "bert-base-uncased"), ("bpe", "gpt2")])
 def test_real_tokenizers_give_the_ids_that_published_configs_name(kind, folder, shared):
-    source = (BertTokenizer if kind == "wordpiece" else GPT2Tokenizer).from_pretrained(
-        shared / "data/tokenizers" / folder
-    )
+    tokenizer_class = BertTokenizer if kind == "wordpiece" else GPT2Tokenizer
+    source = tokenizer_class.from_pretrained(shared / "data/tokenizers" / folder)
     tokenizer, ids = glm_tokenizer(source), TOKEN_IDS[kind]
     found = glm_tokens(tokenizer)
     assert [found.mask, found.start, found.end, tokenizer.pad_token_id] == [
