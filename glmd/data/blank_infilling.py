@@ -1,6 +1,6 @@
 """GLM's blank infilling (arXiv:2103.10360, section 2.1) as a pure function of (seed, epoch, example id, choice).
 
-    infilling = BlankInfilling(glm_tokens(tokenizer), special_ids, seed=0)
+    infilling = blank_infilling_for(tokenizer, seed=0)
     examples = infilling(examples, (epochs, example_ids, choices))
 
 A row `[CLS] tokens [SEP]` becomes part A, in which each drawn span is one mask token, and part B, the spans in drawn
@@ -242,6 +242,17 @@ class BlankInfilling:
             columns["lm_labels"][target] = np.where(is_end, self.tokens.end, ids[np.minimum(token, len(ids) - 1)])
             columns["input_ids"][target] = np.where(within == 0, self.tokens.start, ids[token - 1])
         return new_lengths, columns
+
+
+def blank_infilling_for(tokenizer: Any, seed: int, **options: Any) -> BlankInfilling:
+    """The blank infilling of a GLM's tokenizer. options: fields of BlankInfilling from `ratio` on.
+
+    Raises ConfigError for a tokenizer of another model, and for options that cannot be.
+    """
+    special = np.unique(np.array(tokenizer.all_special_ids, dtype=np.int64))
+    if options.get("sentence_probability"):
+        options = {"sentence_end_ids": sentence_end_ids(tokenizer), **options}
+    return BlankInfilling(glm_tokens(tokenizer), special, seed, **options)
 
 
 class _Spans(NamedTuple):

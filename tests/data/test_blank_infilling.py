@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmd.data.batches import Collate, Examples
-from glmd.data.blank_infilling import BlankInfilling, GlmTokens, glm_tokens, sentence_end_ids
+from glmd.data.blank_infilling import BlankInfilling, GlmTokens, blank_infilling_for, glm_tokens, sentence_end_ids
 from glmd.errors import ConfigError
 from glmd.losses.labels import IGNORED_LABEL
 
@@ -208,6 +208,19 @@ def test_a_batch_of_such_rows_predicts_every_token_and_is_labeled_in_part_b():
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         infilling(**options)
+
+
+def test_a_text_of_a_tokenizer_keeps_its_frame():
+    from glm_tokenizers import wordpiece_glm
+
+    tokenizer = wordpiece_glm()
+    row = tokenizer("the cat sang . the dog ran over under blue stone ?")["input_ids"]
+    for options in ({}, {"sentence_probability": 1.0}, {"document_probability": 1.0}):
+        (found,) = applied(blank_infilling_for(tokenizer, 0, **options), [row])
+        context = found["input_ids"][: sum(found["context_mask"])]
+        assert context[0] == tokenizer.cls_token_id and context[-1] == tokenizer.pad_token_id
+        assert context.count(tokenizer.mask_token_id) == found["input_ids"].count(glm_tokens(tokenizer).start) >= 1
+        assert found["lm_labels"][-1] == glm_tokens(tokenizer).end
 
 
 def test_a_tokenizer_of_no_glm_is_refused_by_what_it_lacks():
