@@ -1,5 +1,5 @@
-"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `compress`, `evaluate`, `predict`, `vocab`,
-`verify`, `export` and `report`.
+"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `compress`, `convert-glm`, `evaluate`,
+`predict`, `vocab`, `verify`, `export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
@@ -198,6 +198,20 @@ def _compress(options: argparse.Namespace) -> None:
     say(text)
 
 
+def _convert_glm(options: argparse.Namespace) -> None:
+    from glmd.commands.convert_glm import convert_glm
+
+    say(
+        convert_glm(
+            options.checkpoint,
+            options.output,
+            tokenizer=options.tokenizer,
+            size=options.size,
+            num_attention_heads=options.num_attention_heads,
+        )
+    )
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     given = [
         name for name in ("task", "data", "split", "tokenizer", "batch_size") if getattr(options, name) is not None
@@ -324,6 +338,7 @@ COMMANDS = {
     "plan": _plan,
     "cache": _cache,
     "compress": _compress,
+    "convert-glm": _convert_glm,
     "evaluate": _evaluate,
     "predict": _predict,
     "vocab": _vocab,

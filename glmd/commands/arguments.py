@@ -67,6 +67,15 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--corpus-weights", type=float, nargs="*", default=[], metavar="SHARE", help="of each corpus")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
 
+    command = add("convert-glm", "Make a model folder of a published GLM checkpoint.")
+    command.add_argument("checkpoint", type=Path, help="mp_rank_00_model_states.pt, its folder, or one of the hub's")
+    command.add_argument("output", type=Path, help="folder to write")
+    command.add_argument(
+        "--tokenizer", required=True, help="folder or hub id of what it was trained with: bert-base-uncased, gpt2, ..."
+    )
+    command.add_argument("--size", help="refuse the checkpoint unless it is of this size: 110M, 340M, 2B or 10B")
+    command.add_argument("--num-attention-heads", type=_positive, help="default: heads of 64, as all published have")
+
     task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own"
     command = add("evaluate", "Score a model, stock or distilled, on a task or on text.")
     command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
