@@ -108,12 +108,19 @@ def _check(options: argparse.Namespace) -> None:
     from glmd.pipeline.elastic import processes_of
     from glmd.pipeline.run_folder import require_free_folder, with_dtype_of
     from glmd.planning.limits import require_sizes_and_room
-    from glmd.planning.plan import corpus_sources, make_plan
+    from glmd.planning.plan import corpus_sources, is_config_alone, make_plan, make_sketch
     from glmd.training.fsdp import require_sound_launch
 
     require_sound_launch(os.environ, config.mixed_precision)
     config = with_dtype_of(config)
     require_free_folder(config)
+    if is_config_alone(config.teacher.model):
+        plan = make_sketch(config)
+        of_it = (
+            f"{config.teacher.model} holds a config alone: its weights and tokenizer, and the texts, are not looked at"
+        )
+        say(f"{describe(plan, int(os.environ.get('WORLD_SIZE', '1')))}\n\n{of_it}")
+        return
     cache = []
     with synthetic_data(config) as synthetic:
         plan = make_plan(config, synthetic=synthetic)

@@ -40,7 +40,13 @@ from glmd.pipeline import run as pipeline
 from glmd.planning.plan import make_plan
 
 VOCABULARY, LAYERS, SECONDS, GIGABYTES = 300, 4, 120, 12
-KINDS = {"masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+PAIRS = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+KINDS = {
+    "masked": {k: v for k, v in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.items() if v not in PAIRS.values()},
+    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "encoder-decoder": PAIRS,
+}
+AUTO_CLASSES = {"masked": "MaskedLM", "causal": "CausalLM", "encoder-decoder": "Seq2SeqLM"}
 LETTERS = "abcdefghijklmnopqrst"
 # Sizes by the field's name, the first that fits; only what is larger is made smaller.
 SIZES = {
@@ -60,7 +66,7 @@ SIZES = {
     r"(.*_)?lora_rank": 16,
     r"(mamba_)?(ssm_|d_)?state(_size)?|mamba_d_state": 4,
 }
-IDS = {"pad": 0, "unk": 1, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4}
+IDS = {"pad": 0, "unk": 1, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4, "decoder_start": 2, "forced_eos": 3}
 # What some need besides.
 FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "attn_layer_indices": [1, 3]},
@@ -109,7 +115,7 @@ def main() -> None:
         for name in names:
             if name in options.names or not (options.names or (kind, name) in found):
                 row = {"kind": kind, "name": name, **in_own_process(kind, name)}
-                print(f"{kind:<7} {name:<28} {row['outcome']:<9} {row['note']}"[:160], flush=True)
+                print(f"{kind:<15} {name:<28} {row['outcome']:<9} {row['note']}"[:160], flush=True)
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
@@ -198,7 +204,7 @@ def make_model(kind: str, name: str, folder: Path) -> None:
         own = own | {"is_decoder": True}
     config = config_class(**small_fields(config_class, own))
     torch.manual_seed(0)
-    auto_class = transformers.AutoModelForMaskedLM if kind == "masked" else transformers.AutoModelForCausalLM
+    auto_class = getattr(transformers, f"AutoModelFor{AUTO_CLASSES[kind]}")
     with torch.device("meta"):
         size = sum(each.numel() for each in auto_class.from_config(config).parameters())
     if size > 20e6:
@@ -254,9 +260,10 @@ def tokenizer(kind: str) -> Any:
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     roles = {"pad": "[PAD]", "unk": "[UNK]"} | (
-        {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"} if kind == "masked" else {"bos": "[CLS]", "eos": "[SEP]"}
+        {"bos": "[CLS]", "eos": "[SEP]"} if kind != "masked" else {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     )
-    if kind == "masked":
+    roles |= {"mask": "[MASK]"} if kind == "encoder-decoder" else {}
+    if kind != "causal":
         frame = [("[CLS]", 2), ("[SEP]", 3)]
         backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", frame)
     names = {f"{role}_token": token for role, token in roles.items()}
@@ -275,8 +282,8 @@ def page(found: dict[tuple[str, str], dict[str, str]]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every masked and causal LM class of transformers, tried small: made from its config with drawn weights, "
-        "checked,",
+        "Every masked and causal LM class of transformers, and every encoder-decoder of text, tried small: made from its "
+        "config with drawn weights, checked,",
         "distilled into half of its layers and 80 % of its tokens, exported, and opened by stock transformers. "
         "Written by",
         "`python scripts/architectures.py RESULTS.jsonl --table docs/architectures.md`; transformers",

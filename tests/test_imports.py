@@ -162,7 +162,7 @@ KEYS = {
         report_to""",
     "teacher.": "model revision trust_remote_code ensemble dtype quantization sharded cache cached_stages tasks "
     "scratch",
-    "student.": "num_hidden_layers initialization config architecture",
+    "student.": "num_hidden_layers initialization config architecture num_decoder_layers decoder_initialization",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass "
     "teacher_reads keep_words corpus_weights",
     "data.": "corpus text_field superglue synthetic eval_blocks",

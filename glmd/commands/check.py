@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from glmd.config import FLOAT16_HEADS, RunConfig
+from glmd.models.layers import depths
 from glmd.planning.plan import Plan
 from glmd.planning.stages import Stage, lines
 from glmd.runtime.determinism import NO_TF32, has_tensor_float32
@@ -46,7 +47,8 @@ def describe(plan: Plan, world_size: int) -> str:
     for name, model, words in sides:
         p = plan.parameters[name]
         counts = f"{p['total']:>14,}{p['vocabulary']:>14,}{p['body']:>14,}"
-        text.append(f"{name:<20}{counts}{model.num_hidden_layers:>8}{words:>9,}{p['embedding_size']:>11,}")
+        layers = "+".join(map(str, depths(model)))
+        text.append(f"{name:<20}{counts}{layers:>8}{words:>9,}{p['embedding_size']:>11,}")
     width = max(20, *(len(stage.name) + 1 for stage, *_ in lines(plan, world_size)))
     swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
     text += ["", f"{'stage':<{width}}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]

@@ -36,7 +36,7 @@ def convert_glm(
     """
     output = Path(output)
     require_free_output(output)
-    ready = glm_tokenizer(load_source_tokenizer(str(tokenizer), words=False))
+    ready = glm_tokenizer(load_source_tokenizer(str(tokenizer), kind=None))
     ids = glm_tokens(ready)
     model = converted_model(checkpoint, size=size, num_attention_heads=num_attention_heads)
     config = model.config

@@ -32,7 +32,13 @@ from glmd.tasks.tasks import Task, load_task
 from glmd.vocabulary.tokenizer import load_tokenizer, require_fast, stock_tokenizer
 
 logger = logging.getLogger(__name__)
-LANGUAGE_MODELS = ("MaskedLM", "CausalLM", "LMHeadModel", "ForConditionalGeneration")  # in names of architectures
+LANGUAGE_MODELS = (
+    "MaskedLM",
+    "CausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "ForBlankInfilling",
+)  # in names of architectures
 
 
 @public

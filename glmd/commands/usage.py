@@ -9,6 +9,7 @@ from typing import Any
 from glmd.config import RunConfig
 from glmd.distillation.methods import load_method
 from glmd.models.card import opens_plainly
+from glmd.models.heads import lm_kind
 from glmd.models.loading import auto_class_name, load_model_config
 from glmd.planning.stages import pass_path
 from glmd.planning.teacher_rules import passes, task_of
@@ -52,6 +53,8 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
     config = load_model_config(str(folder))
     name, is_exact = (config.architectures or [""])[0], (folder / TOKEN_MAP_FILE).is_file()
     trusted = ", trust_remote_code=True" if is_exact else ""
+    if lm_kind(config) == "blank-infilling":
+        return _opened("AutoModelForMaskedLM", folder, trusted, code=True)
     if "MultipleChoice" in name:
         return _opened("AutoModelForMultipleChoice", folder, trusted)
     if auto_class_name(name) == "AutoModelForSeq2SeqLM":
@@ -70,10 +73,9 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
     return f'from transformers import pipeline; print(pipeline("{task}", "{folder}"{trusted})({text}))'
 
 
-def _opened(auto_class: str, folder: Path, trusted: str) -> str:
-    """Python that opens model and tokenizer of a folder."""
-    model, tokenizer = (
-        f'{auto_class}.from_pretrained("{folder}")',
-        f'AutoTokenizer.from_pretrained("{folder}"{trusted})',
-    )
+def _opened(auto_class: str, folder: Path, trusted: str, *, code: bool = False) -> str:
+    """Python that opens model and tokenizer of a folder. code: the model's is in the folder."""
+    own = ", trust_remote_code=True" if code else ""
+    model = f'{auto_class}.from_pretrained("{folder}"{own})'
+    tokenizer = f'AutoTokenizer.from_pretrained("{folder}"{trusted})'
     return f"from transformers import {auto_class}, AutoTokenizer; model, tokenizer = {model}, {tokenizer}"

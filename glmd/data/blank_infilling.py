@@ -1,7 +1,7 @@
 """GLM's blank infilling (arXiv:2103.10360, section 2.1) as a pure function of (seed, epoch, example id, choice).
 
     infilling = blank_infilling_for(tokenizer, seed=0)
-    examples = infilling(examples, (epochs, example_ids, choices))
+    examples = infilling.corrupt(examples, np.stack([epochs, example_ids, choices], axis=1))
 
 A row `[CLS] tokens [SEP]` becomes part A, in which each drawn span is one mask token, and part B, the spans in drawn
 order, each behind a start-of-piece. What becomes of a row is a hash of these counters, computed for all rows of a batch
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glmd.data.batches import Examples, positions_in_rows
-from glmd.data.masking import draw
+from glmd.data.masking import draw, row_states
 from glmd.errors import ConfigError
 from glmd.losses.labels import IGNORED_LABEL
 
@@ -89,31 +89,22 @@ class BlankInfilling:
         if self.sentence_probability and not len(self.sentence_end_ids):
             raise ConfigError("sentence_probability needs sentence_end_ids, the tokens that end one; none are given")
 
-    def longest(self, length: int) -> int:
-        """Tokens that a row of so many becomes at most: two more for each blank."""
+    def num_targets(self, length: int) -> int:
+        """Tokens that a row of so many becomes at most, each of which is predicted from: two more for each blank."""
         return length + 2 * max(1, int(self.ratio * length))
 
-    def __call__(self, examples: Examples, keys: Sequence[np.ndarray]) -> Examples:
+    def corrupt(self, examples: Examples, keys: np.ndarray) -> Examples:
         """Examples whose token columns are those of a GLM, for `input_ids` of framed rows.
 
-        keys: of their rows the (R,) epochs, and the numbers that name them. Columns, (T,) each: input_ids,
+        keys: (R, k) as of Masking. Columns, (T,) each: input_ids,
         position_ids, block_position_ids, context_mask (1 in part A) and lm_labels, of part B the next token of its
         blank, in the end the end-of-piece, of part A -100.
         """
         ids, lengths = examples.tokens["input_ids"], examples.lengths
-        levels, spans = self._spans(ids, lengths, self._row_states(keys))
+        levels, spans = self._spans(ids, lengths, row_states(keys, self.seed, self.num_maskings))
         masks = np.array([self.tokens.mask, self.tokens.sentence_mask, self.tokens.document_mask])
         new_lengths, columns = self._columns(ids, lengths, spans, masks[levels])
         return replace(examples, lengths=new_lengths, tokens=columns)
-
-    def _row_states(self, keys: Sequence[np.ndarray]) -> np.ndarray:
-        epochs, *names = (np.asarray(each, dtype=np.uint64) for each in keys)
-        if self.num_maskings:
-            epochs = epochs % self.num_maskings
-        states = np.broadcast_to(draw(np.zeros(1, dtype=np.uint64), self.seed), epochs.shape)
-        for counter in (epochs, *names):
-            states = draw(states, counter)
-        return states
 
     def _spans(self, ids: np.ndarray, lengths: np.ndarray, states: np.ndarray) -> tuple[np.ndarray, "_Spans"]:
         """(R,) the level of each row, 0 tokens, 1 sentences, 2 documents; and where spans are."""

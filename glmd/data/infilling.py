@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from glmd.data.batches import Examples, Grid
+from glmd.data.blank_infilling import BlankInfilling, blank_infilling_for
 from glmd.data.blocks import block_frame
 from glmd.data.masking import Corruption, draw, masking_for, row_states
 from glmd.errors import ConfigError
 from glmd.losses.labels import IGNORED_LABEL
 
+SCHEME = 1  # raised by hand whenever other spans are drawn: a cache of teachers' outputs is of one
 SPAN = 3  # tokens of a span on average, in both papers
 SENTINEL_SHARE, MASK_SHARE = 0.15, 0.3  # of tokens that are in spans, likewise
 # P(a span has at most so many tokens), by Poisson's law.
@@ -184,10 +186,15 @@ def infilling_for(
     )
 
 
+Infilling = SpanInfilling | BlankInfilling
+
+
 def corruption_for(
     tokenizer: Any, kind: str, probability: float, seed: int, num_maskings: int | None = None
 ) -> Corruption | None:
     """What becomes of a text before a model of a kind (`models.heads.LMKind`) reads it; None at probability 0."""
     if kind == "encoder-decoder" and probability:
         return infilling_for(tokenizer, probability, seed, num_maskings)
+    if kind == "blank-infilling" and probability:
+        return blank_infilling_for(tokenizer, seed, ratio=probability, num_maskings=num_maskings)
     return masking_for(tokenizer, probability, seed, num_maskings)

@@ -28,7 +28,10 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 DIGEST = 16  # bytes of an example's name
 # Columns that a teacher reads: of each row of an example, and of the example.
-ROW_COLUMNS = ("input_ids", "token_type_ids", "target_ids", "cloze_ids")
+ROW_COLUMNS = (
+    *("input_ids", "token_type_ids", "target_ids", "cloze_ids"),
+    *("position_ids", "block_position_ids", "context_mask"),  # GLM's
+)
 EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
 # bfloat16 has no twin in numpy; its bits, and float16's, are read as whole numbers.
 BITS = {"F16": np.int16, "BF16": np.int16, "F32": np.float32}

@@ -27,6 +27,7 @@ class ModelCard:
     auto_class: str = "AutoModelForMaskedLM"
     opens_plainly: bool = True  # AutoTokenizer opens a mapped folder without trust_remote_code, as the stock one
     task: str | None = None  # whose answers the model gives
+    is_glm: bool = False  # the auto classes have to be told of it
 
 
 def card_text(card: ModelCard) -> str:
@@ -40,7 +41,8 @@ def card_text(card: ModelCard) -> str:
         lines += ["", "| measure | value |", "| --- | --- |"]
         lines += [f"| {name} | {value:.4f} |" for name, value in card.metrics.items()]
     remote = ", trust_remote_code=True)  # runs tokenization_glmd.py of the folder" if card.exact_tokenizer else ")"
-    lines += ["", "```python", f"from transformers import {card.auto_class}, AutoTokenizer", ""]
+    lines += ["", "```python", *(["import glmd.glm  # the auto classes know GLM from then on"] if card.is_glm else [])]
+    lines += [f"from transformers import {card.auto_class}, AutoTokenizer", ""]
     lines += [
         f'model = {card.auto_class}.from_pretrained("THIS_FOLDER")',
         f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{remote}',

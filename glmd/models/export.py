@@ -25,6 +25,8 @@ from glmd import storage
 from glmd.errors import ModelError, RunError
 from glmd.models.card import PROBE, ModelCard, card_text, opens_plainly
 from glmd.models.companions import Companions
+from glmd.models.glm import CODE as GLM_CODE
+from glmd.models.heads import lm_kind
 from glmd.storage import file_sha256, write_problem
 from glmd.vocabulary.tokenizer import (
     save_tokenizer,
@@ -46,7 +48,7 @@ def export_model(
     if hasattr(model.config, "embedding_size"):
         width = f"{model.config.embedding_size} (hidden_size {model.config.hidden_size})"
         card = replace(card, facts={**card.facts, "embedding_size": width})
-    card = replace(card, opens_plainly=opens_plainly(model.config))
+    card = replace(card, opens_plainly=opens_plainly(model.config), is_glm=lm_kind(model.config) == "blank-infilling")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -138,14 +140,22 @@ def _begin_stranger() -> subprocess.Popen[str]:
 
 # Nothing of what is imported is garbage; looking for it, as Python ends too, takes two of the process's six seconds.
 _NO_GARBAGE = "import atexit, gc; gc.disable(); atexit.register(gc.freeze)\n"
-# What a stranger does with the folder. Kept free of glmd.
+# What a stranger does with the folder. Kept free of glmd; of a GLM's code glmd's file is run, not the folder's.
 _STRANGER = f"""
-import json, sys, torch, transformers
+import importlib.util, json, sys, torch, transformers
+def class_named(name):
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    spec = importlib.util.spec_from_file_location("modeling_glmd_glm", {str(GLM_CODE)!r})
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    transformers.AutoConfig.register(module.GlmdGlmConfig.model_type, module.GlmdGlmConfig, exist_ok=True)
+    return getattr(module, name)
 transformers.PreTrainedModel, transformers.AutoTokenizer  # imported before folders are asked for
 def prove(folder):
     probe = json.load(open(folder + "/{PROBE}"))
     options = {{"output_loading_info": True, "dtype": torch.float32}}
-    model, info = getattr(transformers, probe["class"]).from_pretrained(folder, **options)
+    model, info = class_named(probe["class"]).from_pretrained(folder, **options)
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"{{folder}}: weights missing or unknown: {{info}}")
     try:

@@ -40,7 +40,7 @@ FACTORS: dict[str, Callable[[float], float]] = {
 FinalLinear = Callable[[Tensor, Head], Any]
 
 
-LMKind = Literal["masked", "causal", "encoder-decoder"]
+LMKind = Literal["masked", "causal", "encoder-decoder", "blank-infilling"]
 HALVES = ("encoder", "decoder")  # the parts of an encoder-decoder
 
 
@@ -96,6 +96,8 @@ def lm_kind(config: Any) -> LMKind:
     """How a language model of this config predicts tokens."""
     if is_causal(config):
         return "causal"
+    if config.model_type == "glmd_glm":
+        return "blank-infilling"
     return "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "masked"
 
 

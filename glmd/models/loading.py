@@ -21,12 +21,14 @@ import torch
 from torch import nn
 
 from glmd.config import TeacherConfig
+from glmd.data.blank_infilling import glm_tokens
 from glmd.data.infilling import infilling_for
 from glmd.errors import GlmdError, ModelError, counted
 from glmd.models.heads import LMKind, lm_kind
 from glmd.models.probes import prove_language_model, silence_padding
 from glmd.models.quantization import quantized_loading
 from glmd.storage import file_sha256
+from glmd.vocabulary.slicing import model_class_of
 
 logger = logging.getLogger(__name__)
 # No pickles; and shapes that differ are refused here with their names, not there with a pointer to a report.
@@ -111,6 +113,10 @@ def load_source_tokenizer(
         require_tokenizer(tokenizer, mask=False)
         infilling_for(tokenizer, None, 0)  # refuses a tokenizer that has nothing for a span
         return tokenizer
+    if kind == "blank-infilling":
+        require_tokenizer(tokenizer, mask=True)
+        glm_tokens(tokenizer)
+        return tokenizer
     require_tokenizer(tokenizer, mask=True)
     for role in ("cls_token", "sep_token"):
         if getattr(tokenizer, role) is None:
@@ -122,8 +128,8 @@ def language_model_class(config: Any) -> Any:
     """The auto class of a teacher's language model."""
     import transformers
 
-    names = {"causal": "CausalLM", "masked": "MaskedLM", "encoder-decoder": "Seq2SeqLM"}
-    return getattr(transformers, f"AutoModelFor{names[lm_kind(config)]}")
+    names = {"causal": "CausalLM", "encoder-decoder": "Seq2SeqLM"}
+    return getattr(transformers, f"AutoModelFor{names.get(lm_kind(config), 'MaskedLM')}")
 
 
 def auto_class_name(name: str) -> str:
@@ -131,6 +137,8 @@ def auto_class_name(name: str) -> str:
     from transformers.models.auto import modeling_auto
 
     # BART's is in the list of masked LMs too.
+    if name == "GlmdGlmForBlankInfilling":
+        return "AutoModelForMaskedLM"
     for head in ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice"):
         words = re.sub("(?<=[a-z])(?=[A-Z])", "_", head.replace("Seq2SeqLM", "SeqToSeqCausalLM")).upper()
         if name in getattr(modeling_auto, f"MODEL_FOR_{words}_MAPPING_NAMES").values():
@@ -260,11 +268,9 @@ def compared_embeddings(model: Any, similarity: str) -> nn.Parameter:
 
 def load_model_as_saved(name: str) -> Any:
     """A model of the class that its config names, with whatever head it has."""
-    import transformers
-
     config = load_model_config(name)
     architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, architecture or "", None)
+    model_class = model_class_of(config)
     if model_class is None:
         raise ModelError(f"{name}: its config names the architecture {architecture!r}, which transformers has not")
     model, info = from_pretrained(model_class, name, **WEIGHTS, trust_remote_code=False)
@@ -315,6 +321,8 @@ def model_fingerprint(
 
 def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """`auto_class.from_pretrained` with its many errors as one line."""
+    import glmd.models.glm  # noqa: F401  # the auto classes know it from then on
+
     options.setdefault("trust_remote_code", False)  # unset, it would ask on the terminal, and wait for an answer
     try:
         _require_safe_index(Path(name))

@@ -50,7 +50,7 @@ def prove_language_model(model: Any) -> None:
                 "supported"
             )
         _require_padding_unseen(model, inputs, own)
-        if lm_kind(model.config) != "masked":
+        if lm_kind(model.config) in ("causal", "encoder-decoder"):
             _require_causal(model, own)
 
 

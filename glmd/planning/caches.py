@@ -15,13 +15,14 @@ from typing import Any
 
 from glmd.config import RunConfig
 from glmd.config_file import differences
+from glmd.data import blank_infilling, infilling, masking
 from glmd.data.blocks import BlockDataset, block_frame
 from glmd.data.corpus import read_documents
-from glmd.data.infilling import SpanInfilling, corruption_for
-from glmd.data.masking import SCHEME
+from glmd.data.infilling import Infilling, corruption_for
 from glmd.data.token_store import TokenStore, encode_texts, open_token_store
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
+from glmd.models.heads import LMKind
 from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, live_stages
@@ -95,7 +96,7 @@ def task_cache(
         "tokenizer": tokenizer_fingerprint(plan.tokenizer),
         "inputs": [each.fingerprint() for each, _ in parts],
         "max_length": stage.length,
-        "masking": _masking(probability, maskings, stage.seed),
+        "masking": _masking(plan.kind, probability, maskings, stage.seed),
     }
     num_classes = len(task.labels) if "task_head" in stage.teacher_needs_of(number) else None
     folder = stage_cache_folder(plan, stage, number)
@@ -209,16 +210,24 @@ def _corpus_made_from(plan: Plan) -> dict[str, Any]:
         # A corpus may move; of a data set of the hub the tokens tell whether it is the same.
         "corpus": {"files": hashlib.sha256(contents.encode()).hexdigest()},
         "blocks": {"max_length": stage.max_length},
-        "masking": _masking(stage.mlm_probability or 0.0, stage.num_maskings, plan.config.seeds[0]),
+        "masking": _masking(plan.kind, stage.mlm_probability or 0.0, stage.num_maskings, plan.config.seeds[0]),
     }
 
 
-def _masking(probability: float, maskings: int | None, seed: int) -> dict[str, Any]:
+# Raised whenever other tokens are drawn.
+SCHEMES: dict[LMKind, int | str] = {
+    "masked": masking.SCHEME,
+    "encoder-decoder": f"spans {infilling.SCHEME}",
+    "blank-infilling": f"blanks {blank_infilling.SCHEME}",
+}
+
+
+def _masking(kind: LMKind, probability: float, maskings: int | None, seed: int) -> dict[str, Any]:
     return {
         "mlm_probability": probability,
         "num_maskings": maskings or 1,
         "seed": seed if probability else None,
-        "scheme": SCHEME if probability else None,
+        "scheme": SCHEMES[kind] if probability else None,
     }
 
 
@@ -270,7 +279,7 @@ def _corpus_size(plan: Plan, sources: Sequence[str], number: int) -> tuple[str, 
     texts = (blocks - held_out) * maskings + held_out
     kept = round((tokens + blocks * frame) * texts / blocks)
     corruption = corruption_for(plan.tokenizer, plan.kind, plan.config.pretraining.mlm_probability or 0.0, 0)
-    if isinstance(corruption, SpanInfilling):
+    if isinstance(corruption, Infilling):
         kept = texts * corruption.num_targets(length)
     size = kept * token_bytes + texts * 24
     about = "" if store is not None else "about "

@@ -16,7 +16,12 @@ from glmd.planning.teacher_rules import task_of
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import task_form
 
-WITH_ARTICLE = {"masked": "a masked LM", "causal": "a causal LM", "encoder-decoder": "an encoder-decoder"}
+WITH_ARTICLE = {
+    "masked": "a masked LM",
+    "causal": "a causal LM",
+    "encoder-decoder": "an encoder-decoder",
+    "blank-infilling": "a GLM",
+}
 
 
 def require_text_model(config: Any, name: str) -> None:

@@ -102,6 +102,9 @@ def make_plan(
         infilling = infilling_for(tokenizer, asked, 0)
         infilling.require_length(config.pretraining.max_length or 0, "pretraining.max_length")
         config = config.with_stage("pretraining", mlm_probability=infilling.probability)
+    if kind == "blank-infilling" and "pretraining" in method and (config.pretraining.mlm_probability or 0) > 0.5:
+        found = f"pretraining.mlm_probability is {config.pretraining.mlm_probability}"
+        raise ConfigError(f"{found}, but blanks that do not touch need room between them; give at most 0.5")
     verbalizers = {name: verbalizer_ids(task_of(config, name), tokenizer) for name in config.tasks}
     words = [word for name in whole.tasks for word in task_of(whole, name).verbalizers]
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself

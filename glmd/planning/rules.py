@@ -66,8 +66,8 @@ def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | 
     """The resolved config for a teacher of this kind. asked: the pretraining's mlm_probability as it was given."""
     if kind == "causal":
         config = _for_decoder(config, method, asked)
-    elif kind == "encoder-decoder":
-        config = _for_encoder_decoder(config, method, asked)
+    elif kind != "masked":
+        config = _for_infilling(config, method, asked, kind)
     _check_cached_maskings(config, method)
     return config
 
@@ -164,30 +164,28 @@ def _for_decoder(config: RunConfig, method: dict[str, Objective], mlm_probabilit
     return config
 
 
-def _for_encoder_decoder(config: RunConfig, method: dict[str, Objective], asked: float | None) -> RunConfig:
-    """The config for an encoder-decoder, to which spans are left out of the corpus, and which reads tasks whole."""
+def _for_infilling(config: RunConfig, method: dict[str, Objective], asked: float | None, kind: LMKind) -> RunConfig:
+    """The config for an encoder-decoder or a GLM: spans are left out of the corpus, and tasks are read whole."""
+    is_pair, whose = kind == "encoder-decoder", "an encoder-decoder" if kind == "encoder-decoder" else "a GLM"
+    if not is_pair and any(task_form(task_of(config, name), kind=kind).has_own_head for name in config.tasks):
+        raise ConfigError(f"tasks: {', '.join(config.tasks)}: a GLM fills blanks; give casting=cloze, or tasks={{}}")
     for name, objective in method.items():
-        if objective.layer_terms or objective.intervention is not None:
+        if is_pair and (objective.layer_terms or objective.intervention is not None):
             raise ConfigError(
                 f"method {config.method} compares or changes layers in {name}, which is not supported for "
                 "encoder-decoders; give a method of predictions, as glmd or kd"
             )
         if objective.needs_masking and name != "pretraining":
             raise ConfigError(
-                f"method {config.method} speaks of masked tokens in {name}; an encoder-decoder reads tasks whole: give "
-                "glmd"
+                f"method {config.method} speaks of masked tokens in {name}; {whose} reads tasks whole: give glmd"
             )
-    if config.analysis != "none":
+    if is_pair and config.analysis != "none":
         raise ConfigError(f"analysis {config.analysis} is not supported for encoder-decoders; remove it")
     for name, probability in _masked_on_tasks(config).items():
         if probability:
-            raise ConfigError(
-                f"{name}.mlm_probability is {probability}; an encoder-decoder reads tasks whole: remove it"
-            )
+            raise ConfigError(f"{name}.mlm_probability is {probability}; {whose} reads tasks whole: remove it")
     if asked == 0 and "pretraining" in method:
-        raise ConfigError(
-            "pretraining.mlm_probability is 0, but the decoder of an encoder-decoder says what is left out; give 0.15"
-        )
+        raise ConfigError(f"pretraining.mlm_probability is 0, but {whose} learns from what is left out; give 0.15")
     return config
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from glmd.data.infilling import SpanInfilling, corruption_for
+from glmd.data.infilling import Infilling, corruption_for
 from glmd.data.token_store import TokenStore, open_token_store
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.errors import ConfigError, ModelError, RunError
@@ -197,7 +197,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
     corruption, targets = None, stage.length
     if task is None and plan.tokenizer is not None:
         corruption = corruption_for(plan.tokenizer, plan.kind, stage.masking[0], stage.seed)
-    if isinstance(corruption, SpanInfilling):
+    if isinstance(corruption, Infilling):
         targets = corruption.num_targets(stage.length)
     return Cast(
         objective,

@@ -68,7 +68,7 @@ class Cast:
         hidden states are read from disk. source_size: V. form: how a task is asked; None on a corpus. masked: share of
         tokens with a label. attention: `attn_implementation`; those that keep no probabilities are counted as sdpa is.
         shares_teacher: under FSDP the ranks share out its backbone. target_length: tokens that an encoder-decoder says
-        of a text of the corpus; 0: as many as it reads.
+        of a text of the corpus, or that a GLM reads of it with its blanks; 0: as many as there are.
     """
 
     objective: Objective
@@ -189,6 +189,8 @@ def _models(cast: Cast, config: Any, dtype: torch.dtype, needs: frozenset[str]) 
 
 def _batch(cast: Cast, examples: int, choices: int, length: int) -> Batch:
     """Texts of one word, `choices` for each example; one token is padding, so that models make their masks."""
+    if cast.target_length and lm_kind(cast.student) == "blank-infilling":
+        length = cast.target_length
     ids = torch.ones((examples * choices, length), dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "example_id": torch.arange(examples)}
     batch["attention_mask"][-1, -1] = 0

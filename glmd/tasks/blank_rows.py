@@ -11,10 +11,9 @@ import numpy as np
 from glmd.data.blank_infilling import GlmTokens, glm_tokens
 from glmd.errors import DataError
 from glmd.losses.labels import IGNORED_LABEL
-from glmd.tasks.cloze import candidate_ids, place, refuse_masks, with_masks
+from glmd.tasks.cloze import candidate_ids, count_blanks, encoded_clozes, owners_of, place, refuse_marks
 from glmd.tasks.examples import TaskExample
-from glmd.tasks.rows import Rows, encoded, has_pairs
-from glmd.tasks.tasks import BLANK
+from glmd.tasks.rows import Rows
 
 
 def blank_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int, score_end: bool = False) -> Rows:
@@ -29,40 +28,23 @@ def blank_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: i
     score_end: a candidate's end-of-piece is predicted too, as the published code does; then the last token is read.
     """
     ids = glm_tokens(tokenizer)
-    refuse_masks(examples, tokenizer)
+    refuse_marks(examples, [tokenizer.mask_token])
     # Of each row what part B predicts.
     fillings = candidate_ids(examples, tokenizer)
     if score_end and examples[0].choices:
         fillings = [[*filling, ids.end] for filling in fillings]
-    owners = [(example, choice) for example in examples for choice in range(len(example.texts))]
+    owners = owners_of(examples)
     lengths = np.array([len(filling) for filling in fillings])
     tokens: list[Any] = [None] * len(owners)
     truncated = [False] * len(owners)
     for length in np.unique(lengths):
         chosen = np.flatnonzero(lengths == length)
-        contexts = _contexts([owners[i] for i in chosen], tokenizer, max_length, int(length))
+        mine = [owners[i] for i in chosen]
+        blanks = [[tokenizer.mask_token] * count_blanks(example.texts[choice]) for example, choice in mine]
+        contexts = encoded_clozes(mine, blanks, tokenizer, max_length, int(length))
         for i, row, is_cut in zip(chosen, contexts.tokens, contexts.truncated, strict=True):
             tokens[i], truncated[i] = _row(row["input_ids"], fillings[i], ids, owners[i][0], max_length), is_cut
     return Rows(tokens, truncated, {})
-
-
-def _contexts(owners: Sequence[tuple[TaskExample, int]], tokenizer: Any, max_length: int, room: int) -> Rows:
-    """Part A of some rows, with `room` left behind it."""
-    given = [example.texts[choice] for example, choice in owners]
-    firsts, seconds = ([with_masks(pair[side] or "", [0], tokenizer) for pair in given] for side in (0, 1))
-    in_first, paired = BLANK in given[0][0], has_pairs([example for example, _ in owners])
-    truncation = "longest_first" if not paired else "only_second" if in_first else "only_first"
-    try:
-        return encoded(firsts, seconds if paired else None, tokenizer, max_length - room, truncation)
-    except (
-        Exception
-    ) as error:  # the tokenizers library has no class of its own for it, nor Python for a negative length
-        kept = tokenizer(firsts if in_first else seconds, add_special_tokens=False, verbose=False)["input_ids"]
-        longest = int(np.argmax([len(each) for each in kept]))
-        found = f"the text around the blank has {len(kept[longest])} tokens and what fills it {room}"
-        raise DataError(
-            f"{place(owners[longest][0])}: {found}, too many for max_length {max_length}; give a larger one"
-        ) from error
 
 
 def _row(

@@ -30,10 +30,10 @@ def cloze_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_length: i
     cloze loses its end at max_length. Raises DataError where the cloze would be truncated.
     """
     refuse_marks(examples, [tokenizer.mask_token])
-    fillings, owners = candidate_ids(examples, tokenizer), _owners(examples)
-    counts = [_count_blanks(example.texts[choice]) for example, choice in owners]
+    fillings, owners = candidate_ids(examples, tokenizer), owners_of(examples)
+    counts = [count_blanks(example.texts[choice]) for example, choice in owners]
     blanks = [[tokenizer.mask_token * len(each)] * count for each, count in zip(fillings, counts, strict=True)]
-    rows = _encoded(examples, blanks, tokenizer, max_length)
+    rows = encoded_clozes(owners, blanks, tokenizer, max_length)
     for row, filling, count, (example, _) in zip(rows.tokens, fillings, counts, owners, strict=True):
         places, expected = row["input_ids"] == tokenizer.mask_token_id, filling * count
         if places.sum() != len(expected):
@@ -55,13 +55,13 @@ def infilling_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_lengt
     sentinels = sentinel_ids(tokenizer)
     names = [tokenizer.mask_token] if not len(sentinels) else tokenizer.convert_ids_to_tokens(sentinels.tolist())
     refuse_marks(examples, names)
-    fillings, owners = candidate_ids(examples, tokenizer), _owners(examples)
-    counts = [_count_blanks(example.texts[choice]) for example, choice in owners]
+    fillings, owners = candidate_ids(examples, tokenizer), owners_of(examples)
+    counts = [count_blanks(example.texts[choice]) for example, choice in owners]
     if len(sentinels) and max(counts) > len(sentinels):
         example, _ = owners[int(np.argmax(counts))]
         raise DataError(f"{place(example)}: {max(counts)} blanks, and the tokenizer has {len(sentinels)} sentinels")
     blanks = [names[:count] if len(sentinels) else names * count for count in counts]
-    rows = _encoded(examples, blanks, tokenizer, max_length)
+    rows = encoded_clozes(owners, blanks, tokenizer, max_length)
     marks = sentinels if len(sentinels) else np.array([tokenizer.mask_token_id])
     for row, filling, count, (example, _) in zip(rows.tokens, fillings, counts, owners, strict=True):
         ids = row["input_ids"]
@@ -78,32 +78,40 @@ def infilling_rows(examples: Sequence[TaskExample], tokenizer: Any, *, max_lengt
     return rows
 
 
-def _owners(examples: Sequence[TaskExample]) -> list[tuple[TaskExample, int]]:
+def owners_of(examples: Sequence[TaskExample]) -> list[tuple[TaskExample, int]]:
     """Of each row its example, and which of its choices."""
     return [(example, choice) for example in examples for choice in range(len(example.texts))]
 
 
-def _count_blanks(texts: tuple[str, str | None]) -> int:
+def count_blanks(texts: tuple[str, str | None]) -> int:
     return sum((text or "").count(BLANK) for text in texts)
 
 
-def _encoded(examples: Sequence[TaskExample], blanks: list[list[str]], tokenizer: Any, max_length: int) -> Rows:
+def encoded_clozes(
+    owners: Sequence[tuple[TaskExample, int]],
+    blanks: Sequence[list[str]],
+    tokenizer: Any,
+    max_length: int,
+    room: int = 0,
+) -> Rows:
     """The tokenizer's rows of clozes, with these texts in the place of each row's blanks, one after another.
 
+    owners: of each row its example, and which of its choices. room: tokens that are left for what comes behind a row.
     Raises DataError where the text around a blank has too many tokens.
     """
-    owners = _owners(examples)
     given = [example.texts[choice] for example, choice in owners]
     filled = [_with_blanks(pair, each) for pair, each in zip(given, blanks, strict=True)]
     firsts, seconds = ([pair[side] for pair in filled] for side in (0, 1))
-    in_first, paired = BLANK in given[0][0], has_pairs(examples)
+    in_first, paired = BLANK in given[0][0], has_pairs([owners[0][0]])
     truncation = "longest_first" if not paired else "only_second" if in_first else "only_first"
     try:
-        rows = encoded(firsts, seconds if paired else None, tokenizer, max_length, truncation)
+        rows = encoded(firsts, seconds if paired else None, tokenizer, max_length - room, truncation)
     except Exception as error:  # the tokenizers library has no class of its own for it
         kept = tokenizer(firsts if in_first else seconds, add_special_tokens=False, verbose=False)["input_ids"]
         longest = int(np.argmax([len(ids) for ids in kept]))
-        found = f"the text around the blank has {len(kept[longest])} tokens"
+        found = f"the text around the blank has {len(kept[longest])} tokens" + (
+            f" and what fills it {room}" if room else ""
+        )
         where = place(owners[longest][0])
         raise DataError(f"{where}: {found}, too many for max_length {max_length}; give a larger one") from error
     return rows

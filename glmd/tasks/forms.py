@@ -22,6 +22,7 @@ from glmd.losses.labels import IGNORED_LABEL
 from glmd.models.heads import LMKind, Split
 from glmd.models.loading import language_model_class
 from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
+from glmd.tasks.blank_rows import blank_rows
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, infilling_rows, verbalizer_ids
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.rows import Rows, pair_rows
@@ -211,6 +212,18 @@ class InfillingForm(ClozeForm):
         return super().dummy(examples, choices, length) | {"target_ids": torch.ones(examples * choices, length).long()}
 
 
+class BlankForm(ClozeForm):
+    """The same by a GLM, which says token by token what fills its blank."""
+
+    name = "blanks"
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return blank_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
+
+    def require(self, config: Any, name: str) -> None:
+        self._require_architecture(config, name, "ForBlankInfilling")
+
+
 def _head(task: Task, kind: LMKind) -> TaskForm:
     return ChoiceForm(task) if task.is_choice else ClassForm(task)
 
@@ -219,6 +232,7 @@ CLOZES: dict[LMKind, type[TaskForm]] = {
     "masked": ClozeForm,
     "causal": ContinuationForm,
     "encoder-decoder": InfillingForm,
+    "blank-infilling": BlankForm,
 }
 
 

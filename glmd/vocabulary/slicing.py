@@ -61,10 +61,9 @@ def parameters_by_vocabulary(config: Any, vocab_size: int) -> tuple[int, int]:
     Tied ones count once. Raises ModelError for an architecture that transformers has not.
     """
     import torch
-    import transformers
 
     architecture = (config.architectures or [None])[0]
-    model_class: Any = getattr(transformers, architecture or "", None)
+    model_class: Any = model_class_of(config)
     if model_class is None:
         raise ModelError(f"the config names the architecture {architecture!r}, which transformers has not")
     axes = vocabulary_axes(config, model_class)
@@ -75,6 +74,15 @@ def parameters_by_vocabulary(config: Any, vocab_size: int) -> tuple[int, int]:
     rated = sum(tensor.numel() for name, tensor in parameters.items() if name in axes)
     resized = rated // rows * vocab_size
     return total - rated + resized, resized
+
+
+def model_class_of(config: Any) -> Any:
+    """The class of the architecture that a config names, of transformers or registered with it; None for another."""
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    registered = transformers.AutoModelForMaskedLM._model_mapping._extra_content.get(type(config))
+    return registered if getattr(registered, "__name__", "") == name else getattr(transformers, name or "", None)
 
 
 def expand_model(model: "nn.Module", vocabulary: Vocabulary) -> "nn.Module":

@@ -35,7 +35,7 @@ def applied(infill: BlankInfilling, rows: list[list[int]], epoch: int = 0, ids: 
     """For each row its columns as lists."""
     examples = Examples(np.array([len(row) for row in rows]), {"input_ids": np.concatenate(rows).astype(np.int64)}, {})
     names = np.array(range(len(rows)) if ids is None else ids)
-    found = infill(examples, (np.full_like(names, epoch), names, np.zeros_like(names)))
+    found = infill.corrupt(examples, np.stack([np.full_like(names, epoch), names, np.zeros_like(names)], axis=1))
     assert {len(column) for column in found.tokens.values()} == {found.lengths.sum()}
     parts = np.cumsum(found.lengths)[:-1]
     split = {name: np.split(column, parts) for name, column in found.tokens.items()}
@@ -111,7 +111,7 @@ def test_every_row_is_that_of_the_paper_for_its_spans(shapes, level, ratio):
         mask = next((token for token in found["input_ids"] if token in (TOKENS.mask, 7, 8)), TOKENS.mask)
         assert found == plain_row(row, spans, mask)
         assert bool(spans) == bool(ordinary)
-        assert len(found["input_ids"]) <= infill.longest(len(row))
+        assert len(found["input_ids"]) <= infill.num_targets(len(row))
         if level == "tokens":
             assert len(hidden) == min(ordinary, max(1, int(ratio * ordinary))) and mask == TOKENS.mask
             ends = {end for _, end in spans}
@@ -186,8 +186,7 @@ def test_documents_are_hidden_by_half_and_more_from_any_place():
 def test_a_batch_of_such_rows_predicts_every_token_and_is_labeled_in_part_b():
     rows = [row_of(30), row_of(50)]
     examples = Examples(np.array([32, 52]), {"input_ids": np.concatenate(rows)}, {"example_id": np.arange(2)})
-    keys = (np.zeros(2, int), np.arange(2), np.zeros(2, int))
-    made = infilling()(examples, keys)
+    made = infilling().corrupt(examples, np.array([[0, 0, 0], [0, 1, 0]]))
     batch = Collate(0)(made)
     assert batch["predicts"].sum() == made.lengths.sum() and batch["example_id"].tolist() == [0, 1]
     labeled = batch["lm_labels"].flatten()[batch["labeled_positions"]]

@@ -24,7 +24,7 @@ def blanks():
     rows = [[2, *rng.integers(10, 40, length), 3] for length in (12, 20, 5)]
     examples = Examples(np.array([14, 22, 7]), {"input_ids": np.concatenate(rows)}, {"example_id": np.arange(3)})
     infilling = BlankInfilling(GlmTokens(4, 5, 6, 4, 4), np.array([0, 2, 3, 4, 5, 6]), seed=0, ratio=0.3)
-    return Collate(0)(infilling(examples, (np.zeros(3, int), np.arange(3), np.zeros(3, int))))
+    return Collate(0)(infilling.corrupt(examples, np.array([[0, i, 0] for i in range(3)])))
 
 
 def test_the_loss_of_a_text_with_blanks_is_that_of_both_models_logits():

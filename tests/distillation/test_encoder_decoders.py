@@ -28,7 +28,8 @@ ALL = Vocabulary.identity(V)
 WORDS = Term("lm_logits", "kl_divergence", options={"temperature": 2.0})
 LABELS = Term("lm_labels", "hard_cross_entropy", tokens="masked")
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 4, "num_decoder_layers": 3, "num_heads": 4,
-      "relative_attention_num_buckets": 4, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+      "relative_attention_num_buckets": 4,
+      "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
 BART = {"d_model": 16, "encoder_layers": 4, "decoder_layers": 3, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32,
         "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
