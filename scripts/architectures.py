@@ -40,7 +40,11 @@ from glmd.pipeline import run as pipeline
 from glmd.planning.plan import make_plan
 
 VOCABULARY, LAYERS, SECONDS, GIGABYTES = 300, 4, 120, 12
-PAIRS = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+PAIRS = {  # others in the list are models of speech and a decoder
+    name: found
+    for name, found in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.items()
+    if getattr(transformers.CONFIG_MAPPING[name](), "is_encoder_decoder", False)
+}
 KINDS = {
     "masked": {k: v for k, v in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.items() if v not in PAIRS.values()},
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -89,6 +93,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "ministral": {"head_dim": 16},
     "esmc": {"vocab_size": VOCABULARY},
+    "longt5": {"decoder_start_token_id": 0},
+    "t5": {"decoder_start_token_id": 0},
+    "switch_transformers": {"decoder_start_token_id": 0},
+    "umt5": {"decoder_start_token_id": 0},
+    "mt5": {"decoder_start_token_id": 0},
+    "marian": {"decoder_vocab_size": VOCABULARY, "pad_token_id": 0, "bad_words_ids": None},
 }
 RUN = """
 output_dir: {folder}/run
@@ -282,8 +292,8 @@ def page(found: dict[tuple[str, str], dict[str, str]]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every masked and causal LM class of transformers, and every encoder-decoder of text, tried small: made from its "
-        "config with drawn weights, checked,",
+        "Every masked and causal LM class of transformers, and every encoder-decoder of text, tried small: made from "
+        "its config with drawn weights, checked,",
         "distilled into half of its layers and 80 % of its tokens, exported, and opened by stock transformers. "
         "Written by",
         "`python scripts/architectures.py RESULTS.jsonl --table docs/architectures.md`; transformers",

@@ -12,7 +12,7 @@ from glmd.models.export import _probe, _prove_equal, check_exports, export_model
 from glmd.models.loading import load_model_as_saved, load_source_tokenizer
 from glmd.public import public
 from glmd.training.checkpoint import load_checkpoint
-from glmd.vocabulary.slicing import expand_model, model_class_of
+from glmd.vocabulary.slicing import expand_model, model_class_of, tie_weights
 from glmd.vocabulary.tokenizer import (
     compress_tokenizer,
     load_tokenizer,
@@ -100,6 +100,8 @@ def _of_checkpoint(stage: Path) -> tuple[Any, Any, int]:
     config_class = transformers.CONFIG_MAPPING[described["config"]["model_type"]]
     model_config = config_class.from_dict(described["config"] | {"architectures": [described["class"]]})
     model: Any = model_class_of(model_config)(model_config)
+    held = checkpoint.tensors["model"]
+    tie_weights(model, [each for each in model.all_tied_weights_keys if f"{name}.{each}" in held])
     tensors = checkpoint.tensors["model"]
     for key, parameter in model.named_parameters():
         # Of two models that share a backbone the first one's name is the one it was saved under.

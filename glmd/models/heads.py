@@ -28,6 +28,7 @@ from glmd.errors import ConfigError, ModelError
 from glmd.losses.head import Head
 from glmd.losses.logits import LogitScaling
 from glmd.models.attention_masks import masks_of
+from glmd.vocabulary.slicing import own_matrices, tie_weights
 
 # Fields of a config that say what is done to the logits after the map (Cohere's, Granite's, Falcon H1's), as a factor.
 FACTORS: dict[str, Callable[[float], float]] = {
@@ -180,10 +181,10 @@ def share_backbone(model: nn.Module, other: nn.Module) -> None:
     ours, theirs = backbone(model), backbone(other)
     if type(ours) is not type(theirs):
         raise ModelError(f"{type(model).__name__} and {type(other).__name__} have different backbones")
-    name = backbone_name(other)
+    name, own = backbone_name(other), own_matrices(other)
     for part, module in [(name, ours)] if name else ours.named_children():
         setattr(other, part, module)
-    other.tie_weights()  # type: ignore[operator]
+    tie_weights(other, own)
 
 
 def _placeholder(outputs: Any) -> Tensor:
@@ -249,15 +250,21 @@ class Split:
 
     @cached_property
     def _shifted(self) -> Callable[[Tensor], Tensor]:
-        """The model's own way to what a decoder reads from what it is to say."""
-        shift: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        """The model's own way to what a decoder reads from what it is to say: a token that begins it stands before it.
+
+        `probes` proves that it is what the model makes of labels.
+        """
+        name = "prepare_decoder_input_ids_from_labels"
+        shift: Callable[[Tensor], Tensor] | None = getattr(self.model, name, None)
         if shift is None:  # that of the language model, which needs no weights for it
             from transformers import AutoModelForSeq2SeqLM
 
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                shift = AutoModelForSeq2SeqLM.from_config(self.model.config).prepare_decoder_input_ids_from_labels
-        found: Callable[[Tensor], Tensor] = shift
-        return found
+                shift = getattr(AutoModelForSeq2SeqLM.from_config(self.model.config), name, None)
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        if shift is None and start is None:
+            raise ModelError(f"{type(self.model).__name__}: its config has no decoder_start_token_id; set it there")
+        return shift or (lambda ids: torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1))
 
     def run_backbone(self, inputs: Mapping[str, Tensor], *, is_full: bool | None = None, **asked: Any) -> Any:
         """The backbone's outputs. A decoder keeps no keys and values: nothing is generated.

@@ -176,13 +176,19 @@ def _require_tied(model: Any, name: str) -> None:
 def is_tied(model: Any) -> bool:
     """Whether input and output embeddings are one matrix in a new model of this class and config.
 
-    Not every class does what its config says: Luke's and BigBird-Pegasus' decoder keep two.
+    Not every class does what its config says: Luke's and BigBird-Pegasus' decoder keep two. Not every config can say
+    that they are two: T5's says one, whatever it is told, and a file that holds two is right all the same.
     """
-    if not getattr(model.config, "tie_word_embeddings", False):
+    if not getattr(model.config, "tie_word_embeddings", False) or not _can_untie(model.config):
         return False
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         new = type(model)(model.config)
     return new.get_input_embeddings().weight is new.get_output_embeddings().weight
+
+
+def _can_untie(config: Any) -> bool:
+    told = {**config.to_dict(), "tie_word_embeddings": False}
+    return not getattr(type(config)(**told), "tie_word_embeddings", False)
 
 
 def not_tied(name: str) -> ModelError:

@@ -52,6 +52,8 @@ def prove_language_model(model: Any) -> None:
         _require_padding_unseen(model, inputs, own)
         if lm_kind(model.config) in ("causal", "encoder-decoder"):
             _require_causal(model, own)
+        if "decoder_input_ids" in inputs:
+            _require_shift(model, parts, inputs)
 
 
 @torch.no_grad()
@@ -228,6 +230,20 @@ def _require_causal(model: Any, own: Tensor) -> None:
         raise ModelError(
             f"{type(model).__name__}: its config names a causal LM, but the last token changes the logits of earlier "
             "ones; it reads text in both directions (is_decoder or is_causal in its config), which is not supported"
+        )
+
+
+def _require_shift(model: Any, parts: Split, inputs: Mapping[str, Tensor]) -> None:
+    """What a decoder is given to say something is what the model itself gives it for labels."""
+    said, read = inputs["decoder_input_ids"][:1], {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
+    what, remedy = "it makes nothing of labels for its decoder to read", "set what that names in its config"
+    with refused(model, what, remedy):
+        theirs = model(**read, labels=said).logits
+        ours = model(**parts.inputs({**read, "target_ids": said})).logits
+    if differ(ours, theirs):
+        raise ModelError(
+            f"{type(model).__name__}: its decoder reads something else for labels than what comes before them "
+            f"(relative difference {difference(ours, theirs):.1e}); it is not supported"
         )
 
 

@@ -26,7 +26,7 @@ from glmd.models.heads import backbone_prefix
 from glmd.models.layers import decoder_depth_name, depths, layer_indices, layer_stacks
 from glmd.models.loading import language_model_class
 from glmd.models.probes import prove_language_model
-from glmd.vocabulary.slicing import slice_model
+from glmd.vocabulary.slicing import own_matrices, slice_model, tie_weights
 from glmd.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
         student = type(teacher)(model_config)
     else:
         student = language_model_class(model_config).from_config(model_config)
+    own = own_matrices(teacher) if config.architecture is None else ()
+    tie_weights(student, own)
     student.to(torch.float32)
     if getattr(sliced, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(sliced.generation_config)
@@ -58,7 +60,7 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
         _copy_weights(student, sliced, chosen, config.config)
         if config.architecture is not None:
             copy_around_layers(student, sliced)
-    student.tie_weights()
+    tie_weights(student, own)
     if chosen is not None:
         _prove_copy(student, sliced, chosen, config.config)
     prove_language_model(student)
@@ -86,17 +88,20 @@ def student_model_config(teacher_config: Any, config: StudentConfig) -> Any:
     if architecture is not None:
         check_narrow(result, teacher_config, copies=chosen is not None)
     count, *of_decoder = student_depths(config, teacher_config)
+    name_of_decoders = decoder_depth_name(result) if of_decoder else ""
+    given = {*config.config, name_of_decoders}
+    _choose_settings(result, count, None if chosen is None else chosen[0], given=given)
     if of_decoder:
-        result.num_hidden_layers = count
-        setattr(result, decoder_depth_name(result), of_decoder[0])
-    else:
-        _choose_settings(result, count, None if chosen is None else chosen[0], given=set(config.config))
+        setattr(result, name_of_decoders, of_decoder[0])
     result.dtype = torch.float32
     return result
 
 
 def _choose_settings(config: Any, num_layers: int, chosen: list[int] | None, *, given: set[str]) -> None:
-    """Give `config` its number of layers, and of each list with a setting for every layer those of the chosen ones."""
+    """Give `config` its number of layers, and of each list with a setting for every layer those of the chosen ones.
+
+    Of an encoder-decoder the encoder's. given: fields that are as they should be.
+    """
     total, own = config.num_hidden_layers, vars(PreTrainedConfig()).keys() | given
     places = chosen or list(range(min(num_layers, total)))
     # A list with an entry for each layer, and a mapping from some layers' numbers to what is different in them.

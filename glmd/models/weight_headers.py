@@ -24,6 +24,7 @@ from glmd.models.loading import (
     require_keys,
     require_weight_files,
 )
+from glmd.vocabulary.slicing import own_matrices
 
 ROWS = 4096  # of two embeddings that are compared at once
 HEADS_WITHOUT_WORDS = ("SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
@@ -47,6 +48,16 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
             )
     require_keys(model, info, name, allowed_missing=())
     require_one_matrix(model, name)
+
+
+def own_matrices_of(name: str, config: Any, **options: Any) -> tuple[str, ...]:
+    """Names of weights that the class of a language model ties to others, and of which its files hold two. A hub id has
+    none: nothing is known of its files before they are here.
+    """
+    if not looks_local(name):
+        return ()
+    model, _ = without_memory(language_model_class(config), name, **options)
+    return tuple(sorted(own_matrices(model)))
 
 
 def stored_embeddings(teacher: TeacherConfig, similarity: str) -> tuple[Any, Any]:

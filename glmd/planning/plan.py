@@ -62,6 +62,7 @@ class Plan:
     untrained: dict[str, TaskPlan] = field(default_factory=dict)  # tasks that count for the vocabulary alone
     ensemble_configs: tuple[Any, ...] = ()  # of the further language models
     assistant_configs: tuple[Any, ...] = ()
+    own_matrices: tuple[str, ...] = ()  # weights that the class ties to others, and of which the teacher's file has two
 
     @property
     def kind(self) -> LMKind:
@@ -306,9 +307,14 @@ def _budget(settings: VocabularyConfig) -> dict[str, Any]:
 
 def _with_parameters(plan: Plan) -> Plan:
     """Configs of student and assistants, and parameter counts, on the meta device: shapes without weights."""
-    from glmd.vocabulary.slicing import vocabulary_axes
+    from glmd.models.weight_headers import own_matrices_of
+    from glmd.vocabulary.slicing import tie_weights, vocabulary_axes
 
-    teacher = model_on_meta("teacher", plan.teacher_config)
+    teacher, named = model_on_meta("teacher", plan.teacher_config), plan.config.teacher
+    if named.model is not None and plan.tokenizer is not None:
+        options = {"revision": named.revision, "trust_remote_code": named.trust_remote_code}
+        plan = replace(plan, own_matrices=own_matrices_of(named.model, plan.teacher_config, **options))
+    tie_weights(teacher, plan.own_matrices)
     if plan.config.teacher.quantization is not None:
         quantized_linears(teacher)
     require_vocabulary_effects(plan.config, plan.method, teacher, is_whole=plan.kept_size == plan.source_size)
@@ -336,6 +342,7 @@ def _learner(plan: Plan, name: str, key: str, shape: StudentConfig, size: int, a
     for what does not fit.
     """
     from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
+    from glmd.vocabulary.slicing import tie_weights
 
     try:
         chosen = chosen_layers(shape, plan.teacher_config)
@@ -348,6 +355,7 @@ def _learner(plan: Plan, name: str, key: str, shape: StudentConfig, size: int, a
     model_config = student_model_config(cut_config, shape)
     require_lengths(plan.config, plan.method, plan.tasks, f"the {name}", model_config)
     small = model_on_meta(name, saved_and_reopened(model_config))
+    tie_weights(small, plan.own_matrices if shape.architecture is None else ())
     for stage, objective in plan.method.items():
         try:
             _require_layers(plan, stage, objective, model_config, small, above)

@@ -215,6 +215,7 @@ def _cast(plan: Plan, stage: Stage) -> Cast:
         gradient_checkpointing=stage.training.gradient_checkpointing,
         attention=config.attn_implementation,
         target_length=targets,
+        own_matrices=plan.own_matrices if config.student.architecture is None else (),
         further=tuple(teacher_config(plan, stage, number) for number in range(1, len(stage.teachers))),
     )
 

@@ -46,6 +46,7 @@ from glmd.models.heads import backbone, backbone_prefix, final_linear, lm_kind
 from glmd.models.loading import language_model_class
 from glmd.models.quantization import Quantization, quantized_linears, quantized_savings
 from glmd.tasks.forms import TaskForm, class_logits
+from glmd.vocabulary.slicing import tie_weights
 from glmd.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Cast:
         tokens with a label. attention: `attn_implementation`; those that keep no probabilities are counted as sdpa is.
         shares_teacher: under FSDP the ranks share out its backbone. target_length: tokens that an encoder-decoder says
         of a text of the corpus, or that a GLM reads of it with its blanks; 0: as many as there are.
+        own_matrices: as of a plan.
     """
 
     objective: Objective
@@ -87,6 +89,7 @@ class Cast:
     attention: str | None = None
     further: tuple[Any, ...] = ()
     target_length: int = 0
+    own_matrices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def _models(cast: Cast, config: Any, dtype: torch.dtype, needs: frozenset[str]) 
     task, own_head, language_model = "task_head" in needs, cast.form is not None and cast.form.has_own_head, None
     if "head" in needs or not task or not own_head:
         language_model = language_model_class(config).from_config(config, dtype=dtype)
-        language_model.tie_weights()  # which is left out with the drawing of weights
+        tie_weights(language_model, cast.own_matrices)  # which is left out with the drawing of weights
     if not task or not own_head:
         return language_model, language_model if task else None
     assert cast.form is not None, "a task has a form"

@@ -10,7 +10,7 @@ shapes, so that any head of any architecture is cut by the same rule.
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from glmd.errors import ModelError
@@ -76,6 +76,30 @@ def parameters_by_vocabulary(config: Any, vocab_size: int) -> tuple[int, int]:
     return total - rated + resized, resized
 
 
+def own_matrices(model: "nn.Module") -> set[str]:
+    """Names of weights that the class ties to others by its config, and that are matrices of their own in this model.
+
+    Of T5 1.1 and its kin the config cannot say that the output embeddings are; transformers goes by what a file holds.
+    """
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    return {name for name, other in tied.items() if weights.get(name) is not weights.get(other)}
+
+
+def tie_weights(model: "nn.Module", own: Collection[str] = ()) -> None:
+    """Tie what a model's config says is one, but for some weights that are matrices of their own."""
+    import torch
+
+    kept = {name: model.get_parameter(name) for name in own}
+    model.tie_weights()  # type: ignore[operator]
+    for name, parameter in kept.items():
+        if any(parameter is each for key, each in model.named_parameters(remove_duplicate=False) if key != name):
+            parameter = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
+        model.all_tied_weights_keys.pop(name, None)  # type: ignore[union-attr,operator]
+
+
 def model_class_of(config: Any) -> Any:
     """The class of the architecture that a config names, of transformers or registered with it; None for another."""
     import transformers
@@ -122,7 +146,7 @@ def slice_model(model: "nn.Module", vocabulary: Rows) -> "nn.Module":
     with torch.random.fork_rng(devices=[]), no_init_weights(), device:
         sliced = type(model)(new_config)
     sliced.load_state_dict(tensors, strict=True, assign=True)
-    sliced.tie_weights()  # type: ignore[operator]
+    tie_weights(sliced, own_matrices(model))
     for name, tensor in sliced.state_dict().items():
         if not torch.equal(tensor, tensors[name]):
             raise ModelError(f"{type(model).__name__}: {name} is tied by the configuration but not in the model")
