@@ -262,9 +262,11 @@ class Split:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 shift = getattr(AutoModelForSeq2SeqLM.from_config(self.model.config), name, None)
         start = getattr(self.model.config, "decoder_start_token_id", None)
-        if shift is None and start is None:
+        if shift is not None:
+            return shift
+        if start is None:
             raise ModelError(f"{type(self.model).__name__}: its config has no decoder_start_token_id; set it there")
-        return shift or (lambda ids: torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1))
+        return lambda ids: torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
     def run_backbone(self, inputs: Mapping[str, Tensor], *, is_full: bool | None = None, **asked: Any) -> Any:
         """The backbone's outputs. A decoder keeps no keys and values: nothing is generated.
