@@ -9,7 +9,8 @@ cached teacher all see the same batches.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ def positions_in_rows(lengths: np.ndarray) -> np.ndarray:
 TARGET_COLUMNS = ("target_ids", "lm_labels", "cloze_ids")
 
 
-class Grid(NamedTuple):
+@dataclass(frozen=True)
+class Grid:
     """Rows of tokens one after another, without padding. lengths: (R,). tokens: (T,) int64 of each column."""
 
     lengths: np.ndarray
@@ -64,13 +66,18 @@ class Grid(NamedTuple):
 
     def chosen(self, rows: np.ndarray) -> "Grid":
         """Some of the rows, by their numbers."""
-        first = (np.cumsum(self.lengths) - self.lengths)[rows]
-        lengths = self.lengths[rows]
+        first, lengths = self._first[rows], self.lengths[rows]
         spans = [slice(*span) for span in zip(first.tolist(), (first + lengths).tolist(), strict=True)]
         tokens = self.tokens.items()
         return Grid(
             lengths, {name: np.concatenate([each[span] for span in spans], dtype=np.int64) for name, each in tokens}
         )
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """(R,) where each row begins."""
+        ends: np.ndarray = np.cumsum(self.lengths)
+        return ends - self.lengths
 
 
 @dataclass(frozen=True)

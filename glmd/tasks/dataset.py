@@ -91,7 +91,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         numbers |= {name: np.tile(value, (len(ids), *[1] * np.ndim(value))) for name, value in self.columns.items()}
         if self.examples[0].choices:
             numbers["num_choices"] = counts
-        examples = Examples(*read, numbers, said)
+        examples = Examples(read.lengths, read.tokens, numbers, said)
         if self.masking is None:
             return examples
         of_rows = np.stack([np.repeat(epochs, counts), np.repeat(ids, counts), choices], axis=1)

@@ -65,7 +65,7 @@ def batch_of(
         Grid.of([dict(zip(names, map(np.array, row[part]), strict=True)) for row in rows])
         for names, part in ((("input_ids",), slice(0, 1)), (("target_ids", "lm_labels"), slice(1, 3)))
     )
-    batch = Collate(pad_id)(Examples(*read, {"example_id": np.arange(len(rows))}, said))
+    batch = Collate(pad_id)(Examples(read.lengths, read.tokens, {"example_id": np.arange(len(rows))}, said))
     fill = {"input_ids": pad_id, "target_ids": pad_id, "lm_labels": -100}
     for name, more in {**dict.fromkeys(("input_ids", "attention_mask"), pads[0]),
                        **dict.fromkeys(("target_ids", "lm_labels", "predicts"), pads[1])}.items():  # fmt: skip
