@@ -257,8 +257,9 @@ class RunConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: str = "glmd"  # configs/methods/NAME.yaml, or the path of a YAML of your own
-    # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own jsonl files,
-    # `inputs` a jsonl, labeled or not, that the student learns from in place of train
+    # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own files
+    # of rows (.jsonl, .csv, .tsv, .parquet), `inputs` one, labeled or not, that the student learns from in place of
+    # train
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Of these, such whose texts count for the vocabulary, and on which nothing is trained
     untrained_tasks: list[str] = field(default_factory=list)

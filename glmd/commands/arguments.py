@@ -71,7 +71,9 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command = add("evaluate", "Score a model, stock or distilled, on a task or on text.")
     command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
     command.add_argument("--task", help=task_help)
-    command.add_argument("--data", help="for --task: a SuperGLUE folder, a jsonl or Parquet file, or aps/super_glue")
+    command.add_argument(
+        "--data", help="for --task: a SuperGLUE folder, a jsonl, csv, tsv or Parquet file, or aps/super_glue"
+    )
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
     command.add_argument("--batch-size", type=_positive, help="for --task (default: 64)")
     command.add_argument("--text", nargs="+", help="in place of a task: files to measure bits per byte on")
@@ -89,7 +91,9 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
     command.add_argument("--batch-size", type=_positive, default=64)
     command.add_argument(
-        "--file", required=True, help="jsonl in the official form, or the hub's Parquet; labels are not needed"
+        "--file",
+        required=True,
+        help="jsonl in the official form, csv, tsv, or the hub's Parquet; labels are not needed",
     )
     command.add_argument("--output", type=Path, required=True, help="jsonl file to write")
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from glmd.data.batches import Collate
 from glmd.data.corpus import read_documents
-from glmd.data.tables import ROW_SUFFIXES, Split
+from glmd.data.tables import READ_FROM, ROW_SUFFIXES, Split
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.evaluation.bits_per_byte import _bytes, score_text
 from glmd.evaluation.leaderboard import require_idx, with_idx, write_predictions
@@ -88,7 +88,7 @@ def predict_file(
     task = _task_for(model, str(task_name))
     length = _length(model, task, max_length)
     if not file.lower().endswith(ROW_SUFFIXES):
-        raise DataError(f"--file {file}: rows are read from .jsonl and .parquet files; convert it to one of them")
+        raise DataError(f"--file {file}: {READ_FROM}; convert it to one of them")
     problem = "exists already" if output.exists() else write_problem(output.parent)
     if problem is not None:
         raise DataError(f"--output {output}: {problem}; choose another")
