@@ -1,5 +1,5 @@
-"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `compress`, `evaluate`, `predict`, `vocab`,
-`verify`, `export` and `report`.
+"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `init-task`, `compress`, `evaluate`, `predict`,
+`vocab`, `verify`, `export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
@@ -176,6 +176,12 @@ def _cache(options: argparse.Namespace) -> None:
         say(f"{config.teacher.cache}: complete; runs with this teacher.cache read it.")
 
 
+def _init_task(options: argparse.Namespace) -> None:
+    from glmd.commands.init_task import init_task
+
+    say(init_task(options.file, text=options.text, text_pair=options.text_pair, label=options.label))
+
+
 def _compress(options: argparse.Namespace) -> None:
     from glmd.commands.compress import compress_model
 
@@ -323,6 +329,7 @@ COMMANDS = {
     "check": _check,
     "plan": _plan,
     "cache": _cache,
+    "init-task": _init_task,
     "compress": _compress,
     "evaluate": _evaluate,
     "predict": _predict,

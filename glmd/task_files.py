@@ -20,7 +20,7 @@ class TaskFiles:
 
     definition: str | None = None  # its YAML; None: its name is one of configs/tasks, or it is made of columns
     train: str | None = None
-    val: str | None = None  # of a task of columns without one: the same as train, of which a share is held out
+    val: str | None = None  # the same as train where a share of that is held out
     inputs: str | None = None  # what the student learns from in place of train
     text: str | None = None  # column that a model reads
     text_pair: str | None = None  # column of the second text
@@ -32,8 +32,18 @@ class TaskFiles:
             value = getattr(self, field.name)
             given = "give a column" if field.name in ("text", "text_pair", "label") else "give a path"
             require(not isinstance(value, str) or bool(value.strip()), f"{field.name} is empty; {given}, or remove it")
+        fraction = self.val_fraction
+        if fraction is not None:
+            require(
+                self.train is not None, "val_fraction has no effect without train, of which it is held out; give it"
+            )
+            require(
+                self.val in (None, self.train),
+                "val_fraction has no effect: val is no share of train; remove one of the two",
+            )
+            require(0 < fraction < 1, f"val_fraction must be in (0, 1), got {fraction}")
         if self.text is None:
-            for name in ("text_pair", "label", "val_fraction"):
+            for name in ("text_pair", "label"):
                 require(getattr(self, name) is None, f"{name} has no effect without text, the column to read; give it")
             return
         require(self.definition is None, "definition and text are both given; keep the YAML or the columns")
@@ -44,12 +54,6 @@ class TaskFiles:
             self.train is not None or (self.inputs is not None and self.val is not None),
             "train is missing: the labels are those of its rows",
         )
-        fraction = self.val_fraction
-        require(
-            fraction is None or self.val in (None, self.train),
-            "val_fraction has no effect: val is no share of train; remove one of the two",
-        )
-        require(fraction is None or 0 < fraction < 1, f"val_fraction must be in (0, 1), got {fraction}")
 
 
 TASK_FILES = tuple(field.name for field in dataclasses.fields(TaskFiles))
@@ -61,9 +65,9 @@ def task_files(changes: Mapping[str, Any], where: str) -> TaskFiles:
 
 
 def with_held_out(changes: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a task of columns that has no val of its own, with train as val and the share of it that is meant."""
-    train = changes.get("train")
-    if changes.get("text") is None or train is None or changes.get("val") not in (None, train):
+    """The keys of a task, with val and its share where that is of train, which it is of columns unless val is given."""
+    train, fraction = changes.get("train"), changes.get("val_fraction")
+    is_meant = fraction is not None or changes.get("text") is not None
+    if not is_meant or train is None or changes.get("val") not in (None, train):
         return changes
-    fraction = changes.get("val_fraction")
     return {**changes, "val": train, "val_fraction": VAL_FRACTION if fraction is None else fraction}

@@ -54,7 +54,7 @@ def test_every_path_of_the_project_that_a_page_names_exists(page):
 
 
 def test_the_readme_lists_every_command_and_no_other():
-    listed = re.findall(r"^\| `glmd (\w+)", README, re.MULTILINE)
+    listed = re.findall(r"^\| `glmd ([\w-]+)", README, re.MULTILINE)
     actions = build_parser(COMMANDS)._subparsers._group_actions
     assert isinstance(actions[0], argparse._SubParsersAction)
     assert sorted(listed) == sorted(actions[0].choices)

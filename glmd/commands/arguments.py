@@ -49,6 +49,12 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
             command.add_argument("--measure", action="store_true", help="time the steps on this machine")
             command.add_argument("--json", action="store_true", help="for programs: bytes and seconds")
 
+    command = add("init-task", "Look at a file of texts and labels, and write the YAML of its task beside it.")
+    command.add_argument("file", type=Path, help="csv, tsv, jsonl or Parquet")
+    command.add_argument("--text", metavar="COLUMN", help="that is read (default: a guess)")
+    command.add_argument("--text-pair", metavar="COLUMN", help="of a second text (default: none)")
+    command.add_argument("--label", metavar="COLUMN", help="of the answers (default: a guess)")
+
     command = add("compress", "Give a model a smaller vocabulary, without training.")
     command.add_argument("model", help="local folder or hub id, with any head")
     command.add_argument("output", type=Path, help="folder to write")

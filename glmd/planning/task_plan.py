@@ -69,12 +69,15 @@ def plan_task(
     if learned:
         needs_labels = fine_tunes_teacher(config, method, name) or config.controls.hard_labels or uses_labels
         train = read_split(task, _source(files, source, "train"), "train", require_labels=needs_labels, training=True)
-    elif files.get("train") and columns is None:  # of which the labels are those of train
+    elif files.get("train") and columns is None and share is None:
         raise ConfigError(f"tasks.{name}.train has no effect beside inputs and a named teacher; remove it")
     val_source, scored = _source(files, source, "val"), config.selection == "best"
     if columns is not None and share is None and files.get("train"):
         require_same_labels(task, columns, files["train"], val_source)
     if share is not None:
+        if task.is_choice or task.group_by:
+            has = "choices" if task.is_choice else "groups of rows"
+            raise ConfigError(f"tasks.{name}.val_fraction: {name} has {has}, which it would tear apart; give val")
         rows = train or read_split(task, val_source, "train", require_labels=scored, training=True)
         rest, val = _held_out(task, rows, share, val_source)
         train = rest if learned else []

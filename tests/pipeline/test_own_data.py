@@ -89,3 +89,24 @@ def test_check_says_the_line_of_a_row_that_cannot_be_read(tiny, tmp_path, review
         reviews.write_text("\n".join([*lines[:8], line, *lines[9:]]))
         assert main(["check", str(tiny.root / "run.yaml"), *overrides(tmp_path, reviews)]) == 2
         assert f"{reviews}{says}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_share_of_choices_or_groups_is_held_out(tiny, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    passage = {"text": "a b", "questions": [{"question": "c", "idx": 0, "answers": []}]}
+    passage["questions"][0]["answers"] = [{"text": f"d {i}", "label": i, "idx": i} for i in range(2)]
+    choices = {"premise": "a b.", "choice1": "c", "choice2": "d", "question": "cause", "label": 0, "idx": 0}
+    for task, row, has in (
+        ("MultiRC", {"idx": 0, "passage": passage}, "groups of rows"),
+        ("COPA", choices, "choices"),
+    ):
+        rows.write_text(json.dumps(row) + "\n")
+        given = [
+            "tasks=",
+            f"tasks.{task}.train={rows}",
+            f"tasks.{task}.val_fraction=0.5",
+            f"output_dir={tmp_path / 'r'}",
+        ]
+        assert main(["check", str(tiny.root / "run.yaml"), *given]) == 2
+        said = f"tasks.{task}.val_fraction: {task} has {has}, which it would tear apart; give val"
+        assert said in capsys.readouterr().err

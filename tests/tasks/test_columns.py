@@ -172,6 +172,8 @@ def test_a_task_of_columns_without_val_has_a_share_of_train(csv):
     whole = config(train="a.csv", text="body", label="stars")
     assert whole.tasks["reviews"]["val"] == "a.csv" and whole.tasks["reviews"]["val_fraction"] == 0.1
     assert config(train="a.csv", text="body", label="stars", val="a.csv", val_fraction=0.1) == whole
+    assert config(train="a.csv", val_fraction=0.5).tasks["reviews"]["val"] == "a.csv"
+    assert config(train="a.csv", val="a.csv").tasks["reviews"] == {"train": "a.csv", "val": "a.csv"}
     assert "val_fraction" not in config(train="a.csv", text="body", label="stars", val="b.csv").tasks["reviews"]
 
 
@@ -194,6 +196,7 @@ def test_a_resolved_config_with_columns_is_read_back(write):
             {"text": "a", "label": "b", "train": "a", "val": "b", "val_fraction": 0.1},
             "val_fraction has no effect: val is no share of train",
         ),
+        ({"val_fraction": 0.1}, "val_fraction has no effect without train, of which it is held out; give it"),
         ({"text": "a", "label": "b", "train": "a", "val_fraction": 0}, "val_fraction must be in (0, 1), got 0"),
         ({"text": "a", "lable": "b", "train": "a"}, "lable is unknown; did you mean label?"),
     ],
