@@ -216,9 +216,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         scores = evaluate_text(options.model, options.text, max_length=options.max_length)
     else:
-        for name in ("task", "data"):
-            if name not in given:
-                raise ConfigError(f"--{name} is missing; give --task and --data, or --text for a causal LM")
+        if "data" not in given:
+            raise ConfigError("--data is missing; give --task and --data, or --text for a causal LM")
         from glmd.commands.evaluate import evaluate_folder
 
         scores = evaluate_folder(
@@ -242,6 +241,8 @@ def _predict(options: argparse.Namespace) -> None:
         options.task,
         options.file,
         options.output,
+        text=options.text,
+        text_pair=options.text_pair,
         max_length=options.max_length,
         batch_size=options.batch_size,
     )

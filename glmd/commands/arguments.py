@@ -73,7 +73,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--corpus-weights", type=float, nargs="*", default=[], metavar="SHARE", help="of each corpus")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
 
-    task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own"
+    task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own (default: what the model's card tells)"
     command = add("evaluate", "Score a model, stock or distilled, on a task or on text.")
     command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
     command.add_argument("--task", help=task_help)
@@ -89,11 +89,13 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--tokenizer", choices=("mapped", "stock"), help="for --task (default: mapped); stock: text as without glmd"
     )
 
-    command = add("predict", "Write a task model's answers in the leaderboard's form.")
+    command = add("predict", "Write a task model's answers beside the rows of a file, or in the leaderboard's form.")
     command.add_argument(
         "model", help="folder or hub id of a classifier, a multiple-choice model, a masked or a causal LM"
     )
-    command.add_argument("--task", required=True, help=task_help)
+    command.add_argument("--task", help=task_help)
+    command.add_argument("--text", metavar="COLUMN", help="in place of a task: what a classifier reads")
+    command.add_argument("--text-pair", metavar="COLUMN", help="and the column of a second text")
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
     command.add_argument("--batch-size", type=_positive, default=64)
     command.add_argument(
@@ -101,7 +103,9 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         required=True,
         help="jsonl in the official form, csv, tsv, or the hub's Parquet; labels are not needed",
     )
-    command.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+    command.add_argument(
+        "--output", type=Path, required=True, help="file to write: jsonl, or of a csv or tsv its rows with the answers"
+    )
 
     command = add("vocab", "Show what each keep ratio covers and saves, to choose one by.")
     command.add_argument("corpus", nargs="+", help="text or jsonl files, folders, or a data set's id")

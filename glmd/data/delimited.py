@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from glmd.data.jsonl import MAX_LINE_BYTES, read_lines
@@ -111,8 +112,14 @@ def open_delimited(path: str | Path) -> Delimited:
         if name and name in columns[:i]:
             raise DataError(f"{path}:{line}: column {name[:40]!r} stands twice in the header; rename one")
     if fitting[0] != usual:
-        logger.info("%s: its %d columns are separated by %s", path, len(columns), SEPARATORS[fitting[0]])
+        _say(f"{path}: its {counted(len(columns), 'column')} are separated by {SEPARATORS[fitting[0]]}")
     return Delimited(path, fitting[0], columns, line)
+
+
+@lru_cache(maxsize=64)
+def _say(found: str) -> None:
+    """Once in a process: a file is read for its labels, its rows and more."""
+    logger.info("%s", found)
 
 
 def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:

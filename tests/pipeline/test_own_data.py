@@ -3,13 +3,18 @@
 import csv
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from glmd.cli import main
 from glmd.pipeline.run import run
 from glmd.planning.plan import make_plan
+from glmd.tasks.tasks import Task
+from glmd.tasks.told import facts_of
+from glmd.vocabulary.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -45,8 +50,10 @@ def test_a_file_of_texts_and_labels_becomes_a_student(tiny, tmp_path, reviews, t
     assert "own: 6 of 24 rows of " in caplog.text
     student = json.loads((tmp_path / "run/tasks/own/seed-0/task_soft_labels/student/config.json").read_text())
     assert student["id2label"] == {"0": "entailment", "1": "not_entailment"}
-    caplog.clear()
     assert run(config)["rows"] == results["rows"]  # a finished run is the same one
+    folder, output = str(tmp_path / "run/tasks/own/seed-0/task_soft_labels/student"), tmp_path / "answers.csv"
+    assert main(["predict", folder, "--file", str(reviews), "--output", str(output)]) == 0
+    assert f"{folder}: is asked as its task own, which reads Body text and Title" in caplog.text
 
 
 def test_rows_held_out_are_none_of_the_students(tiny, tmp_path, reviews):
@@ -110,3 +117,91 @@ def test_no_share_of_choices_or_groups_is_held_out(tiny, tmp_path, capsys):
         assert main(["check", str(tiny.root / "run.yaml"), *given]) == 2
         said = f"tasks.{task}.val_fraction: {task} has {has}, which it would tear apart; give val"
         assert said in capsys.readouterr().err
+
+
+# A student that is used without naming its task again
+
+
+@pytest.fixture(scope="module")
+def own(tiny, finished, tmp_path_factory):
+    """The finished run's student with the card that a task of columns leaves."""
+    folder = finished.copy(tmp_path_factory.mktemp("own") / "run") / "tasks/RTE/seed-0/task_soft_labels/student"
+    task = Task(
+        "own",
+        ("Body text", "Title"),
+        "{Body text}",
+        ("accuracy",),
+        256,
+        labels=("entailment", "not_entailment"),
+        text_pair="{Title}",
+        label_field="answer",
+    )
+    card = (folder / "README.md").read_text()
+    assert "- task: RTE\n" in card
+    told = "".join(f"- {key}: {value}\n" for key, value in facts_of(task).items())
+    (folder / "README.md").write_text(card.replace("- task: RTE\n", told))
+    return folder
+
+
+def test_answers_stand_beside_the_rows_of_a_new_file(own, reviews, tmp_path, capsys):
+    new = tmp_path / "new.csv"
+    rows = [row[:3] for row in csv.reader(reviews.open(), delimiter=";")]
+    rows[2][1] = 'a, "b"\nc; d'
+    with new.open("w", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([*rows[:5], [], *rows[5:]])
+    output, plain = tmp_path / "answers.csv", tmp_path / "answers.jsonl"
+    assert main(["predict", str(own), "--file", str(new), "--output", str(output)]) == 0
+    assert f"{output}: answers to 24 examples" in capsys.readouterr().out
+    written = list(csv.reader(output.open(newline=""), delimiter=";"))
+    assert [row[:-2] for row in written] == rows
+    assert written[0][-2:] == ["prediction", "score"]
+    assert main(["predict", str(own), "--file", str(new), "--output", str(plain)]) == 0
+    answers = [json.loads(line)["label"] for line in plain.read_text().splitlines()]
+    assert [row[-2] for row in written[1:]] == answers
+    assert all(0.5 <= float(row[-1]) <= 1 for row in written[1:]), "the likelier of two labels"
+    before = output.read_bytes()
+    assert main(["predict", str(own), "--file", str(new), "--output", str(output)]) == 2
+    assert output.read_bytes() == before
+    tabs = tmp_path / "answers.tsv"
+    columns = ("--text", "Body text", "--text-pair", "Title")  # in place of what the card tells
+    assert main(["predict", str(own), *columns, "--file", str(new), "--output", str(tabs), "--max-length", "32"]) == 0
+    assert list(csv.reader(tabs.open(newline=""), delimiter="\t")) == written
+
+
+def test_a_score_is_the_models_probability_of_the_label(own, reviews, tmp_path):
+    output = tmp_path / "answers.csv"
+    assert main(["predict", str(own), "--file", str(reviews), "--output", str(output)]) == 0
+    tokenizer, model = load_tokenizer(own), AutoModelForSequenceClassification.from_pretrained(own).eval()
+    for row in list(csv.DictReader(output.open(newline=""), delimiter=";"))[:4]:
+        inputs = tokenizer(row["Body text"], row["Title"], return_tensors="pt", truncation=True, max_length=32)
+        probabilities = model(**inputs).logits[0].double().softmax(-1).tolist()
+        assert float(row["score"]) == pytest.approx(max(probabilities), abs=2e-6)
+        assert row["prediction"] == model.config.id2label[probabilities.index(max(probabilities))]
+
+
+def test_a_model_is_scored_on_the_task_of_its_card(own, reviews, capsys):
+    assert main(["evaluate", str(own), "--data", str(reviews)]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out and "examples                      24" in out
+
+
+def test_what_cannot_be_answered_is_refused(own, finished, tiny, reviews, tmp_path, capsys):
+    def refused(model, *given, file=reviews, output="out.csv"):
+        assert main(["predict", str(model), "--file", str(file), "--output", str(tmp_path / output), *given]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    pretrained = finished.folder / "pretraining/student"
+    assert f"--task is missing, and the card of {pretrained} tells none" in refused(pretrained)
+    assert "--task is missing, and the card of" in refused(tiny.teacher)
+    assert "reviews.csv:1: there is no column 'premise'; known: " in refused(own, "--task", "RTE")
+    assert "--text and --task are both given" in refused(own, "--task", "RTE", "--text", "Title")
+    assert "--text-pair has no effect without --text" in refused(own, "--text-pair", "Title")
+    assert "is for the rows of a .csv or .tsv file" in refused(own, file=tiny.superglue / "RTE/val.jsonl")
+    reviews.write_text(reviews.read_text().replace("id;Title", "score;Title"))
+    assert f"{reviews}:1: column 'score' is what answers are written to; rename it" in refused(own)
+    broken = tmp_path / "broken"
+    shutil.copytree(own, broken)
+    card = (broken / "README.md").read_text()
+    (broken / "README.md").write_text(card.replace('- text: "{Body text}"', "- text: {Body text}"))
+    assert f"{broken}: its card tells a task that cannot be read (" in refused(broken)
+    assert not (tmp_path / "out.csv").exists()
