@@ -99,21 +99,27 @@ def _rows(
     names = found.class_names.get(task.label_field)
     if found.texts is not None and task.rows == "flat":
         found.texts.require([*task.fields, *([task.label_field] if require_labels else [])])
+    meant: dict[str, Label | None] = {}
     for where, row in found.rows:
         if found.texts is not None:
-            row = _from_texts(task, row)
+            row = _from_texts(task, row, meant)
         if found.is_table:
             row = _with_label(task, row, names, where, oddities)
         for place, flat in flat_rows(task.rows, row, where, oddities):
             yield place, checked(task.rows, flat, place, oddities)
 
 
-def _from_texts(task: Task, row: dict[str, str]) -> dict[str, Any]:
-    """The row of a file of texts with its label as the task has it, and a number as its idx."""
+def _from_texts(task: Task, row: dict[str, str], meant: dict[str, Label | None]) -> dict[str, Any]:
+    """The row of a file of texts with its label as the task has it, and a number as its idx.
+
+    meant: grows with what each text of a label means.
+    """
     typed: dict[str, Any] = dict(row)
-    if task.label_field in row:
-        known = task.labels or tuple(range(len(task.choices)))
-        typed[task.label_field] = label_of_text(known, row[task.label_field])
+    label = row.get(task.label_field)
+    if label is not None:
+        if label not in meant:
+            meant[label] = label_of_text(task.labels or tuple(range(len(task.choices))), label)
+        typed[task.label_field] = meant[label]
     if "idx" in row:
         idx = row["idx"].strip()
         typed["idx"] = int(idx) if re.fullmatch("0|[1-9][0-9]{0,17}", idx) else idx or None

@@ -199,6 +199,9 @@ def test_what_cannot_be_answered_is_refused(own, finished, tiny, reviews, tmp_pa
     assert "is for the rows of a .csv or .tsv file" in refused(own, file=tiny.superglue / "RTE/val.jsonl")
     reviews.write_text(reviews.read_text().replace("id;Title", "score;Title"))
     assert f"{reviews}:1: column 'score' is what answers are written to; rename it" in refused(own)
+    twice = tmp_path / "twice.csv"
+    twice.write_text("idx,Title,Body text,answer\n" + "1,a,b,entailment\n" * 2)
+    assert f"{twice}:3: stands twice, by its idx; remove the row, or the column 'idx'" in refused(own, file=twice)
     broken = tmp_path / "broken"
     shutil.copytree(own, broken)
     card = (broken / "README.md").read_text()
