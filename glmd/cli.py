@@ -1,5 +1,5 @@
-"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `compress`, `convert-glm`, `evaluate`,
-`predict`, `vocab`, `verify`, `export` and `report`.
+"""The command line: `glmd run`, `compare`, `check`, `plan`, `cache`, `init-task`, `compress`, `convert-glm`,
+`evaluate`, `predict`, `vocab`, `verify`, `export` and `report`.
 
 Each command imports what it needs when it runs, so that help and config errors are instant. A refusal is one line on
 stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
@@ -183,6 +183,12 @@ def _cache(options: argparse.Namespace) -> None:
         say(f"{config.teacher.cache}: complete; runs with this teacher.cache read it.")
 
 
+def _init_task(options: argparse.Namespace) -> None:
+    from glmd.commands.init_task import init_task
+
+    say(init_task(options.file, text=options.text, text_pair=options.text_pair, label=options.label))
+
+
 def _compress(options: argparse.Namespace) -> None:
     from glmd.commands.compress import compress_model
 
@@ -231,9 +237,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         scores = evaluate_text(options.model, options.text, max_length=options.max_length)
     else:
-        for name in ("task", "data"):
-            if name not in given:
-                raise ConfigError(f"--{name} is missing; give --task and --data, or --text for a causal LM")
+        if "data" not in given:
+            raise ConfigError("--data is missing; give --task and --data, or --text for a causal LM")
         from glmd.commands.evaluate import evaluate_folder
 
         scores = evaluate_folder(
@@ -257,6 +262,8 @@ def _predict(options: argparse.Namespace) -> None:
         options.task,
         options.file,
         options.output,
+        text=options.text,
+        text_pair=options.text_pair,
         max_length=options.max_length,
         batch_size=options.batch_size,
     )
@@ -344,6 +351,7 @@ COMMANDS = {
     "check": _check,
     "plan": _plan,
     "cache": _cache,
+    "init-task": _init_task,
     "compress": _compress,
     "convert-glm": _convert_glm,
     "evaluate": _evaluate,

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from glmd.errors import RENAMED, suggestion
 from glmd.stage_config import StageConfig, require
-from glmd.strict_yaml import build, coerce
+from glmd.strict_yaml import build
+from glmd.task_files import TASK_FILES, task_files
 
 # Stages whose settings are keys of the config; a method may have others on tasks, whose settings stand in `stages`.
 STAGES = ("pretraining", "task_lm", "task_soft_labels")
@@ -36,7 +37,6 @@ NOT_SWEPT = (
 FLOAT16_HEADS = "products with LM heads run in float32, as fp16 cannot hold their gradients; bf16 is faster"
 MOST_LAYERS = 1000
 GROWING = ("seeds", "sweep", "controls")  # keys that add stages to a run and change none
-TASK_FILES = ("definition", "train", "val", "inputs")  # the keys of a task that are no stage settings
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,10 @@ class RunConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: str = "glmd"  # configs/methods/NAME.yaml, or the path of a YAML of your own
-    # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own jsonl files,
-    # `inputs` a jsonl, labeled or not, that the student learns from in place of train
+    # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own files
+    # of rows (.jsonl, .csv, .tsv, .parquet), `inputs` one, labeled or not, that the student learns from in place of
+    # train. Without a YAML: `text`, `text_pair` and `label` name columns. Where there is no val `val_fraction` of train
+    # is held out (of columns 0.1 by itself)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Of these, such whose texts count for the vocabulary, and on which nothing is trained
     untrained_tasks: list[str] = field(default_factory=list)
@@ -332,11 +334,7 @@ class RunConfig:
                 require(key in known, f"tasks.{task}.{key} is unknown{suggestion(str(key), known)}")
             for stage in ("task_teacher", "task_lm", "task_soft_labels", *self.stages):
                 self.stage(stage, task)
-            for name in TASK_FILES:
-                value = coerce(str | None, self.tasks[task].get(name), f"tasks.{task}.{name}")
-                require(
-                    value is None or bool(value.strip()), f"tasks.{task}.{name} is empty; give a path, or remove it"
-                )
+            task_files(self.tasks[task], f"tasks.{task}")
         for task in self.untrained_tasks:
             require(task in self.tasks, f"untrained_tasks: {task} is not among tasks{suggestion(task, self.tasks)}")
         require(

@@ -19,6 +19,7 @@ from glmd.config import (
 from glmd.errors import ConfigError
 from glmd.stage_config import StageConfig, require
 from glmd.strict_yaml import build, dump_yaml, load_yaml, named_file, parse_yaml
+from glmd.task_files import with_held_out
 
 
 def words_of_file(path: str, field: str) -> list[str]:
@@ -88,7 +89,10 @@ def config_of(values: dict[str, Any], file: str, keys: Iterable[str] = ()) -> Ru
         require(len(set(names)) == len(names), f"{file}: tasks names a task twice: {names}")
         values["tasks"] = {name: {} for name in names}
     if isinstance(values.get("tasks"), dict):
-        values["tasks"] = {task: changes or {} for task, changes in values["tasks"].items()}
+        values["tasks"] = {
+            task: with_held_out(changes) if isinstance(changes, dict) else changes or {}
+            for task, changes in values["tasks"].items()
+        }
     if isinstance(values.get("data"), dict) and isinstance(values["data"].get("corpus"), str):
         values["data"]["corpus"] = [values["data"]["corpus"]]
     vocabulary = values.get("vocabulary")

@@ -22,9 +22,9 @@ PACKAGE = Path(glmd.__file__).parent
 # The wings, lowest first; the modules of the top folder stand for themselves. Each may import what stands before it,
 # but not its neighbors between the same bars.
 WINGS = """
-version errors | runtime | storage strict_yaml losses | stage_config public | config | config_file data | vocabulary
-| models | tasks | distillation | training evaluation | planning | reporting | pipeline | commands tokenizer glm | cli
-| __main__
+version errors | runtime | storage strict_yaml losses | stage_config public | task_files | config | config_file data
+| vocabulary | models | tasks | distillation | training evaluation | planning | reporting | pipeline
+| commands tokenizer glm | cli | __main__
 """
 RANK = {name: rank for rank, group in enumerate(WINGS.split("|")) for name in group.split()}
 

@@ -49,6 +49,12 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
             command.add_argument("--measure", action="store_true", help="time the steps on this machine")
             command.add_argument("--json", action="store_true", help="for programs: bytes and seconds")
 
+    command = add("init-task", "Look at a file of texts and labels, and write the YAML of its task beside it.")
+    command.add_argument("file", type=Path, help="csv, tsv, jsonl or Parquet")
+    command.add_argument("--text", metavar="COLUMN", help="that is read (default: a guess)")
+    command.add_argument("--text-pair", metavar="COLUMN", help="of a second text (default: none)")
+    command.add_argument("--label", metavar="COLUMN", help="of the answers (default: a guess)")
+
     command = add("compress", "Give a model a smaller vocabulary, without training.")
     command.add_argument("model", help="local folder or hub id, with any head")
     command.add_argument("output", type=Path, help="folder to write")
@@ -76,11 +82,13 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--size", help="refuse the checkpoint unless it is of this size: 110M, 340M, 2B or 10B")
     command.add_argument("--num-attention-heads", type=_positive, help="default: heads of 64, as all published have")
 
-    task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own"
+    task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own (default: what the model's card tells)"
     command = add("evaluate", "Score a model, stock or distilled, on a task or on text.")
     command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
     command.add_argument("--task", help=task_help)
-    command.add_argument("--data", help="for --task: a SuperGLUE folder, a jsonl or Parquet file, or aps/super_glue")
+    command.add_argument(
+        "--data", help="for --task: a SuperGLUE folder, a jsonl, csv, tsv or Parquet file, or aps/super_glue"
+    )
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
     command.add_argument("--batch-size", type=_positive, help="for --task (default: 64)")
     command.add_argument("--text", nargs="+", help="in place of a task: files to measure bits per byte on")
@@ -90,17 +98,23 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--tokenizer", choices=("mapped", "stock"), help="for --task (default: mapped); stock: text as without glmd"
     )
 
-    command = add("predict", "Write a task model's answers in the leaderboard's form.")
+    command = add("predict", "Write a task model's answers beside the rows of a file, or in the leaderboard's form.")
     command.add_argument(
         "model", help="folder or hub id of a classifier, a multiple-choice model, a masked or a causal LM"
     )
-    command.add_argument("--task", required=True, help=task_help)
+    command.add_argument("--task", help=task_help)
+    command.add_argument("--text", metavar="COLUMN", help="in place of a task: what a classifier reads")
+    command.add_argument("--text-pair", metavar="COLUMN", help="and the column of a second text")
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's)")
     command.add_argument("--batch-size", type=_positive, default=64)
     command.add_argument(
-        "--file", required=True, help="jsonl in the official form, or the hub's Parquet; labels are not needed"
+        "--file",
+        required=True,
+        help="jsonl in the official form, csv, tsv, or the hub's Parquet; labels are not needed",
     )
-    command.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+    command.add_argument(
+        "--output", type=Path, required=True, help="file to write: jsonl, or of a csv or tsv its rows with the answers"
+    )
 
     command = add("vocab", "Show what each keep ratio covers and saves, to choose one by.")
     command.add_argument("corpus", nargs="+", help="text or jsonl files, folders, or a data set's id")

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from glmd.data.batches import Collate
 from glmd.data.corpus import read_documents
-from glmd.data.tables import ROW_SUFFIXES, Split
+from glmd.data.tables import READ_FROM, ROW_SUFFIXES, TEXT_SUFFIXES, Split
 from glmd.errors import ConfigError, DataError, ModelError
+from glmd.evaluation.answers import require_answerable, write_answers
 from glmd.evaluation.bits_per_byte import _bytes, score_text
 from glmd.evaluation.leaderboard import require_idx, with_idx, write_predictions
 from glmd.evaluation.metrics import score
@@ -29,6 +30,7 @@ from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.forms import task_form, warn_of_unnamed_classes
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import Task, load_task
+from glmd.tasks.told import task_of_classes, told_task
 from glmd.vocabulary.tokenizer import load_tokenizer, require_fast, stock_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ LANGUAGE_MODELS = (
 @public
 def evaluate_folder(
     model: str | Path,
-    task_name: str | Path,
+    task_name: str | Path | None,
     data: str | Path,
     split: Split = "val",
     *,
@@ -54,54 +56,65 @@ def evaluate_folder(
 ) -> dict[str, float | str]:
     """Casting, counts and metrics of a task model on a task's split, with the folder's own tokenizer.
 
-    task_name: of a task that comes with glmd, or the YAML of one. max_length: None for the folder's own, by its card,
-        else the task's, as far as the model's positions go.
+    task_name: of a task that comes with glmd, or the YAML of one; None for what the model's card tells. max_length:
+        None for the folder's own, by its card, else the task's, as far as the model's positions go.
     stock: read a compressed model's text as plain AutoTokenizer does without glmd.
     Raises GlmdError where task, data and model do not fit, or where a compressed model would be scored with a
     tokenizer that is not exact.
     """
     if split not in get_args(Split):
         raise ConfigError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
-    task = _task_for(str(model), str(task_name))
+    task = _task_for(str(model), task_name)
     length = _length(str(model), task, max_length)
     examples = read_split(task, str(data), split, require_labels=True)
     score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
-    answers, truncated = _answers(str(model), task, examples, length, batch_size, stock=stock)
+    logits, truncated = _logits(str(model), task, examples, length, batch_size, stock=stock)
     return {
         "casting": task.casting,
         "examples": len(examples),
         "max_length": length,
         "truncated": truncated,
-        **score(task, answers, examples),
+        **score(task, answers_of(task, logits), examples),
     }
 
 
 @public
 def predict_file(
     model: str | Path,
-    task_name: str | Path,
+    task_name: str | Path | None,
     file: str | Path,
     output: str | Path,
     *,
+    text: str | None = None,
+    text_pair: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
 ) -> int:
-    """Write the answers of a task model to the rows of a file, in the leaderboard's form. Returns their number.
+    """Write the answers of a task model to the rows of a file, which need no labels. Returns their number.
 
-    Raises GlmdError as `evaluate_folder` does; rows need no labels.
+    task_name: None for what the model's card tells. text, text_pair: in place of a task, the columns that it reads.
+    output: .csv or .tsv, of a file of these, for its rows with a column `prediction` (a label of the task) and one
+        `score` (its probability: the softmax of the model's logits). Any other name for the leaderboard's form.
+    Raises GlmdError as `evaluate_folder` does.
     """
     model, file, output = str(model), str(file), Path(output)
-    task = _task_for(model, str(task_name))
+    task = _task_for(model, task_name, text, text_pair)
     length = _length(model, task, max_length)
     if not file.lower().endswith(ROW_SUFFIXES):
-        raise DataError(f"--file {file}: rows are read from .jsonl and .parquet files; convert it to one of them")
+        raise DataError(f"--file {file}: {READ_FROM}; convert it to one of them")
     problem = "exists already" if output.exists() else write_problem(output.parent)
     if problem is not None:
         raise DataError(f"--output {output}: {problem}; choose another")
-    examples = with_idx(task, read_split(task, file, "test", require_labels=False))
-    require_idx(task, examples)
-    answers, _ = _answers(model, task, examples, length, batch_size)
-    write_predictions(task, answers, examples, output)
+    table = require_answerable(task, file, output) if output.suffix.lower() in TEXT_SUFFIXES else None
+    examples = read_split(task, file, "test", require_labels=False)
+    if table is None:
+        examples = with_idx(task, examples)
+        require_idx(task, examples)
+    logits, _ = _logits(model, task, examples, length, batch_size)
+    if table is None:
+        write_predictions(task, answers_of(task, logits), examples, output)
+    else:
+        write_answers(task, logits, examples, table, output)
     return len(examples)
 
 
@@ -138,26 +151,47 @@ def _require_batch(model: str, batch_size: int, examples: list[TaskExample], len
         raise ConfigError(f"--batch-size {batch_size:,}: of {length} tokens about {fits:,} fit; give at most {fits:,}")
 
 
-def _task_for(model: str, task_name: str) -> Task:
+def _task_for(model: str, task_name: str | Path | None, text: str | None = None, text_pair: str | None = None) -> Task:
     """The task, where the model has its head: found out before any data is read."""
-    task = load_task(task_name)
+    named = load_task(task_name) if task_name is not None else None
+    if text_pair is not None and text is None:
+        raise ConfigError("--text-pair has no effect without --text, the column of the first text; give it")
+    if text is not None and named is not None:
+        raise ConfigError("--text and --task are both given; keep one")
     require_model(model, field="model")
     config = load_model_config(model)
+    task = named or _told(model, config, text, text_pair)
     if any(head in architecture for architecture in config.architectures or () for head in LANGUAGE_MODELS):
         try:
-            task = load_task(task_name, "cloze")
+            task = load_task(task_name or task.name, "cloze")
         except ConfigError as error:
             raise ModelError(f"{model}: is a language model without a task head ({error})") from None
     form = task_form(task, kind=lm_kind(config))
     form.require(config, model)
     warn_of_unnamed_classes(config, form, model)
+    if named is None:
+        logger.info("%s: is asked as its task %s, which reads %s", model, task.name, " and ".join(task.fields))
     return task
 
 
-def _answers(
+def _told(model: str, config: Any, text: str | None, text_pair: str | None) -> Task:
+    """The task of a model that nobody names: by its card, or by its classes and the columns that it shall read."""
+    classes = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    try:
+        if text is not None:
+            return task_of_classes(classes, text, text_pair)
+        task = told_task(told_by_card(Path(model))[1], classes)
+    except ConfigError as error:
+        raise ModelError(f"{model}: {error}") from None
+    if task is None:
+        raise ConfigError(f"--task is missing, and the card of {model} tells none that is known; give it")
+    return task
+
+
+def _logits(
     model: str, task: Task, examples: list[TaskExample], max_length: int, batch_size: int, *, stock: bool = False
 ) -> tuple[np.ndarray, int]:
-    """(examples,) class ids or positions of choices, and how many inputs were cut."""
+    """(examples, C) scores of labels or choices, and how many inputs were cut."""
     _require_batch(model, batch_size, examples, max_length)
     tokenizer = load_tokenizer(model)
     if stock:
@@ -172,8 +206,7 @@ def _answers(
     classifier.to(accelerator.device)
     # The folder's tokenizer gives the model's own ids, so there is nothing to map.
     options: dict[str, Any] = {"accelerator": accelerator, "batch_size": batch_size, "name": model}
-    logits = predict(classifier, dataset, collate, token_map=None, **options)
-    return answers_of(task, logits), dataset.truncated
+    return predict(classifier, dataset, collate, token_map=None, **options), dataset.truncated
 
 
 MAX_LENGTH = 1024  # tokens that a model reads at once, if it can and nothing else is asked

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from glmd.data.delimited import Delimited, open_delimited
 from glmd.data.jsonl import read_jsonl
 from glmd.errors import DataError
 
@@ -24,7 +25,9 @@ Located = tuple[str, dict[str, Any]]  # where a row stands, to name in a refusal
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 # As the official zip, the hub and `datasets` name them.
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
-ROW_SUFFIXES = (".jsonl", ".parquet")
+TEXT_SUFFIXES = (".csv", ".tsv")
+ROW_SUFFIXES = (".jsonl", *TEXT_SUFFIXES, ".parquet")
+READ_FROM = f"rows are read from {', '.join(ROW_SUFFIXES[:-1])} and {ROW_SUFFIXES[-1]} files"
 LISTED = 12  # names in a message
 
 
@@ -52,17 +55,19 @@ class Found:
 
     is_table: whether they have columns of one type each, where labels are class numbers.
     class_names: for a column of class numbers, the names that the file gives them.
+    texts: the file, where all that stands in its rows is text, labels and numbers too.
     """
 
     rows: Iterator[Located]
     is_table: bool = False
     class_names: dict[str, list[str]] = field(default_factory=dict)
+    texts: Delimited | None = None
 
 
 def open_split(source: str, split: Split, place: Place) -> Found:
     """The rows of a split of a task.
 
-    source: a folder, one .jsonl or .parquet file whatever its name, or a data set of the hub, `owner/name`.
+    source: a folder, one .jsonl, .csv, .tsv or .parquet file whatever its name, or a data set of the hub, `owner/name`.
     Raises DataError naming the source and what would work.
     """
     path = Path(os.path.expanduser(source))
@@ -74,13 +79,12 @@ def open_split(source: str, split: Split, place: Place) -> Found:
     instead += ", or the data set aps/super_glue" if place.hub_name else ""
     if source.strip() and path.is_file():
         raise DataError(
-            f"{source}: rows are read from .jsonl and .parquet files, not from {path.suffix or 'others'}; "
-            f"unpack or convert it, or {instead}"
+            f"{source}: {READ_FROM}, not from {path.suffix or 'others'}; unpack or convert it, or {instead}"
         )
     # `data/superglue` beside an existing `data` is a mistyped path and no owner on the hub.
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.parent.exists():
         shown = source if source.strip() else repr(source)
-        raise DataError(f"{shown}: no such folder, nor a .jsonl file; {instead}")
+        raise DataError(f"{shown}: no such folder, nor a file of rows; {instead}")
     return _read_hub(source, split, place)
 
 
@@ -122,8 +126,9 @@ def _named(folder: Path, place: Place) -> list[Path]:
 
 def _files_of(folder: Path, split: Split, place: Place) -> list[Path]:
     for name in SPLIT_NAMES[split]:
-        if (folder / f"{name}.jsonl").is_file():
-            return [folder / f"{name}.jsonl"]
+        for suffix in (".jsonl", *TEXT_SUFFIXES):
+            if (folder / f"{name}{suffix}").is_file():
+                return [folder / f"{name}{suffix}"]
     if split == "test":  # the diagnostics' only file bears the task's name: AX-b/AX-b.jsonl
         folded = {name.casefold() for name in place.names}
         alone = [each for each in sorted(folder.glob("*.jsonl")) if each.stem.casefold() in folded]
@@ -146,6 +151,9 @@ def _parquet_files(folder: Path, split: Split) -> list[Path]:
 
 
 def _read_files(files: list[Path]) -> Found:
+    if files[0].suffix.lower() in TEXT_SUFFIXES:
+        table = open_delimited(files[0])  # of a split there is one
+        return Found(((f"{table.path}:{line}", row) for line, row in table.rows()), texts=table)
     if files[0].suffix.lower() == ".jsonl":
         return Found((f"{path}:{line}", row) for path in files for line, row in read_jsonl(path))
     return Found(_parquet_rows(files), is_table=True, class_names=_class_names(files[0]))

@@ -55,7 +55,8 @@ def card_text(card: ModelCard) -> str:
             + _WITHOUT[card.opens_plainly],
         ]
         if card.task is not None:
-            command = f"glmd evaluate THIS_FOLDER --task {card.task} --data ... --tokenizer stock"
+            named = "" if "text" in card.facts else f"--task {card.task} "  # the card tells the task itself
+            command = f"glmd evaluate THIS_FOLDER {named}--data ... --tokenizer stock"
             lines += ["", f"`{command}` measures how it reads text with the stock tokenizer."]
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main
 from glmd.storage import write_atomically
+from glmd.tasks.told import facts_of
 from glmd.version import __version__
 
 PROVED = "exports_checked.json"  # in a run's folder: what each was when it was proved
@@ -45,7 +46,8 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
         "seed": str(stage.seed),
     }
     if not stage.leaves_language_model:
-        facts["max_length"] = str(stage.length)
+        assert stage.task is not None, "a stage of a task"
+        facts |= {"max_length": str(stage.length), **facts_of(stage.task.task)}
     if not stage.leaves_language_model and not stage.trains_teacher:
         facts |= {"checkpoint": selection_of(config, stage), "scored on": f"{task} val"}
     own = "Student" if stage.leaves_language_model else "Student for {task}", f"{stage.kind} of method {config.method}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
-from glmd.errors import ConfigError, DataError
+from glmd.errors import ConfigError, DataError, counted
 from glmd.evaluation.metrics import require_metrics, score
-from glmd.planning.teacher_rules import fine_tunes_teacher, learns_from_train, task_of
+from glmd.planning.teacher_rules import columns_of, fine_tunes_teacher, learns_from_train, task_of
+from glmd.tasks.columns import hold_out, require_same_labels
 from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,30 @@ def plan_task(
     """
     task, files = task_of(config, name), config.tasks[name]
     require_metrics(task)
+    columns, share = columns_of(config, name), files.get("val_fraction")
     own_inputs, uses_labels = files.get("inputs"), any(each.reads("labels") for each in method.values())
     train: list[TaskExample] = []
-    if learns_from_train(config, method, name):
+    learned = learns_from_train(config, method, name)
+    if learned:
         needs_labels = fine_tunes_teacher(config, method, name) or config.controls.hard_labels or uses_labels
         train = read_split(task, _source(files, source, "train"), "train", require_labels=needs_labels, training=True)
-    elif files.get("train"):
+    elif files.get("train") and columns is None and share is None:
         raise ConfigError(f"tasks.{name}.train has no effect beside inputs and a named teacher; remove it")
+    val_source, scored = _source(files, source, "val"), config.selection == "best"
+    if columns is not None and share is None and files.get("train"):
+        require_same_labels(task, columns, files["train"], val_source)
+    if share is not None:
+        if task.is_choice or task.group_by:
+            has = "choices" if task.is_choice else "groups of rows"
+            raise ConfigError(f"tasks.{name}.val_fraction: {name} has {has}, which it would tear apart; give val")
+        rows = train or read_split(task, val_source, "train", require_labels=scored, training=True)
+        rest, val = _held_out(task, rows, share, val_source)
+        train = rest if learned else []
+    else:
+        val = read_split(task, val_source, "val", require_labels=scored)
     inputs = train
     if own_inputs:
         inputs = read_split(task, own_inputs, "train", require_labels=uses_labels, training=True)
-    val_source = _source(files, source, "val")
-    val = read_split(task, val_source, "val", require_labels=config.selection == "best")
     unlabeled = [not example.is_labeled for example in val]
     if any(unlabeled) and not all(unlabeled):
         found = f"{sum(unlabeled)} of {len(val)} rows of {name} val have no label"
@@ -77,6 +93,18 @@ def plan_task(
     if not all(unlabeled):
         score(task, np.zeros(len(val), dtype=np.int64), val)  # what cannot be scored is refused now, not after training
     return TaskPlan(task, train, inputs, val, verbalizers)
+
+
+def _held_out(
+    task: Task, rows: list[TaskExample], share: float, source: str
+) -> tuple[list[TaskExample], list[TaskExample]]:
+    """Rows of train, and those of them that are val: the same for all seeds, which are compared by it."""
+    train, val = hold_out(rows, share, seed=0)
+    logger.info("%s: %d of %s of %s are held out as val", task.name, len(val), counted(len(rows), "row"), source)
+    twins = len({each.texts for each in train} & {each.texts for each in val})
+    if twins:
+        logger.warning("%s: %s of val stand in train too, word for word", task.name, counted(twins, "text"))
+    return train, val
 
 
 def _source(files: dict[str, Any], source: str | None, split: str) -> str:

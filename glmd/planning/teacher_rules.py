@@ -5,17 +5,61 @@
 From names and numbers alone, as all rules.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError
+from glmd.task_files import task_files
+from glmd.tasks.columns import Columns, task_of_columns
 from glmd.tasks.tasks import Task, load_task
 
 
 def task_of(config: RunConfig, name: str) -> Task:
-    """The task under a key of `tasks`: from its own YAML if it names one, else one that comes with glmd."""
-    return load_task(config.tasks[name].get("definition") or name, config.casting)
+    """The task under a key of `tasks`: of columns or from its own YAML if it names them, else one that comes with glmd.
+
+    Of columns the labels are those of the training file, in the order of the first model that is named for the task.
+    """
+    columns = columns_of(config, name)
+    if columns is None:
+        return load_task(config.tasks[name].get("definition") or name, config.casting)
+    train, models = config.tasks[name].get("train"), config.teacher.of_task(name)
+    classes = None
+    if models:
+        from glmd.models.loading import load_model_config, require_model
+
+        require_model(models[0], field=f"teacher.tasks.{name}")
+        named = load_model_config(models[0]).id2label
+        classes = tuple(str(named[i]) for i in sorted(named))
+    path = Path(train).expanduser() if train is not None else None
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path is not None and path.is_file() else None
+    return _of_columns(name, columns, train, classes, config.casting, stamp)
+
+
+def columns_of(config: RunConfig, name: str) -> Columns | None:
+    """The columns that a task is made of, where it is."""
+    files = task_files(config.tasks[name], f"tasks.{name}")
+    if files.text is None:
+        return None
+    assert files.label is not None, "checked with the config"
+    try:
+        return Columns(files.text, files.label, files.text_pair)
+    except ConfigError as error:
+        raise ConfigError(f"tasks.{name}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _of_columns(
+    name: str,
+    columns: Columns,
+    train: str | None,
+    classes: tuple[str, ...] | None,
+    casting: str,
+    stamp: tuple[int, int] | None,
+) -> Task:
+    """The task is asked for many times; its file is read once. stamp: what tells a file from what it was."""
+    return task_of_columns(name, columns, train, classes=classes, casting=casting)
 
 
 def passes(method: dict[str, Objective]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from glmd.data.oddities import Oddities
 from glmd.data.tables import Place, Split, open_split
 from glmd.errors import DataError, suggestion
 from glmd.tasks.superglue import checked, flat_rows
-from glmd.tasks.tasks import BLANK, NO_LABEL, Label, Task, _is_given, _listed, _shown
+from glmd.tasks.tasks import BLANK, NO_LABEL, Label, Task, _is_given, _listed, _shown, label_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ def read_split(
 ) -> list[TaskExample]:
     """Every example of a split, checked.
 
-    source: a folder that holds the split in the official form or in the hub's (`glmd.data.tables`); or one .jsonl or
-        .parquet file, whatever its name; or a data set of the hub, `aps/super_glue`.
+    source: a folder that holds the split in the official form or in the hub's (`glmd.data.tables`); or one .jsonl,
+        .csv, .tsv or .parquet file, whatever its name; or a data set of the hub, `aps/super_glue`.
     require_labels: refuse a row without a label. A label that is there is checked in any case; null and -1,
         with which the hub marks hidden labels, count as none.
     training: make examples to learn from. Where a row lists its candidates, an example has at most
@@ -58,7 +59,7 @@ def read_split(
     examples: list[TaskExample] = []
     first_of: dict[str, tuple[str, TaskExample]] = {}
     oddities = Oddities()
-    for where, row in _rows(task, str(source), split, oddities):
+    for where, row in _rows(task, str(source), split, oddities, require_labels=require_labels):
         _check_blanks(task, row, where, oddities)
         made = _examples(task, row, where, len(examples), require_labels=require_labels, training=training)
         if made and row.get("idx") is not None:
@@ -86,19 +87,43 @@ def read_split(
     return examples
 
 
-def _rows(task: Task, source: str, split: Split, oddities: Oddities) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Flat rows, with class numbers turned back into the labels of the official files."""
+def _rows(
+    task: Task, source: str, split: Split, oddities: Oddities, *, require_labels: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Flat rows, with class numbers and texts turned back into the labels of the official files."""
     if task.only_split is not None and split != task.only_split:
         if split == "train":
             raise DataError(f"{source}: {task.name} has no train split; it is scored with a model of another task")
         split = task.only_split
     found = open_split(source, split, Place(task.name, task.folder, task.hub_name))
     names = found.class_names.get(task.label_field)
+    if found.texts is not None and task.rows == "flat":
+        found.texts.require([*task.fields, *([task.label_field] if require_labels else [])])
+    meant: dict[str, Label | None] = {}
     for where, row in found.rows:
+        if found.texts is not None:
+            row = _from_texts(task, row, meant)
         if found.is_table:
             row = _with_label(task, row, names, where, oddities)
         for place, flat in flat_rows(task.rows, row, where, oddities):
             yield place, checked(task.rows, flat, place, oddities)
+
+
+def _from_texts(task: Task, row: dict[str, str], meant: dict[str, Label | None]) -> dict[str, Any]:
+    """The row of a file of texts with its label as the task has it, and a number as its idx.
+
+    meant: grows with what each text of a label means.
+    """
+    typed: dict[str, Any] = dict(row)
+    label = row.get(task.label_field)
+    if label is not None:
+        if label not in meant:
+            meant[label] = label_of_text(task.labels or tuple(range(len(task.choices))), label)
+        typed[task.label_field] = meant[label]
+    if "idx" in row:
+        idx = row["idx"].strip()
+        typed["idx"] = int(idx) if re.fullmatch("0|[1-9][0-9]{0,17}", idx) else idx or None
+    return typed
 
 
 def _with_label(

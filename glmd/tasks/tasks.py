@@ -224,6 +224,23 @@ def _label_text(label: Label) -> str:
     return str(label).strip().casefold().replace("true", "1").replace("false", "0")
 
 
+def label_of_text(known: tuple[Label, ...], text: str) -> Label | None:
+    """The label that a field of a file of texts means: 5.0 is 5, Positive is positive, true is True, where only one
+    of `known` is meant. None for an empty field and -1, where that is no label; else the text itself."""
+    if text in known:
+        return text
+    alike = [each for each in known if _number_text(each) == _number_text(text)]
+    if len(alike) == 1:
+        return alike[0]
+    return None if text.strip() in ("", str(NO_LABEL)) else text
+
+
+def _number_text(label: Label) -> str:
+    """_label_text without regard to case and to zeros behind a point."""
+    text = _label_text(label).casefold()
+    return text.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text
+
+
 def _listed(labels: tuple[Label, ...]) -> str:
     return ", ".join(map(_shown, labels))
 

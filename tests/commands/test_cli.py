@@ -168,8 +168,8 @@ def test_predict_refuses_before_the_model_is_loaded(refused, finished, tiny, tmp
         rows.write_text(lines)
         assert says in refused(*common, "--output", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
-    csv = (*common[:-1], tmp_path / "rows.csv", "--output", tmp_path / "out.jsonl")
-    assert "rows.csv: rows are read from .jsonl and .parquet files" in refused(*csv)
+    other = (*common[:-1], tmp_path / "rows.xlsx", "--output", tmp_path / "out.jsonl")
+    assert "rows.xlsx: rows are read from .jsonl, .csv, .tsv and .parquet files" in refused(*other)
 
 
 def test_predict_numbers_rows_without_idx(glmd, finished, tmp_path):

@@ -417,13 +417,14 @@ def test_a_source_that_is_not_there_is_refused_with_what_is(make_task, write, tm
     assert message == f"{tmp_path}/Toy/train.jsonl: no such file; {tmp_path}/Toy holds val.jsonl"
     message = refusal(DataError, read_split, task, str(tmp_path / "Toy"), **read)  # one folder too deep
     assert message == f"{tmp_path}/Toy/Toy/train.jsonl: no such file; {tmp_path}/Toy holds val.jsonl"
-    assert "cannot be read" in refusal(DataError, read_split, task, str(tmp_path / "none.jsonl"), **read)
-    for source in (tmp_path / "none", tmp_path / "none.csv", "superglue", "./none", " "):
-        assert "no such folder, nor a .jsonl file" in refusal(DataError, read_split, task, str(source), **read)
-    for name in ("rows.csv", "rows.jsonl.gz", "rows"):
+    for name in ("none.jsonl", "none.csv", "none.tsv"):
+        assert "cannot be read" in refusal(DataError, read_split, task, str(tmp_path / name), **read)
+    for source in (tmp_path / "none", tmp_path / "none.txt", "superglue", "./none", " "):
+        assert "no such folder, nor a file of rows" in refusal(DataError, read_split, task, str(source), **read)
+    for name in ("rows.xlsx", "rows.jsonl.gz", "rows"):
         (tmp_path / name).write_text("claim,proof\n")
         message = refusal(DataError, read_split, task, str(tmp_path / name), **read)
-        assert f"{name}: rows are read from .jsonl and .parquet files, not from" in message
+        assert f"{name}: rows are read from .jsonl, .csv, .tsv and .parquet files, not from" in message
 
 
 # The hub
@@ -442,7 +443,7 @@ def test_a_mistyped_folder_beside_others_is_no_owner_on_the_hub(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     read = {"split": "val", "require_labels": True}
-    assert "nor a .jsonl file" in refusal(DataError, read_split, load_task("RTE"), "data/superglue", **read)
+    assert "nor a file of rows" in refusal(DataError, read_split, load_task("RTE"), "data/superglue", **read)
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""A file's own rows with a model's answers beside them, as .csv or .tsv.
+
+table = require_answerable(task, "new.csv", Path("answers.csv"))
+write_answers(task, logits, examples, table, Path("answers.csv"))
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from glmd.data.delimited import Delimited, open_delimited
+from glmd.data.tables import TEXT_SUFFIXES
+from glmd.errors import DataError
+from glmd.storage import write_atomically
+from glmd.tasks.examples import TaskExample
+from glmd.tasks.tasks import Task
+
+ADDED = ("prediction", "score")
+
+
+def require_answerable(task: Task, file: str, output: Path) -> Delimited:
+    """The file, with its header read. Refuses one whose rows cannot be written with answers beside them."""
+    if Path(file).suffix.lower() not in TEXT_SUFFIXES:
+        raise DataError(f"--output {output}: is for the rows of a .csv or .tsv file, not of {file}; give a .jsonl")
+    if task.is_choice or task.rows != "flat":
+        raise DataError(f"--output {output}: a row of {task.name} is not one text with one label; give a .jsonl")
+    table = open_delimited(file)
+    for name in ADDED:
+        if name in table.columns:
+            raise DataError(f"{file}:{table.line}: column {name!r} is what answers are written to; rename it")
+    return table
+
+
+def write_answers(
+    task: Task, logits: np.ndarray, examples: Sequence[TaskExample], table: Delimited, output: Path
+) -> None:
+    """Write every row of the file with the likeliest label and its probability, by the separator of the output's name.
+
+    logits: (examples, C). The rows are found by the lines that the examples were read from. Raises DataError for a row
+    of which no example was made, as one that stands twice with its idx.
+    """
+    scores = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    best = scores.argmax(-1)
+    answers = {
+        example.where: (str(task.labels[label]), f"{row[label]:.6f}")
+        for example, label, row in zip(examples, best, scores, strict=True)
+    }
+    text = io.StringIO()
+    is_alike = output.suffix.lower() == table.path.suffix.lower()
+    separator = table.separator if is_alike else "\t" if output.suffix.lower() == ".tsv" else ","
+    writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+    writer.writerow([*table.columns, *ADDED])
+    for line, record in table.records():
+        where = f"{table.path}:{line}"
+        if where not in answers:
+            raise DataError(f"{where}: stands twice, by its idx; remove the row, or the column 'idx'")
+        writer.writerow([*record, *answers[where]])
+    write_atomically(output, text.getvalue())

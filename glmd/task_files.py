@@ -1,0 +1,73 @@
+"""Where the rows of a task of a run lie, and which of their columns it reads: keys of `tasks` that train nothing.
+
+files = task_files({"train": "reviews.csv", "text": "body", "label": "stars"}, "tasks.reviews")
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glmd.stage_config import require
+from glmd.strict_yaml import build
+
+VAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Files of rows, or folders of them, and what the task is: a YAML, or columns of the files."""
+
+    definition: str | None = None  # its YAML; None: its name is one of configs/tasks, or it is made of columns
+    train: str | None = None
+    val: str | None = None  # the same as train where a share of that is held out
+    inputs: str | None = None  # what the student learns from in place of train
+    text: str | None = None  # column that a model reads
+    text_pair: str | None = None  # column of the second text
+    label: str | None = None  # column of the answer
+    val_fraction: float | None = None  # share of each label's rows of train that is held out as val
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            given = "give a column" if field.name in ("text", "text_pair", "label") else "give a path"
+            require(not isinstance(value, str) or bool(value.strip()), f"{field.name} is empty; {given}, or remove it")
+        fraction = self.val_fraction
+        if fraction is not None:
+            require(
+                self.train is not None, "val_fraction has no effect without train, of which it is held out; give it"
+            )
+            require(
+                self.val in (None, self.train),
+                "val_fraction has no effect: val is no share of train; remove one of the two",
+            )
+            require(0 < fraction < 1, f"val_fraction must be in (0, 1), got {fraction}")
+        if self.text is None:
+            for name in ("text_pair", "label"):
+                require(getattr(self, name) is None, f"{name} has no effect without text, the column to read; give it")
+            return
+        require(self.definition is None, "definition and text are both given; keep the YAML or the columns")
+        require(self.label is not None, "label is missing: the column of the answers")
+        columns = [each for each in (self.text, self.text_pair, self.label) if each is not None]
+        require(len(set(columns)) == len(columns), f"text, text_pair and label name a column twice: {columns}")
+        require(
+            self.train is not None or (self.inputs is not None and self.val is not None),
+            "train is missing: the labels are those of its rows",
+        )
+
+
+TASK_FILES = tuple(field.name for field in dataclasses.fields(TaskFiles))
+
+
+def task_files(changes: Mapping[str, Any], where: str) -> TaskFiles:
+    """Of a task's keys those of its files. Raises ConfigError that begins with `where` and the key."""
+    return build(TaskFiles, {key: value for key, value in changes.items() if key in TASK_FILES}, where)
+
+
+def with_held_out(changes: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a task, with val and its share where that is of train, which it is of columns unless val is given."""
+    train, fraction = changes.get("train"), changes.get("val_fraction")
+    is_meant = fraction is not None or changes.get("text") is not None
+    if not is_meant or train is None or changes.get("val") not in (None, train):
+        return changes
+    return {**changes, "val": train, "val_fraction": VAL_FRACTION if fraction is None else fraction}
