@@ -165,7 +165,7 @@ def prove(folder):
     rows = model.config.get_text_config().vocab_size
     wanted = probe.get("tokens", rows)  # of a teacher that was fine-tuned there may be fewer than rows
     if len(tokenizer) != wanted or wanted > rows:
-        sys.exit(f"{{folder}}: the tokenizer has {{len(tokenizer)}} tokens of {{wanted}}, the model {{rows}} rows")
+        sys.exit(f"{{folder}}: the tokenizer has {{len(tokenizer)}} tokens, the model {{rows}} rows for {{wanted}}")
     ids = torch.tensor(probe["input_ids"])
     decoder = {{"decoder_input_ids": ids}} if model.config.is_encoder_decoder else {{}}
     with torch.no_grad():

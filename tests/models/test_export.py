@@ -139,7 +139,7 @@ def test_a_stranger_refuses_a_folder_that_would_give_other_logits(finished, tmp_
     folder = copies(finished, tmp_path, "wordy")
     shutil.copy(finished.folder / "tasks/RTE/task_teacher/model/tokenizer.json", folder)
     change_json(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
-    assert "the tokenizer has 86 tokens, the model 51 rows" in answer(folder)
+    assert "the tokenizer has 86 tokens, the model 51 rows for 51" in answer(folder)
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ def test_further_teachers_that_cannot_serve_are_refused(tiny, models, tmp_path):
         ((f"teacher.ensemble=[{tiny.teacher}]",), "ensemble names a model twice"),
         ((f"teacher.ensemble=[{tmp_path / 'nowhere'}]",), "nowhere"),
         ((f"teacher.ensemble=[{models / 'RobertaForMaskedLM'}]",), "its tokenizer .* differs from the teacher's"),
-        ((f"teacher.ensemble=[{models / 'GPT2LMHeadModel'}]",), "predicts the next token, the other masked ones"),
+        ((f"teacher.ensemble=[{models / 'GPT2LMHeadModel'}]",), "is a causal LM, and teacher.model a masked LM"),
     ):
         with pytest.raises(GlmdError, match=says):
             make_plan(tiny.config(tmp_path / "run", "tasks={}", f"teacher.ensemble=[{copied}]", *changes))
@@ -894,4 +894,4 @@ def test_the_inputs_of_a_task_are_made_once_for_its_stages_and_each_masks_its_ow
         assert made == ["RTE", "RTE"], "training and validation inputs"
         seeds = [each.masking.seed for path, each in found.items() if path.endswith("task_lm")]
         assert len(set(seeds)) == 2 and found["tasks/RTE/seed-0/task_soft_labels"].masking is None
-        assert len({id(each.tokens) for each in found.values()}) == 1
+        assert len({id(each.read) for each in found.values()}) == 1
