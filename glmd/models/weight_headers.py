@@ -24,7 +24,6 @@ from glmd.models.loading import (
     require_keys,
     require_weight_files,
 )
-from glmd.vocabulary.slicing import own_matrices
 
 ROWS = 4096  # of two embeddings that are compared at once
 HEADS_WITHOUT_WORDS = ("SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
@@ -50,14 +49,22 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
     require_one_matrix(model, name)
 
 
-def own_matrices_of(name: str, config: Any, **options: Any) -> tuple[str, ...]:
-    """Names of weights that the class of a language model ties to others, and of which its files hold two. A hub id has
-    none: nothing is known of its files before they are here.
+def own_matrices_of(name: str, model: Any) -> tuple[str, ...]:
+    """Names of weights that the class of a language model ties to others, and of which the files at `name` hold two.
+
+    Of a hub id nothing is known before its files are here; those that cannot be read are refused elsewhere.
     """
-    if not looks_local(name):
+    from safetensors import SafetensorError, safe_open
+
+    held: set[str] = set()
+    try:
+        for path in Path(name).glob("*.safetensors") if looks_local(name) else ():
+            with safe_open(path, framework="pt") as file:
+                held |= set(file.keys())
+    except (SafetensorError, OSError):
         return ()
-    model, _ = without_memory(language_model_class(config), name, **options)
-    return tuple(sorted(own_matrices(model)))
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return tuple(sorted(name for name, other in tied.items() if {name, other} <= held))
 
 
 def stored_embeddings(teacher: TeacherConfig, similarity: str) -> tuple[Any, Any]:

@@ -310,10 +310,9 @@ def _with_parameters(plan: Plan) -> Plan:
     from glmd.models.weight_headers import own_matrices_of
     from glmd.vocabulary.slicing import tie_weights, vocabulary_axes
 
-    teacher, named = model_on_meta("teacher", plan.teacher_config), plan.config.teacher
-    if named.model is not None and plan.tokenizer is not None:
-        options = {"revision": named.revision, "trust_remote_code": named.trust_remote_code}
-        plan = replace(plan, own_matrices=own_matrices_of(named.model, plan.teacher_config, **options))
+    teacher = model_on_meta("teacher", plan.teacher_config)
+    if plan.config.teacher.model is not None:
+        plan = replace(plan, own_matrices=own_matrices_of(plan.config.teacher.model, teacher))
     tie_weights(teacher, plan.own_matrices)
     if plan.config.teacher.quantization is not None:
         quantized_linears(teacher)
