@@ -11,6 +11,7 @@ from glmd import storage
 from glmd.data.blank_infilling import glm_tokens
 from glmd.errors import ModelError
 from glmd.models.export import require_free_output
+from glmd.models.glm.configuration import TOKEN_IDS
 from glmd.models.glm.convert import converted_model
 from glmd.models.glm.tokenizer import glm_tokenizer
 from glmd.models.loading import load_source_tokenizer
@@ -44,6 +45,16 @@ def convert_glm(
         raise ModelError(
             f"{tokenizer}: with GLM's tokens it has {len(ready)} tokens, and {checkpoint} has {config.vocab_size} "
             "rows of them; give the tokenizer that it was trained with"
+        )
+    published = next((each for each in TOKEN_IDS.values() if each["vocab_size"] == config.vocab_size), None)
+    named = {"mask_token_id": ids.mask, "bos_token_id": ids.start, "eos_token_id": ids.end}
+    other = [
+        f"{name} {i} in place of {published[name]}" for name, i in named.items() if published and published[name] != i
+    ]
+    if other:
+        raise ModelError(
+            f"{tokenizer}: gives {', '.join(other)} with {config.vocab_size} rows, so {checkpoint} was trained with "
+            "another tokenizer; give that"
         )
     config.mask_token_id, config.bos_token_id, config.eos_token_id = ids.mask, ids.start, ids.end
     config.pad_token_id = ready.pad_token_id

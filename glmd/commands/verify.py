@@ -19,9 +19,11 @@ from typing import Any
 from glmd.errors import GlmdError, ModelError
 from glmd.models.card import PROBE
 from glmd.models.export import check_exports
+from glmd.models.glm import CODE as GLM_CODE
 from glmd.models.loading import load_model_as_saved, load_model_config, require_model, require_weight_files
 from glmd.public import public
 from glmd.storage import file_sha256
+from glmd.vocabulary import tokenization_glmd
 from glmd.vocabulary.renumbering import token_id_fields
 from glmd.vocabulary.slicing import vocabulary_axes
 from glmd.vocabulary.tokenization_glmd import SOURCE_TOKENIZER_FILE, TOKEN_MAP_FILE
@@ -225,6 +227,16 @@ def _saved_again(subject: _Subject) -> str:
     return "nothing changes"
 
 
+def _code(subject: _Subject) -> str | None:
+    """Files that trust_remote_code would run, which nothing here does."""
+    own = {path.name: path for path in (Path(tokenization_glmd.__file__), GLM_CODE)}
+    found = sorted(subject.folder.glob("*.py"))
+    strange = [p.name for p in found if p.name not in own or p.read_bytes() != own[p.name].read_bytes()]
+    if strange:
+        return f"{', '.join(strange)}: not this glmd's; read it before trust_remote_code runs it"
+    return f"{', '.join(path.name for path in found)}: as this glmd writes it" if found else None
+
+
 def _without_glmd(subject: _Subject) -> str | None:
     if not (subject.folder / PROBE).exists():
         if subject.is_compressed:
@@ -243,5 +255,6 @@ _CHECKS: dict[str, Callable[[_Subject], str | None]] = {
     "mapped tokenizer": _exact,
     "round trip": _round_trip,
     "saved again": _saved_again,
+    "code": _code,
     "without glmd": _without_glmd,
 }

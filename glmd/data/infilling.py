@@ -31,15 +31,14 @@ POISSON = np.cumsum([math.exp(-SPAN) * SPAN**n / math.factorial(n) for n in rang
 
 
 def sentinel_ids(tokenizer: Any) -> np.ndarray:
-    """Ids of `<extra_id_0>`, `<extra_id_1>` and so on, as T5's tokenizers have them, as far as they go."""
+    """Ids of `<extra_id_0>`, `<extra_id_1>` and so on, as T5's tokenizers have them; none where one is missing."""
     vocabulary = tokenizer.get_vocab()
     found = {}
     for token, i in vocabulary.items():
         match = re.fullmatch(r"▁?<extra_id_(\d+)>", token)
         if match:
             found[int(match[1])] = i
-    count = next(n for n in range(len(found) + 1) if n not in found)
-    return np.array([found[n] for n in range(count)], dtype=np.int64)
+    return np.array([found[n] for n in range(len(found)) if found.keys() == set(range(len(found)))], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,8 @@ def infilling_for(
     sentinels = sentinel_ids(tokenizer)
     if not len(sentinels) and tokenizer.mask_token_id is None:
         raise ConfigError(
-            f"teacher: {type(tokenizer).__name__} has neither sentinel tokens (<extra_id_0>, ...) nor a mask token, so "
-            "no span can be left out for an encoder-decoder; give the tokenizer that it was pretrained with"
+            f"teacher: {type(tokenizer).__name__} has neither sentinel tokens (<extra_id_0> and on) nor a mask token, "
+            "so no span can be left out for an encoder-decoder; give the tokenizer that it was pretrained with"
         )
     special = np.unique(np.array([*tokenizer.all_special_ids, *sentinels], dtype=np.int64))
     share = SENTINEL_SHARE if len(sentinels) else MASK_SHARE

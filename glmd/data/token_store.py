@@ -326,7 +326,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return _without_spelled(tokenizer, found)
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -335,8 +336,18 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         return_token_type_ids=False,
         verbose=False,  # longer than the model's input is what a document may be
     )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    return _without_spelled(tokenizer, encoded["input_ids"])
+
+
+def _without_spelled(tokenizer: Any, texts: list[list[int]]) -> list[list[int]]:
+    """The unknown token in the place of a special one that a text spells, where the model of a tokenizer has it as a
+    piece, as T5's has </s> and its sentinels.
+    """
+    unknown = tokenizer.unk_token_id
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {unknown}
+    if unknown is None or not special:
+        return texts
+    return [[unknown if i in special else i for i in ids] if not special.isdisjoint(ids) else ids for ids in texts]
 
 
 def _encodes_as_its_backend(tokenizer: Any) -> bool:

@@ -233,6 +233,23 @@ def _require_causal(model: Any, own: Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def prove_answers_unseen(model: Any) -> None:
+    """Prove that what an encoder-decoder's decoder begins with does not depend on what it is to say last.
+
+    mBART's begins with the last token of what it is to say: a language's in its texts, and in a cloze the answer.
+    """
+    said = torch.full((2, 3), 5)
+    said[1, -1] = 6
+    with refused(model, "what its decoder reads of what it is to say cannot be told"):
+        begun = Split(model).inputs({"input_ids": said})["decoder_input_ids"][:, 0]
+    if begun[0] != begun[1]:
+        raise ModelError(
+            f"{type(model).__name__}: its decoder begins with the last token of what it is to say, which would be the "
+            "answer to a cloze; give casting=head, or tasks={}"
+        )
+
+
 def _require_shift(model: Any, parts: Split, inputs: Mapping[str, Tensor]) -> None:
     """What a decoder is given to say something is what the model itself gives it for labels."""
     said, read = inputs["decoder_input_ids"][:1], {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}

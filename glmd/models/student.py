@@ -72,7 +72,11 @@ def student_model_config(teacher_config: Any, config: StudentConfig) -> Any:
     architecture, chosen = config.architecture, chosen_layers(config, teacher_config)
     result = copy.deepcopy(teacher_config) if architecture is None else narrow_config(teacher_config, architecture)
     known = set(result.to_dict()) | set(getattr(result, "attribute_map", {}))
+    depth = {getattr(result, "attribute_map", {}).get("num_hidden_layers"): "num_hidden_layers"}
+    depth |= {decoder_depth_name(result): "num_decoder_layers"} if len(depths(result)) > 1 else {}
     for key, value in config.config.items():
+        if key in depth:
+            raise ConfigError(f"student.config.{key} is set by glmd; give student.{depth[key]}")
         if key not in known:
             hint = "; electra and mobilebert have it: student.architecture" if key == "embedding_size" else ""
             raise ConfigError(f"student.config.{key} is unknown to {result.model_type}{hint or suggestion(key, known)}")
@@ -179,13 +183,19 @@ def chosen_layers(config: StudentConfig, teacher_config: Any) -> tuple[list[int]
     if config.initialization == "scratch":
         return None
     ways = (config.initialization, config.decoder_initialization or config.initialization)[: len(counts)]
-    for how, count, half in zip(ways, counts, ("hidden", "decoder"), strict=False):
+    found = []
+    for how, count, total, half in zip(ways, counts, depths(teacher_config), ("hidden", "decoder"), strict=False):
         if isinstance(how, list) and len(how) != count:
             key = (
                 "initialization" if half == "hidden" or not config.decoder_initialization else "decoder_initialization"
             )
             raise ConfigError(f"student.{key} names {len(how)} layers, num_{half}_layers is {count}")
-    return tuple(map(layer_indices, ways, counts, depths(teacher_config)))
+        try:
+            found.append(layer_indices(how, count, total))
+        except ConfigError as error:
+            key = "initialization" if half == "hidden" else "decoder_initialization"
+            raise ConfigError(f"student.{key} and num_{half}_layers: {error}") from None
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -264,8 +274,8 @@ def copied_layers(student: Any, teacher: Any, chosen: Chosen) -> dict[str, str]:
         )
         if not (ours and whose):
             raise ConfigError(
-                f"student.initialization: {type(teacher).__name__} has no list of layers for each of its "
-                f"{' + '.join(map(str, depths(teacher.config)))} to copy from; use scratch"
+                f"student.initialization: {type(teacher).__name__} has no list of "
+                f"{' + '.join(map(str, depths(teacher.config)))} layers to copy from; use scratch"
             )
         pairs = {name: name for name in ours if name in whose}
         if type(student) is not type(teacher):  # MobileBERT's layers, started from BERT's

@@ -68,7 +68,10 @@ def try_student(
         raise ConfigError(f"a student of {count} layers with student.initialization {start}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:  # no such head for this architecture
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{type(config).__name__} has no model for a task of this kind ({reason})") from None
+        remedy = "give casting=cloze, or leave the task out"
+        raise ConfigError(
+            f"{type(config).__name__} has no model for a task of this kind ({reason}); {remedy}"
+        ) from None
 
 
 def try_attention(

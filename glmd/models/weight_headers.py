@@ -40,7 +40,8 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
     config = load_model_config(name, **options)
     model, info = without_memory(language_model_class(config), name, **options)
     for head in config.architectures or ():
-        if info["missing_keys"] and head.endswith(HEADS_WITHOUT_WORDS):
+        # Where embeddings are tied, as T5's, a language model misses nothing.
+        if head.endswith(HEADS_WITHOUT_WORDS):
             raise ModelError(
                 f"{field}: {name} holds a {head}, which predicts no tokens; give the language model that it was made "
                 f"from, and it for its task: teacher=BASE teacher.tasks.{next(iter(tasks), 'TASK')}={name}"

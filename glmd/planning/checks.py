@@ -146,6 +146,24 @@ def require_blanks(
                 TaskDataset(examples, form, tokenizer, max_length=shortest)
 
 
+def require_decoder(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
+    """Refuse an encoder-decoder whose tokenizer is another one's, or that would be told the answers of its tasks."""
+    from glmd.models.probes import prove_answers_unseen
+
+    for role in ("pad_token_id", "eos_token_id"):
+        ours, theirs = getattr(model_config, role, None), getattr(tokenizer, role)
+        if isinstance(ours, int) and theirs is not None and ours != theirs:
+            raise ConfigError(
+                f"teacher.model {config.teacher.model}: {role} is {ours} in its config and {theirs} in its tokenizer; "
+                "they do not belong together"
+            )
+    if config.tasks and config.casting == "cloze":
+        try:
+            prove_answers_unseen(model_on_meta("teacher", model_config))
+        except ModelError as error:
+            raise ConfigError(str(error)) from None
+
+
 def require_task_losses(config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan]) -> None:
     """Refuse a loss on a task's logits that takes not so many classes, or is 0 whatever two models say of them."""
     import torch

@@ -27,6 +27,7 @@ from glmd.planning.checks import (
     require_attention,
     require_blanks,
     require_checkpointing,
+    require_decoder,
     require_ensemble,
     require_lengths,
     require_named_teachers,
@@ -123,6 +124,8 @@ def make_plan(
     require_task_losses(config, method, tasks)
     ensemble_configs = require_ensemble(config, tokenizer, teacher_config)
     require_blanks(config, method, tasks, tokenizer, kind=kind)
+    if kind == "encoder-decoder":
+        require_decoder(config, tokenizer, teacher_config)
     plan = Plan(
         config,
         method,
@@ -346,7 +349,7 @@ def _learner(plan: Plan, name: str, key: str, shape: StudentConfig, size: int, a
     try:
         chosen = chosen_layers(shape, plan.teacher_config)
     except ConfigError as error:
-        raise ConfigError(f"{key}.initialization and num_hidden_layers: {error}") from None
+        raise ConfigError(str(error).replace("student.", f"{key}.", 1)) from None
     cut_config = copy.deepcopy(plan.teacher_config)
     cut_config.vocab_size = size
     if (getattr(cut_config, "pad_token_id", None) or 0) >= size:

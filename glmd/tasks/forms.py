@@ -21,7 +21,7 @@ from glmd.errors import ConfigError, ModelError, suggestion
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.models.heads import LMKind, Split
 from glmd.models.loading import language_model_class
-from glmd.models.probes import one_choice_each, prove_language_model, prove_task_model
+from glmd.models.probes import one_choice_each, prove_answers_unseen, prove_language_model, prove_task_model
 from glmd.tasks.blank_rows import blank_rows
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, infilling_rows, verbalizer_ids
 from glmd.tasks.examples import TaskExample
@@ -207,6 +207,11 @@ class InfillingForm(ClozeForm):
 
     def require(self, config: Any, name: str) -> None:
         self._require_architecture(config, name, "ForConditionalGeneration")
+
+    def prove(self, model: Any) -> None:
+        """Also that the decoder is not told the answer."""
+        super().prove(model)
+        prove_answers_unseen(model)
 
     def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
         return super().dummy(examples, choices, length) | {"target_ids": torch.ones(examples * choices, length).long()}

@@ -47,7 +47,7 @@ def test_what_compress_leaves_passes(name, compressed, no_fresh_process):
 def test_a_student_of_a_run_passes_and_a_stock_folder_too(finished, models, capsys):
     assert main(["verify", str(finished.folder / "tasks/RTE/seed-0/task_soft_labels/student")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and all(line.startswith("ok    ") for line in lines)
+    assert len(lines) == 10 and all(line.startswith("ok    ") for line in lines)
     checks = verify_folder(models / "RobertaForMaskedLM")
     assert not any(check.problem for check in checks)
     assert {"mapped tokenizer", "without glmd"}.isdisjoint(check.name for check in checks), "it has nothing to compare"

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import FAMILIES
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from glmd.data import corpus, token_store
 from glmd.data.corpus import corpus_fingerprint, read_documents, require_corpus
-from glmd.data.token_store import build_token_store, open_token_store
+from glmd.data.token_store import build_token_store, encode_texts, open_token_store
 from glmd.errors import DataError, ModelError, RunError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "oak", "elm", "ash", "fir", "yew"]
@@ -617,3 +620,16 @@ def test_texts_are_cut_as_the_tokenizer_itself_cuts_them_whatever_was_asked_of_i
 
     own = Own.from_pretrained(tiny.teacher)
     assert token_store.encode_texts(own, texts) == [ids[::-1] for ids in plainly]
+
+
+def test_a_text_that_spells_a_token_of_t5_means_no_token():
+    """Its model has sentinels and ends as pieces of its own, so letters cannot be told from them: they are unknown."""
+    tokenizer = FAMILIES["t5"]()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] += [["<extra_id_0>", 0.0]]
+    spelled = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
+    )
+    (ids,) = encode_texts(spelled, ["the cat </s> sang"])
+    assert spelled.eos_token_id not in ids and spelled.unk_token_id in ids
+    assert encode_texts(spelled, ["the cat sang"]) == [spelled("the cat sang", add_special_tokens=False)["input_ids"]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from families import FAMILIES
 
-from glmd.data.batches import Collate, Examples
+from glmd.data.batches import Collate, Examples, is_full
 from glmd.data.infilling import SpanInfilling, infilling_for, sentinel_ids
 from glmd.errors import ConfigError
 
@@ -124,6 +124,7 @@ def test_the_longest_target_is_as_long_as_announced():
 def test_a_batch_has_a_grid_of_what_is_read_and_one_of_what_is_said():
     examples = corrupted(infilling(sentinels=True), texts(64, 17, 3))
     batch = Collate(pad_id=0)(examples)
+    assert not is_full(batch), "of two grids sizes do not tell"
     (read, said, labels), *_ = rows_of(examples)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, len(read))
     assert batch["target_ids"].shape == batch["predicts"].shape == batch["lm_labels"].shape == (3, len(said))
@@ -153,5 +154,7 @@ def test_the_tokenizer_says_how_spans_are_left_out():
     assert sentinel_ids(t5).tolist() == t5.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(5)])
     assert infilling_for(t5, None, 0).probability == 0.15 and infilling_for(bart, None, 0).probability == 0.3
     assert infilling_for(bart, 0.2, 0).probability == 0.2 and not len(infilling_for(bart, None, 0).sentinels)
+    t5.get_vocab = lambda: {"<extra_id_0>": 5, "<extra_id_2>": 6}
+    assert not len(sentinel_ids(t5)), "one is missing"
     with pytest.raises(ConfigError, match=r"has neither sentinel tokens .* nor a mask token"):
         infilling_for(gpt2, None, 0)

@@ -14,6 +14,7 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.objective import Objective, Term
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.errors import ConfigError, GlmdError
+from glmd.models import probes
 from glmd.models.heads import Split, backbone, share_backbone
 from glmd.models.layers import layer_stacks
 from glmd.models.probes import prove_language_model, prove_task_model
@@ -167,6 +168,8 @@ def test_a_student_with_all_layers_and_tokens_is_its_teacher_and_loses_nothing(f
 def test_each_half_begins_with_the_layers_that_are_chosen_for_it(family) -> None:
     """And what the first layer of T5 alone has, its table of distances, is the teacher's."""
     whole = model_of(family).float()
+    # Where the encoder's last layer is not the teacher's, decoder layers are proved on what the teacher's encoder gave.
+    build_student(whole, VOCABULARY, StudentConfig(2, "first", num_decoder_layers=2), seed=0)
     shape = StudentConfig(2, [1, 3], num_decoder_layers=1, decoder_initialization="last")
     student = build_student(whole, VOCABULARY, shape, seed=0)
     (of_encoder, of_decoder), (encoder, decoder) = (
@@ -196,6 +199,8 @@ def test_without_a_number_of_its_own_the_decoder_has_as_many_layers_as_the_encod
     ):
         config = build_student(whole, ALL, shape, seed=0).config
         assert (config.encoder_layers, config.decoder_layers) == expected
+    of_halves = layer_stacks(build_student(whole, ALL, StudentConfig(3), seed=0))
+    assert [[*lists] for lists in of_halves] == [["model.encoder.layers"], ["model.decoder.layers"]]
     with pytest.raises(ConfigError, match=r"1 to 3 layers .*got 4"):
         build_student(whole, ALL, StudentConfig(4), seed=0)
     with pytest.raises(ConfigError, match=r"decoder_initialization names 1 layers, num_decoder_layers is 2"):
@@ -216,7 +221,8 @@ def test_a_decoder_that_looks_ahead_and_a_pad_that_is_seen_are_refused(monkeypat
         return forward(self, hidden_states + hidden_states.flip(1), *arguments, **options)
 
     monkeypatch.setattr(layer, "forward", ahead)
-    with pytest.raises(GlmdError):
+    monkeypatch.setattr(probes, "_require_padding_unseen", lambda *_: None)  # which would find it too
+    with pytest.raises(GlmdError, match="the last token changes the logits"):
         prove_language_model(model)
     monkeypatch.undo()
     encoder = type(model.model.encoder)
@@ -227,6 +233,13 @@ def test_a_decoder_that_looks_ahead_and_a_pad_that_is_seen_are_refused(monkeypat
 
 def _without_mask(forward):
     return lambda self, input_ids=None, attention_mask=None, **options: forward(self, input_ids=input_ids, **options)
+
+
+def test_a_decoder_that_begins_with_what_it_says_last_is_asked_no_cloze() -> None:
+    for family in ("t5 1.0", "bart"):
+        probes.prove_answers_unseen(model_of(family))
+    with pytest.raises(GlmdError, match="begins with the last token of what it is to say, which would be the answer"):
+        probes.prove_answers_unseen(model_of("mbart"))
 
 
 @pytest.mark.parametrize("family", ["t5 1.1", "bart"])

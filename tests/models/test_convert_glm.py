@@ -209,3 +209,25 @@ def test_the_tokens_of_glm_stand_where_the_published_code_has_them():
         "eos_token_id": 50258,
     }
     assert (TOKEN_IDS["wordpiece"]["bos_token_id"], TOKEN_IDS["wordpiece"]["eos_token_id"]) == (30522, 30523)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("garbage.pt", b"\x01\x02\x03", "cannot be read: it is no checkpoint of torch"),
+        ("latest", b".", "is no checkpoint of a GLM"),
+        ("model.safetensors.index.json", b"{", "is no checkpoint of a GLM"),
+        ("model.safetensors.index.json", b'{"weight_map": [1]}', "is no checkpoint of a GLM"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message) as refused:
+        converted_model(tmp_path / name if name.endswith(".pt") else tmp_path)
+    assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value)
+
+
+def test_a_layer_of_an_absurd_number_is_refused_at_once(tmp_path: Path) -> None:
+    torch.save({"module": {"transformer.layers.99999999.mlp.dense_h_to_4h.weight": torch.zeros(2)}}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match="names a layer 99999999; no GLM has more than 1000"):
+        converted_model(tmp_path / "a.pt")

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from glmd.cli import main
 from glmd.data.batches import Collate
 from glmd.data.blank_infilling import glm_tokens
+from glmd.errors import ConfigError, ModelError
 from glmd.evaluation.scoring import predict
 from glmd.models.glm import GlmdGlmConfig, GlmdGlmForBlankInfilling
 from glmd.models.glm.configuration import published_config
@@ -234,6 +235,17 @@ BAD = [
     (T5, "analysis=layer_distances", "analysis layer_distances is not supported for encoder-decoders"),
     (BART, "task_lm.mlm_probability=0.2", "an encoder-decoder reads tasks whole: remove it"),
     (BART, "student.num_hidden_layers=2", "1 to 1 layers"),
+    (
+        T5,
+        "student.config.num_decoder_layers=1",
+        "student.config.num_decoder_layers is set by glmd; give student.num",
+    ),
+    (
+        BART,
+        "student.config.encoder_layers=1",
+        "student.config.encoder_layers is set by glmd; give student.num_hidden",
+    ),
+    (T5, "student.num_decoder_layers=9", "student.decoder_initialization and num_decoder_layers: layers 'uniform'"),
     (GLM, "pretraining.mlm_probability=0.6", "blanks that do not touch need room between them; give at most 0.5"),
     (GLM, "casting=head tasks=[RTE]", "a GLM fills blanks; give casting=cloze, or tasks={}"),
     (GLM, "student.num_decoder_layers=1", "num_decoder_layers has no effect: the teacher is no encoder-decoder"),
@@ -261,6 +273,22 @@ def test_a_decoders_tokenizer_is_refused_for_an_encoder_decoder(tiny, teachers, 
     config = config_of(tiny, tmp_path, models, "teacher", tmp_path / "run")
     with pytest.raises(Exception, match=r"has neither sentinel tokens .* nor a mask token"):
         make_plan(config)
+
+
+def test_another_models_tokenizer_and_a_classifier_are_refused(tiny, teachers, models, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(teachers / BART, folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.eos_token_id = 7
+    config.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="eos_token_id is 7 in its config and 2 in its tokenizer; they do not belong"):
+        make_plan(config_of(tiny, tmp_path, models, "other", tmp_path / "run"))
+    folder = tmp_path / "classifier"
+    shutil.copytree(teachers / T5, folder)
+    model = transformers.T5ForSequenceClassification.from_pretrained(folder)
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="holds a T5ForSequenceClassification, which predicts no tokens"):
+        make_plan(config_of(tiny, tmp_path, models, "classifier", tmp_path / "run"))
 
 
 def test_the_papers_pairs_are_checked_from_a_config_alone(tmp_path, capsys):

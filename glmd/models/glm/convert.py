@@ -9,6 +9,7 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glmd.errors import ModelError, counted
+from glmd.errors import GlmdError, ModelError, counted
 from glmd.models.glm.configuration import HEAD_SIZE, TOKEN_IDS, published_config
 from glmd.models.glm.modeling_glmd_glm import GlmdGlmConfig, GlmdGlmForBlankInfilling
 
@@ -30,6 +31,7 @@ _MODULES = {
     "mlp.dense_h_to_4h": ["mlp.up"],
     "mlp.dense_4h_to_h": ["mlp.down"],
 }
+MOST_LAYERS = 1000
 _WORDS, _POSITIONS = "word_embeddings.weight", "transformer.position_embeddings.weight"
 _LAYER = re.compile(r"transformer\.layers\.(\d+)\.")
 
@@ -57,8 +59,21 @@ def converted_model(
     numbers each in all published models; of others their count must be given.
     Raises ModelError naming what cannot be read, or what is missing, unexpected or of another shape.
     """
-    name, tensors = str(checkpoint), _read(Path(checkpoint))
+    try:
+        return _converted(str(checkpoint), _read(Path(checkpoint)), size, num_attention_heads)
+    except GlmdError:
+        raise
+    except Exception as error:  # of tensors that are none of a GLM, in one of many ways
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(f"{checkpoint}: is no checkpoint of a GLM ({reason})") from None
+
+
+def _converted(
+    name: str, tensors: dict[str, Tensor], size: str | None, num_attention_heads: int | None
+) -> GlmdGlmForBlankInfilling:
     numbers = [int(match[1]) for key in tensors if (match := _LAYER.match(key))]
+    if max(numbers, default=0) >= MOST_LAYERS:
+        raise ModelError(f"{name}: names a layer {max(numbers)}; no GLM has more than {MOST_LAYERS}")
     names = published_names(max(numbers, default=0) + 1)
     _require_keys(name, tensors, names)
     config = _config(name, tensors, max(numbers) + 1, size, num_attention_heads)
@@ -102,6 +117,8 @@ def _config(
             f"{name}: its hidden_size {hidden_size} is no multiple of {HEAD_SIZE}, the width of a head in all "
             "published models; give --num-attention-heads"
         )
+    if num_attention_heads is not None and num_attention_heads < 1:
+        raise ModelError(f"--num-attention-heads must be at least 1, got {num_attention_heads}")
     heads = hidden_size // HEAD_SIZE if num_attention_heads is None else num_attention_heads
     if hidden_size % heads:
         raise ModelError(f"{name}: --num-attention-heads {heads} does not divide its hidden_size {hidden_size}")
@@ -188,6 +205,8 @@ def _read_file(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_HARMLESS):
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(file) and file.read_bytes()[:1] != b"\x80":
+            raise ModelError(f"{file}: cannot be read: it is no checkpoint of torch; copy it again") from None
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{file}: holds more than weights, and what it holds is not run ({reason}); where you trust it, save its "
