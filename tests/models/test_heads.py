@@ -173,11 +173,12 @@ def test_the_loss_and_gradient_of_scaled_or_capped_logits_are_those_of_the_whole
         assert (max(each.abs().max().item() for each in got) > 1e-3) == (model is student)
 
 
-@pytest.mark.parametrize("name", ["T5"])
-def test_a_model_that_is_not_backbone_and_head_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ModelError, match=LANGUAGE_MODELS[name]) as refusal:
-        prove_language_model(model_of(name))
-    assert "support" in str(refusal.value)
+def test_a_decoder_whose_config_does_not_say_how_it_begins_is_refused_with_the_field() -> None:
+    model = model_of("T5")
+    prove_language_model(model)  # which has it
+    del model.config.decoder_start_token_id
+    with pytest.raises(ModelError, match=r"no attribute 'decoder_start_token_id'\); set what that names in its config"):
+        prove_language_model(model)
 
 
 def test_a_model_whose_head_asks_its_backbone_for_more_than_outputs_is_refused_by_name() -> None:
@@ -203,9 +204,13 @@ def test_a_model_without_output_embeddings_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])
-def test_an_encoder_decoder_is_refused_as_such(name: str) -> None:
-    with pytest.raises(ModelError, match=f"{name}ForConditionalGeneration is an encoder-decoder"):
-        backbone(model_of(name))
+def test_the_backbone_of_an_encoder_decoder_is_its_base_model_of_its_own_parts(name: str) -> None:
+    """T5's class holds the parts itself, and has no base model."""
+    model = model_of(name)
+    whole = backbone(model)
+    assert type(whole).__name__ == f"{name}Model" and backbone(model) is whole
+    assert whole.encoder is model.get_encoder() and whole.decoder is model.get_decoder()
+    assert not any("assembled" in key for key in model.state_dict())
 
 
 def test_a_final_map_that_is_no_linear_map_is_refused() -> None:
