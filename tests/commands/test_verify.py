@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CLASSES
+from families import CLASSES, one_of
 from safetensors.torch import load_file, save_file
 
 from glmd.cli import main
@@ -151,7 +151,7 @@ def test_a_planted_fault_is_found_and_named(fault, compressed, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "RobertaForMaskedLM"])
+@pytest.mark.parametrize("name", one_of(["GPT2LMHeadModel", "RobertaForMaskedLM"]))
 def test_rows_that_moved_by_one_change_the_output_of_the_probe(name, compressed, tmp_path, monkeypatch):
     """Also where the first position and the first words say nothing of it, as in a decoder."""
     folder = shutil.copytree(compressed(name), tmp_path / "moved")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import one_of
 
 from glmd.errors import RunError
 from glmd.strict_yaml import configs_root
@@ -300,7 +301,7 @@ def test_a_rank_that_dies_on_another_host_ends_all_in_time(tiny, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", one_of([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_to_a_launcher_and_its_ranks_saves_once_and_has_no_traceback_of_ours(tiny, tmp_path, number):
     """As Slurm sends it: every process of the job has it, and the ranks once more from their launcher."""
     words = [str(tiny.root / "run.yaml"), f"output_dir={tmp_path / 'run'}", "dataloader_num_workers=1"]
