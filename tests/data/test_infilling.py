@@ -124,7 +124,8 @@ def test_the_longest_target_is_as_long_as_announced():
 def test_a_batch_has_a_grid_of_what_is_read_and_one_of_what_is_said():
     examples = corrupted(infilling(sentinels=True), texts(64, 17, 3))
     batch = Collate(pad_id=0)(examples)
-    assert not is_full(batch), "of two grids sizes do not tell"
+    as_many = batch["input_ids"].new_zeros(1, len(batch["positions"]))
+    assert not is_full({**batch, "input_ids": as_many}), "of two grids sizes do not tell"
     (read, said, labels), *_ = rows_of(examples)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, len(read))
     assert batch["target_ids"].shape == batch["predicts"].shape == batch["lm_labels"].shape == (3, len(said))
