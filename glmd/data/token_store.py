@@ -344,7 +344,9 @@ def _without_spelled(tokenizer: Any, texts: list[list[int]]) -> list[list[int]]:
     piece, as T5's has </s> and its sentinels.
     """
     unknown = tokenizer.unk_token_id
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {unknown}
+    # Added tokens that are not special, as runs of spaces, are texts of their own.
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = {*tokenizer.all_special_ids, *added} - {unknown}
     if unknown is None or not special:
         return texts
     return [[unknown if i in special else i for i in ids] if not special.isdisjoint(ids) else ids for ids in texts]

@@ -149,13 +149,18 @@ class ChoiceForm(TaskForm):
 
 
 class ClozeForm(TaskForm):
-    """Tokens that fill a cloze, by a masked LM: one verbalizer for each label, or the candidates (arXiv:2103.10360)."""
+    """Tokens that fill a cloze, by a masked LM: one verbalizer for each label, or the candidates (arXiv:2103.10360).
+
+    make_rows: of its model. architecture: a part of the names of its model's classes.
+    """
 
     name = "cloze"
     has_own_head = False
+    make_rows: ClassVar[Callable[..., Rows]] = staticmethod(cloze_rows)
+    architecture: ClassVar[str] = "MaskedLM"
 
     def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
-        return cloze_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
+        return self.make_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
 
     def _columns(self, tokenizer: Any) -> dict[str, Any]:
         verbalizers = np.array(verbalizer_ids(self.task, tokenizer), dtype=np.int64)
@@ -174,7 +179,7 @@ class ClozeForm(TaskForm):
         return choice_logits(scores, batch["num_choices"]) if "num_choices" in batch else scores
 
     def require(self, config: Any, name: str) -> None:
-        self._require_architecture(config, name, "MaskedLM")
+        self._require_architecture(config, name, self.architecture)
 
     def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
         ids = torch.full((examples * choices, length), IGNORED_LABEL)
@@ -189,9 +194,7 @@ class ContinuationForm(ClozeForm):
     """The same by a causal LM, which predicts what fills the cloze, and what follows it, from what stands before."""
 
     name = "continuation"
-
-    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
-        return continuation_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
+    make_rows = staticmethod(continuation_rows)
 
     def require(self, config: Any, name: str) -> None:
         """Every causal LM is one of this form."""
@@ -201,12 +204,8 @@ class InfillingForm(ClozeForm):
     """The same by an encoder-decoder: its encoder reads the cloze, its decoder says what fills it."""
 
     name = "infilling"
-
-    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
-        return infilling_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
-
-    def require(self, config: Any, name: str) -> None:
-        self._require_architecture(config, name, "ForConditionalGeneration")
+    make_rows = staticmethod(infilling_rows)
+    architecture = "ForConditionalGeneration"
 
     def prove(self, model: Any) -> None:
         """Also that the decoder is not told the answer."""
@@ -221,12 +220,8 @@ class BlankForm(ClozeForm):
     """The same by a GLM, which says token by token what fills its blank."""
 
     name = "blanks"
-
-    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
-        return blank_rows(examples, tokenizer, max_length=max_length)._replace(columns=self._columns(tokenizer))
-
-    def require(self, config: Any, name: str) -> None:
-        self._require_architecture(config, name, "ForBlankInfilling")
+    make_rows = staticmethod(blank_rows)
+    architecture = "ForBlankInfilling"
 
 
 def _head(task: Task, kind: LMKind) -> TaskForm:

@@ -632,4 +632,6 @@ def test_a_text_that_spells_a_token_of_t5_means_no_token():
     )
     (ids,) = encode_texts(spelled, ["the cat </s> sang"])
     assert spelled.eos_token_id not in ids and spelled.unk_token_id in ids
+    spelled.add_tokens(["sang"])  # which is a word, and no special token
+    assert encode_texts(spelled, ["the cat sang"])[0][-1] == spelled.convert_tokens_to_ids("sang")
     assert encode_texts(spelled, ["the cat sang"]) == [spelled("the cat sang", add_special_tokens=False)["input_ids"]]
