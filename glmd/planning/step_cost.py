@@ -368,9 +368,20 @@ class _OnFakes(TorchFunctionMode):
             return args[0][args[1].nonzero(as_tuple=True)]
         if func is Tensor.nonzero and isinstance(args[0], FakeTensor):
             return torch.ones(args[0].shape).nonzero()  # which labels are none nobody knows: all are kept, the most
-        if func is nn.functional.scaled_dot_product_attention and self.fused_attention:
-            kwargs = {**kwargs, "dropout_p": 0.0}  # with dropout only a GPU has a kernel that keeps nothing for it
         return func(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        # Not by the mode, which is off where the backward runs layers again.
+        self.attend = attend = nn.functional.scaled_dot_product_attention
+        if self.fused_attention:  # with dropout only a GPU has a kernel that keeps nothing for it
+            nn.functional.scaled_dot_product_attention = lambda *args, **given: attend(
+                *args, **given | {"dropout_p": 0.0}
+            )
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        nn.functional.scaled_dot_product_attention = self.attend
+        super().__exit__(*raised)
 
 
 def _is_mask(index: Any) -> bool:

@@ -306,3 +306,15 @@ def test_a_step_too_large_for_this_machine_is_not_measured(cost_of, monkeypatch)
     monkeypatch.setattr("glmd.planning.run_cost.memory_of_this_machine", lambda: 1e5)
     with pytest.raises(ConfigError, match="--measure: RTE task_teacher needs"):
         cost_of(measure=True)
+
+
+def test_layers_with_dropout_in_attention_are_run_again_in_the_count() -> None:
+    """The backward runs them outside of what stands for a GPU's attention."""
+    shape = {**SHAPE, "attention_probs_dropout_prob": 0.1}
+    config = BertConfig(num_hidden_layers=2, vocab_size=64, architectures=["BertForMaskedLM"], **shape)
+    objective = load_method("glmd")["pretraining"]
+    whole, again = (
+        counted(Cast(objective, config, 64, config, gradient_checkpointing=kept), examples=2, length=16)
+        for kept in (False, True)
+    )
+    assert again.student_flops > whole.student_flops
