@@ -7,6 +7,7 @@ stderr and exit code 2; `glmd.commands.terminal` has how commands end otherwise.
 
 import argparse
 import atexit
+import dataclasses
 import gc
 import json
 import logging
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glmd.commands.arguments import build_parser
+from glmd.commands.own_data import Flags, run_of_flags
 from glmd.commands.terminal import ended, prepare_streams, say
 from glmd.config import RunConfig
 from glmd.config_file import differences, load_config, read_values, to_dict, words_of_file
@@ -56,12 +58,27 @@ def _words(options: argparse.Namespace) -> tuple[str | None, list[str]]:
 
 def _is_comparison(options: argparse.Namespace) -> bool:
     """Whether the YAML, with its overrides, is of a comparison."""
-    return "compare" in read_values(*_words(options))[1]
+    return not _flags(options).given and "compare" in read_values(*_words(options))[1]
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
     path, words = _words(options)
-    return load_config(path, words)
+    flags = _flags(options)
+    if not flags.given:
+        return load_config(path, words)
+    if path is not None:
+        raise ConfigError(f"{path} and {flags.given[0]} are both given; keep the YAML or the flags")
+    values, said = run_of_flags(flags)
+    config = load_config(values, words)
+    for line in said:
+        logging.getLogger("glmd").info("%s", line)
+    return config
+
+
+def _flags(options: argparse.Namespace) -> Flags:
+    """Those of a run of flags; `cache` and `compare` have none."""
+    names = [each.name for each in dataclasses.fields(Flags)] if "data" in options else []
+    return Flags(**{name: getattr(options, name) for name in names})
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -255,19 +272,20 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from glmd.commands.evaluate import predict_file
+    from glmd.commands.evaluate import predict_file, predicted_file
 
+    output = options.output or predicted_file(options.file)
     count = predict_file(
         options.model,
         options.task,
         options.file,
-        options.output,
+        output,
         text=options.text,
         text_pair=options.text_pair,
         max_length=options.max_length,
         batch_size=options.batch_size,
     )
-    say(f"{options.output}: answers to {count} examples")
+    say(f"{output}: answers to {count} examples")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -35,6 +35,8 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
             "config", nargs="?", help="a YAML file or the name of one in configs/runs (default: quickstart)"
         )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example pretraining.max_steps=1000")
+        if name in ("run", "check", "plan"):
+            _add_flags(command.add_argument_group("in place of a YAML, for a task of one's own"))
         if name == "plan":
             command.add_argument("--devices", type=_positive, default=1, help="that train together (default: 1)")
             command.add_argument(
@@ -113,7 +115,9 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="jsonl in the official form, csv, tsv, or the hub's Parquet; labels are not needed",
     )
     command.add_argument(
-        "--output", type=Path, required=True, help="file to write: jsonl, or of a csv or tsv its rows with the answers"
+        "--output",
+        type=Path,
+        help="file to write: jsonl, or of a csv or tsv its rows with the answers (default: FILE.predicted.csv)",
     )
 
     command = add("vocab", "Show what each keep ratio covers and saves, to choose one by.")
@@ -149,6 +153,21 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     command.add_argument("--picture", type=Path, help="of several: draw it into this .png, .svg or .pdf")
     return parser
+
+
+def _add_flags(group: argparse._ArgumentGroup) -> None:
+    """The options of `glmd.commands.own_data.Flags`."""
+    group.add_argument("--teacher", metavar="MODEL", help="fine-tuned on the task (default: --base is, here)")
+    group.add_argument("--base", metavar="MODEL", help="the language model that it was made from")
+    group.add_argument("--data", metavar="FILE", help="rows to learn from: csv, tsv, jsonl, Parquet, a data set's id")
+    group.add_argument("--text", metavar="COLUMN", help="that the model reads")
+    group.add_argument("--text-pair", metavar="COLUMN", help="of a second text")
+    group.add_argument("--label", metavar="COLUMN", help="of the answers")
+    group.add_argument("--val", metavar="FILE", help="rows to score by (default: a tenth of --data is held out)")
+    group.add_argument("--corpus", nargs="+", default=(), metavar="FILE", help="text to learn words from, with --base")
+    group.add_argument("--layers", type=_positive, help="of the student (default: half of the teacher's)")
+    group.add_argument("--keep-ratio", type=float, help="share of the teacher's tokens (default: 0.5)")
+    group.add_argument("--output", metavar="FOLDER", help="of the run (default: runs/ and the name of --data)")
 
 
 def _positive(text: str) -> int:

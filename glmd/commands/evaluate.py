@@ -78,12 +78,20 @@ def evaluate_folder(
     }
 
 
+def predicted_file(file: str | Path) -> Path:
+    """Where the answers to the rows of a file go if nobody says so: new.predicted.csv for new.csv."""
+    path = Path(file)
+    if path.suffix.lower() not in TEXT_SUFFIXES:
+        raise ConfigError(f"--output is missing, which only for a .csv or .tsv follows from --file {path}; give it")
+    return path.with_name(f"{path.stem}.predicted{path.suffix}")
+
+
 @public
 def predict_file(
     model: str | Path,
     task_name: str | Path | None,
     file: str | Path,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     text: str | None = None,
     text_pair: str | None = None,
@@ -94,10 +102,12 @@ def predict_file(
 
     task_name: None for what the model's card tells. text, text_pair: in place of a task, the columns that it reads.
     output: .csv or .tsv, of a file of these, for its rows with a column `prediction` (a label of the task) and one
-        `score` (its probability: the softmax of the model's logits). Any other name for the leaderboard's form.
+        `score` (its probability: the softmax of the model's logits); None for new.predicted.csv beside new.csv. Any
+        other name for the leaderboard's form.
     Raises GlmdError as `evaluate_folder` does.
     """
-    model, file, output = str(model), str(file), Path(output)
+    model, file = str(model), str(file)
+    output = predicted_file(file) if output is None else Path(output)
     task = _task_for(model, task_name, text, text_pair)
     length = _length(model, task, max_length)
     if not file.lower().endswith(ROW_SUFFIXES):

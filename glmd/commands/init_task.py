@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,8 @@ def init_task(
         raise DataError(f"{output}: {problem}")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("._-") or "task"
     found = open_split(str(file), "train", Place(name))
-    num_rows, columns = _looked_at(found)
-    for option, given in (("--text", text), ("--text-pair", text_pair), ("--label", label)):
-        if given is not None and given not in columns:
-            raise ConfigError(f"{option} {given}: {file} has no such column{suggestion(given, columns)}")
-    label_guesses = [label] if label else _label_guesses(columns.values(), {text, text_pair})
-    if not label_guesses:
-        raise ConfigError(f"{file}: no column looks like labels; --label names it: {', '.join(columns)}")
-    text_guesses = [text] if text else _text_guesses(columns.values(), {label_guesses[0], text_pair})
-    if not text_guesses:
-        raise ConfigError(f"{file}: no column looks like texts; --text names it: {', '.join(columns)}")
+    num_rows, columns = looked_at(found)
+    text_guesses, label_guesses = guesses(columns, str(file), text=text, text_pair=text_pair, label=label)
     of_task = Columns(text_guesses[0], label_guesses[0], text_pair)
     task = task_of_columns(name, of_task, str(file))
     examples = read_split(task, str(file), "train", require_labels=True)  # as `glmd check` will
@@ -103,9 +95,9 @@ def init_task(
     lines += [f"  ... and {len(columns) - SHOWN} columns more"] if len(columns) > SHOWN else []
     lengths = [len(first) + len(second or "") for example in examples for first, second in example.texts]
     lines += [
-        _chosen("text", text_guesses, text),
+        chosen("text", text_guesses, text),
         *([f"text_pair: {text_pair}"] if text_pair else []),
-        _chosen("label", label_guesses, label),
+        chosen("label", label_guesses, label),
         f"{len(counts)} labels: {_listed([f'{each} ({number:,})' for each, number in counts])}",
         f"{round(statistics.median(lengths)):,} characters of text in the median",
     ]
@@ -115,7 +107,26 @@ def init_task(
     return "\n".join([*lines, f"{output}: written. In a run: tasks: {{{name}: {use}}}"])
 
 
-def _looked_at(found: Found) -> tuple[int, dict[str, Column]]:
+def guesses(
+    columns: Mapping[str, Column], file: str, *, text: str | None, text_pair: str | None, label: str | None
+) -> tuple[list[str], list[str]]:
+    """Columns for the text and for the label, the likeliest first; one that is given alone.
+
+    Raises ConfigError naming the option for a column that is not there, and where none will do.
+    """
+    for option, given in (("--text", text), ("--text-pair", text_pair), ("--label", label)):
+        if given is not None and given not in columns:
+            raise ConfigError(f"{option} {given}: {file} has no such column{suggestion(given, columns)}")
+    label_guesses = [label] if label else _label_guesses(columns.values(), {text, text_pair})
+    if not label_guesses:
+        raise ConfigError(f"{file}: no column looks like labels; --label names it: {', '.join(columns)}")
+    text_guesses = [text] if text else _text_guesses(columns.values(), {label_guesses[0], text_pair})
+    if not text_guesses:
+        raise ConfigError(f"{file}: no column looks like texts; --text names it: {', '.join(columns)}")
+    return text_guesses, label_guesses
+
+
+def looked_at(found: Found) -> tuple[int, dict[str, Column]]:
     """Number of rows, and what stands in each column."""
     columns = {name: Column(name) for name in found.texts.columns if name} if found.texts is not None else {}
     num_rows = 0
@@ -142,7 +153,7 @@ def _place(column: Column, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def _chosen(key: str, guesses: Sequence[str], given: str | None) -> str:
+def chosen(key: str, guesses: Sequence[str], given: str | None) -> str:
     """What a column was chosen for, and which others there are."""
     if given is not None:
         return f"{key}: {given}"

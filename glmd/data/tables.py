@@ -67,7 +67,8 @@ class Found:
 def open_split(source: str, split: Split, place: Place) -> Found:
     """The rows of a split of a task.
 
-    source: a folder, one .jsonl, .csv, .tsv or .parquet file whatever its name, or a data set of the hub, `owner/name`.
+    source: a folder, one .jsonl, .csv, .tsv or .parquet file whatever its name, or a data set of the hub, `owner/name`
+        or `owner/name:config`, of the place's hub_name unless a config is given.
     Raises DataError naming the source and what would work.
     """
     path = Path(os.path.expanduser(source))
@@ -82,7 +83,7 @@ def open_split(source: str, split: Split, place: Place) -> Found:
             f"{source}: {READ_FROM}, not from {path.suffix or 'others'}; unpack or convert it, or {instead}"
         )
     # `data/superglue` beside an existing `data` is a mistyped path and no owner on the hub.
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.parent.exists():
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", source) or path.parent.exists():
         shown = source if source.strip() else repr(source)
         raise DataError(f"{shown}: no such folder, nor a file of rows; {instead}")
     return _read_hub(source, split, place)
@@ -193,22 +194,20 @@ def _not_parquet(path: Path, error: Exception) -> DataError:
 
 
 def _read_hub(source: str, split: Split, place: Place) -> Found:
-    config, hub_split = place.hub_name, HUB_SPLITS[split]
-    if config is None:
-        raise DataError(
-            f"{source}: hub_name of task {place.task} is missing, its config in this data set; write it in the task's "
-            "YAML, or give .jsonl files as train and val"
-        )
+    name, _, config = source.partition(":")
+    hub_split, wanted = HUB_SPLITS[split], config or place.hub_name
+    shown = " ".join(filter(None, (wanted, hub_split)))
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(source, config, split=hub_split)
+        rows = load_dataset(name, wanted, split=hub_split)
     except Exception as error:  # whatever the hub's client raises, the remedy is the same
         reason = (str(error).splitlines() or [""])[0][:200]
+        of_several = "" if wanted else f"; {name}:CONFIG names one of several configs"
         raise DataError(
-            f"{source}: no such folder, and the hub gave no {config} {hub_split} ({type(error).__name__}: {reason}); "
+            f"{name}: no such folder, and the hub gave no {shown} ({type(error).__name__}: {reason}){of_several}; "
             f"give a folder that holds {place.folder_name}/{{train,val,test}}.jsonl"
         ) from error
     names = {column: each.names for column, each in rows.features.items() if getattr(each, "names", None)}
-    located = ((f"{source} {config} {hub_split} row {number}", row) for number, row in enumerate(rows, start=1))
+    located = ((f"{name} {shown} row {number}", row) for number, row in enumerate(rows, start=1))
     return Found(located, is_table=True, class_names=names)

@@ -102,6 +102,14 @@ def lm_kind(config: Any) -> LMKind:
     return "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "masked"
 
 
+TASK_HEADS = ("SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
+
+
+def task_class(config: Any) -> str | None:
+    """The class that a config names, where it has a task's head in place of one that predicts tokens."""
+    return next((name for name in getattr(config, "architectures", None) or () if name.endswith(TASK_HEADS)), None)
+
+
 def is_causal(config: Any) -> bool:
     """Whether a model of this config predicts the next token: by the architecture that the config names.
 

@@ -24,7 +24,7 @@ from glmd.config import TeacherConfig
 from glmd.data.blank_infilling import glm_tokens
 from glmd.data.infilling import infilling_for
 from glmd.errors import GlmdError, ModelError, counted
-from glmd.models.heads import LMKind, lm_kind
+from glmd.models.heads import TASK_HEADS, LMKind, lm_kind, task_class
 from glmd.models.probes import prove_language_model, silence_padding
 from glmd.models.quantization import quantized_loading
 from glmd.storage import file_sha256
@@ -132,6 +132,15 @@ def language_model_class(config: Any) -> Any:
     return getattr(transformers, f"AutoModelFor{names.get(lm_kind(config), 'MaskedLM')}")
 
 
+def base_class(config: Any) -> Any:
+    """The auto class of what a student is made from: of the task's head that the config names, or a language model."""
+    import transformers
+
+    name = task_class(config) or ""
+    heads = [head for head in TASK_HEADS if name.endswith(head)]
+    return getattr(transformers, f"AutoModelFor{heads[0]}") if heads else language_model_class(config)
+
+
 def auto_class_name(name: str) -> str:
     """The auto class that opens a folder of a model whose class has this name, or the name itself where none does."""
     from transformers.models.auto import modeling_auto
@@ -139,7 +148,7 @@ def auto_class_name(name: str) -> str:
     # BART's is in the list of masked LMs too.
     if name == "GlmdGlmForBlankInfilling":
         return "AutoModelForMaskedLM"
-    for head in ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification", "MultipleChoice"):
+    for head in ("Seq2SeqLM", "MaskedLM", "CausalLM", *TASK_HEADS):
         words = re.sub("(?<=[a-z])(?=[A-Z])", "_", head.replace("Seq2SeqLM", "SeqToSeqCausalLM")).upper()
         if name in getattr(modeling_auto, f"MODEL_FOR_{words}_MAPPING_NAMES").values():
             return f"AutoModelFor{head}"

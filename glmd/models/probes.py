@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glmd.errors import GlmdError, ModelError, disk_error
-from glmd.models.heads import Split, final_linear, lm_kind
+from glmd.models.heads import TASK_HEADS, Split, final_linear, lm_kind
 from glmd.models.quantization import is_quantized
 
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
@@ -54,6 +54,11 @@ def prove_language_model(model: Any) -> None:
             _require_causal(model, own)
         if "decoder_input_ids" in inputs:
             _require_shift(model, parts, inputs)
+
+
+def prove_model(model: Any) -> None:
+    """Prove what is assumed of a language model, or of a task model, by its class."""
+    (prove_task_model if type(model).__name__.endswith(TASK_HEADS) else prove_language_model)(model)
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from glmd.models.copied_layers import OTHER_LAYERS, prove_copied_layers
 from glmd.models.factorized_embeddings import check_narrow, copy_around_layers, narrow_config
 from glmd.models.heads import backbone_prefix
 from glmd.models.layers import decoder_depth_name, depths, layer_indices, layer_stacks
-from glmd.models.loading import language_model_class
-from glmd.models.probes import prove_language_model
+from glmd.models.loading import base_class
+from glmd.models.probes import prove_model
 from glmd.vocabulary.slicing import own_matrices, slice_model, tie_weights
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -50,7 +50,7 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     if config.architecture is None:
         student = type(teacher)(model_config)
     else:
-        student = language_model_class(model_config).from_config(model_config)
+        student = base_class(model_config).from_config(model_config)
     own = own_matrices(teacher) if config.architecture is None else ()
     tie_weights(student, own)
     student.to(torch.float32)
@@ -63,7 +63,7 @@ def build_student(teacher: Any, vocabulary: Vocabulary, config: StudentConfig, *
     tie_weights(student, own)
     if chosen is not None:
         _prove_copy(student, sliced, chosen, config.config)
-    prove_language_model(student)
+    prove_model(student)
     return student
 
 
@@ -196,6 +196,22 @@ def chosen_layers(config: StudentConfig, teacher_config: Any) -> tuple[list[int]
             key = "initialization" if half == "hidden" else "decoder_initialization"
             raise ConfigError(f"student.{key} and num_{half}_layers: {error}") from None
     return tuple(found)
+
+
+def fitting_initialization(teacher_config: Any, num_hidden_layers: int) -> str:
+    """The first of uniform, even and first by which so many of the teacher's layers can be copied; uniform if none."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        teacher = base_class(teacher_config).from_config(copy.deepcopy(teacher_config))
+        for how in ("uniform", "even", "first"):
+            shape = StudentConfig(num_hidden_layers, initialization=how)
+            try:
+                chosen = chosen_layers(shape, teacher_config)
+                small = base_class(teacher_config).from_config(student_model_config(teacher_config, shape))
+                weight_origins(small, teacher, chosen or ())
+            except (ConfigError, ModelError):
+                continue
+            return how
+    return "uniform"
 
 
 @torch.no_grad()

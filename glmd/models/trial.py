@@ -19,8 +19,8 @@ from glmd.models.attention import prove_implementation, set_attention
 from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import share_backbone
 from glmd.models.layers import depths
-from glmd.models.loading import language_model_class
-from glmd.models.probes import prove_config, prove_language_model, prove_task_model
+from glmd.models.loading import base_class
+from glmd.models.probes import prove_config, prove_model, prove_task_model
 from glmd.models.student import student_model_config
 from glmd.vocabulary.renumbering import renumber_config, token_id_fields
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -50,18 +50,18 @@ def try_student(
 
     few = _with_few_tokens(teacher_config, is_whole=is_whole)
     config = student_model_config(few, student)
-    of_words: Any = language_model_class(config)
+    of_base: Any = base_class(config)
     try:
         inside = "attention_inputs" in needs
-        prove: Callable[[Any], None] = prove_language_model
+        prove: Callable[[Any], None] = prove_model
         if inside or "attentions" in needs:
             prove = partial(_prove_with_attention, inside=inside, implementation=attention)
-        prove_config(config, of_words, prove, length=length)
+        prove_config(config, of_base, prove, length=length)
         for head in sorted(task_heads):
             of_task: Any = getattr(transformers, f"AutoModelFor{head}")
             prove_config(config, of_task, prove_task_model, length=length)
             with torch.device("meta"):
-                share_backbone(of_task.from_config(config), of_words.from_config(config))
+                share_backbone(of_task.from_config(config), of_base.from_config(config))
     except ModelError as error:
         start = student.initialization
         count = " + ".join(map(str, depths(config)))
@@ -92,13 +92,13 @@ def try_attention(
         config = student_model_config(few, shape)
         prove = partial(prove_implementation, implementation=implementation, half=half, trains=name in trained)
         try:
-            prove_config(config, language_model_class(config), prove)
+            prove_config(config, base_class(config), prove)
         except ModelError as error:
             raise ConfigError(f"the {name}: {error}") from None
 
 
 def _prove_with_attention(model: Any, *, inside: bool, implementation: str | None) -> None:
-    prove_language_model(model)
+    prove_model(model)
     if implementation is not None:
         set_attention(model, implementation)
     prove_attention(model, inside=inside, training=True)

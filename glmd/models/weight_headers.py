@@ -12,8 +12,10 @@ from typing import Any
 
 from glmd.config import TeacherConfig
 from glmd.errors import ModelError
+from glmd.models.heads import task_class
 from glmd.models.loading import (
     WEIGHTS,
+    base_class,
     compared_embeddings,
     from_pretrained,
     is_tied,
@@ -26,7 +28,6 @@ from glmd.models.loading import (
 )
 
 ROWS = 4096  # of two embeddings that are compared at once
-HEADS_WITHOUT_WORDS = ("SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
 
 
 def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), **options: Any) -> None:
@@ -38,14 +39,13 @@ def require_language_model(name: str, *, field: str, tasks: Sequence[str] = (), 
     if not looks_local(name):
         return
     config = load_model_config(name, **options)
+    head = task_class(config)
+    if head is not None:  # where embeddings are tied, as T5's, a language model misses nothing
+        raise ModelError(
+            f"{field}: {name} holds a {head}, which predicts no tokens; give the language model that it was made "
+            f"from, and it for its task: teacher=BASE teacher.tasks.{next(iter(tasks), 'TASK')}={name}"
+        )
     model, info = without_memory(language_model_class(config), name, **options)
-    for head in config.architectures or ():
-        # Where embeddings are tied, as T5's, a language model misses nothing.
-        if head.endswith(HEADS_WITHOUT_WORDS):
-            raise ModelError(
-                f"{field}: {name} holds a {head}, which predicts no tokens; give the language model that it was made "
-                f"from, and it for its task: teacher=BASE teacher.tasks.{next(iter(tasks), 'TASK')}={name}"
-            )
     require_keys(model, info, name, allowed_missing=())
     require_one_matrix(model, name)
 
@@ -80,8 +80,7 @@ def stored_embeddings(teacher: TeacherConfig, similarity: str) -> tuple[Any, Any
 
     assert teacher.model is not None, "checked before"
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    model_class = language_model_class(load_model_config(teacher.model, **options))
-    model, _ = without_memory(model_class, teacher.model, **options)
+    model, _ = without_memory(base_class(load_model_config(teacher.model, **options)), teacher.model, **options)
     compared = compared_embeddings(model, similarity)
     parameters = model.named_parameters(remove_duplicate=False)
     names = {name for name, each in parameters if each is compared}

@@ -34,7 +34,7 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
     if not sources:
         return
     place, plan, teacher = context.run_folder.path / "corpus", context.plan, context.config.teacher
-    if teacher.model is not None and not (place / "manifest.json").is_file():
+    if teacher.model is not None and not plan.teaches_task_alone and not (place / "manifest.json").is_file():
         # A teacher that cannot serve is refused before hours of reading text.
         with phase("loading"):
             on_main(lambda: load_language_model(teacher, device=context.accelerator.device) and None)

@@ -37,11 +37,13 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
     """Write the model of a stage with its card."""
     config, tokenizer = context.config, context.tokenizer(stage)
     base, task = config.teacher.model, stage.task.task.name if stage.task is not None else None
-    sources = [Path(each).name if Path(each).exists() else each for each in config.data.corpus]
+    given = [*config.data.corpus] or ([] if task is None else [str(config.tasks[task].get("train") or "")])
+    sources = [Path(each).name if Path(each).exists() else each for each in given if each]
     facts = {
         "teacher": "trained from scratch" if base is None else Path(base).name if Path(base).exists() else base,
         "method": config.method,
-        "data": ", ".join(sources) or "a generated world of facts",
+        **({"data": "a generated world of facts"} if config.data.synthetic else {}),
+        **({"data": ", ".join(sources)} if sources else {}),
         "glmd": __version__,
         "seed": str(stage.seed),
     }
@@ -52,6 +54,8 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
         facts |= {"checkpoint": selection_of(config, stage), "scored on": f"{task} val"}
     own = "Student" if stage.leaves_language_model else "Student for {task}", f"{stage.kind} of method {config.method}"
     title, made_from = (text.format(task=task) for text in _TOLD.get(stage.kind, own))
+    if stage.settings is None and not stage.is_control:
+        made_from = "layers and tokens of the teacher, without training"
     card = ModelCard(
         title,
         base or "",

@@ -114,6 +114,8 @@ def _run_stages(context: Context, held: ExitStack) -> dict[str, Any]:
                 logger.warning("%s", each)
         refuse_stale(context, stage.path)
     results: dict[str, Any] = {"glmd": __version__, "parameters": context.plan.parameters, "rows": rows}
+    if context.plan.teaches_task_alone:
+        results["parameters_of"] = "model of the task"
     results["of"] = {key: to_dict(context.config)[key] for key in GROWING}
     if context.config.sweep:
         results["best_grid_points"] = best_grid_points(results)

@@ -108,7 +108,7 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
     teacher = whole(context.language_model(stage.teacher))
     embeddings, model = stored_embeddings(teacher, settings.similarity)
     if embeddings is None:
-        model = load_language_model(teacher)
+        model = _base_model(context, teacher)
         embeddings = compared_embeddings(model, settings.similarity)
     ids = named_ids(model.config, getattr(model, "generation_config", None))
     counts = token_counts(context)
@@ -156,7 +156,7 @@ def start(context: Context, stage: Stage) -> tuple[Any, Any]:
 def _student(context: Context, stage: Stage) -> Any:
     """A new student of the teacher's layers, whoever it learns from."""
     wide = whole(context.language_model(TEACHER))  # so that copied weights are not rounded
-    source = load_language_model(wide)
+    source = _base_model(context, wide)
     context.whole_answers = whole_answers(context, stage, source)
     student = build_student(source, context.vocabulary(stage), context.student(stage), seed=stage.seed)
     if wide == context.language_model(TEACHER):
@@ -170,9 +170,19 @@ def _from_main(context: Context, stage: Stage) -> Any:
     """The same where no other rank needs the teacher in float32, which is twice what it will teach in."""
     folder = context.folder(stage) / "start"
     on_main(lambda: _student(context, stage).save_pretrained(folder))
-    student = together(lambda: load_language_model(TeacherConfig(str(folder), dtype="float32")))
+    student = together(lambda: _base_model(context, TeacherConfig(str(folder), dtype="float32")))
     on_main(lambda: shutil.rmtree(folder))
     return student
+
+
+def _base_model(context: Context, model: TeacherConfig) -> Any:
+    """A language model, or in a run whose teacher is none a model of its task."""
+    if not context.plan.teaches_task_alone:
+        return load_language_model(model)
+    assert model.model is not None, "named by the config"
+    (task,) = context.plan.tasks.values()
+    remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return load_classifier(model.model, task.task, **remote)
 
 
 def whole(teacher: TeacherConfig) -> TeacherConfig:

@@ -103,7 +103,8 @@ def _plain_attention(context: Context, model: Any) -> AbstractContextManager[Non
 @torch.no_grad()
 def whole_answers(context: Context, stage: Stage, source: nn.Module) -> Tensor | None:
     """(N, H) what a teacher's head sees of a few held-out blocks before it is quantized. None where it will not be."""
-    if context.config.teacher.quantization is None or stage.task is not None or not is_main():
+    is_compared = stage.task is None and not context.plan.teaches_task_alone
+    if context.config.teacher.quantization is None or not is_compared or not is_main():
         return None
     batch, split = _few_blocks(context, stage), Split(source.eval())
     return split.hidden_before_final(split.run_backbone(split.inputs(batch)))[batch["predicts"]]

@@ -49,7 +49,7 @@ def require_named_teachers(
         form = task_form(task_of(config, name), kind=lm_kind(model_config))
         form.require(model_config, model)
         warn_of_unnamed_classes(model_config, form, f"{field}: {model}")
-        theirs = load_source_tokenizer(model, kind=lm_kind(model_config))
+        theirs = load_source_tokenizer(model, kind=None if form.has_own_head else lm_kind(model_config))
         _require_same_tokenizer(tokenizer, theirs, f"{field}: {model}")
         require_lengths(config, on_tasks, {name: tasks[name]}, field, model_config)
 
@@ -99,7 +99,7 @@ def require_weight_files(config: RunConfig) -> None:
     from glmd.tasks.loading import require_task_model
 
     teacher = config.teacher
-    if teacher.model is not None:
+    if teacher.model is not None and teacher.model not in [model for _, model in _classifiers(config)]:
         options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
         require_language_model(teacher.model, field="teacher.model", tasks=list(config.tasks), **options)
     for name, model in _classifiers(config):
@@ -249,14 +249,14 @@ def require_attention(config: RunConfig, student_config: Any, teacher_config: An
 
 
 def model_on_meta(name: str, model_config: Any) -> Any:
-    """A language model of this config, without memory for its weights."""
+    """A language model of this config, or a task model where it names one, without memory for its weights."""
     import torch
 
-    from glmd.models.loading import language_model_class
+    from glmd.models.loading import base_class
 
     try:
         with torch.device("meta"):
-            return language_model_class(model_config).from_config(model_config)
+            return base_class(model_config).from_config(model_config)
     except Exception as error:  # whatever the code of an architecture makes of a config that it does not fit
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{name}: no language model can be made of its config ({reason})") from None
+        raise ConfigError(f"{name}: no model can be made of its config ({reason})") from None

@@ -19,7 +19,7 @@ from glmd.data.corpus import corpus_fingerprint, require_corpus
 from glmd.data.infilling import infilling_for
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, ModelError
-from glmd.models.heads import LMKind, lm_kind, split_parameters
+from glmd.models.heads import LMKind, lm_kind, split_parameters, task_class
 from glmd.models.module_outputs import require_modules
 from glmd.models.quantization import quantized_linears
 from glmd.planning.checks import (
@@ -39,7 +39,7 @@ from glmd.planning.checks import (
 )
 from glmd.planning.rules import cached_stages, for_teacher, kept_words, resolve
 from glmd.planning.task_plan import TaskPlan, plan_task
-from glmd.planning.teacher_rules import fine_tunes_teacher, task_of, teachers_of_task
+from glmd.planning.teacher_rules import fine_tunes_teacher, task_of, teachers_of_task, with_task_model
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
@@ -70,6 +70,11 @@ class Plan:
         """How its language models predict tokens."""
         return lm_kind(self.teacher_config)
 
+    @property
+    def teaches_task_alone(self) -> bool:
+        """Whether its teacher is a model of its task and no language model."""
+        return task_class(self.teacher_config) is not None
+
     def teacher_config_at(self, number: int, task: TaskPlan | None) -> Any:
         """Of one of several teachers, from 0; of a task's where no language models are named beside them."""
         from glmd.models.loading import load_model_config
@@ -90,6 +95,7 @@ def make_plan(
     synthetic: where the embedded world lies, for `data.synthetic`. hash_corpus: read the corpus for `Plan.corpus`.
     try_out: make a small student and try it. Of many processes one need do each of the two.
     """
+    config = with_task_model(config)
     whole, config = config, _trained(config)
     method, config, asked = resolve(config)
     tokenizer, teacher_config = _load_teacher_side(config, synthetic)
@@ -208,6 +214,7 @@ def make_sketch(config: RunConfig) -> Plan:
     """The plan of a run whose teacher is a config.json alone: sizes, without tokenizer and texts. Raises GlmdError."""
     from glmd.models.loading import load_model_config
 
+    config = with_task_model(config)
     method, config, asked = resolve(config)
     if config.tasks:
         raise ConfigError(
@@ -272,7 +279,8 @@ def _load_teacher_side(config: RunConfig, synthetic: Path | None) -> tuple[Any, 
     else:
         require_model(teacher.model)
         model_config = load_model_config(teacher.model, **options)
-        tokenizer = load_source_tokenizer(teacher.model, **options, kind=lm_kind(model_config))
+        kind = None if task_class(model_config) else lm_kind(model_config)
+        tokenizer = load_source_tokenizer(teacher.model, **options, kind=kind)
     require_text_model(model_config, str(teacher.model))
     if len(tokenizer) > model_config.vocab_size:
         raise ConfigError(

@@ -90,6 +90,11 @@ def plan_task(
     if any(unlabeled) and not all(unlabeled):
         found = f"{sum(unlabeled)} of {len(val)} rows of {name} val have no label"
         raise DataError(f"{val_source}: {found}; give all or none")
+    if columns is not None:
+        labels = ", ".join(map(str, task.labels[:10])) + (", ..." if len(task.labels) > 10 else "")
+        named = "as the teacher names them" if config.teacher.of_task(name) else "as they stand in the file"
+        metrics = " and ".join(task.metrics)
+        logger.info("%s: labels %s, %s; scored by %s", name, labels, named, metrics)
     if not all(unlabeled):
         score(task, np.zeros(len(val), dtype=np.int64), val)  # what cannot be scored is refused now, not after training
     return TaskPlan(task, train, inputs, val, verbalizers)

@@ -5,10 +5,12 @@
 From names and numbers alone, as all rules.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from glmd.config import RunConfig
+from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError
 from glmd.task_files import task_files
@@ -35,6 +37,49 @@ def task_of(config: RunConfig, name: str) -> Task:
     path = Path(train).expanduser() if train is not None else None
     stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path is not None and path.is_file() else None
     return _of_columns(name, columns, train, classes, config.casting, stamp)
+
+
+def with_task_model(config: RunConfig) -> RunConfig:
+    """The config of a run whose `teacher.model` is a task model, which then is the fine-tuned teacher of its task too.
+
+    Students are made of it, head and all, and learn its answers. Raises ConfigError for what only a language model
+    could teach. A config with a language model stays as it is.
+    """
+    from glmd.models.heads import task_class
+    from glmd.models.loading import load_model_config, looks_local
+
+    teacher, model = config.teacher, config.teacher.model
+    if model is None or (looks_local(model) and not (Path(model) / "config.json").is_file()):
+        return config
+    found = load_model_config(model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    name = task_class(found)
+    if name is None:
+        return config
+    what = f"teacher.model {model} holds a {name}, which predicts no tokens"
+    base = f"teacher=BASE teacher.tasks.{next(iter(config.trained_tasks), 'TASK')}={model}"
+    method = load_method(config.method)
+    words = [
+        stage for stage, each in method.items() if stage == "pretraining" or "head" in each.needs | each.teacher_needs
+    ]
+    if words:
+        raise ConfigError(
+            f"{what}, and method {config.method} compares them in {' and '.join(words)}; give the language model that "
+            f"it was made from, and it for its task: {base}; or method=soft-labels, which learns its answers alone"
+        )
+    for is_given, key in (
+        (config.casting != "head", f"casting {config.casting}"),
+        (bool(teacher.ensemble), "teacher.ensemble"),
+        (config.student.architecture is not None, f"student.architecture {config.student.architecture}"),
+    ):
+        if is_given:
+            raise ConfigError(f"{key}: {what}; give the language model that it was made from: {base}")
+    tasks = {task: teacher.of_task(task) or [model] for task in config.trained_tasks}
+    others = [task for task, models in tasks.items() if models[0] != model]
+    if others or len(tasks) != 1:
+        named = f"teacher.tasks.{others[0]} names another" if others else f"there are {len(tasks)} tasks"
+        raise ConfigError(f"{what} but answers to one task, and {named}; give a run of its own to each, or {base}")
+    (task,) = tasks
+    return replace(config, teacher=replace(teacher, tasks={task: model, **teacher.tasks}))
 
 
 def columns_of(config: RunConfig, name: str) -> Columns | None:

@@ -327,7 +327,8 @@ def _size_table(results: dict[str, Any]) -> str:
     for name, counts in results["parameters"].items():
         sizes = [f"{counts[key] / 1e6:.2f} M" for key in ("total", "vocabulary", "body")]
         body.append([name, *sizes, str(counts.get("embedding_size", "–"))])
-    return markdown_table(["parameters (language model)", "total", "vocabulary", "body", "embedding size"], body)
+    title = f"parameters ({results.get('parameters_of', 'language model')})"
+    return markdown_table([title, "total", "vocabulary", "body", "embedding size"], body)
 
 
 def _time_table(rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ gives a text. A task is one YAML (configs/tasks, or a file of your own). Example
 from the hub.
 """
 
+import itertools
 import json
 import re
 import string
@@ -21,6 +22,7 @@ from glmd.strict_yaml import build, configs_root, load_yaml, named_file
 from glmd.tasks.superglue import Form
 
 Label = str | bool | int
+LISTED = 300  # letters of labels in a message
 NO_LABEL = -1  # the hub's sign for a hidden label; null is another
 
 
@@ -242,7 +244,11 @@ def _number_text(label: Label) -> str:
 
 
 def _listed(labels: tuple[Label, ...]) -> str:
-    return ", ".join(map(_shown, labels))
+    """The first labels, each cut short, and how many there are beside."""
+    shown = [_shown(label) for label in labels]
+    ends = itertools.accumulate(len(each) + 2 for each in shown)
+    count = max(1, sum(end <= LISTED for end in ends)) if shown else 0
+    return ", ".join(shown[:count]) + (f" and {len(shown) - count:,} more" if len(shown) > count else "")
 
 
 def _shown(value: Any) -> str:

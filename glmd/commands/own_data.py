@@ -1,0 +1,118 @@
+"""A run of flags in place of a YAML: a fine-tuned model and a file of texts and labels in, a student out.
+
+values, said = run_of_flags(Flags(data="reviews.csv", text="body", label="stars", teacher="MODEL"))
+config = load_config(values)
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glmd.commands.init_task import chosen, guesses, looked_at
+from glmd.data.tables import Place, open_split
+from glmd.errors import ConfigError
+
+KEEP_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What `glmd run --data ...` and `glmd check --data ...` are given. Names are those of the options."""
+
+    data: str | None = None  # a file of rows, or a data set of the hub
+    teacher: str | None = None  # a model that was fine-tuned on the task; without one --base is, by the rows of data
+    base: str | None = None  # the language model that it was made from
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    val: str | None = None
+    corpus: Sequence[str] = ()  # text of any kind, for the stage on a corpus
+    layers: int | None = None  # of the student; None: half of the teacher's
+    keep_ratio: float | None = None
+    output: str | None = None  # the run folder; None: runs/NAME, by the name of the data
+
+    @property
+    def given(self) -> list[str]:
+        """The options that are given."""
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value not in (None, ())]
+
+
+def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
+    """The values of a run's config, and what was decided for the user, a line each.
+
+    The method has the stages that the models allow: all of GLMD's with a language model and a corpus, those on the task
+    with a language model alone, and with a fine-tuned model alone the last one, which learns its answers.
+    Raises ConfigError naming the option.
+    """
+    from glmd.models.heads import task_class
+    from glmd.models.layers import depths
+    from glmd.models.loading import load_model_config, require_model
+    from glmd.models.student import fitting_initialization
+
+    teacher, base = flags.teacher, flags.base
+    if flags.data is None:
+        raise ConfigError("--data is missing: a csv, tsv, jsonl or Parquet file, or a data set of the hub")
+    if teacher is None and base is None:
+        raise ConfigError("--teacher is missing: a model fine-tuned on the task, or give a language model as --base")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(flags.data).stem).strip("._-") or "task"
+    columns, said = _columns(flags, name)
+    if teacher is not None:
+        require_model(teacher, field="--teacher")
+        if task_class(load_model_config(teacher)) is None:
+            if base is not None:
+                raise ConfigError(
+                    f"--teacher {teacher}: is no model of a task, as is needed beside --base; give one, or one of both"
+                )
+            teacher, base = None, teacher
+    if base is not None:
+        require_model(base, field="--base")
+    model = base or teacher
+    assert model is not None, "checked above"
+    if base is None:
+        if flags.corpus:
+            raise ConfigError("--corpus has no effect without --base, the language model that --teacher was made from")
+        said.append(
+            f"{teacher} predicts no words, so the stages of word prediction are left out; with --base MODEL, the "
+            "language model that it was made from, the student learns from these too"
+        )
+    elif teacher is None:
+        said.append(f"{base} is fine-tuned on {flags.data} first; --teacher names a model that has learned it already")
+    else:
+        said.append(f"task_lm: the words are predicted by the LM head of {base} on the layers of {teacher}")
+    if base is not None and not flags.corpus:
+        said.append("there is no --corpus of text, so the stage on a corpus is left out")
+    method = "soft-labels" if base is None else "glmd" if flags.corpus else "glmd-no-pretraining"
+    model_config = load_model_config(model)
+    total = depths(model_config)
+    layers = flags.layers or max(1, total[0] // 2)
+    how = fitting_initialization(model_config, layers)
+    files = {"train": flags.data, "text_pair": flags.text_pair, "val": flags.val, **columns}
+    values: dict[str, Any] = {
+        "output_dir": flags.output or f"runs/{name}",
+        "method": method,
+        "teacher": {"model": model, **({"tasks": {name: teacher}} if base and teacher else {})},
+        "student": {"num_hidden_layers": layers} | ({} if how == "uniform" else {"initialization": how}),
+        "vocabulary": {"keep_ratio": KEEP_RATIO if flags.keep_ratio is None else flags.keep_ratio},
+        "tasks": {name: {key: value for key, value in files.items() if value is not None}},
+    }
+    if flags.corpus:
+        values["data"] = {"corpus": list(flags.corpus)}
+    said.append(
+        f"the student: {layers} of {total[0]} layers (--layers), {values['vocabulary']['keep_ratio']:.0%} of the "
+        f"tokens (--keep-ratio); method {method}"
+    )
+    return values, said
+
+
+def _columns(flags: Flags, name: str) -> tuple[dict[str, str], list[str]]:
+    """The columns of text and label, guessed where they are not given, and what is said of a guess."""
+    if flags.text is not None and flags.label is not None:
+        return {"text": flags.text, "label": flags.label}, []
+    assert flags.data is not None, "checked before"
+    _, found = looked_at(open_split(flags.data, "train", Place(name)))
+    given = {"text": flags.text, "text_pair": flags.text_pair, "label": flags.label}
+    texts, labels = guesses(found, flags.data, **given)
+    said = [chosen("text", texts, flags.text), chosen("label", labels, flags.label)]
+    return {"text": texts[0], "label": labels[0]}, [line for line in said if "a guess" in line]
