@@ -12,6 +12,7 @@ from glmd.stage_config import require
 from glmd.strict_yaml import build
 
 VAL_FRACTION = 0.1
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression", "token_classification")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class TaskFiles:
     inputs: str | None = None  # what the student learns from in place of train
     text: str | None = None  # column that a model reads
     text_pair: str | None = None  # column of the second text
-    label: str | None = None  # column of the answer
+    label: str | list[str] | None = None  # column of the answer; or of several labels a column of 0 and 1 for each
+    # Of columns, by transformers' names: single_label_classification, multi_label_classification, regression or
+    # token_classification. None: what a named teacher's config says, else what the rows show
+    problem_type: str | None = None
     val_fraction: float | None = None  # share of each label's rows of train that is held out as val
 
     def __post_init__(self) -> None:
@@ -43,12 +47,17 @@ class TaskFiles:
             )
             require(0 < fraction < 1, f"val_fraction must be in (0, 1), got {fraction}")
         if self.text is None:
-            for name in ("text_pair", "label"):
+            for name in ("text_pair", "label", "problem_type"):
                 require(getattr(self, name) is None, f"{name} has no effect without text, the column to read; give it")
             return
         require(self.definition is None, "definition and text are both given; keep the YAML or the columns")
         require(self.label is not None, "label is missing: the column of the answers")
-        columns = [each for each in (self.text, self.text_pair, self.label) if each is not None]
+        labels = self.label if isinstance(self.label, list) else [self.label]
+        is_clear = isinstance(self.label, str) or len(labels) > 1
+        require(is_clear, "label lists fewer than two columns; name the one of the answers")
+        problem = self.problem_type
+        require(problem in (None, *PROBLEMS), f"problem_type must be one of {', '.join(PROBLEMS)}; got {problem!r}")
+        columns = [each for each in (self.text, self.text_pair, *labels) if each is not None]
         require(len(set(columns)) == len(columns), f"text, text_pair and label name a column twice: {columns}")
         require(
             self.train is not None or (self.inputs is not None and self.val is not None),

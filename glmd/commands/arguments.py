@@ -162,7 +162,14 @@ def _add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", metavar="FILE", help="rows to learn from: csv, tsv, jsonl, Parquet, a data set's id")
     group.add_argument("--text", metavar="COLUMN", help="that the model reads")
     group.add_argument("--text-pair", metavar="COLUMN", help="of a second text")
-    group.add_argument("--label", metavar="COLUMN", help="of the answers")
+    group.add_argument(
+        "--label",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help="of the answers; or of 0 and 1, one for each of several",
+    )
+    group.add_argument("--problem-type", help="regression, ... (default: as --teacher says, else as the rows show)")
     group.add_argument("--val", metavar="FILE", help="rows to score by (default: a tenth of --data is held out)")
     group.add_argument("--corpus", nargs="+", default=(), metavar="FILE", help="text to learn words from, with --base")
     group.add_argument("--layers", type=_positive, help="of the student (default: half of the teacher's)")

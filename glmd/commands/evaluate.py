@@ -16,7 +16,7 @@ from glmd.errors import ConfigError, DataError, ModelError
 from glmd.evaluation.answers import require_answerable, write_answers
 from glmd.evaluation.bits_per_byte import _bytes, score_text
 from glmd.evaluation.leaderboard import require_idx, with_idx, write_predictions
-from glmd.evaluation.metrics import score
+from glmd.evaluation.metrics import constant_answers, score
 from glmd.evaluation.scoring import answers_of, predict
 from glmd.models.card import told_by_card
 from glmd.models.heads import lm_kind
@@ -27,7 +27,7 @@ from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.storage import write_problem
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.examples import TaskExample, read_split
-from glmd.tasks.forms import task_form, warn_of_unnamed_classes
+from glmd.tasks.forms import problem_of, task_form, warn_of_unnamed_classes
 from glmd.tasks.loading import load_classifier
 from glmd.tasks.tasks import Task, load_task
 from glmd.tasks.told import task_of_classes, told_task
@@ -67,7 +67,7 @@ def evaluate_folder(
     task = _task_for(str(model), task_name)
     length = _length(str(model), task, max_length)
     examples = read_split(task, str(data), split, require_labels=True)
-    score(task, np.zeros(len(examples), dtype=np.int64), examples)  # what cannot be scored is refused before it is run
+    score(task, constant_answers(task, examples)[0], examples)  # what cannot be scored is refused before it is run
     logits, truncated = _logits(str(model), task, examples, length, batch_size, stock=stock)
     return {
         "casting": task.casting,
@@ -189,7 +189,7 @@ def _told(model: str, config: Any, text: str | None, text_pair: str | None) -> T
     classes = [str(config.id2label[i]) for i in sorted(config.id2label)]
     try:
         if text is not None:
-            return task_of_classes(classes, text, text_pair)
+            return task_of_classes(classes, text, text_pair, problem_of(config))
         task = told_task(told_by_card(Path(model))[1], classes)
     except ConfigError as error:
         raise ModelError(f"{model}: {error}") from None

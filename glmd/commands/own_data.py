@@ -26,7 +26,8 @@ class Flags:
     base: str | None = None  # the language model that it was made from
     text: str | None = None
     text_pair: str | None = None
-    label: str | None = None
+    label: Sequence[str] = ()  # of several labels a column of 0 and 1 for each
+    problem_type: str | None = None  # as `tasks` has it
     val: str | None = None
     corpus: Sequence[str] = ()  # text of any kind, for the stage on a corpus
     layers: int | None = None  # of the student; None: half of the teacher's
@@ -88,7 +89,8 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     total = depths(model_config)
     layers = flags.layers or max(1, total[0] // 2)
     how = fitting_initialization(model_config, layers)
-    files = {"train": flags.data, "text_pair": flags.text_pair, "val": flags.val, **columns}
+    files: dict[str, Any] = {"train": flags.data, "text_pair": flags.text_pair, "val": flags.val, **columns}
+    files["problem_type"] = flags.problem_type
     values: dict[str, Any] = {
         "output_dir": flags.output or f"runs/{name}",
         "method": method,
@@ -106,13 +108,15 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     return values, said
 
 
-def _columns(flags: Flags, name: str) -> tuple[dict[str, str], list[str]]:
+def _columns(flags: Flags, name: str) -> tuple[dict[str, Any], list[str]]:
     """The columns of text and label, guessed where they are not given, and what is said of a guess."""
-    if flags.text is not None and flags.label is not None:
-        return {"text": flags.text, "label": flags.label}, []
+    label = list(flags.label) if len(flags.label) > 1 else next(iter(flags.label), None)
+    if flags.text is not None and label is not None:
+        return {"text": flags.text, "label": label}, []
+    if isinstance(label, list):
+        raise ConfigError(f"--text is missing: the column that the model reads, beside those of {len(label)} labels")
     assert flags.data is not None, "checked before"
     _, found = looked_at(open_split(flags.data, "train", Place(name)))
-    given = {"text": flags.text, "text_pair": flags.text_pair, "label": flags.label}
-    texts, labels = guesses(found, flags.data, **given)
-    said = [chosen("text", texts, flags.text), chosen("label", labels, flags.label)]
+    texts, labels = guesses(found, flags.data, text=flags.text, text_pair=flags.text_pair, label=label)
+    said = [chosen("text", texts, flags.text), chosen("label", labels, label)]
     return {"text": texts[0], "label": labels[0]}, [line for line in said if "a guess" in line]

@@ -65,6 +65,10 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
             "text-classification",
             '{"text": "One text.", "text_pair": "Another."}' if has_pair else '"A text."',
         )
+        if config.num_labels == 1:
+            text += ', function_to_apply="none"'
+    elif "TokenClassification" in name:
+        task, text = "token-classification", '"A text."'
     elif "MaskedLM" in name:
         task, text = "fill-mask", f'"A {load_tokenizer(folder).mask_token} text."'
     else:

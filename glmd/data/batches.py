@@ -85,7 +85,8 @@ class Examples:
     """Examples on their way into a batch: their rows one after another, without padding.
 
     lengths: (R,) tokens of each row. tokens: (T,) int64 of each token column. numbers: (B,) or (B, C) int64 of each
-    column of examples. targets: of the same rows what a decoder is to say, where that is another text.
+    column of examples, or float32 of labels that are numbers. targets: of the same rows what a decoder is to say, where
+    that is another text.
     """
 
     lengths: np.ndarray
@@ -98,15 +99,17 @@ class Examples:
         """From examples one by one: (S,) of a token column, a list of these where there are choices, numbers."""
         columns = {name: [example[name] for example in examples] for name in examples[0]}
         said = TARGET_COLUMNS if "target_ids" in columns else ()
-        rows = {name: _rows_of(column) for name, column in columns.items() if not isinstance(column[0], int)}
+        rows = {name: _rows_of(column) for name, column in columns.items() if not isinstance(column[0], int | float)}
         lengths = [len(row) for row in rows["input_ids"]]
         targets = {name: np.concatenate(rows.pop(name)).astype(np.int64) for name in said if name in rows}
-        tokens = {name: each for name, each in rows.items() if [len(row) for row in each] == lengths}
-        others = {name: each for name, each in columns.items() if name not in tokens and name not in said}
+        others = ("verbalizers", "labels")
+        found = {name: each for name, each in rows.items() if name not in others}
+        tokens = {name: each for name, each in found.items() if [len(row) for row in each] == lengths}
+        numbers = {name: each for name, each in columns.items() if name not in tokens and name not in said}
         return cls(
             np.array(lengths),
             {name: np.concatenate(each).astype(np.int64) for name, each in tokens.items()},
-            {name: np.array(each, dtype=np.int64) for name, each in others.items()},
+            {name: _numbers(each) for name, each in numbers.items()},
             Grid(np.array([len(row) for row in _rows_of(columns["target_ids"])]), targets) if said else None,
         )
 
@@ -117,7 +120,7 @@ class Examples:
         if "num_choices" in self.numbers:
             ends = {name: np.cumsum(grid.lengths)[:-1] for grid in grids for name in grid.tokens}
             found = {name: np.split(each, ends[name]) for name, each in found.items()}
-        numbers = {name: each[0] if each.ndim > 1 else int(each[0]) for name, each in self.numbers.items()}
+        numbers = {name: each[0] if each.ndim > 1 else each[0].item() for name, each in self.numbers.items()}
         return found | numbers
 
 
@@ -132,6 +135,11 @@ def with_positions(batch: Mapping[str, Tensor]) -> Batch:
 def is_full(batch: Mapping[str, Tensor]) -> bool:
     """Whether no row of a batch has padding, as the host can tell by sizes alone."""
     return "target_ids" not in batch and len(batch["positions"]) == batch["input_ids"].numel()
+
+
+def _numbers(column: list[Any]) -> np.ndarray:
+    found = np.array(column)
+    return found.astype(np.float32 if found.dtype.kind == "f" else np.int64)
 
 
 def _rows_of(column: list[Any]) -> list[Any]:
@@ -149,6 +157,10 @@ class Collate:
     scores look at: all tokens of masked and causal LMs, all targets of encoder-decoders. `positions` (N,) are these
     places in the flat batch, row * S + column, so that a device need not look for them; `labeled_positions` those of
     them that have an LM label. `attention_mask` is for models.
+
+    Where an example has several decisions, `num_decisions` (B,) says how many, and `labels` are those of all, one after
+    another: of several labels (B, C), or of words, at the tokens where `tagged` (B, S) is not 0, `tagged_positions` in
+    the flat batch; their `tags` (S,) become the labels.
     """
 
     pad_id: int
@@ -165,12 +177,20 @@ class Collate:
             made["labeled_positions"] = made["positions"][said.tokens["lm_labels"] != IGNORED_LABEL]
         for grid, places in ((read, valid), (said, predicts))[: 1 if said is read else 2]:
             made |= self._padded(grid, places)
-        return {name: torch.from_numpy(each) for name, each in (examples.numbers | made).items()}
+        made = examples.numbers | made
+        labels = made.get("labels")
+        if "tagged" in made:
+            marks = made["tagged"].astype(bool)
+            made["tagged_positions"] = np.flatnonzero(marks)
+            made |= {"num_decisions": marks.sum(1), "labels": made.pop("tags")[marks]}
+        elif labels is not None and labels.ndim == 2:
+            made |= {"num_decisions": np.full(len(labels), labels.shape[1]), "labels": labels.ravel()}
+        return {name: torch.from_numpy(each) for name, each in made.items()}
 
     def _padded(self, grid: Grid, places: np.ndarray) -> dict[str, np.ndarray]:
         """Its columns (R, S), with tokens at their places."""
         fill = dict.fromkeys(("input_ids", "target_ids"), self.pad_id)
-        fill |= dict.fromkeys(("lm_labels", "cloze_ids"), IGNORED_LABEL)
+        fill |= dict.fromkeys(("lm_labels", "cloze_ids", "tags"), IGNORED_LABEL)
         found = {}
         for name, tokens in grid.tokens.items():
             padded = tokens

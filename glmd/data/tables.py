@@ -179,7 +179,13 @@ def _class_names(path: Path) -> dict[str, list[str]]:
         features = json.loads(written).get("info", {}).get("features", {})
     except (OSError, ValueError) as error:
         raise _not_parquet(path, error) from None
-    return {column: each["names"] for column, each in features.items() if isinstance(each, dict) and "names" in each}
+    # Of a list of class numbers the names are those of what it lists.
+    inner = {
+        column: each.get("feature", each) if isinstance(each, dict) else each[0] if isinstance(each, list) else each
+        for column, each in features.items()
+        if each
+    }
+    return {column: each["names"] for column, each in inner.items() if isinstance(each, dict) and "names" in each}
 
 
 def _open_parquet(path: Path) -> Any:
@@ -208,6 +214,7 @@ def _read_hub(source: str, split: Split, place: Place) -> Found:
             f"{name}: no such folder, and the hub gave no {shown} ({type(error).__name__}: {reason}){of_several}; "
             f"give a folder that holds {place.folder_name}/{{train,val,test}}.jsonl"
         ) from error
-    names = {column: each.names for column, each in rows.features.items() if getattr(each, "names", None)}
+    inner = {column: getattr(each, "feature", each) for column, each in rows.features.items()}
+    names = {column: each.names for column, each in inner.items() if getattr(each, "names", None)}
     located = ((f"{name} {shown} row {number}", row) for number, row in enumerate(rows, start=1))
     return Found(located, is_table=True, class_names=names)

@@ -29,7 +29,7 @@ from glmd.vocabulary.vocabulary import Vocabulary
 DIGEST = 16  # bytes of an example's name
 # Columns that a teacher reads: of each row of an example, and of the example.
 ROW_COLUMNS = (
-    *("input_ids", "token_type_ids", "target_ids", "cloze_ids"),
+    *("input_ids", "token_type_ids", "target_ids", "cloze_ids", "tagged"),
     *("position_ids", "block_position_ids", "context_mask"),  # GLM's
 )
 EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
@@ -94,7 +94,7 @@ class CachedOutputs:
         return DTYPES[self.shards[0].fields["hidden_states"]["dtype"]]
 
     def __getitem__(self, digest: bytes) -> dict[str, np.ndarray]:
-        """`hidden_states` (N, H) bits, `task_logits` (C,): what is kept of an example.
+        """`hidden_states` (N, H) bits, `task_logits` (C,), of all its decisions: what is kept of an example.
 
         Raises KeyError for one that is not there.
         """
@@ -145,7 +145,8 @@ class CachedTeacher:
         if "task_logits" in kept:
             flat = torch.from_numpy(kept["task_logits"])
             is_choice = "num_choices" in batch
-            table = choice_logits(flat[:, None], batch["num_choices"].cpu()) if is_choice else flat.view(len(found), -1)
+            decisions = int(batch["num_decisions"].sum()) if "num_decisions" in batch else len(found)
+            table = choice_logits(flat[:, None], batch["num_choices"].cpu()) if is_choice else flat.view(decisions, -1)
             logits = self._moved(table)
         return TeacherOutputs(hidden, self.head, logits)
 

@@ -24,6 +24,7 @@ from glmd.distillation.teacher_policy import TeacherPolicy, chosen_by, draws, po
 from glmd.errors import ConfigError
 from glmd.losses.head import Head
 from glmd.losses.linear import linear_cross_entropy, linear_distillation_loss
+from glmd.losses.numbers import NUMBER_LOSSES
 from glmd.losses.positions import rows_at
 from glmd.losses.teacher_weights import label_losses, linear_weights
 from glmd.models.attention_calls import prove_attention
@@ -39,7 +40,8 @@ class Distiller(nn.Module):
     language_model: the student with its LM head; needed by LM signals.
     classifier: the student with its task head; needed by task signals. A task that is a cloze has none of its
         own: then it is the language model.
-    task_logits: of the classifier, by the task's form. num_classes: C of them; 0 where it differs by example.
+    task_logits: of the classifier, by the task's form. num_classes: K of each decision; 0 where it differs by example,
+        1 where the answer is a number.
     token_map: (V,) source id -> student id.
 
     Where only layers are compared one of the models is there for its backbone.
@@ -353,7 +355,7 @@ class Distiller(nn.Module):
         logits: Tensor | None,
         progress: float,
     ) -> Tensor:
-        """A term's sum over examples, of (B, C) logits of the student."""
+        """A term's sum over examples, or decisions, of (N, K) logits of the student."""
         signal = SIGNALS[term.signal]
         assert logits is not None, "the student has a task head"
         if signal.labels is not None:
@@ -399,8 +401,9 @@ class Distiller(nn.Module):
     def _task_values(
         self, term: Term, logits: Tensor, target: Any, batch: Mapping[str, Tensor], progress: float
     ) -> Tensor:
-        """(B,) of a loss on logits, or of one on labels."""
-        values: Tensor = term.function(logits, target, **term.options_at(progress, labels=batch.get("labels")))
+        """(N,) of a loss on logits, or of one on labels."""
+        function = NUMBER_LOSSES.get(term.loss, term.function) if self.num_classes == 1 else term.function
+        values: Tensor = function(logits, target, **term.options_at(progress, labels=batch.get("labels")))
         if values.shape != logits.shape[:1]:
             raise ConfigError(f"{term.name} gives {tuple(values.shape)} for {tuple(logits.shape)} logits")
         return values

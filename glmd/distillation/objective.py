@@ -208,7 +208,10 @@ class Objective:
     def _count(self, term: Term, batch: Mapping[str, Tensor]) -> int:
         signal = SIGNALS[term.signal]
         if signal.level == "example":
-            return len(batch["example_id"]) if signal.labels is None else int((batch[signal.labels] >= 0).sum())
+            if signal.labels is not None:
+                labels = batch[signal.labels]
+                return int((labels.isfinite() if labels.is_floating_point() else labels >= 0).sum())
+            return int(batch["num_decisions"].sum()) if "num_decisions" in batch else len(batch["example_id"])
         if term.gkd_compat:
             return batch["predicts"].numel()
         if term.tokens in ("first", "mean") or (term.of_layers and feature_loss(term).unit == "text"):

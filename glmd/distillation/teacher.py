@@ -29,7 +29,10 @@ from glmd.vocabulary.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What a batch's terms may ask of a teacher. N: positions that predict, row by row; K: kept tokens; C: classes."""
+    """What a batch's terms may ask of a teacher. N: positions that predict, row by row; K: kept tokens; C: classes.
+
+    B of task logits: examples, or decisions where an example has several.
+    """
 
     hidden_states: Tensor | None = None  # (N, H) just before the final linear map
     head: Head | None = None  # of K tokens: the teacher's, sliced to those that are kept
@@ -213,5 +216,8 @@ def unsound_examples(outputs: AllOutputs, batch: Mapping[str, Tensor]) -> list[i
             found |= set(examples_of_tokens({name: each.cpu() for name, each in batch.items()})[bad].tolist())
         if one.task_logits is not None:
             bad = torch.isnan(spoiled(one.task_logits, batch.get("num_choices"))).any(-1).cpu()
-            found |= set(batch["example_id"].cpu()[bad].tolist())
+            examples = batch["example_id"].cpu()
+            if "num_decisions" in batch:
+                examples = examples.repeat_interleave(batch["num_decisions"].cpu())
+            found |= set(examples[bad].tolist())
     return sorted(found)

@@ -244,9 +244,13 @@ class TeacherCache:
         if self.num_classes is not None:
             assert outputs.task_logits is not None, "the teacher has a task head"
             logits = outputs.task_logits.float().cpu()
-            numbers = batch.get("num_choices", torch.full((len(logits),), logits.shape[1]))
-            exists = torch.arange(logits.shape[1]) < numbers[:, None]
-            parts["task_logits"], counts["logit_offsets"] = logits[exists], numbers.tolist()
+            numbers = batch.get("num_choices", torch.full((len(batch["example_id"]),), logits.shape[1]))
+            if "num_decisions" in batch:
+                parts["task_logits"] = logits.flatten()
+                counts["logit_offsets"] = (batch["num_decisions"] * logits.shape[1]).tolist()
+            else:
+                exists = torch.arange(logits.shape[1]) < numbers[:, None]
+                parts["task_logits"], counts["logit_offsets"] = logits[exists], numbers.tolist()
         return parts, counts
 
     def _stored(self, hidden: Tensor) -> Tensor:
@@ -359,7 +363,7 @@ def _num_logits(data: BlockDataset | TaskDataset, num_classes: int | None) -> in
     if num_classes is None:
         return 0
     assert isinstance(data, TaskDataset), "a block of the corpus has no task"
-    return len(data) * num_classes if num_classes else len(data.rows)
+    return data.num_decisions * num_classes if num_classes else len(data.rows)
 
 
 def _shard_name(number: int) -> str:

@@ -12,12 +12,13 @@ from typing import Any, get_type_hints
 import datasets
 import evaluate
 
+from glmd.errors import ConfigError
 from glmd.evaluation.metrics import METRICS, require_metrics, score
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import Task, load_task
 
 HINTS = get_type_hints(TaskExample)
-TYPES = {int | None: datasets.Value("int64"), tuple[str, ...]: datasets.List(datasets.Value("string"))}
+TYPES = {HINTS["label"]: datasets.Value("int64"), tuple[str, ...]: datasets.List(datasets.Value("string"))}
 
 
 def _type(field: str) -> Any:
@@ -38,6 +39,8 @@ class SuperGlueMetric(evaluate.Metric):
     def __init__(self, task: str | Path | Task, **settings: Any) -> None:
         self.task = task if isinstance(task, Task) else load_task(task)
         require_metrics(self.task)
+        if not self.task.has_one_answer:
+            raise ConfigError(f"{self.task.name}: its answers are no classes; score takes them")
         self.fields = tuple(dict.fromkeys(field for name in self.task.metrics for field in METRICS[name].fields))
         if self.task.choices_from and not self.task.labels and "choices" not in self.fields:
             self.fields += ("choices",)  # their number differs, and a prediction is checked against it

@@ -32,12 +32,20 @@ _IDX_PARTS = {"multirc": ("paragraph", "question", "answer"), "record": ("query"
 def write_predictions(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample], path: str | Path) -> None:
     """Write the predictions for a split that was read without `training`.
 
-    predictions: (B,) class ids, or positions of the chosen candidates, in the order of the examples.
+    predictions: (B,) class ids, or positions of the chosen candidates, in the order of the examples; of tasks with
+        other answers what `answers_of` gives.
     Rows of which none has an idx are known by their number, from 0.
     Raises DataError for an example without idx beside others, or with another's, and for a prediction that is no class
     or candidate.
     """
     chosen = np.asarray(predictions)
+    if not task.has_one_answer:
+        examples = with_idx(task, examples)
+        require_idx(task, examples)
+        answers = zip(examples, chosen, strict=True)
+        rows = [{"idx": each.idx, "label": _answer(task, row, each)} for each, row in answers]
+        write_atomically(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
+        return
     if chosen.shape != (len(examples),):
         raise ValueError(f"{len(examples)} examples need as many predictions in one row; got shape {chosen.shape}")
     if chosen.size and chosen.dtype.kind not in "iu":
@@ -52,6 +60,16 @@ def write_predictions(task: Task, predictions: ArrayLike, examples: Sequence[Tas
     as_rows = _multirc_rows if task.rows == "multirc" else _flat_rows
     rows = as_rows(task, chosen.tolist(), examples)
     write_atomically(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _answer(task: Task, prediction: Any, example: TaskExample) -> Any:
+    """A number, the labels that are given, or the label of each word; null for a word that the model has not read."""
+    if task.problem_type == "regression":
+        return float(prediction)
+    if task.problem_type == "multi_label_classification":
+        return [label for label, is_given in zip(task.labels, prediction, strict=True) if is_given]
+    read = [*prediction[: len(example.words)].tolist(), *[-1] * len(example.words)][: len(example.words)]
+    return [task.labels[each] if each >= 0 else None for each in read]
 
 
 def with_idx(task: Task, examples: Sequence[TaskExample]) -> list[TaskExample]:

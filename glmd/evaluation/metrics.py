@@ -6,18 +6,36 @@ A metric is a function of predictions and of what it reads of the examples; METR
 are class ids, or positions of the chosen candidates.
 """
 
+import itertools
 import math
 import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from glmd.errors import ConfigError, DataError, suggestion
+from glmd.evaluation.label_metrics import (
+    entity_f1,
+    entity_marks,
+    f1_of,
+    label_marks,
+    labels_macro_f1,
+    labels_micro_f1,
+    macro_of,
+    micro_of,
+    number_marks,
+    pearson,
+    pearson_of,
+    spearman,
+    subset_accuracy,
+    word_accuracy,
+    word_marks,
+)
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import Task
 
@@ -167,7 +185,8 @@ class Metric:
     """A function of predictions and these fields of the examples, each a list with an entry for an example.
 
     It is also `of_sums` of the sum of `statistics`, a function of the same arguments to an array of an entry for each
-    example; what is of a group stands at its first example. Of any resample the sums alone give it.
+    example; what is of a group stands at its first example. Of any resample the sums alone give it. None for a metric
+    of which no sums do.
     """
 
     function: Callable[..., float]
@@ -175,20 +194,24 @@ class Metric:
     needs: tuple[str, ...] = ()  # of the task, keys of NEEDS
     statistics: Callable[..., np.ndarray] | None = None
     of_sums: Callable[[np.ndarray], np.ndarray] = _mean
+    reads_names: bool = False  # of the task's labels, as a last argument
 
-    def __call__(self, predictions: np.ndarray, examples: Sequence[TaskExample]) -> float:
-        return self.function(predictions, *self.columns(examples))
+    def __call__(self, predictions: np.ndarray, examples: Sequence[TaskExample], task: Task) -> float:
+        return self.function(predictions, *self.columns(examples, task))
 
-    def columns(self, examples: Sequence[TaskExample]) -> list[list[Any]]:
-        return [[getattr(each, field) for each in examples] for field in self.fields]
+    def columns(self, examples: Sequence[TaskExample], task: Task) -> list[Any]:
+        found: list[Any] = [[getattr(each, field) for each in examples] for field in self.fields]
+        return [*found, [str(label) for label in task.labels]] if self.reads_names else found
 
 
 # All that says which metrics there are: a new one is a function, its statistics and a row here.
 METRICS = {
-    "accuracy": Metric(accuracy, ("label",), (), lambda *columns: _marks(_right(*columns))),
-    "macro_f1": Metric(macro_f1, ("label",), ("classes",), _class_marks, _macro_f1),
-    "f1_binary": Metric(f1_binary, ("label",), ("classes", "two labels"), _class_marks, _f1_binary),
-    "matthews_correlation": Metric(matthews_correlation, ("label",), ("classes",), _class_marks, _matthews_correlation),
+    "accuracy": Metric(accuracy, ("label",), ("one answer",), lambda *columns: _marks(_right(*columns))),
+    "macro_f1": Metric(macro_f1, ("label",), ("one answer", "classes"), _class_marks, _macro_f1),
+    "f1_binary": Metric(f1_binary, ("label",), ("one answer", "classes", "two labels"), _class_marks, _f1_binary),
+    "matthews_correlation": Metric(
+        matthews_correlation, ("label",), ("one answer", "classes"), _class_marks, _matthews_correlation
+    ),
     "group_exact_match": Metric(
         group_exact_match,
         ("label", "group"),
@@ -213,11 +236,37 @@ METRICS = {
         ("candidates",),
         lambda *columns: _marks(_best_answers(_same_text, *columns)),
     ),
+    "pearson": Metric(pearson, ("label",), ("a number",), number_marks, pearson_of),
+    "spearman": Metric(spearman, ("label",), ("a number",)),
+    "subset_accuracy": Metric(
+        subset_accuracy,
+        ("label",),
+        ("several labels",),
+        lambda given, labels: _marks((given == np.asarray(labels)).all(-1)),
+    ),
+    "labels_micro_f1": Metric(labels_micro_f1, ("label",), ("several labels",), label_marks, micro_of),
+    "labels_macro_f1": Metric(labels_macro_f1, ("label",), ("several labels",), label_marks, macro_of),
+    "word_accuracy": Metric(word_accuracy, ("label",), ("labels of words",), word_marks),
+    "entity_f1": Metric(entity_f1, ("label",), ("labels of words", "entities"), entity_marks, f1_of, reads_names=True),
 }
 
 # Of a task, by name: whether it has what a metric needs, and what is said where it has not.
 NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
     "classes": (lambda task: bool(task.labels), "classes, and the task has candidates; accuracy would work"),
+    "one answer": (lambda task: task.has_one_answer, "one class or candidate for each example"),
+    "a number": (lambda task: task.problem_type == "regression", "numbers: problem_type regression"),
+    "several labels": (
+        lambda task: task.problem_type == "multi_label_classification",
+        "several labels: problem_type multi_label_classification",
+    ),
+    "labels of words": (
+        lambda task: task.problem_type == "token_classification",
+        "labels of words: problem_type token_classification",
+    ),
+    "entities": (
+        lambda task: all(re.fullmatch(r"O|[BIESLU]-.+", str(label)) for label in task.labels),
+        "labels as O, B-PER and I-PER; word_accuracy would work",
+    ),
     "two labels": (lambda task: len(task.labels) == 2, "two labels, got {}; macro_f1 would work"),
     "groups": (lambda task: bool(task.group_by), "group_by, the fields of a row that make its group"),
     "candidates": (lambda task: bool(task.choices_from), "choices_from, the field of a row that lists its candidates"),
@@ -240,26 +289,45 @@ def require_metrics(task: Task) -> None:
 def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -> dict[str, float]:
     """Every metric of the task, in its order.
 
-    predictions: (B,) class ids, or positions of the chosen candidates. examples: (B,) of one split.
+    predictions: (B,) class ids, or positions of the chosen candidates; of several labels (B, C) of 0 and 1; (B,)
+        numbers; of words (B, W) class ids, -1 beyond an example's. examples: (B,) of one split.
     Raises DataError naming the example for a prediction that is no class or candidate of it, and for an example
     without what a metric needs: a hidden label is not scored as a wrong one.
     """
     require_metrics(task)
-    given = _one_row(predictions, "predictions")
+    given = _one_row(predictions, "predictions") if task.has_one_answer else np.asarray(predictions)
     if len(given) != len(examples):
         raise ValueError(f"{len(given)} predictions for {len(examples)} examples")
-    for example, prediction in zip(examples, given.tolist(), strict=True):
+    for example, prediction in zip(examples, given.tolist() if task.has_one_answer else (), strict=False):
         count = len(task.labels) or len(example.texts)
-        for value, what in ((prediction, "prediction"), (example.label, "label")):
+        for value, what in ((prediction, "prediction"), (cast(int | None, example.label), "label")):
             if value is not None and not 0 <= value < count:
                 kind = "classes" if task.labels else "candidates"
                 raise DataError(
                     f"{_place(task, example)}: {what} {value} is none of its {count} {kind}, counted from 0"
                 )
-        for name in task.metrics:
-            for field in METRICS[name].fields:
-                _require_field(task, example, field, name)
-    return {name: METRICS[name](given, examples) for name in task.metrics}
+    for example, name in itertools.product(examples, task.metrics):
+        for field in METRICS[name].fields:
+            _require_field(task, example, field, name)
+    return {name: METRICS[name](given, examples, task) for name in task.metrics}
+
+
+def constant_answers(task: Task, examples: Sequence[TaskExample]) -> list[np.ndarray]:
+    """Answers that are alike for all examples: a class, a position, of words one label, of numbers 0.
+
+    Of several labels none, the most frequent one, the two most frequent, ...
+    """
+    count = len(examples)
+    if task.problem_type == "regression":
+        return [np.zeros(count)]
+    if task.problem_type == "multi_label_classification":
+        frequent = np.argsort(-np.array([each.label for each in examples]).sum(0), kind="stable")
+        marks = [np.isin(np.arange(len(frequent)), frequent[: i + 1]) for i in range(-1, len(frequent))]
+        return [np.tile(each.astype(np.int64), (count, 1)) for each in marks]
+    if task.problem_type == "token_classification":
+        width = max(len(each.words) for each in examples)
+        return [np.full((count, width), label) for label in range(len(task.labels))]
+    return [np.full(count, label) for label in range(len(task.labels) or min(len(each.choices) for each in examples))]
 
 
 def superglue_average(scores: Mapping[str, Mapping[str, float]]) -> tuple[float, list[str]]:

@@ -32,15 +32,20 @@ def resampled_scores(
     for name, metric in metrics.items():
         if metric.statistics is None:
             continue
-        of_examples = metric.statistics(given, *metric.columns(examples))
+        of_examples = metric.statistics(given, *metric.columns(examples, task))
         of_units[name] = np.zeros((number, *of_examples.shape[1:]))
         np.add.at(of_units[name], units, of_examples)
     sums: dict[str, list[np.ndarray]] = {name: [] for name in of_units}
+    whole: dict[str, list[float]] = {name: [] for name in metrics if name not in of_units}
     for drawn in resamples(number, count):
         times = np.bincount(drawn, minlength=number)
         for name, each in of_units.items():
             sums[name].append(np.tensordot(times, each, 1))
-    return {name: metrics[name].of_sums(np.stack(each)).tolist() for name, each in sums.items()}
+        for name, values in whole.items():
+            again = np.repeat(np.arange(len(examples)), times[units])
+            values.append(metrics[name](given[again], [examples[i] for i in again.tolist()], task))
+    found = {name: metrics[name].of_sums(np.stack(each)).tolist() for name, each in sums.items()}
+    return {name: found[name] if name in found else whole[name] for name in metrics}
 
 
 def resamples(units: int, count: int) -> Iterator[np.ndarray]:

@@ -6,6 +6,7 @@ words = score_lm(student, teacher, dataset, collate, token_map=map, accelerator=
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from glmd.data.batches import Batch, Collate
 from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
 from glmd.distillation.teacher import AllOutputs, of_each
+from glmd.evaluation.label_metrics import pearson
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
 from glmd.losses.rows import BLOCK_ROWS
@@ -41,6 +43,8 @@ def predict(
 ) -> np.ndarray:
     """(examples, C) float32 logits in the dataset's order, the same on every rank; -inf for a choice that is not there.
 
+    Of an example of several decisions those of all, one after another: `answers_of` reads them.
+
     token_map: (V,) source id -> student id when the classifier is a compressed student; None for a teacher.
     name: of the model. Raises NumericsError, alike on every rank, for logits that are not finite.
     """
@@ -55,6 +59,10 @@ def predict(
             continue
         ids += batch["example_id"].tolist()
         table = logits.float().tolist()
+        if "num_decisions" in batch:
+            flat = iter([value for row in table for value in row])
+            rows += [list(islice(flat, count * logits.shape[1])) for count in batch["num_decisions"].tolist()]
+            continue
         counts = batch["num_choices"].tolist() if "num_choices" in batch else [logits.shape[1]] * len(table)
         rows += [row[:count] for row, count in zip(table, counts, strict=True)]
     gathered = gather_object([(ids, rows)])
@@ -62,6 +70,8 @@ def predict(
     for part_ids, part_rows in gathered:
         result.update(zip(part_ids, part_rows, strict=True))
     require_finite(name, result)
+    if "tagged" in dataset.read.tokens:
+        result = {i: _at_words(numbers, result[i]) for i, numbers in enumerate(dataset.tagged_words())}
     most = max(map(len, result.values()))
     return np.array([result[i] + [-np.inf] * (most - len(result[i])) for i in range(len(dataset))], dtype=np.float32)
 
@@ -123,9 +133,40 @@ def score_lm(
 
 
 def answers_of(task: Task, logits: np.ndarray) -> np.ndarray:
-    """(examples,) class ids, or positions of choices, from (examples, C) logits."""
+    """(examples,) class ids, positions of choices, or numbers, from (examples, C) logits.
+
+    Of several labels (examples, C) of 0 and 1; of words (examples, W) class ids, -1 where an example has no such word,
+    or none that a token begins.
+    """
+    if task.problem_type == "regression":
+        return logits[:, 0]
+    if not task.has_one_answer:
+        decisions = logits.reshape(len(logits), -1, task.num_classes)
+        found: np.ndarray = decisions.argmax(-1)
+        return np.where(np.isfinite(decisions[..., 0]), found, -1)
     best: np.ndarray = logits.argmax(-1)
     return (best == 0).astype(best.dtype) if task.asks_first else best
+
+
+def _at_words(numbers: np.ndarray, logits: list[float]) -> list[float]:
+    """Logits of the words of these numbers -> of all words up to the last, -inf where there are none."""
+    if not len(numbers):
+        return []
+    table = np.full((int(numbers[-1]) + 1, len(logits) // len(numbers)), -np.inf)
+    table[numbers] = np.reshape(logits, (len(numbers), -1))
+    return table.ravel().tolist()
+
+
+def agreement(task: Task, ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Share of equal answers of two models; of several labels all must be equal, of words each counts.
+
+    Of numbers their correlation, Pearson's.
+    """
+    if task.problem_type == "regression":
+        return pearson(ours, theirs)
+    if task.problem_type == "token_classification":
+        return float((ours == theirs)[theirs >= 0].mean())
+    return float((ours == theirs).reshape(len(ours), -1).all(-1).mean())
 
 
 def _share(

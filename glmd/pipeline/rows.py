@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from glmd.config import RunConfig
-from glmd.evaluation.metrics import score
+from glmd.evaluation.metrics import constant_answers, score
 from glmd.planning.stages import Stage
 from glmd.reporting.report import NEAREST
 
@@ -25,9 +23,7 @@ def row_of(config: RunConfig, stage: Stage, result: dict[str, Any], processes: i
     row |= {"casting": task.casting, "selection": selection_of(config, stage)}
     row |= {"grid_point": stage.grid_point} | result if stage.grid_point else result
     if planned.is_scored:
-        # What one answer to everything scores; with choices, one position.
-        answers = range(len(task.labels) or min(len(example.choices) for example in planned.val))
-        constants = [score(task, np.full(len(planned.val), answer), planned.val) for answer in answers]
+        constants = [score(task, answers, planned.val) for answers in constant_answers(task, planned.val)]
         row["constant"] = {name: max(each[name] for each in constants) for name in task.metrics}
     if _learns_from_teacher(stage) and planned.has_own_inputs:
         labeled = sum(example.label is not None for example in planned.inputs)

@@ -218,7 +218,7 @@ def train(
         language_model=language_model,
         classifier=task_model,
         task_logits=logits,
-        num_classes=0 if stage.task is None else len(stage.task.task.labels),
+        num_classes=0 if stage.task is None else stage.task.task.num_classes,
     )
     if accelerator.device.type == "cuda" and "head" in stage.needs:
         with phase("kernel"):  # the first step would compile and try it; what this answers is kept

@@ -16,7 +16,7 @@ from glmd.distillation.teacher import of_each
 from glmd.evaluation.bits_per_byte import score_text
 from glmd.evaluation.metrics import score
 from glmd.evaluation.resampling import resampled_scores
-from glmd.evaluation.scoring import answers_of, predict, score_lm
+from glmd.evaluation.scoring import agreement, answers_of, predict, score_lm
 from glmd.losses.logits import kl_divergence
 from glmd.models.attention import attention_of, chosen_by_transformers
 from glmd.models.heads import Split
@@ -158,7 +158,7 @@ def score_task(context: Context, stage: Stage, model: Any, *, keeps: bool = Fals
             kept["resampled"] = resampled_scores(stage.task.task, answers, stage.task.val)
         on_main(lambda: write_atomically(context.folder(stage) / ANSWERS, json.dumps(kept)))
     if not stage.trains_teacher:
-        result["agreement"] = float((answers == teacher_answers(context, stage)).mean())
+        result["agreement"] = agreement(stage.task.task, answers, teacher_answers(context, stage))
     return result
 
 
@@ -172,7 +172,7 @@ def teacher_answers(context: Context, stage: Stage) -> np.ndarray:
 
 
 def _answers(context: Context, stage: Stage, model: Any, *, is_teacher: bool) -> np.ndarray:
-    """(examples,) class ids, or positions of choices, on the validation split."""
+    """What the model answers on the validation split, as `answers_of` has it."""
     assert stage.task is not None, "a stage of a task"
     with _plain_attention(context, model):
         logits = predict(

@@ -98,7 +98,7 @@ def task_cache(
         "max_length": stage.length,
         "masking": _masking(plan.kind, probability, maskings, stage.seed),
     }
-    num_classes = len(task.labels) if "task_head" in stage.teacher_needs_of(number) else None
+    num_classes = task.num_classes if "task_head" in stage.teacher_needs_of(number) else None
     folder = stage_cache_folder(plan, stage, number)
     return _cache(plan, folder, parts, made_from, words=asks_words, num_classes=num_classes, number=number)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
+from glmd.distillation.signals import SIGNALS
 from glmd.errors import ConfigError, ModelError
+from glmd.losses.numbers import DIFFERENCES, NUMBER_LOSSES
 from glmd.models.heads import LMKind, lm_kind
 from glmd.models.quantization import quantized_linears
 from glmd.planning.rules import task_stages
@@ -170,12 +172,17 @@ def require_task_losses(config: RunConfig, method: dict[str, Objective], tasks: 
 
     generator = torch.Generator().manual_seed(0)
     for (name, plan), (stage, objective) in itertools.product(tasks.items(), method.items()):
-        choices = {len(each.choices) for each in plan.inputs} if plan.task.is_choice else {len(plan.task.labels)}
+        choices = {len(each.choices) for each in plan.inputs} if plan.task.is_choice else {plan.task.num_classes}
         for count, term in itertools.product(sorted(choices), objective.terms):
             if term.signal != "task_logits" or term.source or stage == "pretraining":
                 continue
             student, teacher = 8 * torch.randn(2, 8, count, generator=generator)
             where = f"method {config.method}: {stage}: {term.name} of {name}"
+            if plan.task.problem_type == "regression":
+                known = sorted({*NUMBER_LOSSES, *DIFFERENCES} & set(SIGNALS["task_logits"].losses))
+                if term.loss not in known:
+                    raise ConfigError(f"{where} compares classes, and its answer is a number; give {', '.join(known)}")
+                continue
             labels = torch.arange(8) % count
             try:
                 values = term.function(student, teacher, **term.options_at(1.0, labels=labels))

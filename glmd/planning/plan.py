@@ -41,6 +41,7 @@ from glmd.planning.rules import cached_stages, for_teacher, kept_words, resolve
 from glmd.planning.task_plan import TaskPlan, plan_task
 from glmd.planning.teacher_rules import fine_tunes_teacher, task_of, teachers_of_task, with_task_model
 from glmd.tasks.cloze import verbalizer_ids
+from glmd.tasks.forms import task_form
 from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -171,7 +172,7 @@ def _try_student(plan: Plan) -> None:
         student,
         plan.teacher_config,
         length=max(stage_lengths(plan.config, plan.method, plan.tasks).values()),
-        task_heads={"MultipleChoice" if task.is_choice else "SequenceClassification" for task in heads},
+        task_heads={task_form(task, kind=plan.kind).head for task in heads},
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
         needs=frozenset().union(*(objective.needs for objective in plan.method.values())),
         attention=plan.config.attn_implementation,

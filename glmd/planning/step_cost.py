@@ -129,7 +129,7 @@ class Step:
             language_model=words,
             classifier=task,
             task_logits=logits,
-            num_classes=0 if cast.form is None else len(cast.form.task.labels),
+            num_classes=0 if cast.form is None else cast.form.task.num_classes,
         )
         self.distiller.train()
         if cast.gradient_checkpointing:
@@ -160,8 +160,9 @@ class Step:
             hidden = head.weight.new_empty(int(batch["predicts"].sum()), head.weight.shape[1])
         answers = None
         if self.cast.form is not None:
-            classes = int(batch["num_choices"][0]) if "num_choices" in batch else len(self.cast.form.task.labels)
-            answers = torch.zeros(len(batch["example_id"]), classes, device=device)
+            classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.form.task.num_classes
+            decisions = int(batch["num_decisions"].sum()) if "num_decisions" in batch else len(batch["example_id"])
+            answers = torch.zeros(decisions, classes, device=device)
         return TeacherOutputs(hidden, head, answers)
 
     def learn(self, batch: Batch, outputs: AllOutputs) -> None:
@@ -186,7 +187,7 @@ def _models(cast: Cast, config: Any, dtype: torch.dtype, needs: frozenset[str]) 
         return language_model, language_model if task else None
     assert cast.form is not None, "a task has a form"
     config = copy.deepcopy(config)
-    config.num_labels = max(1, len(cast.form.task.labels))
+    config.num_labels = cast.form.task.num_outputs
     return language_model, cast.form.model_class(config).from_config(config, dtype=dtype)
 
 

@@ -3,15 +3,13 @@
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, DataError, counted
-from glmd.evaluation.metrics import require_metrics, score
+from glmd.evaluation.metrics import constant_answers, require_metrics, score
 from glmd.planning.teacher_rules import columns_of, fine_tunes_teacher, learns_from_train, task_of
 from glmd.tasks.columns import hold_out, require_same_labels
 from glmd.tasks.examples import TaskExample, read_split
@@ -44,13 +42,13 @@ class TaskPlan:
 
     def val_fingerprint(self) -> str:
         """Of what all are scored on, however it is asked."""
-        rows = [(e.texts, e.label, e.group, e.choices, e.answers) for e in self.val]
+        rows = [each.content for each in self.val]
         return hashlib.sha256(json.dumps([self.task.metrics, rows]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         splits = [self.train, self.val, *([self.inputs] if self.has_own_inputs else [])]
-        rows = [[(e.texts, e.label, e.group, e.choices, e.answers) for e in split] for split in splits]
-        return hashlib.sha256(json.dumps([asdict(self.task), self.verbalizers, rows]).encode()).hexdigest()
+        rows = [[each.content for each in split] for split in splits]
+        return hashlib.sha256(json.dumps([self.task.record(), self.verbalizers, rows]).encode()).hexdigest()
 
 
 def plan_task(
@@ -91,12 +89,12 @@ def plan_task(
         found = f"{sum(unlabeled)} of {len(val)} rows of {name} val have no label"
         raise DataError(f"{val_source}: {found}; give all or none")
     if columns is not None:
-        labels = ", ".join(map(str, task.labels[:10])) + (", ..." if len(task.labels) > 10 else "")
-        named = "as the teacher names them" if config.teacher.of_task(name) else "as they stand in the file"
-        metrics = " and ".join(task.metrics)
-        logger.info("%s: labels %s, %s; scored by %s", name, labels, named, metrics)
+        labels = ", ".join(map(str, task.labels[:10])) + (", ..." if len(task.labels) > 10 else "") or "numbers"
+        named = "as the teacher has them" if config.teacher.of_task(name) else "as they stand in the file"
+        kind = "labels" if task.has_one_answer else task.problem_type
+        logger.info("%s: %s %s, %s; scored by %s", name, kind, labels, named, " and ".join(task.metrics))
     if not all(unlabeled):
-        score(task, np.zeros(len(val), dtype=np.int64), val)  # what cannot be scored is refused now, not after training
+        score(task, constant_answers(task, val)[0], val)  # what cannot be scored is refused now, not after training
     return TaskPlan(task, train, inputs, val, verbalizers)
 
 

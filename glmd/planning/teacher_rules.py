@@ -15,28 +15,31 @@ from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError
 from glmd.task_files import task_files
 from glmd.tasks.columns import Columns, task_of_columns
-from glmd.tasks.tasks import Task, load_task
+from glmd.tasks.forms import problem_of
+from glmd.tasks.tasks import ProblemType, Task, load_task
 
 
 def task_of(config: RunConfig, name: str) -> Task:
     """The task under a key of `tasks`: of columns or from its own YAML if it names them, else one that comes with glmd.
 
-    Of columns the labels are those of the training file, in the order of the first model that is named for the task.
+    Of columns the labels are those of the training file, in the order of the first model that is named for the task, by
+    which it is also told what kind of answers there are.
     """
     columns = columns_of(config, name)
     if columns is None:
         return load_task(config.tasks[name].get("definition") or name, config.casting)
     train, models = config.tasks[name].get("train"), config.teacher.of_task(name)
-    classes = None
+    classes, problem = None, config.tasks[name].get("problem_type")
     if models:
         from glmd.models.loading import load_model_config, require_model
 
         require_model(models[0], field=f"teacher.tasks.{name}")
-        named = load_model_config(models[0]).id2label
-        classes = tuple(str(named[i]) for i in sorted(named))
+        teacher = load_model_config(models[0])
+        classes = tuple(str(teacher.id2label[i]) for i in sorted(teacher.id2label))
+        problem = problem or problem_of(teacher)
     path = Path(train).expanduser() if train is not None else None
     stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path is not None and path.is_file() else None
-    return _of_columns(name, columns, train, classes, config.casting, stamp)
+    return _of_columns(name, columns, train, classes, config.casting, problem, stamp)
 
 
 def with_task_model(config: RunConfig) -> RunConfig:
@@ -89,7 +92,8 @@ def columns_of(config: RunConfig, name: str) -> Columns | None:
         return None
     assert files.label is not None, "checked with the config"
     try:
-        return Columns(files.text, files.label, files.text_pair)
+        several = tuple(files.label) if isinstance(files.label, list) else ()
+        return Columns(files.text, "" if several else str(files.label), files.text_pair, several)
     except ConfigError as error:
         raise ConfigError(f"tasks.{name}: {error}") from None
 
@@ -101,10 +105,11 @@ def _of_columns(
     train: str | None,
     classes: tuple[str, ...] | None,
     casting: str,
+    problem: ProblemType | None,
     stamp: tuple[int, int] | None,
 ) -> Task:
     """The task is asked for many times; its file is read once. stamp: what tells a file from what it was."""
-    return task_of_columns(name, columns, train, classes=classes, casting=casting)
+    return task_of_columns(name, columns, train, classes=classes, casting=casting, problem_type=problem)
 
 
 def passes(method: dict[str, Objective]) -> list[str]:
@@ -163,6 +168,12 @@ def check_ensemble(config: RunConfig, method: dict[str, Objective]) -> None:
                 "none of: name their language models in teacher.ensemble"
             )
     for task in config.tasks:
+        weighing = [stage for stage in reading if stage != "pretraining" and method[stage].weighs_teachers]
+        if weighing and not task_of(config, task).has_one_answer:
+            raise ConfigError(
+                f"tasks.{task}: method {config.method} weighs teachers in {weighing[0]} by one answer to each example; "
+                "leave it out, or give another method"
+            )
         learned = [stage for stage in reading if stage != "pretraining" and method[stage].learns_weights]
         if learned and task_of(config, task).is_choice:
             raise ConfigError(

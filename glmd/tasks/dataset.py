@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 
 from glmd.data.batches import TARGET_COLUMNS, Examples, Grid, Key, key_columns, positions_in_rows
 from glmd.data.masking import Corruption
-from glmd.losses.labels import IGNORED_LABEL
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm
 
@@ -37,7 +36,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         self.said = Grid.of([{name: row[name] for name in said if name in row} for row in rows]) if said else None
         # Example i has the rows from first_row[i] up to first_row[i + 1].
         self.first_row = np.cumsum([0, *(len(example.texts) for example in examples)])
-        self.labels = np.array([IGNORED_LABEL if each.label is None else each.label for each in examples])
+        self.labels = form.label_column(examples)
         self.truncated = int(np.logical_or.reduceat(truncated, self.first_row[:-1]).sum())
 
     def __len__(self) -> int:
@@ -54,6 +53,19 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.said is None:
             return self.read.rows()
         return [ours | theirs for ours, theirs in zip(self.read.rows(), self.said.rows(), strict=True)]
+
+    @property
+    def num_decisions(self) -> int:
+        """Rows of task logits of all examples: one of each, unless it has several labels or labels of words."""
+        tagged = self.read.tokens.get("tagged")
+        if tagged is not None:
+            return int((tagged > 0).sum())
+        return len(self) if self.labels is None else len(self.labels) * (self.labels.shape[1:] or (1,))[0]
+
+    def tagged_words(self) -> list[np.ndarray]:
+        """Of each example, whose words have labels, the numbers of those that have a token, from 0."""
+        rows = np.split(self.read.tokens["tagged"], np.cumsum(self.read.lengths)[:-1])
+        return [row[row > 0] - 1 for row in rows]
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +99,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
         choices = positions_in_rows(counts)
         rows = np.repeat(self.first_row[ids], counts) + choices
         read, said = self.read.chosen(rows), self.said.chosen(rows) if self.said is not None else None
-        numbers = {"labels": self.labels[ids], "example_id": ids}
+        numbers = {"example_id": ids}
+        if self.labels is not None:
+            numbers["labels"] = self.labels[ids]
         numbers |= {name: np.tile(value, (len(ids), *[1] * np.ndim(value))) for name, value in self.columns.items()}
         if self.examples[0].choices:
             numbers["num_choices"] = counts

@@ -7,15 +7,16 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from glmd.data.oddities import Oddities
 from glmd.data.tables import Place, Split, open_split
 from glmd.errors import DataError, suggestion
+from glmd.tasks.labels import Answer, label_in
 from glmd.tasks.superglue import checked, flat_rows
-from glmd.tasks.tasks import BLANK, NO_LABEL, Label, Task, _is_given, _listed, _shown, label_of_text
+from glmd.tasks.tasks import BLANK, NO_LABEL, Label, Task, _shown, label_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,20 @@ class TaskExample:
 
     example_id: int  # its place in the split, from 0
     texts: tuple[tuple[str, str | None], ...]  # (text, text_pair) of each choice; classification has one
-    label: int | None  # class id, or the right choice's position (to train on, also where a row asks for the first)
+    # Class id, or the right choice's position (to train on, also where a row asks for the first); of several labels 0
+    # or 1 for each; a number; or the class id of each word
+    label: Answer | None
     idx: Any = None  # as the row has it, for prediction files: a number, or a dict of numbers
     group: tuple[Any, ...] | None = None  # the values of task.group_by
     choices: tuple[str, ...] = ()  # the candidates themselves
     answers: tuple[str, ...] = ()  # all right candidates, where a row may have several (ReCoRD)
+    words: tuple[str, ...] = ()  # of a text whose words have labels
     where: str = dataclasses.field(default="", compare=False)  # file and line, or their like, to name in a refusal
+
+    @property
+    def content(self) -> list[Any]:
+        """What it is, for fingerprints."""
+        return [self.texts, self.label, self.group, self.choices, self.answers, *([self.words] if self.words else [])]
 
     @property
     def is_labeled(self) -> bool:
@@ -98,7 +107,8 @@ def _rows(
     found = open_split(source, split, Place(task.name, task.folder, task.hub_name))
     names = found.class_names.get(task.label_field)
     if found.texts is not None and task.rows == "flat":
-        found.texts.require([*task.fields, *([task.label_field] if require_labels else [])])
+        labels = [*(task.label_fields or (task.label_field,))]
+        found.texts.require([*task.fields, *(labels if require_labels else [])])
     meant: dict[str, Label | None] = {}
     for where, row in found.rows:
         if found.texts is not None:
@@ -116,7 +126,7 @@ def _from_texts(task: Task, row: dict[str, str], meant: dict[str, Label | None])
     """
     typed: dict[str, Any] = dict(row)
     label = row.get(task.label_field)
-    if label is not None:
+    if label is not None and task.has_one_answer:
         if label not in meant:
             meant[label] = label_of_text(task.labels or tuple(range(len(task.choices))), label)
         typed[task.label_field] = meant[label]
@@ -131,6 +141,8 @@ def _with_label(
 ) -> dict[str, Any]:
     """The row of a table with the label that its class number stands for."""
     label = row.get(task.label_field)
+    if not task.has_one_answer:
+        return row if names is None else _with_names(task, row, names)
     if isinstance(label, float):  # pandas makes numbers of a column with gaps such
         label = int(label) if label.is_integer() else None if math.isnan(label) else label
         row = row | {task.label_field: label}
@@ -147,16 +159,34 @@ def _with_label(
     return row | {task.label_field: task.labels[label]}
 
 
+def _with_names(task: Task, row: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The row of a table with the labels that a list of class numbers stands for."""
+    labels = {str(each): each for each in task.labels}
+    found = row.get(task.label_field)
+    if not isinstance(found, list):
+        return row
+    told = [names[each] if type(each) is int and 0 <= each < len(names) else each for each in found]
+    return row | {task.label_field: [labels.get(each, each) for each in told]}
+
+
 def _examples(
     task: Task, row: dict[str, Any], where: str, first_id: int, *, require_labels: bool, training: bool
 ) -> list[TaskExample]:
     """The examples of a flat row: one, or in training one for each of its right answers."""
-    fields = {field: _text(row, field, where, may_be_blank=field in task.may_be_blank) for field in task.fields}
+    words: tuple[str, ...] = ()
+    if task.problem_type == "token_classification":
+        words = _words(row, task.fields[0], where)
+        row = row | {task.fields[0]: list(words)}
+        fields = {task.fields[0]: " ".join(words)}
+    else:
+        fields = {field: _text(row, field, where, may_be_blank=field in task.may_be_blank) for field in task.fields}
     answers: tuple[str, ...] = ()
+    label: Answer | None
+    variants: Sequence[tuple[tuple[str, ...], Answer | None]]
     if task.choices_from is not None:
         candidates = _text_list(row, task.choices_from, where)
         if task.asks_first:
-            known = _label(task, task.labels, row, where, require_labels)
+            known = label_in(task, row, where, require_labels=require_labels)
             answers, label = candidates[:1] if known == 1 else (), known
         else:
             answers = _answers(task, row, candidates, where, require_labels)
@@ -168,7 +198,7 @@ def _examples(
         answers = answers if require_labels or not training else ()
         variants = _drawn(task, row, candidates, answers) if training else [(candidates, label)]
     else:
-        label = _label(task, task.labels or tuple(range(len(task.choices))), row, where, require_labels)
+        label = label_in(task, row, where, require_labels=require_labels)
         variants = [(tuple(choice.format(**fields) for choice in task.choices), label)]
     return [
         TaskExample(
@@ -179,6 +209,7 @@ def _examples(
             group=_group(task, row, where),
             choices=choices,
             answers=answers,
+            words=words,
             where=where,
         )
         for i, (choices, label) in enumerate(variants)
@@ -250,7 +281,7 @@ def _group(task: Task, row: dict[str, Any], where: str) -> tuple[Any, ...] | Non
 
 def _check_twin(example: TaskExample, twin: TaskExample, row: dict[str, Any], where: str, before: str) -> None:
     """Refuse an idx of two rows that differ: nobody could tell which of them an answer is for."""
-    if (example.texts, example.label, example.answers) != (twin.texts, twin.label, twin.answers):
+    if [*example.content[:2], example.answers] != [*twin.content[:2], twin.answers]:
         raise DataError(f"{where}: field 'idx' is {_shown(row['idx'])}, as in {before}; each row needs its own")
 
 
@@ -280,6 +311,18 @@ def _text(row: dict[str, Any], field: str, where: str, *, may_be_blank: bool = F
     return text
 
 
+def _words(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
+    """A list of words, each without white space at its ends."""
+    if field not in row:
+        raise DataError(f"{where}: field {field!r} is missing{suggestion(field, map(str, row))}")
+    words = row[field]
+    if not isinstance(words, list) or not words or not all(isinstance(each, str) and each.strip() for each in words):
+        raise DataError(f"{where}: field {field!r} must be a list of words, none of them blank; got {_shown(words)}")
+    for word in words:
+        _refuse_marker(word, field, where)
+    return tuple(word.strip() for word in words)
+
+
 def _refuse_marker(text: str, field: str, where: str) -> None:
     if BLANK in text:
         raise DataError(f"{where}: field {field!r} holds U+FDD0, which is no character; remove it")
@@ -295,16 +338,3 @@ def _text_list(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
     for value in values:
         _refuse_marker(value, field, where)
     return tuple(dict.fromkeys(values))
-
-
-def _label(task: Task, known: tuple[Label, ...], row: dict[str, Any], where: str, require_labels: bool) -> int | None:
-    label = row.get(task.label_field)
-    return _class_id(task, known, label, where) if _is_given(label) or require_labels else None
-
-
-def _class_id(task: Task, known: tuple[Label, ...], label: Any, where: str) -> int:
-    for class_id, each in enumerate(known):
-        if type(label) is type(each) and label == each:
-            return class_id
-    got = f"got {_shown(label)}" if _is_given(label) else "the row has none"
-    raise DataError(f"{where}: field {task.label_field!r} must be one of {_listed(known)}; {got}")

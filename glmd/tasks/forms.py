@@ -19,14 +19,15 @@ from torch import Tensor
 
 from glmd.errors import ConfigError, ModelError, suggestion
 from glmd.losses.labels import IGNORED_LABEL
-from glmd.models.heads import LMKind, Split
+from glmd.losses.positions import rows_at
+from glmd.models.heads import LMKind, Split, task_class
 from glmd.models.loading import language_model_class
 from glmd.models.probes import one_choice_each, prove_answers_unseen, prove_language_model, prove_task_model
 from glmd.tasks.blank_rows import blank_rows
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, infilling_rows, verbalizer_ids
 from glmd.tasks.examples import TaskExample
-from glmd.tasks.rows import Rows, pair_rows
-from glmd.tasks.tasks import Task
+from glmd.tasks.rows import Rows, pair_rows, word_rows
+from glmd.tasks.tasks import ProblemType, Task
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
@@ -36,11 +37,16 @@ TaskLogits = Callable[..., Tensor]  # (split, outputs, inputs, batch, token_map)
 class TaskForm(ABC):
     """One way to put a task to a model.
 
-    has_own_head: whether its model has a head that language models lack; else it is a language model itself.
+    has_own_head: whether its model has a head that language models lack; else it is a language model itself. head:
+        which, as it stands in the names of stock classes.
+
+    Logits are (N, K) of decisions: an example is one, unless several of its labels may be right, which are a decision
+    of yes or no each, or its words have labels of their own. The batch's `num_decisions` (B,) then says how many.
     """
 
     name: ClassVar[str]
     has_own_head: ClassVar[bool] = True
+    head: ClassVar[str] = "SequenceClassification"
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -52,15 +58,21 @@ class TaskForm(ABC):
     def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
         """What the model reads of each example. Raises DataError for an example that cannot be put so."""
 
-    @abstractmethod
     def model_class(self, config: Any) -> Any:
         """The auto class of a stock model for this form."""
+        import transformers
+
+        return getattr(transformers, f"AutoModelFor{self.head}")
+
+    def label_column(self, examples: Sequence[TaskExample]) -> np.ndarray | None:
+        """(B,) or (B, C) labels of the examples, -100 or nan where there is none; None where `rows` gives them."""
+        return np.array([IGNORED_LABEL if each.label is None else each.label for each in examples])
 
     @abstractmethod
     def logits(
         self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
     ) -> Tensor:
-        """(B, C) logits on the backbone's `outputs`; -inf for a choice that an example does not have.
+        """(N, K) logits of decisions on the backbone's `outputs`; -inf for a choice that an example does not have.
 
         inputs: what the backbone was given. batch: all columns. token_map: (V,) source id -> the model's own.
         """
@@ -76,10 +88,6 @@ class TaskForm(ABC):
     def new_head(self) -> dict[str, Any]:
         """What `from_pretrained` is told where a head of this form begins on a language model."""
         return {}
-
-    def num_classes(self, examples: Sequence[TaskExample]) -> int:
-        """C of the logits of these examples: the task's labels, or the most choices that an example has."""
-        return len(self.task.labels) or max(len(example.choices) for example in examples)
 
     def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
         """The columns of this form in a batch of so many examples, with arbitrary values."""
@@ -99,11 +107,6 @@ class ClassForm(TaskForm):
     def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
         return pair_rows(examples, tokenizer, max_length=max_length)
 
-    def model_class(self, config: Any) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification
-
     def logits(
         self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
     ) -> Tensor:
@@ -111,7 +114,13 @@ class ClassForm(TaskForm):
 
     def require(self, config: Any, name: str) -> None:
         """Also refuses classes that are not the task's, in the task's order."""
-        self._require_architecture(config, name, "SequenceClassification")
+        self._require_architecture(config, name, self.head)
+        theirs = getattr(config, "problem_type", None)
+        if self.head == "SequenceClassification" and theirs not in (None, self.task.problem_type):
+            raise ModelError(
+                f"{name}: its problem_type is {theirs}, that of {self.task.name} {self.task.problem_type}; give the "
+                "task's model, or the task that type"
+            )
         got, expected = _classes_of(config), self._names()
         if not _is_unnamed(got) and [each.lower() for each in got] != [each.lower() for each in expected]:
             raise ModelError(f"{name}: its classes {got} are not those of {self.task.name} in this order: {expected}")
@@ -120,24 +129,91 @@ class ClassForm(TaskForm):
 
     def new_head(self) -> dict[str, Any]:
         names = self._names()
-        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        named = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        is_said = self.head == "SequenceClassification" and not self.task.has_one_answer
+        return named | ({"problem_type": self.task.problem_type} if is_said else {})
 
     def _names(self) -> list[str]:
         return [str(label) for label in self.task.labels]
+
+
+class LabelsForm(ClassForm):
+    """Several labels by a stock model for sequence classification: of each its logit against 0, as a sigmoid has it."""
+
+    name = "labels"
+
+    def logits(
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        found = class_logits(split, outputs, inputs, batch, token_map).flatten()
+        return torch.stack([torch.zeros_like(found), found], dim=-1)
+
+    def label_column(self, examples: Sequence[TaskExample]) -> np.ndarray:
+        none = (IGNORED_LABEL,) * len(self.task.labels)
+        return np.array([none if each.label is None else each.label for each in examples])
+
+    def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
+        count = len(self.task.labels)
+        return {"num_decisions": torch.full((examples,), count), "labels": torch.zeros(examples * count).long()}
+
+
+class NumberForm(ClassForm):
+    """A number by a stock model for sequence classification with one output."""
+
+    name = "number"
+
+    def label_column(self, examples: Sequence[TaskExample]) -> np.ndarray:
+        return np.array([np.nan if each.label is None else each.label for each in examples], dtype=np.float32)
+
+    def _names(self) -> list[str]:
+        return ["LABEL_0"]
+
+    def require(self, config: Any, name: str) -> None:
+        if config.num_labels != 1:
+            found = f"{config.num_labels} outputs ({', '.join(_classes_of(config)[:5])})"
+            raise ModelError(f"{name}: has {found}; the answer of {self.task.name} is a number")
+        self._require_architecture(config, name, self.head)
+
+    def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
+        return {"labels": torch.zeros(examples)}
+
+
+class WordForm(ClassForm):
+    """A label for each word by a stock model for token classification, at the first token of each."""
+
+    name = "words"
+    head = "TokenClassification"
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        return word_rows(examples, tokenizer, max_length=max_length)
+
+    def label_column(self, examples: Sequence[TaskExample]) -> None:
+        return None
+
+    def logits(
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        return rows_at(class_logits(split, outputs, inputs, batch, token_map), batch["tagged_positions"])
+
+    def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
+        marks = torch.ones(examples, length).long()
+        marks[-1, -1] = 0  # padding
+        return {
+            "tagged": marks,
+            "tagged_positions": marks.flatten().nonzero()[:, 0],
+            "num_decisions": marks.sum(1),
+            "labels": torch.zeros(int(marks.sum())).long(),
+        }
 
 
 class ChoiceForm(TaskForm):
     """Candidates by a stock model for multiple choice, each a row of its own."""
 
     name = "choices"
+    head = "MultipleChoice"
 
     def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
         return pair_rows(examples, tokenizer, max_length=max_length)
-
-    def model_class(self, config: Any) -> Any:
-        from transformers import AutoModelForMultipleChoice
-
-        return AutoModelForMultipleChoice
 
     def logits(
         self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
@@ -145,7 +221,7 @@ class ChoiceForm(TaskForm):
         return choice_logits(split.run_head(outputs, inputs=one_choice_each(inputs)), batch["num_choices"])
 
     def require(self, config: Any, name: str) -> None:
-        self._require_architecture(config, name, "MultipleChoice")
+        self._require_architecture(config, name, self.head)
 
 
 class ClozeForm(TaskForm):
@@ -224,8 +300,17 @@ class BlankForm(ClozeForm):
     architecture = "ForBlankInfilling"
 
 
+# Of tasks with classes, or a number.
+HEADS: dict[ProblemType, type[TaskForm]] = {
+    "single_label_classification": ClassForm,
+    "multi_label_classification": LabelsForm,
+    "regression": NumberForm,
+    "token_classification": WordForm,
+}
+
+
 def _head(task: Task, kind: LMKind) -> TaskForm:
-    return ChoiceForm(task) if task.is_choice else ClassForm(task)
+    return ChoiceForm(task) if task.is_choice else HEADS[task.problem_type](task)
 
 
 CLOZES: dict[LMKind, type[TaskForm]] = {
@@ -252,7 +337,7 @@ def task_form(task: Task, *, kind: LMKind) -> TaskForm:
 
 
 def class_logits(split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None) -> Tensor:
-    """(B, C) logits of a classification head, as `ClassForm.logits`."""
+    """(B, C) logits of a classification head, or (B, S, C) of one for tokens, as `ClassForm.logits`."""
     logits: Tensor = split.run_head(outputs, inputs=inputs)
     return logits
 
@@ -263,9 +348,19 @@ def choice_logits(scores: Tensor, num_choices: Tensor) -> Tensor:
     return scores.new_full(exists.shape, -torch.inf).masked_scatter(exists, scores)
 
 
+def problem_of(config: Any) -> ProblemType | None:
+    """What a task model's config says of the answers that it gives; None where it leaves that open."""
+    name = task_class(config) or ""
+    if name.endswith("TokenClassification"):
+        return "token_classification"
+    told: ProblemType | None = getattr(config, "problem_type", None)
+    is_number = name.endswith("SequenceClassification") and config.num_labels == 1
+    return "regression" if told is None and is_number else told
+
+
 def warn_of_unnamed_classes(config: Any, form: TaskForm, name: str) -> None:
     """Say where a classifier's classes have no names, and are therefore taken to be in the task's order."""
-    if isinstance(form, ClassForm) and _is_unnamed(_classes_of(config)):
+    if isinstance(form, ClassForm) and form.task.labels and _is_unnamed(_classes_of(config)):
         logger.warning(
             "%s: its config names no classes (LABEL_0, ...); they are taken to be those of %s in this order: %s. If "
             "they stand in another, name them in its id2label",

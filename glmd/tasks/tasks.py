@@ -12,9 +12,10 @@ import itertools
 import json
 import re
 import string
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glmd.data.tables import Split
 from glmd.errors import ConfigError, suggestion
@@ -22,6 +23,7 @@ from glmd.strict_yaml import build, configs_root, load_yaml, named_file
 from glmd.tasks.superglue import Form
 
 Label = str | bool | int
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression", "token_classification"]
 LISTED = 300  # letters of labels in a message
 NO_LABEL = -1  # the hub's sign for a hidden label; null is another
 
@@ -68,7 +70,33 @@ class Task:
     asks_first: bool = False  # a row asks only whether its first candidate is the right one: the second of the labels
     group_by: tuple[str, ...] = ()  # fields whose values make an example's group, for metrics over groups
     cloze: Cloze | None = None  # the task's other form
+    # What an answer is, by transformers' names: one of the labels; any of them, also none; a number, which there are no
+    # labels for; or one of them for each word, where `text` is one field that lists words and label_field their labels
+    problem_type: ProblemType = "single_label_classification"
+    label_fields: tuple[str, ...] = ()  # of several labels: a field of 0 or 1 for each, in place of one that lists them
+    label_separator: str = "|"  # of several labels in a field of a file of texts
     casting: str = "head"  # how it is put to a model, a key of tasks.forms.CASTINGS; a run's choice
+
+    def record(self) -> dict[str, Any]:
+        """What it is, for fingerprints: keys that came later stand there where they are not as they were before."""
+        later = {"problem_type": "single_label_classification", "label_fields": (), "label_separator": "|"}
+        return {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
+
+    @property
+    def has_one_answer(self) -> bool:
+        """Whether an example's answer is one of its classes, or of its choices."""
+        return self.problem_type == "single_label_classification"
+
+    @property
+    def num_classes(self) -> int:
+        """Of each decision: of several labels each is one of yes or no; a number has 1; 0 where examples differ."""
+        counts = {"multi_label_classification": 2, "regression": 1}
+        return 0 if self.is_choice else counts.get(self.problem_type, len(self.labels))
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that a task head gives of an example, or of a token."""
+        return 1 if self.is_choice or self.problem_type == "regression" else len(self.labels)
 
     @property
     def is_choice(self) -> bool:
@@ -90,6 +118,7 @@ class Task:
             raise ConfigError(
                 f"task {self.name} has no cloze form; write one, or give a model with a task head (casting=head)"
             )
+        self._check_problem()
         for name in RESERVED:
             if name in self.fields:
                 raise ConfigError(f"fields: {name!r} has a meaning of its own in templates; rename the field")
@@ -121,6 +150,29 @@ class Task:
             raise ConfigError(f"metrics must be one or more and differ; got {', '.join(self.metrics) or 'none'}")
         if self.max_length < 8:
             raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
+
+    def _check_problem(self) -> None:
+        """Refuse keys that a type of problem makes nothing of."""
+        kind = self.problem_type
+        if self.has_one_answer:
+            where = "without problem_type multi_label_classification"
+            require_default(self, ("label_fields", "label_separator"), where)
+            return
+        if self.casting != "head" or self.cloze is not None:
+            raise ConfigError(f"task {self.name}: a {kind} has no cloze; give casting=head, and no cloze")
+        require_default(self, ("choices", "choices_from", "placeholder", "group_by", "asks_first"), f"beside {kind}")
+        if kind != "multi_label_classification":
+            require_default(self, ("label_fields", "label_separator"), f"beside {kind}")
+        if kind == "regression" and self.labels:
+            raise ConfigError("labels has no effect beside problem_type regression: the answer is a number; remove it")
+        if self.label_fields and len(self.label_fields) != len(self.labels):
+            raise ConfigError(f"label_fields must be one for each of the {len(self.labels)} labels")
+        if kind == "token_classification" and (
+            self.fields != (self.text[1:-1],) or self.text != f"{{{self.fields[0]}}}" or self.text_pair is not None
+        ):
+            raise ConfigError(f"text: a {kind} reads one field, which lists words; got {self.text!r}")
+        if not self.label_separator.strip():
+            raise ConfigError("label_separator is blank")
 
     def _check_choices(self) -> None:
         if self.asks_first:
@@ -177,10 +229,19 @@ class Task:
                 raise ConfigError(f"labels must be two or more and differ; got {_listed(self.labels)}: {alike}")
 
     def _check_classes(self) -> None:
-        self._check_labels()
+        if self.problem_type != "regression":
+            self._check_labels()
         for key in ("placeholder", "max_choices", "asks_first"):
             if getattr(self, key):
                 raise ConfigError(f"{key} has no effect without choices or choices_from; remove it")
+
+
+def require_default(task: Task, keys: Sequence[str], where: str) -> None:
+    """Refuse keys of a task that have no effect there."""
+    plain = {each.name: each.default for each in fields(Task)}
+    for key in keys:
+        if getattr(task, key) != plain[key]:
+            raise ConfigError(f"{key} has no effect {where}; remove it")
 
 
 def _template_fields(template: str, key: str, fields: tuple[str, ...], more: tuple[str, ...] = ()) -> list[str]:

@@ -356,7 +356,10 @@ def test_every_metric_is_scored_through_a_task_as_by_its_function():
     near = [query(["The Hague, Holland"], ["Hague"])]
     assert score(QUERIES, [0], near) == {"record_f1": pytest.approx(2 / 3), "record_exact_match": 0.0}
     tested = {*QUESTIONS.metrics, *task.metrics, *QUERIES.metrics, *load_task("CB").metrics}
-    assert tested == set(METRICS)
+    assert tested == {name for name, metric in METRICS.items() if not {*metric.needs} & OTHER_ANSWERS}
+
+
+OTHER_ANSWERS = {"a number", "several labels", "labels of words"}  # test_label_metrics
 
 
 def test_choices_may_differ_in_number():

@@ -68,7 +68,7 @@ def test_a_student_of_all_layers_and_tokens_begins_as_its_teacher(classifier, re
 
 def test_the_method_has_the_stages_that_the_models_allow(tiny, classifier, reviews):
     model, corpus = str(tiny.teacher), (str(tiny.corpus),)
-    whole = {"teacher": classifier, "data": str(reviews), "text": "body", "label": "stars"}
+    whole = {"teacher": classifier, "data": str(reviews), "text": "body", "label": ["stars"]}
     for flags, method, words in (
         (Flags(**whole), "soft-labels", "predicts no words"),
         (Flags(**whole, base=model), "glmd-no-pretraining", f"by the LM head of {model} on the layers of {classifier}"),
@@ -77,7 +77,11 @@ def test_the_method_has_the_stages_that_the_models_allow(tiny, classifier, revie
     ):
         values, said = run_of_flags(flags)
         assert values["method"] == method and words in "\n".join(said)
-        plan = make_plan(load_config(values, ["tasks.reviews.max_length=32", "pretraining.max_length=32"]), try_out=False, hash_corpus=False)
+        plan = make_plan(
+            load_config(values, ["tasks.reviews.max_length=32", "pretraining.max_length=32"]),
+            try_out=False,
+            hash_corpus=False,
+        )
         assert plan.teaches_task_alone == (method == "soft-labels")
 
 
