@@ -38,6 +38,11 @@ class Place:
     task: str
     folder: str | None = None  # None: the task's name
     hub_name: str | None = None
+    val_name: str | None = None  # of its validation split, where that has a name of its own
+
+    def split_names(self, split: Split) -> tuple[str, ...]:
+        """What the files of a split may be called."""
+        return (self.val_name,) if split == "val" and self.val_name else SPLIT_NAMES[split]
 
     @property
     def folder_name(self) -> str:
@@ -77,7 +82,7 @@ def open_split(source: str, split: Split, place: Place) -> Found:
     if path.suffix.lower() in ROW_SUFFIXES:
         return _read_files([path])
     instead = f"give a folder that holds {place.folder_name}/{split}.jsonl"
-    instead += ", or the data set aps/super_glue" if place.hub_name else ""
+    instead += ", or a data set of the hub: aps/super_glue, nyu-mll/glue" if place.hub_name else ""
     if source.strip() and path.is_file():
         raise DataError(
             f"{source}: {READ_FROM}, not from {path.suffix or 'others'}; unpack or convert it, or {instead}"
@@ -126,7 +131,7 @@ def _named(folder: Path, place: Place) -> list[Path]:
 
 
 def _files_of(folder: Path, split: Split, place: Place) -> list[Path]:
-    for name in SPLIT_NAMES[split]:
+    for name in place.split_names(split):
         for suffix in (".jsonl", *TEXT_SUFFIXES):
             if (folder / f"{name}{suffix}").is_file():
                 return [folder / f"{name}{suffix}"]
@@ -135,14 +140,15 @@ def _files_of(folder: Path, split: Split, place: Place) -> list[Path]:
         alone = [each for each in sorted(folder.glob("*.jsonl")) if each.stem.casefold() in folded]
         if alone:
             return alone[:1]
-    return _parquet_files(folder, split) or _parquet_files(folder / "data", split)
+    names = place.split_names(split)
+    return _parquet_files(folder, split, names) or _parquet_files(folder / "data", split, names)
 
 
-def _parquet_files(folder: Path, split: Split) -> list[Path]:
+def _parquet_files(folder: Path, split: Split, names: tuple[str, ...]) -> list[Path]:
     """train-00000-of-00001.parquet, super_glue-train.parquet, train/0000.parquet: all parts, in order."""
-    named = re.compile(rf"(.*[-_.])?({'|'.join(SPLIT_NAMES[split])})([-_.].*)?")
+    named = re.compile(rf"(.*[-_.])?({'|'.join(map(re.escape, names))})([-_.].*)?")
     files = sorted(each for each in folder.glob("*.parquet") if named.fullmatch(each.stem))
-    for name in SPLIT_NAMES[split]:
+    for name in names:
         files = files or sorted((folder / name).glob("*.parquet"))
     parts = [re.search(r"-\d{5}-of-(\d{5})", each.stem) for each in files]
     for part in parts:
@@ -201,7 +207,8 @@ def _not_parquet(path: Path, error: Exception) -> DataError:
 
 def _read_hub(source: str, split: Split, place: Place) -> Found:
     name, _, config = source.partition(":")
-    hub_split, wanted = HUB_SPLITS[split], config or place.hub_name
+    hub_split = place.val_name if split == "val" and place.val_name else HUB_SPLITS[split]
+    wanted = config or place.hub_name
     shown = " ".join(filter(None, (wanted, hub_split)))
     try:
         from datasets import load_dataset

@@ -104,7 +104,7 @@ def _rows(
         if split == "train":
             raise DataError(f"{source}: {task.name} has no train split; it is scored with a model of another task")
         split = task.only_split
-    found = open_split(source, split, Place(task.name, task.folder, task.hub_name))
+    found = open_split(source, split, Place(task.name, task.folder, task.hub_name, task.val_name))
     names = found.class_names.get(task.label_field)
     if found.texts is not None and task.rows == "flat":
         labels = [*(task.label_fields or (task.label_field,))]

@@ -57,7 +57,7 @@ class Task:
     max_length: int  # tokens of text and text_pair, special ones included
     labels: tuple[Label, ...] = ()  # as they stand in the rows; the position is the class id. Empty: a choice
     folder: str | None = None  # its subfolder in a SuperGLUE folder; None: its name
-    hub_name: str | None = None  # its config in aps/super_glue, if it is read from the hub
+    hub_name: str | None = None  # its config in aps/super_glue, or nyu-mll/glue, if it is read from the hub
     only_split: Split | None = None  # of a diagnostic set, which has no train and val; read for val too
     may_be_blank: tuple[str, ...] = ()  # fields that a few rows leave empty; counted in a warning
     text_pair: str | None = None  # the second text, if there is one
@@ -75,12 +75,14 @@ class Task:
     problem_type: ProblemType = "single_label_classification"
     label_fields: tuple[str, ...] = ()  # of several labels: a field of 0 or 1 for each, in place of one that lists them
     label_separator: str = "|"  # of several labels in a field of a file of texts
+    val_name: str | None = None  # of its validation split in files and on the hub, where that is a name of its own
     casting: str = "head"  # how it is put to a model, a key of tasks.forms.CASTINGS; a run's choice
 
     def record(self) -> dict[str, Any]:
         """What it is, for fingerprints: keys that came later stand there where they are not as they were before."""
-        later = {"problem_type": "single_label_classification", "label_fields": (), "label_separator": "|"}
-        return {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
+        later = ("problem_type", "label_fields", "label_separator", "val_name")
+        plain = {each.name: each.default for each in fields(Task) if each.name in later}
+        return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
 
     @property
     def has_one_answer(self) -> bool:
@@ -122,7 +124,7 @@ class Task:
         for name in RESERVED:
             if name in self.fields:
                 raise ConfigError(f"fields: {name!r} has a meaning of its own in templates; rename the field")
-        for key in ("name", "folder", "hub_name"):
+        for key in ("name", "folder", "hub_name", "val_name"):
             value = getattr(self, key)
             if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
                 raise ConfigError(f"{key} must be letters, digits, - and _; got {value!r}")

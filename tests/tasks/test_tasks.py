@@ -75,7 +75,7 @@ def test_every_task_that_comes_with_glmd_loads_in_any_case(name):
 
 
 def test_all_tasks_of_superglue_and_its_two_diagnostics_come_with_glmd():
-    assert set(task_names()) == SUPERGLUE.keys() | {"AXb", "AXg"}
+    assert set(task_names()) >= SUPERGLUE.keys() | {"AXb", "AXg"}
 
 
 @pytest.mark.parametrize("name", ["AXb", "AXg"])
