@@ -225,12 +225,12 @@ def make_sketch(config: RunConfig) -> Plan:
 
 def is_config_alone(model: str | None) -> bool:
     """Whether a teacher is a local folder with a config.json and neither tokenizer nor weights."""
-    from glmd.models.loading import TOKENIZER_FILES, looks_local, require_model
+    from glmd.models.loading import holds_tokenizer, looks_local, require_model
 
     if model is None or not looks_local(model):
         return False
     require_model(model)
-    return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
+    return not holds_tokenizer(Path(model)) and not any(Path(model).glob("*.safetensors"))
 
 
 def further_configs(plan: Plan, stage: str) -> list[Any]:
