@@ -282,7 +282,7 @@ def strange(*asked: tuple[str, list[str], bool, bool]) -> list[dict[str, Any]]:
 def compare(family: Family, folder: Path, texts: list[str], row: dict[str, Any]) -> list[str]:
     """What of the teacher's peculiarities the folders that came out have lost, on texts of kept tokens."""
     student, plain, wrong = folder / "run/pretraining/student", folder / "plain", []
-    kept = kept_texts(student, texts)
+    kept = kept_texts([student, folder / "compressed"], texts)
     if len(kept) < 10:
         return [f"only {len(kept)} texts of kept tokens"]
     ways = {"compressed": (folder / "compressed", True), "mapped": (student, True)}
@@ -299,11 +299,12 @@ def compare(family: Family, folder: Path, texts: list[str], row: dict[str, Any])
     return wrong
 
 
-def kept_texts(student: Path, texts: list[str]) -> list[str]:
-    """Runs of words all of whose tokens are kept."""
-    tokenizer, found = load_tokenizer(student), []
-    source = tokenizer.source_tokenizer
-    kept = {i for token, i in source.get_vocab().items() if token in tokenizer.get_vocab()}
+def kept_texts(folders: list[Path], texts: list[str]) -> list[str]:
+    """Beginnings of texts, of three words or more, all of whose tokens each of the folders keeps."""
+    tokenizers, found = [load_tokenizer(folder) for folder in folders], []
+    source = tokenizers[0].source_tokenizer
+    entries = set.intersection(*(set(each.get_vocab()) for each in tokenizers))
+    kept = {i for token, i in source.get_vocab().items() if token in entries}
     for text in texts:
         words = text.split(" ")
         beginnings = (" ".join(words[:n]) for n in range(len(words), 2, -1))

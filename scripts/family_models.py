@@ -85,6 +85,7 @@ def _with_ids(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 def train(model: Any, tokenizer: Any, texts: list[str], steps: int, *, rows: int = 16, length: int = 48) -> None:
     """A decoder, from drawn weights. (An encoder as small as these learns no more than how frequent tokens are.)"""
     ids = torch.tensor([i for text in texts for i in tokenizer(text + "\n", add_special_tokens=False)["input_ids"]])
+    ids = ids[ids < model.config.vocab_size]  # a text may name a token without a row
     ids = ids[: len(ids) // length * length].view(-1, length)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -297,7 +298,7 @@ FAMILIES = {
             settings={"do_lower_case": False, "model_max_length": 512, "vocab_type": "spm"},
         ),
         {"relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-         "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0, "legacy": False,
+         "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
          "pad_token_id": "[PAD]", "max_relative_positions": -1, "layer_norm_eps": 1e-7},
         rows=40,
     ),
@@ -326,9 +327,10 @@ NOTES = (
     "NeoBERT (chandar-lab/NeoBERT) is not in transformers: its folder brings Python code, which only "
     "`teacher.trust_remote_code: true` runs. It was not tried.",
     "ELECTRA and DeBERTa v3 were pretrained as discriminators, which have no masked LM head: of ELECTRA the generators "
-    "(google/electra-small-generator) are teachers, of DeBERTa v3 a checkpoint that was trained as a masked LM.",
-    "Llama, Phi, OLMo and their like have no tokenizer class of their own: `AutoTokenizer` reads their tokenizer.json "
-    "as it is. Of a compressed Llama it wants `trust_remote_code=True` "
+    "(google/electra-small-generator) are teachers, of DeBERTa v3 a checkpoint that was trained on as a masked LM. "
+    "(With `legacy: false` in its config, the head of the published files, no module is the final map: refused.)",
+    "Llama, Phi, OLMo, SmolLM3, GLM-4 and Mistral have no tokenizer class of their own: `AutoTokenizer` reads their "
+    "tokenizer.json as it is. Of a compressed Llama or SmolLM3 it wants `trust_remote_code=True` "
     "([vocabulary.md](vocabulary.md#loading-the-tokenizer)).",
     "Gemma 3's models of text alone have no row for `<image_soft_token>`, which is left out with a warning.",
     "SmolLM3's config names another pad token than its tokenizer, which a causal LM does not read.",
