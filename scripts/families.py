@@ -1,6 +1,6 @@
 """Try the families in use, each small with a tokenizer of its own class, from the first command to the last.
 
-    python scripts/families.py RESULTS.jsonl                   # all that are not in the file yet; 20 minutes
+    python scripts/families.py RESULTS.jsonl                   # all that are not in the file yet; half an hour
     python scripts/families.py RESULTS.jsonl qwen3 xlm-r       # these, again; --corpus TEXT: other text than docs/
     python scripts/families.py RESULTS.jsonl --table docs/architectures.md
 
@@ -326,7 +326,12 @@ def difference(mine: Any, value: Any) -> str:
 def written(found: dict[str, dict[str, Any]]) -> str:
     """The section of the page."""
     tried = WHAT.format(steps=STEPS, transformers=version("transformers"), torch=version("torch").partition("+")[0])
-    lines = ["", f"## {TITLE}", "", *(line for part in tried.split("\n\n") for line in [*textwrap.wrap(part, 120), ""])]
+    lines = [
+        "",
+        f"## {TITLE}",
+        "",
+        *(line for part in tried.strip().split("\n\n") for line in [*textwrap.wrap(part, 120), ""]),
+    ]
     lines += [
         "| family | after | class | tokenizer, as loaded | works | start | loss | scores |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

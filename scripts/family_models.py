@@ -328,7 +328,7 @@ NOTES = (
     "`teacher.trust_remote_code: true` runs. It was not tried.",
     "ELECTRA and DeBERTa v3 were pretrained as discriminators, which have no masked LM head: of ELECTRA the generators "
     "(google/electra-small-generator) are teachers, of DeBERTa v3 a checkpoint that was trained on as a masked LM. "
-    "(With `legacy: false` in its config, the head of the published files, no module is the final map: refused.)",
+    "(With `legacy: false` in its config no module is the final map, which is refused.)",
     "Llama, Phi, OLMo, SmolLM3, GLM-4 and Mistral have no tokenizer class of their own: `AutoTokenizer` reads their "
     "tokenizer.json as it is. Of a compressed Llama or SmolLM3 it wants `trust_remote_code=True` "
     "([vocabulary.md](vocabulary.md#loading-the-tokenizer)).",
