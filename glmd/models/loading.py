@@ -114,7 +114,7 @@ def load_source_tokenizer(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = from_pretrained(AutoTokenizer, name, **options)
     if not looks_local(name) or (Path(name) / "config.json").is_file():
-        _leave_out_tokens_without_rows(tokenizer, name, load_model_config(name, **options))
+        leave_out_tokens_without_rows(tokenizer, name, load_model_config(name, **options))
     if kind in ("causal", None):
         require_fast(tokenizer)
         return tokenizer
@@ -133,7 +133,11 @@ def load_source_tokenizer(
     return tokenizer
 
 
-def _leave_out_tokens_without_rows(tokenizer: Any, name: str, config: Any) -> None:
+def leave_out_tokens_without_rows(tokenizer: Any, name: str, config: Any) -> None:
+    """Take from the tokenizer of a model, a folder or hub id, what the model has no row for, and say so.
+
+    Raises ModelError where every text would have such a token.
+    """
     from glmd.vocabulary.tokenizer import require_fast, without_rows
 
     rows = getattr(config.get_text_config(), "vocab_size", None)

@@ -12,6 +12,7 @@ from families import FAMILIES, one_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForMaskedLM
 
+from glmd.commands.evaluate import evaluate_text
 from glmd.errors import ModelError
 from glmd.models.loading import each_proved_once, holds_tokenizer, load_source_tokenizer, proved
 from glmd.planning.plan import is_config_alone
@@ -109,6 +110,17 @@ def test_a_token_without_a_row_is_left_out_and_said_unless_every_text_begins_wit
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="puts '<image>' into every text, for which the model has no row"):
         load_source_tokenizer(str(folder), kind="causal")
+
+
+def test_text_that_spells_a_token_without_a_row_is_scored_by_its_letters(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sang later than the bird")
+    folder, scores = shutil.copytree(models / "LlamaForCausalLM", tmp_path / "model"), []
+    for added in ([], ["later"]):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(added)
+        tokenizer.save_pretrained(folder)
+        scores.append(evaluate_text(folder, tmp_path / "text.txt", max_length=32))
+    assert scores[0] == scores[1]
 
 
 def test_a_folder_with_sentencepieces_file_alone_holds_a_tokenizer(tiny: Any, tmp_path: Path) -> None:
