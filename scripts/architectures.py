@@ -12,6 +12,7 @@ proved, or the model is refused in one line. Anything else is a fault of glmd, a
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from glmd.pipeline import run as pipeline
 from glmd.planning.plan import make_plan
 
 VOCABULARY, LAYERS, SECONDS, GIGABYTES = 300, 4, 120, 12
+FAMILIES = "Families in use"  # the section of the page that scripts/families.py writes
 PAIRS = {  # others in the list are models of speech and a decoder
     name: found
     for name, found in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.items()
@@ -119,12 +121,15 @@ def main() -> None:
     options = parser.parse_args()
     found = _read(options.results)
     if options.table:
-        options.table.write_text(page(found), encoding="utf-8")
+        kept = section(options.table, FAMILIES)
+        options.table.write_text(page(found) + kept, encoding="utf-8")
         return
+    prove_exports_here()
     for kind, names in KINDS.items():
-        for name in names:
+        for name, classes in names.items():
             if name in options.names or not (options.names or (kind, name) in found):
-                row = {"kind": kind, "name": name, **in_own_process(kind, name)}
+                row = {"kind": kind, "name": name, "class": classes if isinstance(classes, str) else classes[0]}
+                row |= in_own_process(functools.partial(attempt, kind, name), seconds=SECONDS)
                 print(f"{kind:<15} {name:<28} {row['outcome']:<9} {row['note']}"[:160], flush=True)
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -132,31 +137,35 @@ def main() -> None:
 
 def _read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     """The last row of each architecture."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = map(json.loads, lines)
-    return {(row["kind"], row["name"]): row for row in rows}
+    return {(row["kind"], row["name"]): row for row in rows_of(path)}
 
 
-def in_own_process(kind: str, name: str) -> dict[str, str]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """What was found so far; nothing where the file is not there yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def in_own_process(attempt: Callable[[], dict[str, Any]], *, seconds: int) -> dict[str, Any]:
     """What `attempt` finds, in a process whose end, whatever it is, is not this one's."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
-        signal.alarm(SECONDS)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            row = attempt(kind, name)
-        os.write(write, json.dumps(row).encode())
-        os._exit(0)
+        try:
+            _, most = resource.getrlimit(resource.RLIMIT_AS)
+            bytes_ = GIGABYTES << 30 if most == resource.RLIM_INFINITY else min(GIGABYTES << 30, most)
+            resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_))
+            signal.alarm(seconds)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                row = attempt()
+            os.write(write, json.dumps(row).encode())
+        finally:  # this one shall not go on with what its parent does
+            os._exit(0)
     os.close(write)
     with os.fdopen(read, encoding="utf-8") as pipe:
         text = pipe.read()
     _, status = os.waitpid(child, 0)
-    architecture = KINDS[kind][name]
-    architecture = architecture if isinstance(architecture, str) else architecture[0]
-    row = json.loads(text) if text else {"outcome": "not tried", "note": f"ended by signal {os.WTERMSIG(status)}"}
-    return {"class": architecture, **row}
+    return json.loads(text) if text else {"outcome": "not tried", "note": f"ended by signal {os.WTERMSIG(status)}"}
 
 
 def attempt(kind: str, name: str) -> dict[str, str]:
@@ -200,11 +209,12 @@ def open_as_a_stranger(folders: list[Path]) -> None:
         sys.stdin = given
 
 
-pipeline.stranger_ahead = contextlib.nullcontext  # type: ignore[assignment]
-export.check_exports = open_as_a_stranger  # type: ignore[assignment]
-for module in list(sys.modules.values()):
-    if module is not None and getattr(module, "__name__", "").startswith("glmd.") and hasattr(module, "check_exports"):
-        module.check_exports = open_as_a_stranger  # type: ignore[attr-defined]
+def prove_exports_here() -> None:
+    """Open exports in this process from now on, not in a fresh one for each run."""
+    pipeline.stranger_ahead = contextlib.nullcontext  # type: ignore[assignment]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("glmd.") and hasattr(module, "check_exports"):
+            module.check_exports = open_as_a_stranger
 
 
 def make_model(kind: str, name: str, folder: Path) -> None:
@@ -284,6 +294,13 @@ def tokenizer(kind: str) -> Any:
 def _line(error: BaseException, *, own: bool = False) -> str:
     text = " ".join(str(error).split())
     return text[:300] if own else f"{type(error).__name__}: {text}"[:300]
+
+
+def section(path: Path, title: str) -> str:
+    """The last section of a page, from its title on, if it is this one."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    place = text.find(f"\n## {title}\n")
+    return text[place:] if place >= 0 else ""
 
 
 def page(found: dict[tuple[str, str], dict[str, str]]) -> str:

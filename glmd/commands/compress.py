@@ -30,8 +30,7 @@ from glmd.planning.plan import kept_size
 from glmd.public import public
 from glmd.strict_yaml import build
 from glmd.vocabulary.build import build_vocabulary
-from glmd.vocabulary.renumbering import named_ids
-from glmd.vocabulary.slicing import slice_model
+from glmd.vocabulary.slicing import ids_to_keep, slice_model
 from glmd.vocabulary.tokenizer import compress_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -70,13 +69,13 @@ def compress_model(
     tokenizer = load_source_tokenizer(model, kind=None)
     companions = find_companions(model)
     # Refuses what cannot be, before text is counted and the model loaded.
-    kept_size(settings, tokenizer, texts=companions.texts, ids=named_ids(load_model_config(model)))
+    kept_size(settings, tokenizer, texts=companions.texts, ids=ids_to_keep(load_model_config(model)))
     with tempfile.TemporaryDirectory() as temporary:
         store = build_token_store(temporary, sources, tokenizer, text_field=text_field)
         counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
     source = load_model_as_saved(model)
     embeddings = compared_embeddings(source, settings.similarity)
-    ids = named_ids(source.config, getattr(source, "generation_config", None))
+    ids = ids_to_keep(source.config, getattr(source, "generation_config", None))
     vocabulary = build_vocabulary(
         tokenizer, embeddings.float(), counts, keep_texts=companions.texts, keep_ids=ids, **settings.choice
     )

@@ -20,7 +20,13 @@ from glmd.evaluation.metrics import constant_answers, score
 from glmd.evaluation.scoring import answers_of, predict
 from glmd.models.card import told_by_card
 from glmd.models.heads import lm_kind
-from glmd.models.loading import load_model_as_saved, load_model_config, model_positions, require_model
+from glmd.models.loading import (
+    leave_out_tokens_without_rows,
+    load_model_as_saved,
+    load_model_config,
+    model_positions,
+    require_model,
+)
 from glmd.models.probes import prove_causal, require_length
 from glmd.public import public
 from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
@@ -204,6 +210,7 @@ def _logits(
     """(examples, C) scores of labels or choices, and how many inputs were cut."""
     _require_batch(model, batch_size, examples, max_length)
     tokenizer = load_tokenizer(model)
+    leave_out_tokens_without_rows(tokenizer, model, load_model_config(model))
     if stock:
         if not getattr(tokenizer, "is_exact", False):
             raise ModelError(f"--tokenizer stock has no effect: {model} has no other tokenizer; remove it")
@@ -246,6 +253,7 @@ def evaluate_text(
         raise DataError(f"{', '.join(files)}: no text")
     tokenizer = load_tokenizer(model)
     require_fast(tokenizer)
+    leave_out_tokens_without_rows(tokenizer, model, config)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     # Folders that hold the same weights in other precisions shall give the same figure.
     language_model = load_model_as_saved(model).float()

@@ -20,6 +20,7 @@ from glmd.errors import GlmdError, ModelError
 from glmd.models.card import PROBE
 from glmd.models.export import check_exports
 from glmd.models.glm import CODE as GLM_CODE
+from glmd.models.heads import lm_kind
 from glmd.models.loading import load_model_as_saved, load_model_config, require_model, require_weight_files
 from glmd.public import public
 from glmd.storage import file_sha256
@@ -161,7 +162,9 @@ def special_ids(tokenizer: Any, config: Any, generation: Any | None) -> str:
             raise ModelError(f"{field} is {token_id}, the ordinary token {tokenizer.convert_ids_to_tokens(token_id)!r}")
     for role in ("pad", "cls", "sep", "mask"):
         ours, theirs = (getattr(each, f"{role}_token_id", None) for each in (config, tokenizer))
-        if isinstance(ours, int) and theirs is not None and ours != theirs:
+        # What pads a causal LM's texts is masked, and its config's pad token is not read.
+        is_unread = role == "pad" and lm_kind(config) == "causal"
+        if isinstance(ours, int) and theirs is not None and ours != theirs and not is_unread:
             raise ModelError(f"the config's {role}_token_id is {ours}, the tokenizer's is {theirs}")
     names = ", ".join(sorted({field.rpartition(".")[2] for field, _ in fields}))
     return f"each id of the configs is that of a special token ({names})" if names else "the configs hold none"

@@ -46,8 +46,7 @@ from glmd.tasks.loading import load_classifier
 from glmd.training.fsdp import is_sharded
 from glmd.training.trainer import Evaluate, Teacher, Trainer
 from glmd.vocabulary.build import build_vocabulary
-from glmd.vocabulary.renumbering import named_ids
-from glmd.vocabulary.slicing import slice_model, vocabulary_axes
+from glmd.vocabulary.slicing import ids_to_keep, slice_model, vocabulary_axes
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def choose_vocabulary(context: Context, stage: Stage) -> None:
     if embeddings is None:
         model = _base_model(context, teacher)
         embeddings = compared_embeddings(model, settings.similarity)
-    ids = named_ids(model.config, getattr(model, "generation_config", None))
+    ids = ids_to_keep(model.config, getattr(model, "generation_config", None))
     counts = token_counts(context)
     built = build_vocabulary(context.plan.tokenizer, embeddings, counts, keep_ids=ids, **settings.choice)
     built.save(context.folder(stage))

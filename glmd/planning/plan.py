@@ -42,8 +42,8 @@ from glmd.planning.task_plan import TaskPlan, plan_task
 from glmd.planning.teacher_rules import fine_tunes_teacher, task_of, teachers_of_task, with_task_model
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.forms import task_form
-from glmd.vocabulary.renumbering import named_ids
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
+from glmd.vocabulary.slicing import ids_to_keep, tie_weights, vocabulary_axes
 from glmd.vocabulary.vocabulary import Vocabulary
 
 
@@ -140,7 +140,7 @@ def make_plan(
         teacher_config,
         student_config=None,
         source_size=len(tokenizer),
-        kept_size=kept_size(config.vocabulary, tokenizer, ids=named_ids(teacher_config)),
+        kept_size=kept_size(config.vocabulary, tokenizer, ids=ids_to_keep(teacher_config)),
         tasks=tasks,
         corpus=None,
         ensemble_configs=ensemble_configs,
@@ -233,12 +233,12 @@ def make_sketch(config: RunConfig) -> Plan:
 
 def is_config_alone(model: str | None) -> bool:
     """Whether a teacher is a local folder with a config.json and neither tokenizer nor weights."""
-    from glmd.models.loading import TOKENIZER_FILES, looks_local, require_model
+    from glmd.models.loading import holds_tokenizer, looks_local, require_model
 
     if model is None or not looks_local(model):
         return False
     require_model(model)
-    return not any(path.name in TOKENIZER_FILES or path.suffix == ".safetensors" for path in Path(model).iterdir())
+    return not holds_tokenizer(Path(model)) and not any(Path(model).glob("*.safetensors"))
 
 
 def further_configs(plan: Plan, stage: str) -> list[Any]:
@@ -320,7 +320,6 @@ def _budget(settings: VocabularyConfig) -> dict[str, Any]:
 def _with_parameters(plan: Plan) -> Plan:
     """Configs of student and assistants, and parameter counts, on the meta device: shapes without weights."""
     from glmd.models.weight_headers import own_matrices_of
-    from glmd.vocabulary.slicing import tie_weights, vocabulary_axes
 
     teacher = model_on_meta("teacher", plan.teacher_config)
     if plan.config.teacher.model is not None:
@@ -353,7 +352,6 @@ def _learner(plan: Plan, name: str, key: str, shape: StudentConfig, size: int, a
     for what does not fit.
     """
     from glmd.models.student import chosen_layers, saved_and_reopened, student_model_config, weight_origins
-    from glmd.vocabulary.slicing import tie_weights
 
     try:
         chosen = chosen_layers(shape, plan.teacher_config)

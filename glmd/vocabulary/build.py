@@ -48,7 +48,7 @@ def build_vocabulary(
     counts: (V,) how often each token of `tokenizer` was seen.
     selection: "closed" keeps a token of byte-pair encoding together with what it is merged from; "free" by count alone.
     within_class: map beginnings of words onto such, what goes on within a word likewise.
-    keep_texts, keep_ids: texts of which every piece is kept, and source ids that are (`named_ids`).
+    keep_texts, keep_ids: texts of which every piece is kept, and source ids that are (`ids_to_keep`).
     """
     source_size = source_size_of(tokenizer)
     if len(counts) != source_size:

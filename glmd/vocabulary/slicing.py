@@ -20,6 +20,7 @@ from glmd.vocabulary.renumbering import (
     _config_parts,
     _config_rows,
     _set_rows,
+    named_ids,
     renumber_config,
     renumber_generation_config,
 )
@@ -197,22 +198,37 @@ def _copy_state(model: "nn.Module", sliced: "nn.Module") -> None:
             setattr(sliced.get_submodule(owner), leaf, buffer.clone())
 
 
-def _refuse_moved_positions(model: "nn.Module", axes: Mapping[str, int], config: Any, new_config: Any) -> None:
-    """RoBERTa and its kin count positions from pad_token_id + 1: a pad token that moves would shift them all."""
-    old, new = (getattr(c.get_text_config(), "pad_token_id", None) for c in (config, new_config))
-    if old == new:
-        return
+def ids_to_keep(config: Any, generation_config: Any | None = None) -> set[int]:
+    """The source ids that a student must have, whatever the text says: those that its configs name, and in a model that
+    counts positions from its pad token all before that one, as it could not move."""
+    import torch
+
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    model_class, before = model_class_of(config), 0
+    if isinstance(pad, int) and pad > 0 and model_class is not None:
+        axes = vocabulary_axes(config, model_class)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            before = pad if _counted_from_padding(model_class(config), axes) else 0
+    return named_ids(config, generation_config) | set(range(before))
+
+
+def _counted_from_padding(model: "nn.Module", axes: Mapping[str, int]) -> str | None:
+    """The name of the table of positions in which a model counts from its pad token, as RoBERTa and its kin do."""
     for name, module in model.named_modules():
-        holds_tokens = f"{name}.weight" in axes
-        if (
-            getattr(module, "padding_idx", None) is not None
-            and not holds_tokens
-            and "osition" in name + type(module).__name__
-        ):
-            raise ModelError(
-                f"{type(model).__name__}: {name} counts positions from pad_token_id + 1, and the pad token would move "
-                f"from {old} to {new}; keep all tokens below it"
-            )
+        has_padding = getattr(module, "padding_idx", None) is not None and f"{name}.weight" not in axes
+        if has_padding and "osition" in name + type(module).__name__:
+            return name
+    return None
+
+
+def _refuse_moved_positions(model: "nn.Module", axes: Mapping[str, int], config: Any, new_config: Any) -> None:
+    """A pad token that moves would shift all positions that are counted from it."""
+    old, new = (getattr(c.get_text_config(), "pad_token_id", None) for c in (config, new_config))
+    if old != new and (name := _counted_from_padding(model, axes)) is not None:
+        raise ModelError(
+            f"{type(model).__name__}: {name} counts positions from pad_token_id + 1, and the pad token would move "
+            f"from {old} to {new}; keep all tokens below it"
+        )
 
 
 def _shapes_on_meta(config: Any, model_class: Any, rows: int) -> dict[str, tuple[int, ...]]:

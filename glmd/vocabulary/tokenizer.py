@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -169,6 +169,36 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     if isinstance(tokenizer, GlmdTokenizer):
         content += [tokenizer_fingerprint(tokenizer.source_tokenizer), tokenizer.token_map]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def without_rows(tokenizer: Any, rows: int) -> list[str]:
+    """Take from a tokenizer the added tokens whose ids are none of a model's rows, and return them.
+
+    Gemma 3's smaller models have no vector for the image token of their family's tokenizer. Text that spells one is
+    read as its letters from then on; what had such a token as its role has none. Raises ModelError where a token that
+    every text gets has no row; one that is no added token stays, and is refused with its model.
+    """
+    beyond = {str(token) for i, token in tokenizer.added_tokens_decoder.items() if i >= rows}
+    if not beyond:
+        return []
+    backend = _plain_backend(tokenizer)
+    state = json.loads(backend.to_str())
+    framed = beyond.intersection(tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"]))
+    if framed:
+        raise ModelError(f"its tokenizer puts {min(framed)!r} into every text, for which the model has no row")
+    state["added_tokens"] = [each for each in state["added_tokens"] if each["content"] not in beyond]
+    entries = state["model"]["vocab"]
+    kept = [each for each in entries if (each if isinstance(each, str) else each[0]) not in beyond]
+    state["model"]["vocab"] = {each: entries[each] for each in kept} if isinstance(entries, dict) else kept
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    for holder in (tokenizer._special_tokens_map, tokenizer.init_kwargs):
+        for name, token in holder.items():
+            if isinstance(token, (str, AddedToken)) and str(token) in beyond:
+                holder[name] = None
+    tokenizer._extra_special_tokens = [each for each in tokenizer._extra_special_tokens if str(each) not in beyond]
+    for name in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
+        tokenizer.init_kwargs.pop(name, None)
+    return sorted(beyond)
 
 
 def require_reloadable(tokenizer: Any) -> None:

@@ -137,6 +137,16 @@ FAULTS = {
 }  # fmt: skip
 
 
+def test_a_causal_lm_may_name_another_pad_token_than_its_tokenizer(compressed, tmp_path, no_fresh_process):
+    """SmolLM3's does. What pads its texts is masked; a classifier finds the end of a text by its config's pad."""
+    folder, found = tmp_path / "student", []
+    shutil.copytree(compressed("MistralForCausalLM"), folder)
+    for name in ("MistralForCausalLM", "MistralForSequenceClassification"):
+        change_json(folder, "config.json", lambda c, name=name: c.update(pad_token_id=0, architectures=[name]))
+        found.append({check.name: check.problem for check in verify_folder(folder)}["special ids"])
+    assert found == [None, "the config's pad_token_id is 0, the tokenizer's is 2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named(fault, compressed, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from glmd.vocabulary.build import build_vocabulary
 from glmd.vocabulary.mapping import MAPPINGS, map_tokens, token_classes
 from glmd.vocabulary.renumbering import renumber_config, renumber_generation_config
 from glmd.vocabulary.selection import byte_ids, choose_kept_ids, must_keep_ids, parts_to_keep, unknown_id
-from glmd.vocabulary.slicing import expand_model, slice_model, vocabulary_axes
+from glmd.vocabulary.slicing import expand_model, ids_to_keep, slice_model, vocabulary_axes
 from glmd.vocabulary.tokenizer import compress_tokenizer, load_tokenizer, save_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary, in_degrees
 
@@ -672,6 +672,18 @@ def test_a_pad_token_that_would_move_all_positions_is_refused(name):
     staying = vocabulary_of([0, 1, 2, 3, *range(4, V, 2)])
     assert slice_model(model, staying).config.pad_token_id == 4
     assert slice_model(model_of("BertForMaskedLM", pad_token_id=4), moving).config.pad_token_id == 3
+
+
+@pytest.mark.parametrize("name", ["CamembertForMaskedLM", "BertForMaskedLM"])
+def test_what_stands_before_a_pad_token_that_cannot_move_is_kept(name):
+    """CamemBERT's first tokens are of no use, and its positions are counted from the second one."""
+    config = getattr(transformers, name.replace("ForMaskedLM", "Config"))(
+        **{**BERT, "pad_token_id": 4, "bos_token_id": 9, "eos_token_id": 5}, architectures=[name]
+    )
+    before = {0, 1, 2, 3} if name == "CamembertForMaskedLM" else set()
+    assert ids_to_keep(config) == {4, 5, 9} | before
+    kept = vocabulary_of(sorted(ids_to_keep(config)))
+    assert slice_model(getattr(transformers, name)(config), kept).config.pad_token_id == len(before)
 
 
 def test_models_that_cannot_be_sliced_are_refused_by_name():
