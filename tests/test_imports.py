@@ -195,7 +195,7 @@ def test_every_method_builds(path):
 
 @pytest.mark.parametrize("path", yaml_files("tasks"), ids=lambda path: path.stem)
 def test_every_task_builds(path):
-    for casting in ("head", "cloze"):
+    for casting in ("head", "cloze") if load_task(path.stem).has_one_answer else ("head",):
         task = load_task(path.stem, casting)
         assert task.name == path.stem
         require_metrics(task)
