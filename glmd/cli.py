@@ -78,7 +78,8 @@ def _config(options: argparse.Namespace) -> RunConfig:
 def _flags(options: argparse.Namespace) -> Flags:
     """Those of a run of flags; `cache` and `compare` have none."""
     names = [each.name for each in dataclasses.fields(Flags)] if "data" in options else []
-    return Flags(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    return Flags(**{name: value for name, value in given.items() if value is not None})
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -203,7 +204,8 @@ def _cache(options: argparse.Namespace) -> None:
 def _init_task(options: argparse.Namespace) -> None:
     from glmd.commands.init_task import init_task
 
-    say(init_task(options.file, text=options.text, text_pair=options.text_pair, label=options.label))
+    columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
+    say(init_task(options.file, **columns, problem_type=options.problem_type))
 
 
 def _compress(options: argparse.Namespace) -> None:

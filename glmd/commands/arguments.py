@@ -56,6 +56,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--text", metavar="COLUMN", help="that is read (default: a guess)")
     command.add_argument("--text-pair", metavar="COLUMN", help="of a second text (default: none)")
     command.add_argument("--label", metavar="COLUMN", help="of the answers (default: a guess)")
+    command.add_argument("--problem-type", help="regression, ... (default: one label, or as lists show)")
 
     command = add("compress", "Give a model a smaller vocabulary, without training.")
     command.add_argument("model", help="local folder or hub id, with any head")
@@ -162,16 +163,11 @@ def _add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", metavar="FILE", help="rows to learn from: csv, tsv, jsonl, Parquet, a data set's id")
     group.add_argument("--text", metavar="COLUMN", help="that the model reads")
     group.add_argument("--text-pair", metavar="COLUMN", help="of a second text")
-    group.add_argument(
-        "--label",
-        nargs="+",
-        default=(),
-        metavar="COLUMN",
-        help="of the answers; or of 0 and 1, one for each of several",
-    )
+    # Not several words behind one option, which would take the keys that follow too.
+    group.add_argument("--label", action="append", metavar="COLUMN", help="of the answers; or of 0 and 1, one by one")
     group.add_argument("--problem-type", help="regression, ... (default: as --teacher says, else as the rows show)")
     group.add_argument("--val", metavar="FILE", help="rows to score by (default: a tenth of --data is held out)")
-    group.add_argument("--corpus", nargs="+", default=(), metavar="FILE", help="text to learn words from, with --base")
+    group.add_argument("--corpus", action="append", metavar="FILE", help="text to learn words from, with --base")
     group.add_argument("--layers", type=_positive, help="of the student (default: half of the teacher's)")
     group.add_argument("--keep-ratio", type=float, help="share of the teacher's tokens (default: 0.5)")
     group.add_argument("--output", metavar="FOLDER", help="of the run (default: runs/ and the name of --data)")

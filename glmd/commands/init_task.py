@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from glmd.data.delimited import SEPARATORS
 from glmd.data.tables import READ_FROM, ROW_SUFFIXES, Found, Place, open_split
@@ -15,15 +15,17 @@ from glmd.errors import ConfigError, DataError, counted, suggestion
 from glmd.public import public
 from glmd.storage import write_atomically, write_problem
 from glmd.strict_yaml import dump_yaml
-from glmd.task_files import VAL_FRACTION
+from glmd.task_files import PROBLEMS, VAL_FRACTION
 from glmd.tasks.columns import MOST_LABELS, Columns, labels_in, task_of_columns
-from glmd.tasks.examples import read_split
-from glmd.tasks.tasks import Task
+from glmd.tasks.examples import TaskExample, read_split
+from glmd.tasks.labels import number_of
+from glmd.tasks.tasks import ProblemType, Task
 
 # Names of columns, the likeliest first.
 TEXT_NAMES = ("text", "sentence", "body", "review", "content", "comment", "message", "document")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score", "answer")
 SHOWN = 20  # labels and columns in what is said
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 
 
 @dataclass
@@ -34,17 +36,21 @@ class Column:
     filled: int = 0
     values: Counter[str] | None = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
+    numbers: int = 0  # fields that hold one
     is_label: bool = True  # all values are text, whole numbers, true or false
 
     def add(self, value: Any) -> None:
-        if value is None or (isinstance(value, str) and not value.strip()):
+        """Of a list each entry is a value, and all together are a text."""
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             return
         self.filled += 1
-        self.is_label &= isinstance(value, str | int)
-        if isinstance(value, str) and not re.fullmatch(r"[-+]?\d+([.,]\d+)?", value.strip()):
-            self.lengths.append(len(value))
+        self.numbers += number_of(value) is not None
+        each = value if isinstance(value, list) else [value]
+        self.is_label &= all(isinstance(entry, str | int) for entry in each)
+        if all(isinstance(entry, str) and not _NUMBER.fullmatch(entry.strip()) for entry in each):
+            self.lengths.append(len(" ".join(each)))
         if self.values is not None:
-            self.values[str(value)[:200]] += 1
+            self.values.update(str(entry)[:200] for entry in each)
             if len(self.values) > MOST_LABELS:
                 self.values = None
 
@@ -65,13 +71,19 @@ class Column:
 
 @public
 def init_task(
-    file: str | Path, *, text: str | None = None, text_pair: str | None = None, label: str | None = None
+    file: str | Path,
+    *,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    problem_type: str | None = None,
 ) -> str:
     """Write the YAML of the task that a file holds, beside it, and say what was seen. It never replaces a file.
 
     text, text_pair, label: names of columns. A second text is never guessed. The others are guessed where they are not
         given: the label among columns of which each value stands in two rows on average, the text among those of texts,
         by their names, else as the column of fewest values, and that of the longest texts.
+    problem_type: as `tasks` has it; None for what the rows show, a list of labels or of words or one label.
     Raises GlmdError for a file that cannot be read, or is no task of this kind, by line.
     """
     file = Path(file)
@@ -84,11 +96,15 @@ def init_task(
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("._-") or "task"
     found = open_split(str(file), "train", Place(name))
     num_rows, columns = looked_at(found)
-    text_guesses, label_guesses = guesses(columns, str(file), text=text, text_pair=text_pair, label=label)
+    if problem_type not in (None, *PROBLEMS):
+        raise ConfigError(f"--problem-type {problem_type}: must be one of {', '.join(PROBLEMS)}")
+    text_guesses, label_guesses = guesses(
+        columns, str(file), text=text, text_pair=text_pair, label=label, problem_type=problem_type
+    )
     of_task = Columns(text_guesses[0], label_guesses[0], text_pair)
-    task = task_of_columns(name, of_task, str(file))
+    task = task_of_columns(name, of_task, str(file), problem_type=cast(ProblemType | None, problem_type))
     examples = read_split(task, str(file), "train", require_labels=True)  # as `glmd check` will
-    counts = labels_in(str(file), of_task, name).counts
+    answers = _answers(task, examples) if task.problem_type == "regression" else _labels(task, str(file), of_task)
     separated = f" separated by {SEPARATORS[found.texts.separator]}" if found.texts is not None else ""
     lines = [f"{file}: {counted(num_rows, 'row')}, {counted(len(columns), 'column')}{separated}"]
     lines += [f"  {column.name}: {column.described()}" for column in list(columns.values())[:SHOWN]]
@@ -98,7 +114,7 @@ def init_task(
         chosen("text", text_guesses, text),
         *([f"text_pair: {text_pair}"] if text_pair else []),
         chosen("label", label_guesses, label),
-        f"{len(counts)} labels: {_listed([f'{each} ({number:,})' for each, number in counts])}",
+        answers,
         f"{round(statistics.median(lengths)):,} characters of text in the median",
     ]
     lines = ["".join(letter if letter.isprintable() else " " for letter in line) for line in lines]
@@ -107,8 +123,26 @@ def init_task(
     return "\n".join([*lines, f"{output}: written. In a run: tasks: {{{name}: {use}}}"])
 
 
+def _labels(task: Task, file: str, columns: Columns) -> str:
+    is_several = task.problem_type == "multi_label_classification"
+    counts = labels_in(file, columns, task.name, task.label_separator if is_several else None).counts
+    kind = "" if task.has_one_answer else f"{task.problem_type}, "
+    return f"{kind}{len(counts)} labels: {_listed([f'{each} ({number:,})' for each, number in counts])}"
+
+
+def _answers(task: Task, examples: Sequence[TaskExample]) -> str:
+    numbers = [each.label for each in examples if isinstance(each.label, float)]
+    return f"{task.problem_type}, numbers from {min(numbers):g} to {max(numbers):g}"
+
+
 def guesses(
-    columns: Mapping[str, Column], file: str, *, text: str | None, text_pair: str | None, label: str | None
+    columns: Mapping[str, Column],
+    file: str,
+    *,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    problem_type: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """Columns for the text and for the label, the likeliest first; one that is given alone.
 
@@ -117,7 +151,10 @@ def guesses(
     for option, given in (("--text", text), ("--text-pair", text_pair), ("--label", label)):
         if given is not None and given not in columns:
             raise ConfigError(f"{option} {given}: {file} has no such column{suggestion(given, columns)}")
-    label_guesses = [label] if label else _label_guesses(columns.values(), {text, text_pair})
+    fitting = [each for each in columns.values() if each.may_be_label]
+    if problem_type == "regression":
+        fitting = [each for each in columns.values() if 0 < each.filled == each.numbers]
+    label_guesses = [label] if label else _label_guesses(fitting, {text, text_pair})
     if not label_guesses:
         raise ConfigError(f"{file}: no column looks like labels; --label names it: {', '.join(columns)}")
     text_guesses = [text] if text else _text_guesses(columns.values(), {label_guesses[0], text_pair})
@@ -138,7 +175,7 @@ def looked_at(found: Found) -> tuple[int, dict[str, Column]]:
 
 
 def _label_guesses(columns: Iterable[Column], others: set[str | None]) -> list[str]:
-    fitting = [each for each in columns if each.may_be_label and each.name not in others]
+    fitting = [each for each in columns if each.name not in others]
     return [each.name for each in sorted(fitting, key=lambda each: (_place(each, LABEL_NAMES), len(each.values or ())))]
 
 
@@ -177,8 +214,10 @@ def _values(task: Task) -> dict[str, Any]:
         "fields": list(task.fields),
         "text": task.text,
         "text_pair": task.text_pair,
-        "labels": list(task.labels),
+        "labels": list(task.labels) or None,
         "label_field": task.label_field,
+        "problem_type": None if task.has_one_answer else task.problem_type,
+        "label_separator": task.label_separator if task.problem_type == "multi_label_classification" else None,
         "metrics": list(task.metrics),
         "max_length": task.max_length,
     }

@@ -117,6 +117,7 @@ def _columns(flags: Flags, name: str) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"--text is missing: the column that the model reads, beside those of {len(label)} labels")
     assert flags.data is not None, "checked before"
     _, found = looked_at(open_split(flags.data, "train", Place(name)))
-    texts, labels = guesses(found, flags.data, text=flags.text, text_pair=flags.text_pair, label=label)
+    given: dict[str, Any] = {"text": flags.text, "text_pair": flags.text_pair, "label": label}
+    texts, labels = guesses(found, flags.data, **given, problem_type=flags.problem_type)
     said = [chosen("text", texts, flags.text), chosen("label", labels, label)]
     return {"text": texts[0], "label": labels[0]}, [line for line in said if "a guess" in line]

@@ -104,3 +104,22 @@ def test_a_file_that_is_no_task_is_refused_and_nothing_written(reviews, tmp_path
     unlabeled = reviews([*ROWS, [12, "On", "A text", "de", ""]])
     assert refusal(unlabeled) == f'{unlabeled}:14: field \'stars\' must be one of "1", "5"; the row has none'
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_other_answers_are_seen_by_their_lists_or_told(tmp_path, reviews):
+    rows = [{"tokens": ["Ann", "runs", str(i)], "tags": ["B-PER", "O", "O"]} for i in range(8)]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "token_classification, 2 labels: B-PER (8), O (16)" in init_task(tmp_path / "words.jsonl")
+    task = load_task(tmp_path / "words.yaml")
+    assert (task.problem_type, task.fields, task.metrics) == (
+        "token_classification",
+        ("tokens",),
+        ("entity_f1", "word_accuracy"),
+    )
+    rows = [{"text": f"a text of {i}", "topics": [["a"], ["a", "b"], []][i % 3]} for i in range(9)]
+    (tmp_path / "topics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "multi_label_classification, 2 labels: a (6), b (3)" in init_task(tmp_path / "topics.jsonl")
+    scored = [[f"a text of {i}", i / 7, i % 2] for i in range(8)]
+    said = init_task(reviews(scored, ["text", "near", "kind"], "scores.csv"), label="near", problem_type="regression")
+    assert "regression, numbers from 0 to 1" in said
+    assert load_task(tmp_path / "scores.yaml").problem_type == "regression"
