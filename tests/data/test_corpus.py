@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from glmd.data import corpus, token_store
 from glmd.data.corpus import corpus_fingerprint, read_documents, require_corpus
-from glmd.data.token_store import build_token_store, encode_texts, open_token_store
+from glmd.data.encoding import encode_texts
+from glmd.data.token_store import build_token_store, open_token_store
 from glmd.errors import DataError, ModelError, RunError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "oak", "elm", "ash", "fir", "yew"]
