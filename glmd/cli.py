@@ -128,8 +128,8 @@ def _check(options: argparse.Namespace) -> None:
         processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
         if plan.corpus is not None and synthetic is None:
             store = Path(config.output_dir) / "corpus"
-            reading: dict[str, Any] = {"text_field": config.data.text_field, "conversations": plan.conversations}
-            require_same_store(store, plan.corpus, plan.tokenizer, **reading)
+            field, reader = config.data.text_field, plan.conversations
+            require_same_store(store, plan.corpus, plan.tokenizer, text_field=field, conversations=reader)
         require_sizes_and_room(plan, synthetic, int(launched or 1))
         if config.teacher.cache is not None:
             from glmd.planning.caches import describe_cache

@@ -9,7 +9,6 @@ its own conversation (`text_positions`), by which a model keeps them apart.
 from bisect import insort
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,9 +155,8 @@ def conversation_texts(data: ConversationDataset, tokenizer: Any) -> list[tuple[
     for number in data.numbers.tolist():
         ids, said = data.conversation(number)
         text, borders = _decoded(tokenizer, ids), np.flatnonzero(np.diff(said, prepend=False, append=False))
-        # A character may end behind the token that begins it.
-        starts = [commonprefix([text, _decoded(tokenizer, ids[:border])]) for border in borders.tolist()]
-        places = [len(each) for each in starts]
+        # A character that ends behind the border is of what comes after it.
+        places = [len(_decoded(tokenizer, ids[:border]).rstrip("\ufffd")) for border in borders.tolist()]
         found.append((text, [*zip(places[::2], places[1::2], strict=True)]))
     return found
 

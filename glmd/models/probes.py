@@ -76,9 +76,11 @@ def prove_texts_apart(model: Any) -> None:
         rows[1, -1] = 0
         batch = {**{name: each[:2] for name, each in inputs.items()}, "text_positions": rows}
         with refused(model, "it does not read several conversations in a row", "give data.packing=false"):
-            packed = model(**Split(model).inputs(batch)).logits
-            parts = [model(input_ids=ids[:1, :first]).logits, model(input_ids=ids[:1, first:]).logits]
-        alone = torch.cat(parts, 1)[0]
+            parts = Split(model)
+            packed = parts.run_head(parts.run_backbone(parts.inputs(batch), is_full=False))
+        texts = ({name: each[:1, span] for name, each in inputs.items()} for span in (slice(first), slice(first, None)))
+        alone = torch.cat([logits_of(model, each) for each in texts], 1)[0]
+        packed = packed.to(alone.dtype)  # of a quantized model as it is compared
         for row, stop in ((packed[0], length), (packed[1], length - 1)):
             if differ(row[:stop], alone[:stop]):
                 raise ModelError(
