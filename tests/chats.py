@@ -1,4 +1,4 @@
-"""Small instruct models: a byte-level BPE with a chat template, a Llama of drawn weights, and conversations for them."""
+"""Small instruct models: a byte-level BPE with a chat template, a Llama of drawn weights, and their conversations."""
 
 import json
 from pathlib import Path

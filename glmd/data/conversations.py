@@ -142,6 +142,10 @@ class ConversationReader:
     def _rendered_with_turns(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """A conversation's text, and from where to where in it the assistant's turns are."""
         text = self._rendered(conversation, len(conversation.messages))
+        said = [each["content"].strip() for each in conversation.messages]
+        if any(said) and not any(each and each in text for each in said):
+            found = f"{conversation.where}: the chat template writes the content of no message"
+            raise DataError(f"{found}; it may be one for contents in parts: save a template for texts")
         try:
             return text, self._turns(conversation, text) if self.is_placed else []
         except _Unplaced as error:
@@ -234,7 +238,7 @@ def tokens_within(places: Sequence[tuple[int, int]], turns: Iterable[tuple[int, 
     ends = np.maximum(offsets[:, 1], starts + 1)
     found = np.zeros(len(offsets), dtype=bool)
     for first, stop in turns:
-        found |= (starts < stop) & (ends > first)
+        found |= (starts < stop) & (ends > first) & (first < stop)
     return found
 
 

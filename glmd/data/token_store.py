@@ -310,8 +310,9 @@ def _write_store(
     except OSError as error:
         raise DiskError(f"{folder}: the token store cannot be written ({error.strerror})") from error
     finally:
-        for name in names:
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        for temporary in [folder / f"{name}.tmp" for name in names]:
+            if temporary.exists():
+                temporary.unlink()
     logger.info("corpus: %d tokens, %d documents, %d empty ones skipped", *list(counted.values())[:3])
     return open_token_store(folder)
 

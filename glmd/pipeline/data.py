@@ -114,10 +114,9 @@ def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> 
     if packing is not None:
         loss_on: LossOn = "all" if held_out else context.config.data.loss_on or "assistant"
         by_role = held_out and store.has_roles
-        found = ConversationDataset(
+        return ConversationDataset(
             store, max_length=length, blocks=blocks, packing=packing, loss_on=loss_on, by_role=by_role
         )
-        return found
     probability, maskings = stage.masking
     masking = corruption_for(tokenizer, context.plan.kind, probability, stage.seed, maskings)
     return BlockDataset(store, tokenizer, max_length=length, blocks=blocks, masking=masking)

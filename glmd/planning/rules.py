@@ -372,7 +372,7 @@ def _check_attention(config: RunConfig, method: dict[str, Objective]) -> None:
     name = config.attn_implementation
     if is_flash(name) and config.data.messages_field is not None and config.data.packing:
         raise ConfigError(
-            f"attn_implementation {name}: in batches of several rows it does not keep the conversations of a row apart; "
+            f"attn_implementation {name}: with several rows it does not keep the conversations of a row apart; "
             "give data.packing=false, or sdpa"
         )
     for stage, objective in method.items():
