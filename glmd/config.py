@@ -378,7 +378,9 @@ class RunConfig:
             ("teacher.pretraining", self.teacher.pretraining),
         ):
             require(
-                corpus_stage is None or corpus_stage.train_sampling_strategy != "group_by_length",
+                corpus_stage is None
+                or corpus_stage.train_sampling_strategy != "group_by_length"
+                or self.data.messages_field is not None,
                 f"{name}.train_sampling_strategy has no effect: the blocks of a corpus are of one length; remove it",
             )
             for key in ("max_steps", "max_length"):

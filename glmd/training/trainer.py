@@ -111,7 +111,7 @@ class Trainer:
         after a signal.
         """
         settings, accelerator = self.settings, self.accelerator
-        # The blocks of a corpus are of one length.
+        # The blocks of a corpus of texts are of one length.
         lengths = None if settings.train_sampling_strategy == "random" else getattr(dataset, "lengths", None)
         assert lengths is not None or settings.train_sampling_strategy != "group_by_length", "refused by config"
         plan = StepPlan(
