@@ -236,8 +236,11 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{given[0].replace('_', '-')} has no effect beside --text; remove one of them")
         from glmd.commands.evaluate import evaluate_text
 
-        scores = evaluate_text(options.model, options.text, max_length=options.max_length)
+        field = options.messages_field
+        scores = evaluate_text(options.model, options.text, max_length=options.max_length, messages_field=field)
     else:
+        if options.messages_field is not None:
+            raise ConfigError("--messages-field has no effect without --text; give files there, or remove it")
         if "data" not in given:
             raise ConfigError("--data is missing; give --task and --data, or --text for a causal LM")
         from glmd.commands.evaluate import evaluate_folder

@@ -92,6 +92,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
     command.add_argument("--batch-size", type=_positive, help="for --task (default: 64)")
     command.add_argument("--text", nargs="+", help="in place of a task: files to measure bits per byte on")
+    command.add_argument("--messages-field", metavar="FIELD", help="for --text: of rows that hold conversations")
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's; for text 1024)")
 
     command.add_argument(

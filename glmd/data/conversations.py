@@ -77,8 +77,8 @@ class ConversationReader:
         if not tokenizer.is_fast:
             raise ConfigError(f"{name}: its tokenizer does not say where a token stands in a text; give a fast one")
         self.has_marks = MARKED.search(self.template) is not None
-        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self.special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int64)
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = {*tokenizer.all_special_tokens, *added}
 
     def record(self) -> dict[str, Any]:
         """What the tokens depend on, besides the rows."""
@@ -107,37 +107,37 @@ class ConversationReader:
                     break
             self.encode(batch)
 
+    def texts(self, conversations: Sequence[Conversation]) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Each conversation as the template writes it, and from where to where in it an assistant speaks.
+
+        White space that the template puts behind the last special token of a turn, as ChatML a line's end behind
+        <|im_end|>, is nobody's unless it is marked: a model has ended its turn before. Raises DataError for what the
+        template refuses, and where nobody can tell.
+        """
+        return [self._rendered_with_turns(each) for each in conversations]
+
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """The tokens that `apply_chat_template` gives, and which of them are the assistant's.
 
-        A token is so where any of its characters is, as transformers counts them. White space that the template puts
-        behind the last special token of a turn, as ChatML a line's end behind <|im_end|>, is nobody's: a model has
-        ended its turn before. Raises DataError for what the template refuses, and where nobody can tell.
+        A token is so where any of its characters is, as transformers counts them. Raises DataError as `texts` does.
         """
-        found = [self._rendered_with_turns(each) for each in conversations]
+        found = self.texts(conversations)
         if not found:
             return []
         texts = [text for text, _ in found]
         made = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         rows = zip(conversations, found, made["input_ids"], made["offset_mapping"], strict=True)
-        return [self._encoded(each.where, text, turns, ids, places) for each, (text, turns), ids, places in rows]
+        return [self._encoded(each.where, turns, ids, places) for each, (_, turns), ids, places in rows]
 
     def _encoded(
-        self, where: str, text: str, turns: list[tuple[int, int]], ids: list[int], places: list[tuple[int, int]]
+        self, where: str, turns: list[tuple[int, int]], ids: list[int], places: list[tuple[int, int]]
     ) -> Encoded:
         if not ids:
             raise DataError(f"{where}: the chat template writes nothing of the conversation; remove the row")
-        ids_array, is_assistant = np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=bool)
-        is_special = np.isin(ids_array, self.special)
-        for first, stop in turns:
-            said = tokens_within(places, [(first, stop)])
-            last = np.flatnonzero(said & is_special)
-            if not self.has_marks and last.size and not text[places[last[-1]][1] : stop].strip():
-                said[last[-1] + 1 :] = False
-            is_assistant |= said
+        is_assistant = tokens_within(places, turns)
         if self.loss_on == "assistant" and not is_assistant.any():
             raise DataError(f"{where}: the chat template writes no token of the assistant's; remove the row")
-        return Encoded(ids_array, is_assistant)
+        return Encoded(np.array(ids, dtype=np.int64), is_assistant)
 
     def _rendered_with_turns(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """A conversation's text, and from where to where in it the assistant's turns are."""
@@ -175,7 +175,13 @@ class ConversationReader:
         if self.has_marks:
             return self._marked_turns(conversation, text)
         answers = [i for i, each in enumerate(conversation.messages) if each["role"] == "assistant"]
-        return [self._turn(conversation, text, i) for i in answers]
+        return [self._without_end(text, *self._turn(conversation, text, i)) for i in answers]
+
+    def _without_end(self, text: str, first: int, stop: int) -> tuple[int, int]:
+        """A turn without white space behind its last special token."""
+        ends = [text.rfind(token, first, stop) + len(token) for token in self.special if token in text[first:stop]]
+        last = max(ends, default=stop)
+        return first, stop if text[last:stop].strip() else last
 
     def _marked_turns(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -41,7 +41,7 @@ student: {{num_hidden_layers: 1}}
 vocabulary: {{keep_ratio: 0.9}}
 data: {{corpus: ["{corpus}"], messages_field: messages, eval_blocks: 4}}
 tasks: {{}}
-pretraining: {{max_steps: 6, max_length: 64, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 2,
+pretraining: {{max_steps: 6, max_length: 128, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 2,
   save_steps: 2}}
 """
 
@@ -97,6 +97,22 @@ def test_a_student_keeps_the_chat_template_its_tokens_and_its_ends(finished_chat
         assert (counts["<|im_start|>"], counts["<|im_end|>"]) == (4, 3), "each is one token, and kept"
         ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
         assert ours.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|end|>"]
+
+
+def test_a_folder_on_conversations_by_command_gives_the_runs_figures(finished_chat, instruct, tmp_path, capsys):
+    """On the conversations that the run has held out, none of which it truncated."""
+    folder, results = finished_chat
+    packed = packing_of(open_token_store(folder / "corpus"), 128, True)
+    held_out = [number for block in range(len(packed.ends))[-4:] for number in packed.members(block).tolist()]
+    path = write_rows(tmp_path / "held_out.jsonl", [chats()[number] for number in held_out])
+    student = str(folder / "pretraining" / "student")
+    assert main(["evaluate", student, "--text", str(path), "--messages-field", "messages", "--max-length", "128"]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    scores = results["rows"][0]["lm_scores"]
+    for name in ("bits_per_byte", "assistant_bits_per_byte", "others_bits_per_byte"):
+        assert float(shown[name]) == pytest.approx(scores[name], abs=1e-3)
+    assert main(["evaluate", student, "--task", "RTE", "--data", "x", "--messages-field", "messages"]) == 2
+    assert "--messages-field has no effect without --text" in capsys.readouterr().err
 
 
 def in_parts(instruct, tmp_path, *, max_length: int = 64, loss_on="assistant", packing: bool = True):
