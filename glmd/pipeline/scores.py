@@ -107,6 +107,7 @@ def _plain_attention(context: Context, model: Any) -> AbstractContextManager[Non
     """Transformers' choice in place of `attn_implementation`, for a model that may be in training."""
     if context.config.attn_implementation is None:
         return nullcontext()
+    model = model.model if isinstance(model, InParts) else model
     return attention_of(model, implementation=chosen_by_transformers(model))
 
 

@@ -115,6 +115,19 @@ def test_a_folder_on_conversations_by_command_gives_the_runs_figures(finished_ch
     assert "--messages-field has no effect without --text" in capsys.readouterr().err
 
 
+def test_a_vocabulary_is_chosen_by_the_tokens_of_conversations(finished_chat, instruct, tmp_path, monkeypatch, capsys):
+    """Of the same tokens as the run's, a compressed teacher keeps the same."""
+    monkeypatch.setattr("glmd.commands.compress.check_exports", lambda folders: None)
+    words = ["compress", str(instruct / "instruct"), str(tmp_path / "cut"), "--keep-ratio", "0.9"]
+    words += ["--corpus", str(instruct / "chats.jsonl"), "--messages-field", "messages"]
+    assert main(words) == 0
+    ours, theirs = (load_tokenizer(each) for each in (tmp_path / "cut", finished_chat[0] / "pretraining" / "student"))
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == CHATML
+    words[2] = str(tmp_path / "again")
+    assert main([*words, "--text-field", "body"]) == 2
+    assert "--text-field has no effect beside --messages-field" in capsys.readouterr().err
+
+
 def in_parts(instruct, tmp_path, *, max_length: int = 64, loss_on="assistant", packing: bool = True):
     """Teacher and smaller student in float64, and a data set of all conversations."""
     teacher = transformers.AutoModelForCausalLM.from_pretrained(instruct / "instruct", dtype=torch.float64).eval()
@@ -225,6 +238,12 @@ def test_a_run_that_was_interrupted_ends_in_the_same_weights(finished_chat, inst
     run(config(instruct, folder, *LEARNS, "dataloader_num_workers=2"))
     weights = "pretraining/student/model.safetensors"
     assert (folder / weights).read_bytes() == (finished_chat[0] / weights).read_bytes()
+
+
+def test_a_run_with_another_attention_measures_its_teachers_bits_too(finished_chat, instruct, trusting, tmp_path):
+    """By transformers' own choice of attention, as all models are scored."""
+    (row,) = run(config(instruct, tmp_path / "run", *LEARNS, "attn_implementation=eager"))["rows"]
+    assert row["lm_scores"] == pytest.approx(finished_chat[1]["rows"][0]["lm_scores"], rel=1e-3)
 
 
 @pytest.mark.full
