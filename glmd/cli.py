@@ -208,6 +208,7 @@ def _compress(options: argparse.Namespace) -> None:
         keep_words=[*options.keep_words, *listed],
         corpus_weights=options.corpus_weights,
         text_field=options.text_field,
+        messages_field=options.messages_field,
     )
     say(text)
 

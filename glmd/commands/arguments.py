@@ -72,6 +72,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--keep-words-file", metavar="FILE", help="more of them, one on each line")
     command.add_argument("--corpus-weights", type=float, nargs="*", default=[], metavar="SHARE", help="of each corpus")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
+    command.add_argument("--messages-field", metavar="FIELD", help="in its place, of rows that hold conversations")
 
     command = add("convert-glm", "Make a model folder of a published GLM checkpoint.")
     command.add_argument("checkpoint", type=Path, help="mp_rank_00_model_states.pt, its folder, or one of the hub's")

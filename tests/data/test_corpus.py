@@ -184,6 +184,16 @@ def test_rows_of_a_data_set_stream_through_the_datasets_library(tmp_path):
     assert refusal(DataError, next, stream).endswith("forest row 3: field 'text' must be text, got None")
 
 
+def test_rows_of_a_parquet_file_are_documents(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["oak", "elm", None]}).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.txt").write_text("ash")
+    stream = read_documents([str(tmp_path)])
+    assert [next(stream), next(stream)] == ["oak", "elm"]
+    assert refusal(DataError, next, stream).endswith("a.parquet row 3: field 'text' must be text, got None")
+
+
 def test_without_a_network_a_hub_data_set_is_refused_with_the_local_way():
     message = refusal(DataError, documents, "nobody/nothing:default")
     assert message.startswith("nobody/nothing:default: no such file or folder, and the hub gave no data set")
