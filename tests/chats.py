@@ -1,6 +1,8 @@
 """Small instruct models: a byte-level BPE with a chat template, a Llama of drawn weights, and their conversations."""
 
 import json
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +35,16 @@ REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role
 
 def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """A byte-level BPE with ChatML's tokens, <|im_end|> is the end."""
+    tokenizer = deepcopy(_trained())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@cache
+def _trained() -> PreTrainedTokenizerFast:
     tokenizer = byte_level_bpe()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", template
+    tokenizer.eos_token = "<|im_end|>"
     return tokenizer
 
 

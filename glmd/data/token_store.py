@@ -62,7 +62,10 @@ class TokenStore:
     @cached_property
     def first_tokens(self) -> np.ndarray:
         """(conversations + 1,) where each conversation begins, and the end of the last one."""
-        return np.append(np.flatnonzero(np.asarray(self.marks) & FIRST), self.num_tokens)
+        step = 1 << 22  # tokens whose marks are in memory at once
+        starts = range(0, self.num_tokens, step)
+        found = [start + np.flatnonzero(self.marks[start : start + step] & FIRST) for start in starts]
+        return np.concatenate([*found, [self.num_tokens]])
 
     @property
     def has_roles(self) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chats import CHATML, MARKED, REFUSING, THINKING, chat, chat_tokenizer, chats, write_rows
 from families import one_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmd.data.batches import Collate
@@ -99,6 +99,7 @@ def tokenizer():
     return chat_tokenizer()
 
 
+@settings(max_examples=40)
 @given(
     text=st.text("ab \n", max_size=12), spans=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=2)
 )
@@ -180,6 +181,7 @@ def test_tools_are_told_to_the_template_as_a_list_or_as_json(tmp_path):
 # --- Blocks -------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=80), st.integers(1, 20))
 def test_every_conversation_is_in_one_block_and_whole_where_it_fits(lengths, max_length):
     packing = pack(np.array(lengths), max_length)

@@ -23,7 +23,7 @@ from glmd.data.token_store import build_token_store, open_token_store
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher
-from glmd.errors import ConfigError, DataError, ModelError
+from glmd.errors import ConfigError, ModelError
 from glmd.evaluation.bits_per_byte import score_conversations
 from glmd.evaluation.scoring import score_lm
 from glmd.models.probes import prove_texts_apart
@@ -240,6 +240,8 @@ def test_a_run_that_was_interrupted_ends_in_the_same_weights(finished_chat, inst
     assert (folder / weights).read_bytes() == (finished_chat[0] / weights).read_bytes()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_with_another_attention_measures_its_teachers_bits_too(finished_chat, instruct, trusting, tmp_path):
     """By transformers' own choice of attention, as all models are scored."""
     (row,) = run(config(instruct, tmp_path / "run", *LEARNS, "attn_implementation=eager"))["rows"]
@@ -302,14 +304,13 @@ def test_check_says_the_steps_of_a_run_on_conversations(instruct, tmp_path, caps
     assert "corpus    conversations in messages, loss on the assistant's tokens, packed" in capsys.readouterr().out
 
 
-def test_too_few_blocks_of_conversations_are_refused(instruct, tmp_path):
+def test_too_few_blocks_of_conversations_are_refused_by_check(instruct, tmp_path, capsys):
     path = write_rows(tmp_path / "few.jsonl", chats(3))
     assert main(["check", str(instruct / "run.yaml"), f"output_dir={tmp_path / 'run'}", f"data.corpus=[{path}]"]) == 2
-    with pytest.raises(DataError, match="at least 5 are needed"):
-        run(config(instruct, tmp_path / "run", f"data.corpus=[{path}]"))
+    assert "at least 5 are needed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM"])
+@pytest.mark.parametrize("name", one_of(["Gemma2ForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel"]))
 def test_conversations_of_a_row_do_not_see_each_other(name, models):
     prove_texts_apart(transformers.AutoModelForCausalLM.from_pretrained(models / name))
 
