@@ -72,8 +72,8 @@ class ConversationReader:
             self.template = tokenizer.get_chat_template()
         except ValueError as error:  # it has none, or several and none of them is the default
             reason = str(error).split(". ")[0][:120]
-            found = f"{name}: its tokenizer has no chat template to render data.messages_field with ({reason})"
-            raise ConfigError(f"{found}; save one with it, or give data.corpus as text") from None
+            found = f"{name}: its tokenizer has no chat template to render conversations with ({reason})"
+            raise ConfigError(f"{found}; save one with it, or give texts") from None
         if not tokenizer.is_fast:
             raise ConfigError(f"{name}: its tokenizer does not say where a token stands in a text; give a fast one")
         self.has_marks = MARKED.search(self.template) is not None
