@@ -146,7 +146,8 @@ def _check(options: argparse.Namespace) -> None:
         processes, of_the_run = processes_of(plan, None if launched is None else int(launched))
         if plan.corpus is not None and synthetic is None:
             store = Path(config.output_dir) / "corpus"
-            require_same_store(store, plan.corpus, plan.tokenizer, text_field=config.data.text_field)
+            field, reader = config.data.text_field, plan.conversations
+            require_same_store(store, plan.corpus, plan.tokenizer, text_field=field, conversations=reader)
         require_sizes_and_room(plan, synthetic, int(launched or 1))
         if config.teacher.cache is not None:
             from glmd.planning.caches import describe_cache
@@ -226,6 +227,7 @@ def _compress(options: argparse.Namespace) -> None:
         keep_words=[*options.keep_words, *listed],
         corpus_weights=options.corpus_weights,
         text_field=options.text_field,
+        messages_field=options.messages_field,
     )
     say(text)
 
@@ -254,8 +256,11 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{given[0].replace('_', '-')} has no effect beside --text; remove one of them")
         from glmd.commands.evaluate import evaluate_text
 
-        scores = evaluate_text(options.model, options.text, max_length=options.max_length)
+        field = options.messages_field
+        scores = evaluate_text(options.model, options.text, max_length=options.max_length, messages_field=field)
     else:
+        if options.messages_field is not None:
+            raise ConfigError("--messages-field has no effect without --text; give files there, or remove it")
         if "data" not in given:
             raise ConfigError("--data is missing; give --task and --data, or --text for a causal LM")
         from glmd.commands.evaluate import evaluate_folder

@@ -199,7 +199,13 @@ class DataConfig:
     """Where text and tasks come from."""
 
     corpus: list[str] = field(default_factory=list)  # text, jsonl, folders, or a `datasets` id
-    text_field: str = "text"  # which field of a jsonl or hub row is the document
+    text_field: str = "text"  # which field of a jsonl, Parquet or hub row is the document
+    # Of a causal teacher: the field of a row that holds a conversation, [{role: user, content: ...}, ...], which the
+    # tokenizer's chat template renders, instead of a text
+    messages_field: str | None = None
+    # Of conversations: at which tokens the student learns, those that an assistant says, or all. None: assistant
+    loss_on: Literal["assistant", "all"] | None = None
+    packing: bool = True  # conversations share blocks, without seeing each other; false: each is a block of its own
     superglue: str | None = None  # SuperGLUE as the official zip or the hub lays it out, or aps/super_glue
     synthetic: bool = False  # make a small world of facts instead: corpus, tasks and tokenizer
     eval_blocks: int = 64  # corpus blocks held out to measure word prediction
@@ -209,6 +215,17 @@ class DataConfig:
             not (self.synthetic and (self.corpus or self.superglue)),
             "synthetic makes its own corpus and tasks; remove corpus and superglue, or synthetic",
         )
+        if self.messages_field is None:
+            for name in ("loss_on", "packing"):
+                given = getattr(self, name) != getattr(type(self), name)
+                require(not given, f"{name} has no effect without messages_field; give that, or remove it")
+        else:
+            require(bool(self.messages_field.strip()), "messages_field is empty; name a field, as messages")
+            require(len(self.corpus) > 0, "messages_field has no effect without corpus; give conversations there")
+            require(
+                self.text_field == "text",
+                f"text_field {self.text_field!r} has no effect beside messages_field; remove one of them",
+            )
         require(self.eval_blocks >= 1, f"eval_blocks must be at least 1, got {self.eval_blocks}")
         require(all(each.strip() for each in self.corpus), f"corpus has an empty entry: {self.corpus}")
         require(len(set(self.corpus)) == len(self.corpus), f"corpus names a source twice: {self.corpus}")
@@ -361,7 +378,9 @@ class RunConfig:
             ("teacher.pretraining", self.teacher.pretraining),
         ):
             require(
-                corpus_stage is None or corpus_stage.train_sampling_strategy != "group_by_length",
+                corpus_stage is None
+                or corpus_stage.train_sampling_strategy != "group_by_length"
+                or self.data.messages_field is not None,
                 f"{name}.train_sampling_strategy has no effect: the blocks of a corpus are of one length; remove it",
             )
             for key in ("max_steps", "max_length"):

@@ -63,8 +63,8 @@ class StageConfig:
     num_train_epochs: float | None = None
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    # group_by_length: each step's texts are of like length, for fewer pads. None: that on tasks; random on the corpus,
-    # whose blocks are of one length
+    # group_by_length: each step's texts are of like length, for fewer pads. None: that on tasks and conversations;
+    # random on a corpus of texts, whose blocks are of one length
     train_sampling_strategy: Literal["random", "group_by_length"] | None = None
     gradient_checkpointing: bool = False  # run each layer again in the backward: less memory, more time, the same bits
     learning_rate: float = 2e-5

@@ -165,7 +165,7 @@ KEYS = {
     "student.": "num_hidden_layers initialization config architecture num_decoder_layers decoder_initialization",
     "vocabulary.": "keep_ratio size multiple_of selection mapping within_class similarity teacher_mass "
     "teacher_reads keep_words corpus_weights",
-    "data.": "corpus text_field superglue synthetic eval_blocks",
+    "data.": "corpus text_field messages_field loss_on packing superglue synthetic eval_blocks",
     "controls.": "hard_labels full_vocabulary trim_only trim_after",
     "teacher.pretraining.": STAGE,
     "pretraining.": STAGE,

@@ -75,6 +75,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--keep-words-file", metavar="FILE", help="more of them, one on each line")
     command.add_argument("--corpus-weights", type=float, nargs="*", default=[], metavar="SHARE", help="of each corpus")
     command.add_argument("--text-field", default="text", help="field of jsonl rows")
+    command.add_argument("--messages-field", metavar="FIELD", help="in its place, of rows that hold conversations")
 
     command = add("convert-glm", "Make a model folder of a published GLM checkpoint.")
     command.add_argument("checkpoint", type=Path, help="mp_rank_00_model_states.pt, its folder, or one of the hub's")
@@ -95,6 +96,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
     command.add_argument("--batch-size", type=_positive, help="for --task (default: 64)")
     command.add_argument("--text", nargs="+", help="in place of a task: files to measure bits per byte on")
+    command.add_argument("--messages-field", metavar="FIELD", help="for --text: of rows that hold conversations")
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's; for text 1024)")
 
     command.add_argument(

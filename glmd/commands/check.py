@@ -54,10 +54,20 @@ def describe(plan: Plan, world_size: int) -> str:
     text += ["", f"{'stage':<{width}}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
     text += [_stage_line(stage, world_size, width) for stage, *_ in lines(plan, world_size)]
     controls = [name for name, on in vars(config.controls).items() if on]
-    text += ["", f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
+    text += ["", *_corpus_line(plan)]
+    text += [f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
     text += [f"sweep     {len(config.grid_points)} grid points: {', '.join(swept)}"] if swept else []
     text += [f"attention {config.attn_implementation}"] if config.attn_implementation else []
     return "\n".join([*text, f"output    {config.output_dir}"])
+
+
+def _corpus_line(plan: Plan) -> list[str]:
+    """Of a corpus of conversations, what becomes of them."""
+    if plan.conversations is None:
+        return []
+    at = "the assistant's tokens" if plan.conversations.loss_on == "assistant" else "all tokens"
+    shared = "packed" if plan.packs else "a block each"
+    return [f"corpus    conversations in {plan.conversations.field}, loss on {at}, {shared}"]
 
 
 def _precision(plan: Plan) -> str:

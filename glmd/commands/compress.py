@@ -13,7 +13,8 @@ import torch
 
 from glmd.commands.verify import special_ids
 from glmd.config import VocabularyConfig
-from glmd.data.corpus import require_corpus
+from glmd.data.conversations import ConversationReader
+from glmd.data.corpus import TEXT_FIELD, require_corpus
 from glmd.data.token_store import build_token_store
 from glmd.errors import ConfigError, ModelError
 from glmd.models.card import ModelCard, opens_plainly
@@ -43,11 +44,13 @@ def compress_model(
     *,
     corpus: str | Path | Sequence[str | Path],
     text_field: str = "text",
+    messages_field: str | None = None,
     **vocabulary_settings: Any,
 ) -> str:
     """Keep the most frequent tokens of `corpus`, map the others, and write the cut model to `output`.
 
-    corpus: text or jsonl files, folders, or a data set's id; one or several.
+    corpus: text, jsonl or Parquet files, folders, or a data set's id; one or several. messages_field: of rows that
+        hold conversations, which the model's chat template renders, in place of texts.
     vocabulary_settings: the fields of VocabularyConfig; keep_ratio or size is needed.
     Returns a summary. Raises GlmdError with one line.
     """
@@ -63,15 +66,21 @@ def compress_model(
     for name in ("teacher_mass", "teacher_reads"):
         if getattr(settings, name) != getattr(VocabularyConfig, name):
             raise ConfigError(f"{name} has no effect without training; remove it")
+    if messages_field is not None and text_field != TEXT_FIELD:
+        raise ConfigError("--text-field has no effect beside --messages-field; remove one of them")
     require_free_output(output)
     require_model(model, field="model")
-    require_corpus(sources, text_field)
-    tokenizer = load_source_tokenizer(model, kind=None)
+    if messages_field is None:
+        require_corpus(sources, text_field)
+    tokenizer, reader = load_source_tokenizer(model, kind=None), None
+    if messages_field is not None:
+        reader = ConversationReader(tokenizer, messages_field, loss_on="all", name=model)
+        reader.require(sources)
     companions = find_companions(model)
     # Refuses what cannot be, before text is counted and the model loaded.
     kept_size(settings, tokenizer, texts=companions.texts, ids=ids_to_keep(load_model_config(model)))
     with tempfile.TemporaryDirectory() as temporary:
-        store = build_token_store(temporary, sources, tokenizer, text_field=text_field)
+        store = build_token_store(temporary, sources, tokenizer, text_field=text_field, conversations=reader)
         counts = store.counts(len(tokenizer), weights=settings.corpus_weights)
     source = load_model_as_saved(model)
     embeddings = compared_embeddings(source, settings.similarity)

@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 
 from glmd.data.batches import Collate
+from glmd.data.conversations import ConversationReader
 from glmd.data.corpus import read_documents
 from glmd.data.tables import READ_FROM, ROW_SUFFIXES, TEXT_SUFFIXES, Split
 from glmd.errors import ConfigError, DataError, ModelError
 from glmd.evaluation.answers import require_answerable, write_answers
-from glmd.evaluation.bits_per_byte import _bytes, score_text
+from glmd.evaluation.bits_per_byte import _bytes, score_conversations, score_text
 from glmd.evaluation.leaderboard import require_idx, with_idx, write_predictions
 from glmd.evaluation.metrics import constant_answers, score
 from glmd.evaluation.scoring import answers_of, predict
@@ -231,10 +232,16 @@ MAX_LENGTH = 1024  # tokens that a model reads at once, if it can and nothing el
 
 @public
 def evaluate_text(
-    model: str | Path, sources: str | Path | Sequence[str | Path], *, max_length: int | None = None
+    model: str | Path,
+    sources: str | Path | Sequence[str | Path],
+    *,
+    max_length: int | None = None,
+    messages_field: str | None = None,
 ) -> dict[str, float]:
     """Sizes and bits per byte of a causal LM, a folder or hub id, on text files; weights are read as float32.
 
+    messages_field: the field of the files' rows that holds conversations, in place of texts. They are rendered by the
+        folder's own chat template, and scored by role where that can be told.
     Raises GlmdError where the model is no causal LM, cannot read max_length tokens, or the files hold no text.
     """
     model = str(model)
@@ -248,12 +255,13 @@ def evaluate_text(
     length = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
     if positions is not None and length > positions:
         raise ModelError(f"{model}: {length} tokens, but it has {positions} positions; give --max-length {positions}")
-    texts = [text for text in read_documents(files) if text.strip()]
-    if not texts:
-        raise DataError(f"{', '.join(files)}: no text")
     tokenizer = load_tokenizer(model)
     require_fast(tokenizer)
     leave_out_tokens_without_rows(tokenizer, model, config)
+    conversations = _conversations(files, tokenizer, messages_field, model) if messages_field is not None else []
+    texts = [text for text, _ in conversations] or [text for text in read_documents(files) if text.strip()]
+    if not texts:
+        raise DataError(f"{', '.join(files)}: no text")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     # Folders that hold the same weights in other precisions shall give the same figure.
     language_model = load_model_as_saved(model).float()
@@ -261,4 +269,19 @@ def evaluate_text(
     require_length(language_model, length)
     language_model.to(accelerator.device)
     sizes = {"documents": len(texts), "bytes": _bytes(texts), "max_length": length}
-    return sizes | score_text(language_model, tokenizer, texts, max_length=length, accelerator=accelerator)
+    options: dict[str, Any] = {"max_length": length, "accelerator": accelerator}
+    if conversations:
+        return sizes | score_conversations(language_model, tokenizer, conversations, **options)
+    return sizes | score_text(language_model, tokenizer, texts, **options)
+
+
+def _conversations(
+    files: Sequence[str], tokenizer: Any, field: str, model: str
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Each conversation of the files as the tokenizer's template writes it, and where an assistant speaks in it."""
+    reader = ConversationReader(tokenizer, field, loss_on="all", name=model)
+    found = reader.texts(list(reader.read(files)))
+    if reader.is_placed:
+        return found
+    logger.info("scores are not given by role: %s", reader.unplaced)
+    return [(text, []) for text, _ in found]

@@ -47,8 +47,8 @@ class Column:
         self.numbers += number_of(value) is not None
         each = value if isinstance(value, list) else [value]
         self.is_label &= all(isinstance(entry, str | int) for entry in each)
-        if all(isinstance(entry, str) and not _NUMBER.fullmatch(entry.strip()) for entry in each):
-            self.lengths.append(len(" ".join(each)))
+        if any(isinstance(entry, str) and not _NUMBER.fullmatch(entry.strip()) for entry in each):
+            self.lengths.append(len(" ".join(map(str, each))))
         if self.values is not None:
             self.values.update(str(entry)[:200] for entry in each)
             if len(self.values) > MOST_LABELS:

@@ -154,7 +154,8 @@ class Collate:
     Token columns are (B, S), or (R, S) with R rows for the choices of B examples one after another; `num_choices` (B,)
     then says how many are whose. `target_ids` (R, T) is what a decoder beside an encoder says, and `lm_labels` and
     `cloze_ids` are then of these. `predicts` (B, S) bool, or (R, T), is where words are predicted, which losses and
-    scores look at: all tokens of masked and causal LMs, all targets of encoder-decoders. `positions` (N,) are these
+    scores look at: all tokens of masked and causal LMs unless examples have a column of it, as those of conversations;
+    all targets of encoder-decoders. `positions` (N,) are these
     places in the flat batch, row * S + column, so that a device need not look for them; `labeled_positions` those of
     them that have an LM label. `attention_mask` is for models.
 
@@ -171,12 +172,20 @@ class Collate:
         read = Grid(examples.lengths, examples.tokens)
         said = read if examples.targets is None else examples.targets
         valid = read.valid()
-        predicts = valid if said is read else said.valid()
+        places = valid if said is read else said.valid()
+        predicts = places
+        if "predicts" in read.tokens:
+            assert said is read and "lm_labels" not in read.tokens, "nothing is masked in a conversation"
+            predicts = places.copy()
+            predicts[places] = read.tokens["predicts"].astype(bool)
+            read = Grid(read.lengths, {name: each for name, each in read.tokens.items() if name != "predicts"})
+            said = read
         made = {"predicts": predicts, "positions": np.flatnonzero(predicts), "attention_mask": valid.astype(np.int64)}
         if "lm_labels" in said.tokens:
             made["labeled_positions"] = made["positions"][said.tokens["lm_labels"] != IGNORED_LABEL]
-        for grid, places in ((read, valid), (said, predicts))[: 1 if said is read else 2]:
-            made |= self._padded(grid, places)
+        made |= self._padded(read, valid)
+        if said is not read:
+            made |= self._padded(said, places)
         made = examples.numbers | made
         labels = made.get("labels")
         if "tagged" in made:

@@ -14,17 +14,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from glmd.data.jsonl import read_jsonl, read_lines
+from glmd.data.tables import parquet_rows
 from glmd.errors import DataError, suggestion
-
-if TYPE_CHECKING:
-    pass
 
 MAX_DOCUMENT_CHARACTERS = 16_000_000
 TEXT_FIELD = "text"  # the default
-SUFFIXES = (".txt", ".jsonl")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+FILES = ".txt, .jsonl or .parquet"
+Row = tuple[str, dict[str, Any]]  # where a row stands, to name in a refusal, and the row
 PEEK_DOCUMENTS, PEEK_CHARACTERS = 1000, 1_000_000  # of each source, read before anything is begun
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,20 @@ def read_documents(sources: Sequence[str], *, text_field: str = "text") -> Itera
 
     sources: each one of
         a .txt file: a paragraph a line, a blank line ends a document;
-        a .jsonl file: a document a row, in `text_field`;
-        a folder: its .txt and .jsonl files by name, without subfolders and hidden files;
+        a .jsonl or .parquet file: a document a row, in `text_field`;
+        a folder: its .txt, .jsonl and .parquet files by name, without subfolders and hidden files;
         a data set of the hub, split train: `name`, `name:config` or `owner/name:config`. The config is often
         `default`; without one, `owner/name` is taken for a path.
     Raises DataError naming source, line and field.
     """
-    return itertools.chain.from_iterable(_documents(each, text_field) for each in _resolve(sources))
+    return itertools.chain.from_iterable(_documents(each, text_field) for each in resolve(sources))
+
+
+def read_rows(sources: Sequence[str]) -> Iterator[Row]:
+    """Yield where each row of all sources stands, and the row, in order: of the sources of `read_documents` those that
+    have rows. Raises DataError, of a .txt file too.
+    """
+    return itertools.chain.from_iterable(_rows(each) for each in resolve(sources))
 
 
 def require_corpus(sources: Sequence[str], text_field: str, *, store: Path | None = None) -> None:
@@ -52,7 +59,7 @@ def require_corpus(sources: Sequence[str], text_field: str, *, store: Path | Non
     """
     if not sources and text_field == TEXT_FIELD:
         return
-    resolved = _resolve(sources)
+    resolved = resolve(sources)
     if text_field != TEXT_FIELD and all(isinstance(each, Path) and each.suffix.lower() == ".txt" for each in resolved):
         raise DataError(f"text_field {text_field!r} has no effect: the corpus is .txt files alone; remove it")
     if store is not None and (store / "manifest.json").is_file():
@@ -75,12 +82,10 @@ def _is_blank(documents: Iterator[str]) -> bool:
 
 def corpus_fingerprint(sources: Sequence[str]) -> dict[str, Any]:
     """What the sources hold: name, size and sha256 of each file in order; of a hub data set only its id."""
-    return {
-        "sources": [_file_identity(each) if isinstance(each, Path) else {"hub": each} for each in _resolve(sources)]
-    }
+    return {"sources": [_file_identity(each) if isinstance(each, Path) else {"hub": each} for each in resolve(sources)]}
 
 
-def _resolve(sources: Sequence[str]) -> list[Path | str]:
+def resolve(sources: Sequence[str]) -> list[Path | str]:
     """Every source as files that exist, or as a hub id."""
     if isinstance(sources, (str, Path)) or not sources:
         raise DataError(f"corpus: a list of files, folders or data sets is needed, got {sources!r}")
@@ -94,13 +99,11 @@ def _resolve_one(source: str) -> list[Path] | list[str]:
     if source.strip() and path.exists():
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(
-                f"{source}: a corpus file ends in .txt or .jsonl, not in {path.suffix or 'nothing'}; "
+                f"{source}: a corpus file ends in {FILES}, not in {path.suffix or 'nothing'}; "
                 "unpack or convert it, or give the id of a data set of the hub"
             )
         if not path.is_file():
-            raise DataError(
-                f"{source}: is neither a file nor a folder; give a .txt or .jsonl file, or a folder of them"
-            )
+            raise DataError(f"{source}: is neither a file nor a folder; give a {FILES} file, or a folder of them")
         return [path]
     if path.is_symlink():
         raise _dead_link(path)
@@ -123,7 +126,7 @@ def _text_files(source: str, folder: Path) -> list[Path]:
     if not files:
         held = ", ".join(f"{p.name}/" if p.is_dir() else p.name for p in everything[:8]) or "nothing"
         raise DataError(
-            f"{source}: the folder holds no .txt or .jsonl file; it holds {held}. Unpack or convert files, and name "
+            f"{source}: the folder holds no {FILES} file; it holds {held}. Unpack or convert files, and name "
             "subfolders by themselves"
         )
     return files
@@ -148,10 +151,19 @@ def _hub_id(source: str) -> tuple[str, str | None] | None:
 
 
 def _documents(source: Path | str, text_field: str) -> Iterator[str]:
-    if isinstance(source, Path):
-        return _read_jsonl(source, text_field) if source.suffix.lower() == ".jsonl" else _read_text(source)
-    name, config = _hub_id(source) or (source, None)
-    return _read_hub(name, config, text_field)
+    if isinstance(source, Path) and source.suffix.lower() == ".txt":
+        return _read_text(source)
+    return (_text_of(row, text_field, where) for where, row in _rows(source))
+
+
+def _rows(source: Path | str) -> Iterator[Row]:
+    if not isinstance(source, Path):
+        return _read_hub(*(_hub_id(source) or (source, None)))
+    if source.suffix.lower() == ".jsonl":
+        return ((f"{source}:{line_number}", row) for line_number, row in read_jsonl(source))
+    if source.suffix.lower() == ".parquet":
+        return parquet_rows([source])
+    raise DataError(f"{source}: a line of text has no fields; give .jsonl, .parquet or a data set of the hub")
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -179,12 +191,7 @@ def _read_text(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: the file holds no text")
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    for line_number, row in read_jsonl(path):
-        yield _text_of(row, text_field, f"{path}:{line_number}")
-
-
-def _read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
+def _read_hub(name: str, config: str | None) -> Iterator[Row]:
     source = f"{name}:{config}" if config else name
     try:
         from datasets import load_dataset
@@ -199,14 +206,14 @@ def _read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
             raise _unreachable(source, error) from error
         if row is None:
             return
-        yield _text_of(row, text_field, f"{source} row {number}")
+        yield f"{source} row {number}", row
 
 
 def _unreachable(source: str, error: Exception) -> DataError:
     reason = (str(error).splitlines() or [""])[0][:200]
     return DataError(
         f"{source}: no such file or folder, and the hub gave no data set ({type(error).__name__}: {reason}); "
-        "give a .txt or .jsonl file, or a folder of them"
+        f"give a {FILES} file, or a folder of them"
     )
 
 

@@ -163,10 +163,11 @@ def _read_files(files: list[Path]) -> Found:
         return Found(((f"{table.path}:{line}", row) for line, row in table.rows()), texts=table)
     if files[0].suffix.lower() == ".jsonl":
         return Found((f"{path}:{line}", row) for path in files for line, row in read_jsonl(path))
-    return Found(_parquet_rows(files), is_table=True, class_names=_class_names(files[0]))
+    return Found(parquet_rows(files), is_table=True, class_names=_class_names(files[0]))
 
 
-def _parquet_rows(files: Iterable[Path]) -> Iterator[Located]:
+def parquet_rows(files: Iterable[Path]) -> Iterator[Located]:
+    """The rows of Parquet files, in order. Raises DataError for what cannot be read as such."""
     for path in files:
         number = 0
         try:

@@ -1,4 +1,7 @@
-"""A corpus as tokens on disk: tokenized once, kept as one memory-mapped row of ids."""
+"""A corpus as tokens on disk: tokenized once, kept as one memory-mapped row of ids.
+
+Of conversations a second row says which tokens are an assistant's, and where each conversation begins.
+"""
 
 import hashlib
 import itertools
@@ -6,33 +9,26 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from glmd.data.corpus import _sha256, corpus_fingerprint, read_documents
+from glmd.data.encoding import encode_texts, reading_fingerprint
 from glmd.errors import DataError, DiskError, ModelError, RunError
 from glmd.storage import link_files, write_atomically
 
+if TYPE_CHECKING:
+    from glmd.data.conversations import ConversationReader
+
 logger = logging.getLogger(__name__)
 
-
 STORE_VERSION = 2
-
-
-def reading_fingerprint(tokenizer: Any) -> str:
-    """sha256 of every token with its id, and of how probes are cut (case, accents, white space, merges).
-
-    Not of the tokenizer's files: truncation settings and library versions change those and no token.
-    """
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    # Its own words, because a small closed vocabulary cuts every foreign text to unknown tokens alike.
-    own = " ".join(word for word, _ in words[:: -(-len(words) // 1000)])
-    foreign = "Größe naïve ÀÉ don't 3.14 CamelCase  two\tspaces\nnew line 東京 привет \U0001f600 unhappily re-doing"
-    probes = encode_texts(tokenizer, [own, own.lower(), own.upper(), foreign])
-    return hashlib.sha256(json.dumps([words, probes]).encode()).hexdigest()
+ASSISTANT, FIRST = 1, 2  # bits of a token's mark: an assistant says it; a conversation begins with it
+MARKS = "marks.bin"
 
 
 class TokenStore:
@@ -57,6 +53,24 @@ class TokenStore:
     def tokens(self) -> np.memmap:
         """(num_tokens,) source ids, uint16 or int32, read-only."""
         return np.memmap(self.folder / "tokens.bin", dtype=_dtype(self.manifest), mode="r")
+
+    @cached_property
+    def marks(self) -> np.memmap:
+        """(num_tokens,) uint8 of conversations: `ASSISTANT`, `FIRST`; read-only."""
+        return np.memmap(self.folder / MARKS, dtype=np.uint8, mode="r")
+
+    @cached_property
+    def first_tokens(self) -> np.ndarray:
+        """(conversations + 1,) where each conversation begins, and the end of the last one."""
+        step = 1 << 22  # tokens whose marks are in memory at once
+        starts = range(0, self.num_tokens, step)
+        found = [start + np.flatnonzero(self.marks[start : start + step] & FIRST) for start in starts]
+        return np.concatenate([*found, [self.num_tokens]])
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether it is known of conversations which tokens are an assistant's."""
+        return bool(self.manifest.get("conversations", {}).get("has_roles", False))
 
     def num_blocks(self, block_length: int) -> int:
         """Blocks of `block_length` consecutive ids; a shorter last one counts."""
@@ -121,10 +135,13 @@ def open_token_store(folder: str | Path) -> TokenStore:
             raise KeyError(*missing)
         expected = manifest["num_tokens"] * _dtype(manifest).itemsize
         size = (path.parent / "tokens.bin").stat().st_size
+        marked = (path.parent / MARKS).stat().st_size if "conversations" in manifest else manifest["num_tokens"]
     except (KeyError, TypeError, AttributeError, FileNotFoundError) as error:
         raise _NoWholeStore(f"{folder}: the token store is damaged ({error})") from None
     if size != expected:
         raise _NoWholeStore(f"{folder}: the token store is damaged (tokens.bin has {size} bytes, not {expected})")
+    if marked != manifest["num_tokens"]:
+        raise _NoWholeStore(f"{folder}: the token store is damaged ({MARKS} has {marked} bytes)")
     return TokenStore(path.parent, manifest)
 
 
@@ -134,6 +151,7 @@ def build_token_store(
     tokenizer: Any,
     *,
     text_field: str = "text",
+    conversations: "ConversationReader | None" = None,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> TokenStore:
     """Tokenize the sources into `folder`, or reuse the store that is there if it has the same origin.
@@ -141,17 +159,33 @@ def build_token_store(
     tokenizer: the source tokenizer. Special words that stand in the text are cut like any other tokens.
     A store that was cut short or damaged is built again; one of another corpus, tokenizer or text field is
     refused with RunError. One process builds.
+    conversations: what reads the rows, where they are conversations and not texts.
     fingerprint: `corpus_fingerprint` of the sources, where that is known: it reads them whole.
     """
     folder = Path(folder)
-    made_from = {
-        "corpus": corpus_fingerprint(sources) if fingerprint is None else fingerprint,
-        "tokenizer": reading_fingerprint(tokenizer),
-        "text_field": text_field,
-    }
-    store = _reusable_store(folder, made_from)
-    documents = [read_documents([source], text_field=text_field) for source in sources]
-    return store or _write_store(folder, documents, tokenizer, made_from, sources)
+    reader = conversations or TextReader(tokenizer, text_field)
+    made_from = {"corpus": corpus_fingerprint(sources) if fingerprint is None else fingerprint, **reader.record()}
+    return _reusable_store(folder, made_from) or _write_store(folder, sources, tokenizer, reader, made_from)
+
+
+class TextReader:
+    """Reads documents of text, as a corpus has them unless they are conversations: a `ConversationReader` for these."""
+
+    def __init__(self, tokenizer: Any, text_field: str) -> None:
+        self.tokenizer, self.text_field = tokenizer, text_field
+
+    def record(self) -> dict[str, Any]:
+        """What the tokens depend on, besides the documents."""
+        return {"tokenizer": reading_fingerprint(self.tokenizer), "text_field": self.text_field}
+
+    def read(self, sources: Sequence[str]) -> Iterator[str]:
+        """As `read_documents`."""
+        return read_documents(sources, text_field=self.text_field)
+
+    def encode(self, documents: Sequence[str]) -> list[list[int]]:
+        """Ids of each document that has any."""
+        texts = [each for each in documents if each.strip()]
+        return [ids for ids in encode_texts(self.tokenizer, texts) if ids]
 
 
 class _NoWholeStore(RunError):
@@ -161,8 +195,12 @@ class _NoWholeStore(RunError):
 def _reusable_store(folder: Path, fingerprint: dict[str, Any]) -> TokenStore | None:
     try:
         store = open_token_store(folder)
-        if _sha256(folder / "tokens.bin") != store.manifest["sha256"]:
-            raise _NoWholeStore(f"{folder}: the token store is damaged (sha256 of tokens.bin)")
+        sums = {"tokens.bin": store.manifest["sha256"]}
+        if "conversations" in store.manifest:
+            sums[MARKS] = store.manifest["conversations"]["sha256"]
+        for name, expected in sums.items():
+            if _sha256(folder / name) != expected:
+                raise _NoWholeStore(f"{folder}: the token store is damaged (sha256 of {name})")
         _require_origin(store, fingerprint)
     except _NoWholeStore as error:
         if (folder / "manifest.json").exists():
@@ -172,7 +210,14 @@ def _reusable_store(folder: Path, fingerprint: dict[str, Any]) -> TokenStore | N
     return store
 
 
-def require_same_store(folder: Path, corpus: Mapping[str, Any], tokenizer: Any, *, text_field: str) -> None:
+def require_same_store(
+    folder: Path,
+    corpus: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    text_field: str,
+    conversations: "ConversationReader | None" = None,
+) -> None:
     """Refuse a folder with the store of another corpus, tokenizer or text field, as building there would.
 
     corpus: by `corpus_fingerprint`. Raises RunError.
@@ -181,23 +226,30 @@ def require_same_store(folder: Path, corpus: Mapping[str, Any], tokenizer: Any, 
         store = open_token_store(folder)
     except _NoWholeStore:  # which is built again
         return
-    fingerprint = {"corpus": corpus, "tokenizer": reading_fingerprint(tokenizer), "text_field": text_field}
-    _require_origin(store, fingerprint)
+    reader = conversations or TextReader(tokenizer, text_field)
+    _require_origin(store, {"corpus": corpus, **reader.record()})
 
 
 def take_over_store(
-    folder: Path, others: Iterable[Path], corpus: Mapping[str, Any], tokenizer: Any, *, text_field: str
+    folder: Path,
+    others: Iterable[Path],
+    corpus: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    text_field: str,
+    conversations: "ConversationReader | None" = None,
 ) -> None:
     """Have the same store in `folder` that one of the others holds, if one does and `folder` has none."""
     for other in others:
         if (folder / "manifest.json").exists():
             return
         try:
-            require_same_store(other, corpus, tokenizer, text_field=text_field)
-            open_token_store(other)
+            require_same_store(other, corpus, tokenizer, text_field=text_field, conversations=conversations)
+            store = open_token_store(other)
         except RunError:
             continue
-        link_files(other, folder, ["tokens.bin", "manifest.json"])
+        marks = [MARKS] if "conversations" in store.manifest else []
+        link_files(other, folder, ["tokens.bin", *marks, "manifest.json"])
 
 
 def _require_origin(store: TokenStore, fingerprint: dict[str, Any]) -> None:
@@ -212,8 +264,10 @@ def _require_origin(store: TokenStore, fingerprint: dict[str, Any]) -> None:
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     if old["tokenizer"] != new["tokenizer"]:
         return "tokenizer"
-    if old["text_field"] != new["text_field"]:
-        return f"text_field ({old['text_field']!r}, now {new['text_field']!r})"
+    # Settings of texts, and of conversations, of which each has its own.
+    for name in ("text_field", "messages_field", "chat_template", "loss_on", "scheme"):
+        if old.get(name) != new.get(name):
+            return f"{name} ({old.get(name)!r}, now {new.get(name)!r})"
     pairs = itertools.zip_longest(old["corpus"]["sources"], new["corpus"]["sources"])
     before, now = next((before, now) for before, now in pairs if before != now)
     names = [source.get("name") or source.get("hub") if source else "nothing" for source in (before, now)]
@@ -222,26 +276,28 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _write_store(
     folder: Path,
-    documents: Sequence[Iterable[str]],
-    tokenizer: Any,
-    fingerprint: dict[str, Any],
     sources: Sequence[str],
+    tokenizer: Any,
+    reader: "TextReader | ConversationReader",
+    fingerprint: dict[str, Any],
 ) -> TokenStore:
     """The manifest is renamed into place last: a process killed before that leaves no store."""
     separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     if separator is None:
         raise ModelError("the tokenizer has neither a sep_token nor an eos_token to put between documents; set one")
-    manifest_path, tokens_path = folder / "manifest.json", folder / "tokens.bin"
-    temporary = folder / "tokens.bin.tmp"
+    manifest_path = folder / "manifest.json"
+    names = ["tokens.bin", *([] if isinstance(reader, TextReader) else [MARKS])]
     # Ids go up to the largest one given, which a tokenizer with gaps puts beyond its length.
     dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<i4")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         manifest_path.unlink(missing_ok=True)
-        with temporary.open("wb") as file:
-            counted = _write_tokens(file, documents, tokenizer, separator, dtype)
-            file.flush()
-            os.fsync(file.fileno())
+        with ExitStack() as stack:
+            files = [stack.enter_context((folder / f"{name}.tmp").open("wb")) for name in names]
+            counted = _write_tokens(files, sources, reader, separator, dtype)
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
         if counted["num_documents"] == 0:
             raise DataError(f"{', '.join(map(str, sources))}: no text in {counted['num_empty_documents']} documents")
         manifest = {
@@ -251,60 +307,82 @@ def _write_store(
             "separator_id": separator,
             "fingerprint": fingerprint,
         }
-        os.replace(temporary, tokens_path)
+        for name in names:
+            os.replace(folder / f"{name}.tmp", folder / name)
         write_atomically(manifest_path, json.dumps(manifest, indent=2))
     except OSError as error:
         raise DiskError(f"{folder}: the token store cannot be written ({error.strerror})") from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        for temporary in [folder / f"{name}.tmp" for name in names]:
+            if temporary.exists():
+                temporary.unlink()
     logger.info("corpus: %d tokens, %d documents, %d empty ones skipped", *list(counted.values())[:3])
     return open_token_store(folder)
 
 
 def _write_tokens(
-    file: BinaryIO,
-    documents: Sequence[Iterable[str]],
-    tokenizer: Any,
+    files: Sequence[BinaryIO],
+    sources: Sequence[str],
+    reader: "TextReader | ConversationReader",
     separator: int,
     dtype: np.dtype,
 ) -> dict[str, Any]:
-    """Tokenize each source's documents in batches into an open file; how much of what was written, and its sha256."""
+    """Tokenize each source's documents in batches into open files; how much of what was written, and their sha256."""
     from tqdm import tqdm
 
-    digest = hashlib.sha256()
+    digests = [hashlib.sha256() for _ in files]
     num_tokens = num_documents = num_empty = 0
-    ends = [0] * len(documents)
-    batches = ((i, batch) for i, source in enumerate(documents) for batch in _batches(source))
+    ends = [0] * len(sources)
+    batches = ((i, batch) for i, source in enumerate(sources) for batch in _batches(reader.read([source])))
     # disable=None: no bar unless stderr is a terminal.
     with tqdm(unit=" documents", desc="tokenizing", disable=None) as progress:
         for source, batch in batches:
-            encoded = [ids for ids in encode_texts(tokenizer, [text for text in batch if text.strip()]) if ids]
-            num_empty += len(batch) - len(encoded)
-            pieces: list[list[int]] = []
-            for ids in encoded:
-                pieces += [[separator], ids] if num_documents else [ids]
-                num_documents += 1
-            row = np.fromiter(itertools.chain.from_iterable(pieces), dtype=np.int64)
+            if isinstance(reader, TextReader):
+                texts = reader.encode(batch)
+                pieces = [piece for ids in texts for piece in ([separator], ids)]
+                row = np.fromiter(
+                    itertools.chain.from_iterable(pieces if num_documents else pieces[1:]), dtype=np.int64
+                )
+                columns, number = [row.astype(dtype)], len(texts)
+            else:
+                chats = reader.encode(batch)
+                row = np.concatenate([each.ids for each in chats])
+                marks = np.concatenate([_marks(each.is_assistant) for each in chats])
+                columns, number = [row.astype(dtype), marks], len(chats)
+            num_empty += len(batch) - number
+            num_documents += number
             assert row.size == 0 or row.max() <= np.iinfo(dtype).max, (row.max(), dtype)
-            data = row.astype(dtype).tobytes()
-            file.write(data)
-            digest.update(data)
+            for file, digest, column in zip(files, digests, columns, strict=True):
+                data = column.tobytes()
+                file.write(data)
+                digest.update(data)
             num_tokens += row.size
             ends[source:] = [num_tokens] * (len(ends) - source)
             progress.update(len(batch))
-    return {
+    found = {
         "num_tokens": num_tokens,
         "num_documents": num_documents,
         "num_empty_documents": num_empty,
         "source_ends": ends,
-        "sha256": digest.hexdigest(),
+        "sha256": digests[0].hexdigest(),
     }
+    if not isinstance(reader, TextReader):
+        if not reader.is_placed:
+            logger.info("corpus: scores are not given by role: %s", reader.unplaced)
+        found["conversations"] = {"sha256": digests[1].hexdigest(), "has_roles": reader.is_placed}
+    return found
 
 
-def _batches(documents: Iterable[str], *, characters: int = 1_000_000, length: int = 1000) -> Iterator[list[str]]:
+def _marks(is_assistant: np.ndarray) -> np.ndarray:
+    """(S,) uint8 of one conversation."""
+    marks = is_assistant * np.uint8(ASSISTANT)
+    marks[0] |= FIRST
+    return marks
+
+
+def _batches(documents: Iterable[Any], *, characters: int = 1_000_000, length: int = 1000) -> Iterator[list[Any]]:
     """Lists of documents, cut by their text and not by number alone: one may hold ten million letters."""
-    batch: list[str] = []
+    batch: list[Any] = []
     total = 0
     for document in documents:
         batch.append(document)
@@ -314,50 +392,6 @@ def _batches(documents: Iterable[str], *, characters: int = 1_000_000, length: i
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids without special tokens: a text that writes [MASK] or </s> means these letters, not the token."""
-    if not texts:
-        return []
-    if _encodes_as_its_backend(tokenizer):
-        # The same without offsets, which nobody asks for and which one core alone would turn into Python's lists.
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        found = [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return _without_spelled(tokenizer, found)
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # longer than the model's input is what a document may be
-    )
-    return _without_spelled(tokenizer, encoded["input_ids"])
-
-
-def _without_spelled(tokenizer: Any, texts: list[list[int]]) -> list[list[int]]:
-    """The unknown token in the place of a special one that a text spells, where the model of a tokenizer has it as a
-    piece, as T5's has </s> and its sentinels.
-    """
-    unknown = tokenizer.unk_token_id
-    # Added tokens that are not special, as runs of spaces, are texts of their own.
-    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    special = {*tokenizer.all_special_ids, *added} - {unknown}
-    if unknown is None or not special:
-        return texts
-    return [[unknown if i in special else i for i in ids] if not special.isdisjoint(ids) else ids for ids in texts]
-
-
-def _encodes_as_its_backend(tokenizer: Any) -> bool:
-    """Whether no code of a tokenizer's own stands between a text and its Rust tokenizer."""
-    from transformers import PreTrainedTokenizerFast
-
-    plain, own = PreTrainedTokenizerFast, type(tokenizer)
-    return issubclass(own, plain) and (own.__call__, own._encode_plus) == (plain.__call__, plain._encode_plus)
 
 
 def _dtype(manifest: Mapping[str, Any]) -> np.dtype:

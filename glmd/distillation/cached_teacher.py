@@ -31,6 +31,7 @@ DIGEST = 16  # bytes of an example's name
 ROW_COLUMNS = (
     *("input_ids", "token_type_ids", "target_ids", "cloze_ids", "tagged"),
     *("position_ids", "block_position_ids", "context_mask"),  # GLM's
+    "text_positions",  # of conversations that share a block
 )
 EXAMPLE_COLUMNS = ("verbalizers", "mean_over_tokens")
 # bfloat16 has no twin in numpy; its bits, and float16's, are read as whole numbers.

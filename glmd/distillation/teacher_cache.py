@@ -36,13 +36,12 @@ from torch import Tensor
 from glmd import storage
 from glmd.config_file import differences
 from glmd.data.batches import Batch, Collate
-from glmd.data.blocks import BlockDataset
 from glmd.distillation.cached_teacher import DIGEST, CachedOutputs, digests, example_spans
 from glmd.distillation.teacher import AllOutputs, TeacherOutputs, unsound_examples
 from glmd.errors import DiskError, ModelError, RunError
 from glmd.losses.finite import not_finite
 from glmd.storage import file_sha256, locked, write_atomically, write_problem
-from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.dataset import TaskDataset, TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class TeacherCache:
     def __init__(
         self,
         folder: Path,
-        parts: Sequence[tuple[BlockDataset | TaskDataset, int]],
+        parts: Sequence[tuple[TrainingData, int]],
         *,
         width: int | None,
         dtype: str,
@@ -358,7 +357,7 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
-def _num_logits(data: BlockDataset | TaskDataset, num_classes: int | None) -> int:
+def _num_logits(data: TrainingData, num_classes: int | None) -> int:
     """Of one masking; a choice has one, which is a row."""
     if num_classes is None:
         return 0

@@ -19,7 +19,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from glmd.data.blocks import block_frame
-from glmd.data.token_store import encode_texts
+from glmd.data.conversations import tokens_within
+from glmd.data.encoding import encode_texts
 from glmd.errors import ModelError
 from glmd.losses.finite import not_finite
 from glmd.vocabulary.tokenizer import GlmdTokenizer, stock_tokenizer, vocabulary_of
@@ -68,7 +69,35 @@ def score_text(
     return scores
 
 
-@torch.no_grad()
+def score_conversations(
+    model: nn.Module,
+    tokenizer: Any,
+    conversations: Sequence[tuple[str, Sequence[tuple[int, int]]]],
+    *,
+    max_length: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Bits per byte of conversations as the chat template wrote them, marks of turns included; the same on every rank.
+
+    conversations: of each its text, and from where to where in it an assistant speaks; where that is told of any, there
+    are figures for these tokens (`assistant_bits_per_byte`) and for the `others` too. The first token of each
+    conversation is not scored, and a compressed student reads by the stock tokenizer of its folder.
+    """
+    ordinary = stock_tokenizer(tokenizer) if isinstance(tokenizer, GlmdTokenizer) else tokenizer
+    texts = [text for text, _ in conversations]
+    read = ordinary(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = read["input_ids"], read["offset_mapping"]
+    said = [tokens_within(each, turns) for each, (_, turns) in zip(places, conversations, strict=True)]
+    options: dict[str, Any] = {"start": (), "max_length": max_length, "accelerator": accelerator}
+    bits, of_assistant = bits_of(model, ids, said, **options)
+    scores = {"tokens_per_byte": sum(map(len, ids)) / _bytes(texts), "bits_per_byte": bits / _bytes(texts)}
+    spoken = [text[first:stop] for text, turns in conversations for first, stop in turns]
+    if spoken:
+        scores["assistant_bits_per_byte"] = of_assistant / _bytes(spoken)
+        scores["others_bits_per_byte"] = (bits - of_assistant) / (_bytes(texts) - _bytes(spoken))
+    return scores
+
+
 def text_bits(
     model: nn.Module,
     texts: Sequence[Sequence[int]],
@@ -80,30 +109,50 @@ def text_bits(
     """-log2 of the probability that a causal LM gives to all ids of all texts, summed.
 
     start: ids that stand before the first id of every window, so that it is predicted too; not scored themselves.
+        Without such the first id of a text is not scored.
     Raises NumericsError, alike on every rank, where they are not finite.
     A text longer than max_length is read in overlapping windows, each id scored once.
     """
+    chosen = [np.ones(len(each), dtype=bool) for each in texts]
+    return bits_of(model, texts, chosen, start=start, max_length=max_length, accelerator=accelerator)[0]
+
+
+@torch.no_grad()
+def bits_of(
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    chosen: Sequence[np.ndarray],
+    *,
+    start: Sequence[int],
+    max_length: int,
+    accelerator: Accelerator,
+) -> tuple[float, float]:
+    """The same, and beside it that of the chosen ids alone. chosen: (S,) bool of each text."""
     model.eval()
     room = max_length - len(start)
-    total, bad = 0.0, set()
+    total, of_chosen, bad = 0.0, 0.0, set()
     jobs = [(number, text, *window) for number, text in enumerate(texts) for window in windows(len(text), room)]
     mine = jobs[accelerator.process_index :: accelerator.num_processes]
     spare = jobs[: -(-len(jobs) // accelerator.num_processes) - len(mine)]  # a sharded model waits for all at each call
     for place, (number, text, begin, scored, end) in enumerate([*mine, *spare]):
         ids = torch.tensor([*start, *text[begin:end]], device=accelerator.device)
-        first = len(start) + scored - begin
+        first = max(1, len(start) + scored - begin)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1]
         if place >= len(mine):
             continue
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total += nn.functional.cross_entropy(logits, ids[first:], reduction="sum").item() / math.log(2)
+        losses = nn.functional.cross_entropy(logits, ids[first:], reduction="none")
+        wanted = torch.from_numpy(chosen[number][begin + first - len(start) : end])
+        total += losses.sum().item() / math.log(2)
+        of_chosen += losses[wanted.to(losses.device)].sum().item() / math.log(2)
         if not math.isfinite(total):
             bad.add(number)
             total = 0.0
     found = sorted(set().union(*gather_object([bad])))
     if found:
         raise not_finite(getattr(model, "name_or_path", "") or type(model).__name__, found, "the predictions")
-    return float(sum(gather_object([total])))
+    sums = np.sum(gather_object([np.array([total, of_chosen])]), axis=0)
+    return float(sums[0]), float(sums[1])
 
 
 def windows(length: int, room: int) -> Iterator[tuple[int, int, int]]:

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from glmd.data.batches import Batch, Collate
-from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
 from glmd.distillation.teacher import AllOutputs, of_each
 from glmd.evaluation.label_metrics import pearson
@@ -23,7 +22,7 @@ from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import Split
-from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.dataset import TaskDataset, TrainingData
 from glmd.tasks.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def predict(
 def score_lm(
     student: nn.Module,
     teacher: Callable[[Batch], AllOutputs],
-    dataset: BlockDataset | TaskDataset,
+    dataset: TrainingData,
     collate: Collate,
     *,
     token_map: np.ndarray,
@@ -91,13 +90,14 @@ def score_lm(
 
     kl_divergence: nats a token from the teacher at temperature 1. agreement: share of tokens whose likeliest token
     is the teacher's. On masked inputs also masked_accuracy and teacher_masked_accuracy: share of masked
-    tokens whose word (or the token it is mapped to) is the likeliest.
+    tokens whose word (or the token it is mapped to) is the likeliest. Of conversations whose roles are known also the
+    first two of the tokens that an assistant says (`assistant_kl_divergence`, ...) and of the `others`.
     Raises NumericsError, alike on every rank, where the divergence of an example is not finite.
     """
     split = Split(student.eval())
     head = split.head
     to_student = torch.from_numpy(token_map).to(accelerator.device)
-    totals, block = np.zeros(6), BLOCK_ROWS.get(accelerator.device.type, 512)
+    totals, block = np.zeros(9), BLOCK_ROWS.get(accelerator.device.type, 512)
     bad: set[int] = set()
     for batch, is_own in _share(dataset, collate, accelerator, batch_size):
         outputs = of_each(teacher(batch))[0]
@@ -117,18 +117,27 @@ def score_lm(
             totals[:3] += [len(rows), kl.sum().item(), (best == teacher_best).sum().item()]
             if not np.isfinite(totals[1]):
                 bad |= set(examples_of_tokens(batch)[rows][~torch.isfinite(kl)].tolist())
+            if "by_assistant" in batch:
+                said = batch["by_assistant"][valid][rows].bool()
+                right = (best == teacher_best)[said].sum().item()
+                totals[6:] += [said.sum().item(), kl[said].sum().item(), right]
             if labels is not None:
                 chosen = labels[rows] >= 0
                 words = to_student[labels[rows][chosen]]
-                right = [(each[chosen] == words).sum().item() for each in (best, teacher_best)]
-                totals[3:] += [len(words), *right]
+                both = [(each[chosen] == words).sum().item() for each in (best, teacher_best)]
+                totals[3:6] += [len(words), *both]
     found = sorted(set().union(*gather_object([bad])))
     if found:
         raise not_finite("student and teacher", found, "the predictions")
-    tokens, total, agreed, masked, right, teacher_right = np.sum(gather_object([totals]), axis=0)
+    sums = np.sum(gather_object([totals]), axis=0)
+    tokens, total, agreed, masked, right, teacher_right = sums[:6]
     scores = {"kl_divergence": total / tokens, "agreement": agreed / tokens}
     if masked:
         scores |= {"masked_accuracy": right / masked, "teacher_masked_accuracy": teacher_right / masked}
+    of_roles = {"assistant": sums[6:], "others": sums[:3] - sums[6:]} if sums[6] else {}
+    for role, (count, divergence, same) in of_roles.items():
+        if count:
+            scores |= {f"{role}_kl_divergence": divergence / count, f"{role}_agreement": same / count}
     return {name: float(value) for name, value in scores.items()}
 
 
@@ -170,7 +179,7 @@ def agreement(task: Task, ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _share(
-    dataset: BlockDataset | TaskDataset, collate: Collate, accelerator: Accelerator, batch_size: int
+    dataset: TrainingData, collate: Collate, accelerator: Accelerator, batch_size: int
 ) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches, on its device, one at a time, and whether they are its own.
 

@@ -247,11 +247,16 @@ class Split:
     def inputs(self, batch: Mapping[str, Tensor], token_map: Tensor | None = None) -> dict[str, Tensor]:
         """The columns of a batch that the backbone's forward names, in the ids that token_map gives, if any.
 
+        Texts that share a row are told by their `text_positions`, which begin anew with each: as `position_ids`, and
+        without a mask, transformers lets no token of a text see another's, and padding sees itself alone.
         A decoder beside an encoder reads what it is to say (`target_ids`, or the text itself where there are none), one
         place later. It needs no mask of padding: no earlier position sees what comes at the end.
         """
         batch = in_own_ids(batch, token_map)
         found = {name: column for name, column in batch.items() if name in self.columns}
+        if "text_positions" in batch:
+            found.pop("attention_mask", None)
+            found["position_ids"] = batch["text_positions"]
         if self.is_encoder_decoder:
             found["decoder_input_ids"] = self._shifted(batch.get("target_ids", batch["input_ids"]))
         return found

@@ -69,6 +69,32 @@ def prove_causal(model: Any) -> None:
 
 
 @torch.no_grad()
+def prove_texts_apart(model: Any) -> None:
+    """Prove of a causal model that texts which share a row do not see each other, nor what pads the row."""
+    with as_it_was(model):
+        inputs = probe_inputs(model)
+        ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+        first = max(1, length // 3)
+        places = torch.arange(length, device=ids.device)
+        # Two texts that fill a row, and two with the last id for padding.
+        rows = torch.where(places < first, places, places - first).expand(2, -1).clone()
+        rows[1, -1] = 0
+        batch = {**{name: each[:2] for name, each in inputs.items()}, "text_positions": rows}
+        with refused(model, "it does not read several conversations in a row", "give data.packing=false"):
+            parts = Split(model)
+            packed = parts.run_head(parts.run_backbone(parts.inputs(batch), is_full=False))
+        texts = ({name: each[:1, span] for name, each in inputs.items()} for span in (slice(first), slice(first, None)))
+        alone = torch.cat([logits_of(model, each) for each in texts], 1)[0]
+        packed = packed.to(alone.dtype)  # of a quantized model as it is compared
+        for row, stop in ((packed[0], length), (packed[1], length - 1)):
+            if differ(row[:stop], alone[:stop]):
+                raise ModelError(
+                    f"{type(model).__name__}: conversations that share a row change each other (relative difference "
+                    f"{difference(row[:stop], alone[:stop]):.1e}); give data.packing=false"
+                )
+
+
+@torch.no_grad()
 def prove_task_model(model: Any) -> None:
     """Prove that a task head on its backbone's outputs gives the model's own logits, and that padding changes none.
 

@@ -20,7 +20,7 @@ from glmd.models.attention_calls import prove_attention
 from glmd.models.heads import share_backbone
 from glmd.models.layers import depths
 from glmd.models.loading import base_class
-from glmd.models.probes import prove_config, prove_model, prove_task_model
+from glmd.models.probes import prove_config, prove_model, prove_task_model, prove_texts_apart
 from glmd.models.student import student_model_config
 from glmd.vocabulary.renumbering import renumber_config, token_id_fields
 from glmd.vocabulary.vocabulary import Vocabulary
@@ -37,6 +37,7 @@ def try_student(
     is_whole: bool = False,
     needs: Collection[str] = (),
     attention: str | None = None,
+    packs: bool = False,
 ) -> None:
     """Refuse what a student cannot be trained, scored or exported as. Raises ConfigError, one line.
 
@@ -44,7 +45,7 @@ def try_student(
     task_heads: of the tasks, SequenceClassification or MultipleChoice; each shares its backbone with the LM head.
     is_whole: the student keeps every row, so that its ids stay and need not be known.
     needs: what is compared with the teacher's, by the names of `distillation.signals`. attention: by which code it is
-        trained, `attn_implementation`.
+        trained, `attn_implementation`. packs: conversations share a row.
     """
     import transformers
 
@@ -56,6 +57,8 @@ def try_student(
         prove: Callable[[Any], None] = prove_model
         if inside or "attentions" in needs:
             prove = partial(_prove_with_attention, inside=inside, implementation=attention)
+        if packs:
+            prove = partial(_prove_apart, prove)
         prove_config(config, of_base, prove, length=length)
         for head in sorted(task_heads):
             of_task: Any = getattr(transformers, f"AutoModelFor{head}")
@@ -95,6 +98,11 @@ def try_attention(
             prove_config(config, base_class(config), prove)
         except ModelError as error:
             raise ConfigError(f"the {name}: {error}") from None
+
+
+def _prove_apart(prove: Callable[[Any], None], model: Any) -> None:
+    prove(model)
+    prove_texts_apart(model)
 
 
 def _prove_with_attention(model: Any, *, inside: bool, implementation: str | None) -> None:

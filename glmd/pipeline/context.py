@@ -184,6 +184,9 @@ class Context:
             "processes": self.processes,
             "sharding": self.sharding,
         }
+        if task is None and plan.conversations is not None and self.store is not None:
+            said = {"loss_on": plan.conversations.loss_on, "packing": config.data.packing}
+            inputs["conversations"] = said | {"marks": self.store.manifest["conversations"]["sha256"]}
         if stage.kind == "pretraining":
             inputs |= {"analysis": config.analysis} if config.analysis != "none" else {}
             inputs["ensemble"] = [self.fingerprint(path) for path in stage.further] or None

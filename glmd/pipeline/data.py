@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 
 from glmd.data.blocks import BlockDataset, block_frame
+from glmd.data.chats import ConversationDataset
+from glmd.data.conversations import LossOn
 from glmd.data.infilling import corruption_for
 from glmd.data.token_store import build_token_store, open_token_store, take_over_store
 from glmd.errors import counted
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
-from glmd.planning.caches import held_out_blocks, task_dataset
+from glmd.planning.caches import conversation_packing, held_out_blocks, task_dataset
 from glmd.planning.plan import corpus_sources
 from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import on_main, together
 from glmd.tasks.cloze import candidate_ids
-from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.dataset import TaskDataset, TrainingData
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import BLANK
 
@@ -38,11 +40,10 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
         # A teacher that cannot serve is refused before hours of reading text.
         with phase("loading"):
             on_main(lambda: load_language_model(teacher, device=context.accelerator.device) and None)
-    options: dict[str, Any] = {"text_field": context.config.data.text_field, "fingerprint": plan.corpus}
+    options: dict[str, Any] = {"text_field": context.config.data.text_field, "conversations": plan.conversations}
     others = [each / "corpus" for each in context.run_folder.siblings]
-    made_from, field = plan.corpus or {}, context.config.data.text_field
-    on_main(lambda: take_over_store(place, others, made_from, plan.tokenizer, text_field=field))
-    on_main(lambda: build_token_store(place, sources, plan.tokenizer, **options).manifest)
+    on_main(lambda: take_over_store(place, others, plan.corpus or {}, plan.tokenizer, **options))
+    on_main(lambda: build_token_store(place, sources, plan.tokenizer, fingerprint=plan.corpus, **options).manifest)
     context.store = together(lambda: open_token_store(place))
     for stage in context.stages:
         if stage.task is None and stage.settings is not None:
@@ -50,10 +51,13 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
 
 
 @phase("tokenizing")
-def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
+def training_data(context: Context, stage: Stage) -> TrainingData:
     """What a stage is trained on."""
     if stage.task is None:
-        return corpus_blocks(context, stage)
+        blocks = corpus_blocks(context, stage)
+        if isinstance(blocks, ConversationDataset):
+            _say_truncated(context, stage, blocks)
+        return blocks
     name, length, (probability, maskings) = stage.task.task.name, stage.length, stage.masking
     data = copy(_task_data(context, name, stage.examples, length))
     data.masking = corruption_for(context.plan.tokenizer, context.plan.kind, probability, stage.seed, maskings)
@@ -63,6 +67,15 @@ def training_data(context: Context, stage: Stage) -> BlockDataset | TaskDataset:
         context.said.add(found)
         logger.info("%s", found)
     return data
+
+
+def _say_truncated(context: Context, stage: Stage, data: ConversationDataset) -> None:
+    number, shared = data.num_conversations, counted(len(data), "block")
+    found = f"{stage.name}: {counted(number, 'conversation')} in {shared} of {stage.length} tokens, "
+    found += f"{data.truncated():,} of them truncated at the end"
+    if found not in context.said:
+        context.said.add(found)
+        logger.info("%s", found)
 
 
 @phase("tokenizing")
@@ -83,18 +96,27 @@ def _task_data(context: Context, name: str, examples: Sequence[TaskExample], len
     return known[key]
 
 
-def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> BlockDataset:
-    """The corpus in blocks of the stage's length; the last ones are held out. Raises DataError for too few."""
+def corpus_blocks(context: Context, stage: Stage, *, held_out: bool = False) -> BlockDataset | ConversationDataset:
+    """The corpus in blocks of the stage's length; the last ones are held out. Raises DataError for too few.
+
+    Of held-out conversations the tokens of all roles are read, and told apart where that can be done.
+    """
     store, tokenizer, length = context.store, context.plan.tokenizer, stage.length
     assert store is not None and length, "checked by config and plan"
-    frame = sum(map(len, block_frame(tokenizer)))
-    total = store.num_blocks(length - frame)
+    packing = conversation_packing(context.plan, store, length)
+    total = len(packing.ends) if packing else store.num_blocks(length - sum(map(len, block_frame(tokenizer))))
     wanted = context.config.data.eval_blocks
     reserved = held_out_blocks(store.num_tokens, total, length, wanted)
     if held_out and reserved < wanted:
         held = "is" if reserved == 1 else "are"
         logger.info("data.eval_blocks: %d of %s %s held out, a fifth of them", reserved, counted(total, "block"), held)
     blocks = range(total - reserved, total) if held_out else range(total - reserved)
+    if packing is not None:
+        loss_on: LossOn = "all" if held_out else context.config.data.loss_on or "assistant"
+        by_role = held_out and store.has_roles
+        return ConversationDataset(
+            store, max_length=length, blocks=blocks, packing=packing, loss_on=loss_on, by_role=by_role
+        )
     probability, maskings = stage.masking
     masking = corruption_for(tokenizer, context.plan.kind, probability, stage.seed, maskings)
     return BlockDataset(store, tokenizer, max_length=length, blocks=blocks, masking=masking)

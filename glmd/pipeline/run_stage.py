@@ -21,6 +21,7 @@ from glmd.losses.linear import triton_problem
 from glmd.models.attention import attention_of
 from glmd.models.heads import split_parameters
 from glmd.models.loading import compared_embeddings, load_language_model
+from glmd.models.probes import prove_texts_apart
 from glmd.models.student import build_student
 from glmd.models.weight_headers import stored_embeddings
 from glmd.pipeline.analysis import LayerDistances, is_analyzed, told
@@ -219,6 +220,9 @@ def train(
         task_logits=logits,
         num_classes=0 if stage.task is None else stage.task.task.num_classes,
     )
+    if stage.task is None and context.plan.packs:
+        for split in distiller.splits:
+            prove_texts_apart(split.model)
     if accelerator.device.type == "cuda" and "head" in stage.needs:
         with phase("kernel"):  # the first step would compile and try it; what this answers is kept
             triton_problem(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from glmd.data.batches import Batch
 from glmd.data.blocks import BlockDataset, block_texts
+from glmd.data.chats import ConversationDataset, conversation_texts
 from glmd.distillation.teacher import of_each
-from glmd.evaluation.bits_per_byte import score_text
+from glmd.evaluation.bits_per_byte import score_conversations, score_text
 from glmd.evaluation.metrics import score
 from glmd.evaluation.resampling import resampled_scores
 from glmd.evaluation.scoring import agreement, answers_of, predict, score_lm
@@ -28,6 +29,7 @@ from glmd.reporting.joined import ANSWERS
 from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
 from glmd.storage import write_atomically
+from glmd.tasks.dataset import TaskDataset
 from glmd.training.trainer import Teacher
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,10 @@ FEW = 4  # held-out blocks on which a quantized teacher is compared with the who
 
 @phase("scoring")
 def score_language_model(context: Context, stage: Stage, student: Any, teacher: Teacher) -> dict[str, float]:
-    """Nearness to the teacher, on held-out blocks or val; of a decoder on the corpus also bits per byte."""
+    """Nearness to the teacher, on held-out blocks or val; of a decoder on the corpus also bits per byte.
+
+    Of conversations also by role, as `score_lm` and `score_conversations` name it.
+    """
     data = corpus_blocks(context, stage, held_out=True) if stage.task is None else val_data(context, stage)
     with _plain_attention(context, student):
         scores = score_lm(
@@ -48,7 +53,7 @@ def score_language_model(context: Context, stage: Stage, student: Any, teacher: 
             accelerator=context.accelerator,
             batch_size=stage.training.per_device_eval_batch_size,
         )
-    if isinstance(data, BlockDataset) and context.plan.kind == "causal":
+    if not isinstance(data, TaskDataset) and context.plan.kind == "causal":
         scores |= _bits(context, student, context.tokenizer(stage), data)
     return scores
 
@@ -63,7 +68,8 @@ def teacher_bits(context: Context, stage: Stage, teacher: Teacher) -> dict[str, 
     held_out, tokenizer = corpus_blocks(context, stage, held_out=True), context.plan.tokenizer
     if stage.teacher not in context.language_models:
         tokenizer = context.tokenizer(context.stage(stage.teacher))
-    return {"teacher_bits_per_byte": _bits(context, InParts(model), tokenizer, held_out)["bits_per_byte"]}
+    bits, ours = _bits(context, InParts(model), tokenizer, held_out), "bits_per_byte"
+    return {f"{role}teacher_{ours}": bits[role + ours] for role in ("", "assistant_", "others_") if role + ours in bits}
 
 
 class InParts(nn.Module):
@@ -80,11 +86,16 @@ class InParts(nn.Module):
         return SimpleNamespace(logits=self.split.run_head(self.split.run_backbone(inputs), inputs=inputs))
 
 
-def _bits(context: Context, model: Any, tokenizer: Any, data: BlockDataset) -> dict[str, float]:
+def _bits(context: Context, model: Any, tokenizer: Any, data: BlockDataset | ConversationDataset) -> dict[str, float]:
     """Bits per byte of a causal LM on the text of held-out blocks, with the model's own tokenizer."""
+    model.to(context.accelerator.device)
     with _plain_attention(context, model):
+        if isinstance(data, ConversationDataset):
+            texts = conversation_texts(data, context.plan.tokenizer)
+            options: dict[str, Any] = {"max_length": data.max_length, "accelerator": context.accelerator}
+            return score_conversations(model, tokenizer, texts, **options)
         return score_text(
-            model.to(context.accelerator.device),
+            model,
             tokenizer,
             block_texts(data, context.plan.tokenizer),
             max_length=len(data.start) + data.block_length + len(data.end),
@@ -96,6 +107,7 @@ def _plain_attention(context: Context, model: Any) -> AbstractContextManager[Non
     """Transformers' choice in place of `attn_implementation`, for a model that may be in training."""
     if context.config.attn_implementation is None:
         return nullcontext()
+    model = model.model if isinstance(model, InParts) else model
     return attention_of(model, implementation=chosen_by_transformers(model))
 
 

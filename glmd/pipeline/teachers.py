@@ -10,6 +10,7 @@ from glmd.distillation.teacher import Ensemble, OnlineTeacher
 from glmd.models.attention import set_attention
 from glmd.models.heads import share_backbone
 from glmd.models.loading import load_language_model
+from glmd.models.probes import prove_texts_apart
 from glmd.pipeline.context import Context
 from glmd.planning.stages import Stage
 from glmd.runtime.phases import phase
@@ -48,6 +49,8 @@ def teacher_at(
         language_model = classifier if predicts_itself else _language_model(context, path)
     elif classifier is None:  # whose layers are read
         language_model = _language_model(context, path)
+    if language_model is not None and stage.task is None and context.plan.packs:
+        prove_texts_apart(language_model)
     logits = context.form(stage).logits if stage.task is not None else class_logits
     # Layers that are lent are called by each rank as it likes, which those that are shared out cannot be.
     whole = number == 0 and "layers" in stage.teacher_needs

@@ -11,15 +11,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from glmd.config import RunConfig
 from glmd.config_file import differences
 from glmd.data import blank_infilling, infilling, masking
 from glmd.data.blocks import BlockDataset, block_frame
-from glmd.data.corpus import read_documents
+from glmd.data.chats import ConversationDataset, Packing, packing_of
+from glmd.data.encoding import encode_texts
 from glmd.data.infilling import Infilling, corruption_for
-from glmd.data.token_store import TokenStore, encode_texts, open_token_store
+from glmd.data.token_store import TextReader, TokenStore, open_token_store
 from glmd.distillation.teacher_cache import LESS, TASKS, TeacherCache, free_bytes, gigabytes, read_manifest, stale
 from glmd.errors import DataError, RunError, counted
 from glmd.models.heads import LMKind
@@ -27,7 +30,7 @@ from glmd.models.loading import model_fingerprint
 from glmd.planning.plan import Plan, head_width
 from glmd.planning.rules import cached_stages, live_stages
 from glmd.planning.stages import TEACHER, Stage, named_language_models, stages, teacher_path
-from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.dataset import TaskDataset, TrainingData
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import task_form
 from glmd.vocabulary.tokenizer import tokenizer_fingerprint
@@ -39,8 +42,8 @@ LATER = ("corpus.tokens", "blocks.training", "blocks.held_out")
 
 def corpus_cache(
     plan: Plan,
-    training: BlockDataset,
-    held_out: BlockDataset,
+    training: BlockDataset | ConversationDataset,
+    held_out: BlockDataset | ConversationDataset,
     *,
     teacher_hash: str | None,
     tokens: str | None,
@@ -204,8 +207,9 @@ def describe_cache(plan: Plan, sources: Sequence[str]) -> str:
 def _corpus_made_from(plan: Plan) -> dict[str, Any]:
     """What a cache of the corpus depends on, as far as a plan knows it."""
     stage, files = plan.config.pretraining, (plan.corpus or {}).get("sources", [])
-    contents = json.dumps([each.get("sha256") or each for each in files])
-    return {
+    contents, data = json.dumps([each.get("sha256") or each for each in files]), plan.config.data
+    of_conversations = {"conversations": {"loss_on": data.loss_on, "packing": data.packing}}
+    return (of_conversations if plan.conversations is not None else {}) | {
         "tokenizer": tokenizer_fingerprint(plan.tokenizer),
         # A corpus may move; of a data set of the hub the tokens tell whether it is the same.
         "corpus": {"files": hashlib.sha256(contents.encode()).hexdigest()},
@@ -238,7 +242,7 @@ def _maskings(plan: Plan) -> int:
 def _cache(
     plan: Plan,
     folder: Path,
-    parts: Sequence[tuple[BlockDataset | TaskDataset, int]],
+    parts: Sequence[tuple[TrainingData, int]],
     made_from: dict[str, Any],
     *,
     words: bool,
@@ -272,8 +276,9 @@ def _corpus_size(plan: Plan, sources: Sequence[str], number: int) -> tuple[str, 
     tokens = store.num_tokens if store is not None else estimated_tokens(plan, sources)
     if tokens is None:
         return "of unknown length until it is read", 0.0
-    frame = sum(map(len, block_frame(plan.tokenizer)))
-    blocks = -(-tokens // (length - frame))
+    frame = sum(map(len, block_frame(plan.tokenizer))) if plan.conversations is None else 0
+    packing = conversation_packing(plan, store, length) if store is not None else None
+    blocks = -(-tokens // (length - frame)) if packing is None else len(packing.ends)
     token_bytes = _cache(plan, cache_folder(plan.config), (), {}, words=True, number=number).token_bytes
     held_out = min(plan.config.data.eval_blocks, blocks // 5)
     texts = (blocks - held_out) * maskings + held_out
@@ -296,18 +301,53 @@ def store_of(plan: Plan) -> TokenStore | None:
     return store if store.manifest["fingerprint"]["corpus"] == plan.corpus else None
 
 
-def estimated_tokens(plan: Plan, sources: Sequence[str]) -> int | None:
-    """By the tokens a byte of its first megabytes; of jsonl too many, by what is not text. None for one of the hub."""
-    sizes = [each.get("size") for each in (plan.corpus or {}).get("sources", [])]
-    if not sizes or None in sizes:
+def conversation_packing(plan: Plan, store: TokenStore, length: int) -> Packing | None:
+    """How the conversations of a corpus share blocks of a length; None for a corpus of texts."""
+    return None if plan.conversations is None else packing_of(store, length, plan.config.data.packing)
+
+
+def file_sizes(plan: Plan) -> list[int] | None:
+    """Bytes of each file of the corpus. None where a source is of the hub, or compressed as Parquet is: such bytes say
+    nothing of the tokens.
+    """
+    files = (plan.corpus or {}).get("sources", [])
+    if not files or any("size" not in each or each["name"].lower().endswith(".parquet") for each in files):
         return None
-    texts, characters = [], 0
-    for text in read_documents(sources, text_field=plan.config.data.text_field):
-        texts.append(text)
-        characters += len(text)
+    return [each["size"] for each in files]
+
+
+class Sample(NamedTuple):
+    """A corpus' first documents. lengths: tokens of each. size: bytes of their text. is_whole: there are no more."""
+
+    lengths: np.ndarray
+    size: int
+    is_whole: bool
+
+
+def read_sample(plan: Plan, sources: Sequence[str]) -> Sample:
+    """As many documents as hold SAMPLE characters, in the teacher's tokens."""
+    reader = plan.conversations or TextReader(plan.tokenizer, plan.config.data.text_field)
+    documents: list[Any] = []
+    characters = 0
+    for each in reader.read(sources):
+        documents.append(each)
+        characters += len(each)
         if characters > SAMPLE:
             break
-    tokens = sum(map(len, encode_texts(plan.tokenizer, texts))) + len(texts)  # with a separator after each
-    if characters <= SAMPLE:
-        return tokens
-    return round(tokens / sum(len(text.encode()) for text in texts) * sum(sizes))
+    if isinstance(reader, TextReader):  # with a separator after each
+        lengths = [len(ids) + 1 for ids in encode_texts(plan.tokenizer, documents)]
+        size = sum(len(text.encode()) for text in documents)
+    else:
+        lengths = [len(each.ids) for each in reader.encode(documents)]
+        size = sum(each.num_bytes for each in documents)
+    return Sample(np.array(lengths, dtype=np.int64), size, characters <= SAMPLE)
+
+
+def estimated_tokens(plan: Plan, sources: Sequence[str]) -> int | None:
+    """By the tokens a byte of its first megabytes; of jsonl too many, by what is not text. None: files do not tell."""
+    sizes = file_sizes(plan)
+    if sizes is None:
+        return None
+    sample = read_sample(plan, sources)
+    tokens = int(sample.lengths.sum())
+    return tokens if sample.is_whole else round(tokens / sample.size * sum(sizes))

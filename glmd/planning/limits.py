@@ -10,9 +10,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from glmd.data.blocks import block_frame
+from glmd.data.chats import pack
 from glmd.errors import ConfigError, ModelError, counted
-from glmd.planning.caches import estimated_tokens, held_out_blocks, store_of
+from glmd.planning.caches import estimated_tokens, file_sizes, held_out_blocks, read_sample, store_of
 from glmd.planning.plan import Plan, corpus_sources
 from glmd.planning.run_cost import Layout, each_once, fitting_batch
 from glmd.planning.stages import Stage, learner_config, lines
@@ -117,11 +120,13 @@ def _corpus_blocks(plan: Plan, sources: Sequence[str], length: int) -> tuple[int
 
     A token is at least a byte of its text.
     """
-    sizes = [each.get("size") for each in (plan.corpus or {}).get("sources", [])]
+    sizes = file_sizes(plan)
     store, about = store_of(plan), ""
+    if plan.conversations is not None:
+        return _conversation_blocks(plan, sources, length)
     if store is not None:
         tokens = store.num_tokens
-    elif not sizes or None in sizes:
+    elif sizes is None:
         return None
     elif sum(sizes) <= READ_WHOLE:
         tokens = max(0, (estimated_tokens(plan, sources) or 0) - 1)  # a separator stands between two documents
@@ -129,6 +134,19 @@ def _corpus_blocks(plan: Plan, sources: Sequence[str], length: int) -> tuple[int
         tokens, about = sum(sizes), "at most "
     frame = sum(map(len, block_frame(plan.tokenizer)))
     return tokens, -(-tokens // (length - frame)), about
+
+
+def _conversation_blocks(plan: Plan, sources: Sequence[str], length: int) -> tuple[int, int, str] | None:
+    """The same of a corpus of conversations, which is known where it was read, or is small."""
+    store, sizes = store_of(plan), file_sizes(plan)
+    if store is not None:
+        lengths = np.diff(store.first_tokens)
+    elif sizes is not None and sum(sizes) <= READ_WHOLE:
+        lengths = read_sample(plan, sources).lengths
+    else:
+        return None
+    packing = pack(lengths, length, packing=plan.config.data.packing)
+    return int(lengths.sum()), len(packing.ends), ""
 
 
 def require_room(plan: Plan, layout: Layout) -> None:

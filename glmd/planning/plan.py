@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from glmd.config import RunConfig, StudentConfig, VocabularyConfig
+from glmd.data.conversations import ConversationReader
 from glmd.data.corpus import corpus_fingerprint, require_corpus
 from glmd.data.infilling import infilling_for
 from glmd.distillation.objective import Objective
@@ -64,7 +65,13 @@ class Plan:
     untrained: dict[str, TaskPlan] = field(default_factory=dict)  # tasks that count for the vocabulary alone
     ensemble_configs: tuple[Any, ...] = ()  # of the further language models
     assistant_configs: tuple[Any, ...] = ()
+    conversations: ConversationReader | None = None  # what reads the corpus, where it is not of texts
     own_matrices: tuple[str, ...] = ()  # weights that the class ties to others, and of which the teacher's file has two
+
+    @property
+    def packs(self) -> bool:
+        """Whether conversations share rows, which models must keep apart."""
+        return self.conversations is not None and self.config.data.packing
 
     @property
     def kind(self) -> LMKind:
@@ -119,8 +126,13 @@ def make_plan(
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(synthetic / "superglue") if synthetic else config.data.superglue
-    corpus = corpus_sources(config, synthetic)
-    require_corpus(corpus, config.data.text_field, store=Path(config.output_dir) / "corpus")
+    corpus, store, reader = corpus_sources(config, synthetic), Path(config.output_dir) / "corpus", None
+    if config.data.messages_field is None:
+        require_corpus(corpus, config.data.text_field, store=store)
+    else:
+        loss_on, name = config.data.loss_on or "assistant", f"teacher.model {config.teacher.model}"
+        reader = ConversationReader(tokenizer, config.data.messages_field, loss_on=loss_on, name=name)
+        reader.require(corpus, store=store)
     tasks = {name: plan_task(config, name, method, source, verbalizers[name]) for name in config.tasks}
     untrained = {
         task.name: plan_task(whole, name, method, source, verbalizer_ids(task, tokenizer))
@@ -145,6 +157,7 @@ def make_plan(
         corpus=None,
         ensemble_configs=ensemble_configs,
         untrained=untrained,
+        conversations=reader,
     )
     plan = _with_parameters(plan)
     if kept_words(cached_stages(config, method), method):
@@ -176,6 +189,7 @@ def _try_student(plan: Plan) -> None:
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
         needs=frozenset().union(*(objective.needs for objective in plan.method.values())),
         attention=plan.config.attn_implementation,
+        packs=plan.packs,
     )
     if config.attn_implementation is not None:
         trains_teacher = config.teacher.scratch is not None or any(

@@ -64,6 +64,11 @@ def _dtype_here() -> Literal["float32", "bfloat16"]:
 
 def for_teacher(config: RunConfig, method: dict[str, Objective], asked: float | None, *, kind: LMKind) -> RunConfig:
     """The resolved config for a teacher of this kind. asked: the pretraining's mlm_probability as it was given."""
+    if config.data.messages_field is not None and kind != "causal":
+        raise ConfigError(
+            f"data.messages_field: conversations are of causal LMs, and {config.teacher.model} is none; give text, or "
+            "an instruct model as teacher"
+        )
     if kind == "causal":
         config = _for_decoder(config, method, asked)
     elif kind != "masked":
@@ -365,6 +370,11 @@ def _check_attention(config: RunConfig, method: dict[str, Objective]) -> None:
     from glmd.models.attention_masks import is_flash
 
     name = config.attn_implementation
+    if is_flash(name) and config.data.messages_field is not None and config.data.packing:
+        raise ConfigError(
+            f"attn_implementation {name}: with several rows it does not keep the conversations of a row apart; "
+            "give data.packing=false, or sdpa"
+        )
     for stage, objective in method.items():
         inside = {"attentions", "attention_inputs", "modules"} & objective.needs
         if config.torch_compile and inside:

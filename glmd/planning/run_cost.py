@@ -288,7 +288,8 @@ def _left_out(plan: Plan) -> list[str]:
 def _disk(plan: Plan, store: TokenStore | None) -> dict[str, float | None]:
     disk: dict[str, float | None] = {}
     if plan.config.data.corpus or plan.config.data.synthetic:
-        disk["corpus as ids"] = store.num_tokens * float(store.tokens.itemsize) if store is not None else None
+        token_bytes = float(store.tokens.itemsize + (plan.conversations is not None)) if store is not None else 0.0
+        disk["corpus as ids"] = store.num_tokens * token_bytes if store is not None else None
     if "pretraining" in cached_stages(plan.config, plan.method):
         teacher = plan.config.teacher
         assert teacher.cache is not None, "a stage is cached somewhere"

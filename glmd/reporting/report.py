@@ -5,6 +5,7 @@
 Reads results.json alone. Several seeds become mean and standard deviation; nothing that was not measured is filled in.
 """
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -266,16 +267,18 @@ def _word_table(rows: list[dict[str, Any]]) -> str:
     # Of a decoder nothing is masked, of a masked LM no text is coded: one of both pairs is there.
     columns = {key: title for key, title in _WORD_COLUMNS.items() if key in measured}
     groups = dict.fromkeys((row["system"], row["stage"], row["task"]) for row in rows if "lm_scores" in row)
-    for system, stage, task in groups:
+    for (system, stage, task), (role, whose) in itertools.product(groups, _ROLES.items()):
         found = [row for row in rows if (row["system"], row["stage"], row["task"]) == (system, stage, task)]
+        if role and not any(f"{role}kl_divergence" in row["lm_scores"] for row in found):
+            continue
         cells = []
-        for key in columns:
+        for key, name in ((f"{role}{key}", key) for key in columns):
             before = [row["lm_scores_before"][key] for row in found if key in row["lm_scores_before"]]
             after = [row["lm_scores"][key] for row in found if key in row["lm_scores"]]
-            is_changed = after and not key.startswith("teacher_")
+            is_changed = after and not name.startswith("teacher_")
             cells.append(f"{_mean(before)} → {_mean(after)}" if is_changed else _mean(after))
         where = "pretraining, held-out corpus" if task is None else f"{task} LM pass, val inputs"
-        body.append([f"{system}: {where}", *cells])
+        body.append([f"{system}: {where}{whose}", *cells])
     if not body:
         return ""
     return markdown_table(["word prediction, before → after", *columns.values()], body)
@@ -311,6 +314,8 @@ def _quantization_note(rows: list[dict[str, Any]]) -> str:
     )
 
 
+# Of conversations the tokens that an assistant says have scores of their own, and the others.
+_ROLES = {"": "", "assistant_": ", assistant's tokens", "others_": ", other tokens"}
 _WORD_COLUMNS = {
     "kl_divergence": "KL to teacher (nats/token)",
     "agreement": "same top token",

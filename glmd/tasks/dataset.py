@@ -9,6 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glmd.data.batches import TARGET_COLUMNS, Examples, Grid, Key, key_columns, positions_in_rows
+from glmd.data.blocks import BlockDataset
+from glmd.data.chats import ConversationDataset
 from glmd.data.masking import Corruption
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.forms import TaskForm
@@ -110,3 +112,6 @@ class TaskDataset(Dataset[dict[str, Any]]):
             return examples
         of_rows = np.stack([np.repeat(epochs, counts), np.repeat(ids, counts), choices], axis=1)
         return self.masking.corrupt(examples, of_rows)
+
+
+TrainingData = BlockDataset | ConversationDataset | TaskDataset  # what a stage may learn from

@@ -40,7 +40,7 @@ from glmd.runtime.determinism import is_repeatable
 from glmd.runtime.interrupts import Interrupted, finishes_step
 from glmd.runtime.processes import lost_ranks, on_main
 from glmd.stage_config import StageConfig
-from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.dataset import TrainingData
 from glmd.training.ahead import Fed, ahead, to_device
 from glmd.training.checkpoint import Checkpoint, load_agreed_checkpoint, save_checkpoint
 from glmd.training.compiling import compiled
@@ -104,16 +104,14 @@ class Trainer:
     stop: int = 0  # the signal that all ranks know of
     replayed: Replayed | None = None
 
-    def run(
-        self, distiller: Distiller, teacher: Teacher, dataset: BlockDataset | TaskDataset, collate: Collate
-    ) -> TrainingResult:
+    def run(self, distiller: Distiller, teacher: Teacher, dataset: TrainingData, collate: Collate) -> TrainingResult:
         """Train to the end, from the newest valid checkpoint if there is one. `distiller` holds the result.
 
         Raises NumericsError when losses or gradients of more than `skip_nonfinite` steps are not finite, Interrupted
         after a signal.
         """
         settings, accelerator = self.settings, self.accelerator
-        # The blocks of a corpus are of one length.
+        # The blocks of a corpus of texts are of one length.
         lengths = None if settings.train_sampling_strategy == "random" else getattr(dataset, "lengths", None)
         assert lengths is not None or settings.train_sampling_strategy != "group_by_length", "refused by config"
         plan = StepPlan(

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from glmd.data import corpus, token_store
 from glmd.data.corpus import corpus_fingerprint, read_documents, require_corpus
-from glmd.data.token_store import build_token_store, encode_texts, open_token_store
+from glmd.data.encoding import encode_texts
+from glmd.data.token_store import build_token_store, open_token_store
 from glmd.errors import DataError, ModelError, RunError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "oak", "elm", "ash", "fir", "yew"]
@@ -133,9 +134,9 @@ def test_a_path_that_does_not_exist_is_named_and_never_looked_up(source, monkeyp
 def test_sources_are_checked_before_the_first_document(trees, tmp_path):
     refusal(DataError, read_documents, [trees, str(tmp_path / "none.txt")])
     (tmp_path / "a.pdf").write_text("x")
-    assert "ends in .txt or .jsonl" in refusal(DataError, read_documents, [str(tmp_path / "a.pdf")])
+    assert "ends in .txt, .jsonl or .parquet" in refusal(DataError, read_documents, [str(tmp_path / "a.pdf")])
     (tmp_path / "empty").mkdir()
-    assert "holds no .txt or .jsonl file" in refusal(DataError, read_documents, [str(tmp_path / "empty")])
+    assert "holds no .txt, .jsonl or .parquet file" in refusal(DataError, read_documents, [str(tmp_path / "empty")])
     assert "a list of files" in refusal(DataError, read_documents, trees)
     assert "a list of files" in refusal(DataError, read_documents, [])
 
@@ -177,15 +178,26 @@ def test_rows_of_a_data_set_stream_through_the_datasets_library(tmp_path):
 
     (tmp_path / "forest").mkdir()
     datasets.Dataset.from_dict({"text": ["oak", "elm", None]}).to_parquet(str(tmp_path / "forest" / "train.parquet"))
-    stream = corpus._read_hub(str(tmp_path / "forest"), None, "text")
+    rows = corpus._read_hub(str(tmp_path / "forest"), None)
+    stream = (corpus._text_of(row, "text", where) for where, row in rows)
     assert [next(stream), next(stream)] == ["oak", "elm"]
     assert refusal(DataError, next, stream).endswith("forest row 3: field 'text' must be text, got None")
+
+
+def test_rows_of_a_parquet_file_are_documents(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["oak", "elm", None]}).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.txt").write_text("ash")
+    stream = read_documents([str(tmp_path)])
+    assert [next(stream), next(stream)] == ["oak", "elm"]
+    assert refusal(DataError, next, stream).endswith("a.parquet row 3: field 'text' must be text, got None")
 
 
 def test_without_a_network_a_hub_data_set_is_refused_with_the_local_way():
     message = refusal(DataError, documents, "nobody/nothing:default")
     assert message.startswith("nobody/nothing:default: no such file or folder, and the hub gave no data set")
-    assert message.endswith("give a .txt or .jsonl file, or a folder of them")
+    assert message.endswith("give a .txt, .jsonl or .parquet file, or a folder of them")
 
 
 # The store
@@ -452,7 +464,7 @@ def test_a_build_killed_anywhere_leaves_no_store_or_the_whole_one(tmp_path, toke
         os.replace = counted
         if point == "in a batch":
             encode = token_store.encode_texts
-            die_late = lambda t, texts: calls.append(0) or (die() if len(calls) == 4 else encode(t, texts))  # noqa: E731
+            die_late = lambda t, texts: calls.append(0) or (die() if len(calls) == 3 else encode(t, texts))  # noqa: E731
             token_store.encode_texts = die_late
         build_token_store(folder, [str(source)], tokenizer)
         die()
@@ -515,11 +527,11 @@ CORPUS_FAULTS = [
     ("loop", "is a link to loop, where nothing can be read"),
     ("gone.jsonl", "is a link to nowhere, where nothing can be read"),
     ("linked", "gone.txt: is a link to nowhere, where nothing can be read"),
-    ("empty", "the folder holds no .txt or .jsonl file; it holds nothing"),
-    ("packed", "the folder holds no .txt or .jsonl file; it holds a.txt.gz, deep/"),
+    ("empty", "the folder holds no .txt, .jsonl or .parquet file; it holds nothing"),
+    ("packed", "the folder holds no .txt, .jsonl or .parquet file; it holds a.txt.gz, deep/"),
     ("blank", "a.txt: the file holds no text"),
-    ("a.txt.gz", "a corpus file ends in .txt or .jsonl, not in .gz"),
-    ("a.parquet", "a corpus file ends in .txt or .jsonl, not in .parquet"),
+    ("a.txt.gz", "a corpus file ends in .txt, .jsonl or .parquet, not in .gz"),
+    ("a.parquet", "a.parquet: cannot be read as Parquet"),
     ("a.jsonl", "a.jsonl:1: field 'text' is missing; known: body"),
     ("some.jsonl", "some.jsonl:3: field 'text' is missing; did you mean txt?"),
     ("null.jsonl", "null.jsonl:1: field 'text' must be text, got None"),

@@ -294,8 +294,8 @@ def test_a_missing_split_is_refused_with_what_is_there(refusal, bare_teacher, su
         ("corpus.txt", "", "the file holds no text"),
         ("corpus.jsonl", "", "the file holds no rows"),
         ("corpus.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "corpus.jsonl:2: field 'text' is missing; did you mean"),
-        ("corpus.csv", "a,b\n", "a corpus file ends in .txt or .jsonl"),
-        ("corpus.jsonl.gz", "a bomb", "a corpus file ends in .txt or .jsonl"),
+        ("corpus.csv", "a,b\n", "a corpus file ends in .txt, .jsonl or .parquet"),
+        ("corpus.jsonl.gz", "a bomb", "a corpus file ends in .txt, .jsonl or .parquet"),
         ("corpus.txt", "a b c\n", "at least 5 are needed: give more text, or a smaller max_length"),
     ],
 )
