@@ -276,8 +276,9 @@ class RunConfig:
     method: str = "glmd"  # configs/methods/NAME.yaml, or the path of a YAML of your own
     # task -> stage settings that differ for it; `definition` is its own YAML, `train` and `val` its own files
     # of rows (.jsonl, .csv, .tsv, .parquet), `inputs` one, labeled or not, that the student learns from in place of
-    # train. Without a YAML: `text`, `text_pair` and `label` name columns. Where there is no val `val_fraction` of train
-    # is held out (of columns 0.1 by itself)
+    # train. Without a YAML: `text`, `text_pair` and `label` name columns, the last one or several of 0 and 1, and
+    # `problem_type` what answers are. Where there is no val `val_fraction` of train is held out (of columns 0.1 by
+    # itself)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Of these, such whose texts count for the vocabulary, and on which nothing is trained
     untrained_tasks: list[str] = field(default_factory=list)
