@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glmd.commands.arguments import build_parser
-from glmd.commands.own_data import Flags, run_of_flags
+from glmd.commands.own_data import Flags, run_of_flags, student_of_flags
 from glmd.commands.terminal import ended, prepare_streams, say
 from glmd.config import RunConfig
 from glmd.config_file import differences, load_config, read_values, to_dict, words_of_file
@@ -70,7 +70,11 @@ def _config(options: argparse.Namespace) -> RunConfig:
         raise ConfigError(f"{path} and {flags.given[0]} are both given; keep the YAML or the flags")
     values, said = run_of_flags(flags)
     config = load_config(values, words)
-    for line in said:
+    keys = {"--output": "output_dir", "--layers": "student.num_hidden_layers", "--keep-ratio": "vocabulary.keep_ratio"}
+    for option, key in keys.items():
+        if option in flags.given and any(word.partition("=")[0] == key for word in words):
+            raise ConfigError(f"{option} and {key}= are both given; keep one")
+    for line in [*said, student_of_flags(config)]:
         logging.getLogger("glmd").info("%s", line)
     return config
 
@@ -205,7 +209,13 @@ def _cache(options: argparse.Namespace) -> None:
 def _init_task(options: argparse.Namespace) -> None:
     from glmd.commands.init_task import init_task
 
-    columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
+    labels = options.label or [None]
+    if len(labels) > 1:
+        raise ConfigError(
+            f"--label names {len(labels)} columns; a YAML has one. Columns of 0 and 1 are given to a run: tasks: "
+            f"{{NAME: {{train: {options.file}, text: COLUMN, label: [{', '.join(labels)}]}}}}"
+        )
+    columns = {"text": options.text, "text_pair": options.text_pair, "label": labels[0]}
     say(init_task(options.file, **columns, problem_type=options.problem_type))
 
 

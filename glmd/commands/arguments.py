@@ -55,7 +55,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("file", type=Path, help="csv, tsv, jsonl or Parquet")
     command.add_argument("--text", metavar="COLUMN", help="that is read (default: a guess)")
     command.add_argument("--text-pair", metavar="COLUMN", help="of a second text (default: none)")
-    command.add_argument("--label", metavar="COLUMN", help="of the answers (default: a guess)")
+    command.add_argument("--label", action="append", metavar="COLUMN", help="of the answers (default: a guess)")
     command.add_argument("--problem-type", help="regression, ... (default: one label, or as lists show)")
 
     command = add("compress", "Give a model a smaller vocabulary, without training.")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -123,7 +124,9 @@ def predict_file(
     if problem is not None:
         raise DataError(f"--output {output}: {problem}; choose another")
     table = require_answerable(task, file, output) if output.suffix.lower() in TEXT_SUFFIXES else None
-    examples = read_split(task, file, "test", require_labels=False)
+    is_plain = task.rows == "flat" and not task.is_choice  # then whatever labels the rows have are not looked at
+    unlabeled = replace(task, label_field="", label_fields=()) if is_plain else task
+    examples = read_split(unlabeled, file, "test", require_labels=False)
     if table is None:
         examples = with_idx(task, examples)
         require_idx(task, examples)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from glmd.commands.init_task import chosen, guesses, looked_at
+from glmd.config import RunConfig
 from glmd.data.tables import Place, open_split
 from glmd.errors import ConfigError
+from glmd.tasks.columns import MAX_LENGTH
 
 KEEP_RATIO = 0.5
+CORPUS_LENGTH = 512  # tokens of a block of the corpus, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     """
     from glmd.models.heads import task_class
     from glmd.models.layers import depths
-    from glmd.models.loading import load_model_config, require_model
+    from glmd.models.loading import load_model_config, model_positions, require_model
     from glmd.models.student import fitting_initialization
 
     teacher, base = flags.teacher, flags.base
@@ -69,6 +72,12 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
             teacher, base = None, teacher
     if base is not None:
         require_model(base, field="--base")
+        found = task_class(load_model_config(base))
+        if found is not None:
+            raise ConfigError(
+                f"--base {base}: holds a {found}, which predicts no words; give the language model that --teacher was "
+                "made from, or leave it out"
+            )
     model = base or teacher
     assert model is not None, "checked above"
     if base is None:
@@ -101,11 +110,21 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     }
     if flags.corpus:
         values["data"] = {"corpus": list(flags.corpus)}
-    said.append(
-        f"the student: {layers} of {total[0]} layers (--layers), {values['vocabulary']['keep_ratio']:.0%} of the "
-        f"tokens (--keep-ratio); method {method}"
-    )
+    positions = model_positions(model_config)
+    if positions is not None and positions < MAX_LENGTH:
+        values["tasks"][name]["max_length"] = positions
+        said.append(f"texts are read up to {positions} tokens, for which {model} has positions")
+    if positions is not None and positions < CORPUS_LENGTH and flags.corpus:
+        values["pretraining"] = {"max_length": positions}
     return values, said
+
+
+def student_of_flags(config: RunConfig) -> str:
+    """The student of a run of flags, with what keys have changed, in a line."""
+    kept = config.vocabulary.keep_ratio
+    size = f"{config.vocabulary.size:,} tokens" if kept is None else f"{kept:.0%} of the tokens (--keep-ratio)"
+    layers = config.student.num_hidden_layers
+    return f"the student: {layers} layers (--layers), {size}; method {config.method}; in {config.output_dir}"
 
 
 def _columns(flags: Flags, name: str) -> tuple[dict[str, Any], list[str]]:

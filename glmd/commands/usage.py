@@ -12,7 +12,7 @@ from glmd.models.card import opens_plainly
 from glmd.models.heads import lm_kind
 from glmd.models.loading import auto_class_name, load_model_config
 from glmd.planning.stages import pass_path
-from glmd.planning.teacher_rules import passes, task_of
+from glmd.planning.teacher_rules import passes, task_of, with_task_model
 from glmd.reporting.report import best_rows
 from glmd.vocabulary.tokenization_glmd import TOKEN_MAP_FILE
 from glmd.vocabulary.tokenizer import load_tokenizer
@@ -20,6 +20,7 @@ from glmd.vocabulary.tokenizer import load_tokenizer
 
 def describe_students(config: RunConfig, results: dict[str, Any]) -> str:
     """The folder of each student (of a sweep: of the best grid points), and a line that uses the first of each task."""
+    config = with_task_model(config)
     folders = _folders(config, results)
     number = sum(map(len, folders.values()))
     lines = ["The student is in" if number == 1 else f"The {number} students are in"]
@@ -65,8 +66,11 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
             "text-classification",
             '{"text": "One text.", "text_pair": "Another."}' if has_pair else '"A text."',
         )
+        text += ", truncation=True"
         if config.num_labels == 1:
             text += ', function_to_apply="none"'
+        elif getattr(config, "problem_type", None) == "multi_label_classification":
+            text += ", top_k=None"
     elif "TokenClassification" in name:
         task, text = "token-classification", '"A text."'
     elif "MaskedLM" in name:

@@ -120,6 +120,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Conversations of these blocks that lose their end."""
         return int((np.diff(self.store.first_tokens)[self.numbers] > self.max_length).sum())
 
+    def silent(self) -> int:
+        """Conversations of these blocks that lose every token at which the loss would be taken."""
+        cut = self.numbers[np.diff(self.store.first_tokens)[self.numbers] > self.max_length]
+        if self.loss_on == "all":
+            return 0
+        return sum(not self.conversation(each)[1][1:].any() for each in cut.tolist())
+
     def conversation(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(S,) ids and (S,) bool, whether an assistant says them, of one conversation as far as it fits."""
         start = int(self.store.first_tokens[number])

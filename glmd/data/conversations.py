@@ -53,7 +53,7 @@ class Encoded(NamedTuple):
     is_assistant: np.ndarray
 
 
-class _Unplaced(DataError):
+class UnplacedTurns(DataError):
     """Which part of a conversation is the assistant's cannot be told."""
 
 
@@ -148,7 +148,7 @@ class ConversationReader:
             raise DataError(f"{found}; it may be one for contents in parts: save a template for texts")
         try:
             return text, self._turns(conversation, text) if self.is_placed else []
-        except _Unplaced as error:
+        except UnplacedTurns as error:
             if self.loss_on == "assistant":
                 raise
             self.is_placed, self.unplaced = False, str(error)
@@ -165,7 +165,7 @@ class ConversationReader:
             whole = stop == len(conversation.messages) and not prompts
             part = "it" if whole else f"its first {stop} messages, which is how the assistant's turns are found"
             reason = " ".join(str(error).split())[:200]
-            raise (DataError if whole else _Unplaced)(
+            raise (DataError if whole else UnplacedTurns)(
                 f"{conversation.where}: the chat template does not render {part} ({type(error).__name__}: {reason}); "
                 + ("mend or remove the row" if whole else _remedy(self))
             ) from None
@@ -195,12 +195,12 @@ class ConversationReader:
         )
         (marked,), (turns,) = rendered
         if marked != text:
-            raise _Unplaced(
+            raise UnplacedTurns(
                 f"{conversation.where}: the chat template's marks are those of another text; {_remedy(self)}"
             )
         found = [(first, stop) for first, stop in turns if stop > first]
         if not found:
-            raise _Unplaced(
+            raise UnplacedTurns(
                 f"{conversation.where}: the chat template's {{% generation %}} marks no turn of the assistant; "
                 + _remedy(self)
             )
@@ -214,7 +214,7 @@ class ConversationReader:
         then less of it. Both must be found in the text, and in one way.
         """
         if number == 0:
-            raise _Unplaced(
+            raise UnplacedTurns(
                 f"{conversation.where}: begins with an answer, so where it begins cannot be told; {_remedy(self)}"
             )
         before = self._rendered(conversation, number, prompts=True)
@@ -227,7 +227,7 @@ class ConversationReader:
             fitting = [n for n in lengths if rest.startswith(turn[len(turn) - n :])]
             if len(fitting) == 1:
                 return len(before), len(before) + fitting[0]
-        raise _Unplaced(
+        raise UnplacedTurns(
             f"{conversation.where}: the chat template writes message {number + 1} otherwise within the conversation "
             f"than at its end, so which tokens the assistant says cannot be told; {_remedy(self)}"
         )

@@ -43,8 +43,7 @@ def write_answers(
     """Write every row of the file with the likeliest label and its probability, by the separator of the output's name.
 
     Of several labels all that are likelier than not, and their probabilities, as the task's files separate them; of a
-    number itself. logits: (examples, C). The rows are found by the lines that the examples were read from. Raises
-    DataError for a row of which no example was made, as one that stands twice with its idx.
+    number itself. logits: (examples, C). The rows are found by the lines that the examples were read from.
     """
     columns = _columns(task, logits.astype(np.float64))
     answers = {example.where: row for example, row in zip(examples, columns, strict=True)}
@@ -54,10 +53,7 @@ def write_answers(
     writer = csv.writer(text, delimiter=separator, lineterminator="\n")
     writer.writerow([*table.columns, *added(task)])
     for line, record in table.records():
-        where = f"{table.path}:{line}"
-        if where not in answers:
-            raise DataError(f"{where}: stands twice, by its idx; remove the row, or the column 'idx'")
-        writer.writerow([*record, *answers[where]])
+        writer.writerow([*record, *answers[f"{table.path}:{line}"]])
     write_atomically(output, text.getvalue())
 
 

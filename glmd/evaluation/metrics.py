@@ -309,6 +309,9 @@ def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -
     for example, name in itertools.product(examples, task.metrics):
         for field in METRICS[name].fields:
             _require_field(task, example, field, name)
+    if task.problem_type == "regression" and len({example.label for example in examples}) == 1:
+        found = f"all {len(examples)} labels are {examples[0].label:g}, with which nothing correlates"
+        raise DataError(f"{task.name}: {found}; score a split whose labels are public, and differ")
     return {name: METRICS[name](given, examples, task) for name in task.metrics}
 
 

@@ -13,7 +13,7 @@ from glmd.data.chats import ConversationDataset
 from glmd.data.conversations import LossOn
 from glmd.data.infilling import corruption_for
 from glmd.data.token_store import build_token_store, open_token_store, take_over_store
-from glmd.errors import counted
+from glmd.errors import DataError, counted
 from glmd.models.loading import load_language_model
 from glmd.pipeline.context import Context
 from glmd.planning.caches import conversation_packing, held_out_blocks, task_dataset
@@ -73,6 +73,13 @@ def _say_truncated(context: Context, stage: Stage, data: ConversationDataset) ->
     number, shared = data.num_conversations, counted(len(data), "block")
     found = f"{stage.name}: {counted(number, 'conversation')} in {shared} of {stage.length} tokens, "
     found += f"{data.truncated():,} of them truncated at the end"
+    silent = data.silent()
+    if silent == number:
+        raise DataError(
+            f"{stage.name}: no conversation has a token of the assistant's among its first {stage.length}; give a "
+            "larger max_length, or data.loss_on=all"
+        )
+    found += f", {silent:,} so that nothing of the assistant's is left" if silent else ""
     if found not in context.said:
         context.said.add(found)
         logger.info("%s", found)

@@ -10,7 +10,7 @@ from glmd.config import RunConfig
 from glmd.distillation.objective import Objective
 from glmd.errors import ConfigError, DataError, counted
 from glmd.evaluation.metrics import constant_answers, require_metrics, score
-from glmd.planning.teacher_rules import columns_of, fine_tunes_teacher, learns_from_train, task_of
+from glmd.planning.teacher_rules import columns_of, fine_tunes_teacher, follows_teacher, learns_from_train, task_of
 from glmd.tasks.columns import hold_out, require_same_labels
 from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.tasks import Task
@@ -90,7 +90,7 @@ def plan_task(
         raise DataError(f"{val_source}: {found}; give all or none")
     if columns is not None:
         labels = ", ".join(map(str, task.labels[:10])) + (", ..." if len(task.labels) > 10 else "") or "numbers"
-        named = "as the teacher has them" if config.teacher.of_task(name) else "as they stand in the file"
+        named = "as the teacher has them" if follows_teacher(config, name) else "as they stand in the file"
         kind = "labels" if task.has_one_answer else task.problem_type
         logger.info("%s: %s %s, %s; scored by %s", name, kind, labels, named, " and ".join(task.metrics))
     if not all(unlabeled):

@@ -85,6 +85,18 @@ def with_task_model(config: RunConfig) -> RunConfig:
     return replace(config, teacher=replace(teacher, tasks={task: model, **teacher.tasks}))
 
 
+def follows_teacher(config: RunConfig, name: str) -> bool:
+    """Whether the labels of a task of columns, or what its answers are, are those that a named model's config tells."""
+    from glmd.models.loading import load_model_config
+
+    models, task = config.teacher.of_task(name), task_of(config, name)
+    if not models:
+        return False
+    teacher = load_model_config(models[0])
+    names = [str(teacher.id2label[i]) for i in sorted(teacher.id2label)]
+    return task.problem_type == "regression" or names == [str(label) for label in task.labels]
+
+
 def columns_of(config: RunConfig, name: str) -> Columns | None:
     """The columns that a task is made of, where it is."""
     files = task_files(config.tasks[name], f"tasks.{name}")

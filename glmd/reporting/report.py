@@ -225,9 +225,14 @@ def concerns(rows: list[dict[str, Any]]) -> list[str]:
         poor = [name for name in score if name.startswith("teacher") and score[name] <= constant]
         found += [
             f"{task}: the {name}'s {metric} of {score[name]:.3f} is no better than that of the best constant answer, "
-            f"{constant:.3f}. A teacher that was named may have its classes in another order than the task: compare "
-            "id2label of its config.json. One that was fine-tuned here needs another task_teacher.learning_rate, or "
-            "more epochs."
+            f"{constant:.3f}. "
+            + (
+                "A teacher that was named may have its classes in another order than the task: compare id2label of its "
+                "config.json. "
+                if metric not in ("pearson", "spearman")
+                else ""
+            )
+            + "One that was fine-tuned here needs another task_teacher.learning_rate, or more epochs."
             for name in poor
         ]
         if poor:

@@ -16,6 +16,7 @@ from typing import Any
 from glmd.data.tables import Found, Place, open_split
 from glmd.errors import ConfigError, DataError
 from glmd.tasks.examples import TaskExample
+from glmd.tasks.labels import is_written_list, listed_labels, number_of
 from glmd.tasks.tasks import RESERVED, Label, ProblemType, Task, _is_given, _listed, _number_text, _shown, label_of_text
 
 MOST_LABELS = 1000
@@ -26,6 +27,7 @@ METRICS_OF: dict[ProblemType, tuple[str, ...]] = {
     "multi_label_classification": ("labels_micro_f1", "labels_macro_f1", "subset_accuracy"),
     "token_classification": ("word_accuracy",),
 }
+MANY_NUMBERS = 20  # labels that are numbers, from which on they may be meant as such
 UNBALANCED = 2  # times as many rows of the most frequent label as of the rarest; more, and F1 is scored too
 
 logger = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ def _each_label(found: Found, column: str, separator: str | None) -> Iterator[tu
     for where, row in found.rows:
         label = row.get(column)
         if separator is not None and isinstance(label, str):
-            label = label.split(separator)
+            label = listed_labels(label, separator)
         for each in label if isinstance(label, list) else [label]:
             yield where, each
 
@@ -128,7 +130,8 @@ def problem_of_rows(source: str, columns: Columns, name: str) -> ProblemType:
         if isinstance(row.get(columns.text), list):
             return "token_classification"
         if row.get(columns.label) is not None:
-            return "multi_label_classification" if isinstance(row[columns.label], list) else ONE_LABEL
+            is_list = isinstance(row[columns.label], list) or is_written_list(row[columns.label])
+            return "multi_label_classification" if is_list else ONE_LABEL
     return ONE_LABEL
 
 
@@ -161,6 +164,14 @@ def task_of_columns(
     Raises GlmdError for one label or none, for a file of which every label stands in one row, and for other classes.
     """
     problem = problem_type or (problem_of_rows(train, columns, name) if train is not None else ONE_LABEL)
+    shown = problem_of_rows(train, columns, name) if train is not None else problem
+    if "token_classification" in (problem, shown) and problem != shown:
+        held = "lists words" if shown == "token_classification" else "lists no words"
+        whose = "the named model's" if classes is not None else "its"
+        raise ConfigError(
+            f"tasks.{name}: {whose} problem_type is {problem}, but {train} {held} in {columns.text!r}; give a file, or "
+            "a model, of the other kind"
+        )
     if columns.labels and problem != "multi_label_classification":
         raise ConfigError(f"tasks.{name}.label names {len(columns.labels)} columns, but problem_type is {problem}")
     more: dict[str, Any] = {} if problem == ONE_LABEL else {"problem_type": problem}
@@ -168,7 +179,7 @@ def task_of_columns(
         more["label_fields"] = columns.labels
     elif problem == "multi_label_classification" and train is not None:
         more["label_separator"] = separator_in(train, columns.label, name)
-    named = None if classes is None or all(re.fullmatch(r"LABEL_\d+", each) for each in classes) else tuple(classes)
+    named = tuple(classes) if classes is not None and are_named(classes) else None
     if problem == "regression":
         labels: tuple[Label, ...] = ()
     elif columns.labels:
@@ -180,6 +191,8 @@ def task_of_columns(
         is_even = len(labels) == 2
     else:
         found = labels_in(train, columns, name, more.get("label_separator"))
+        if classes is not None and {*map(str, found.labels)} == {*classes}:  # LABEL_0, ... are what the rows say too
+            named = tuple(classes)
         _require_classes(found, train, columns)
         labels = found.labels if named is None else _in_order_of(named, found, train, name)
         numbers = [number for _, number in found.counts]
@@ -201,6 +214,11 @@ def task_of_columns(
         casting=casting,
         **more,
     )
+
+
+def are_named(classes: Sequence[str]) -> bool:
+    """Whether a model's classes have names of their own."""
+    return not all(re.fullmatch(r"LABEL_\d+", each) for each in classes)
 
 
 def _of_names(columns: Columns) -> Labels:
@@ -260,6 +278,11 @@ def _require_classes(found: Labels, source: str, columns: Columns) -> None:
     single = tuple(label for label, number in found.counts if number == 1)
     if len(single) == len(labels):
         raise DataError(f"{place} holds each of its {len(labels)} labels once; name the column of the answers")
+    numbers = [number_of(str(label)) for label in labels]
+    if all(each is not None for each in numbers) and (
+        len(labels) > MANY_NUMBERS or any(each is not None and not each.is_integer() for each in numbers)
+    ):
+        logger.warning("%s holds numbers, each of which becomes a class; problem_type regression reads numbers", place)
     if single:
         some = ", ..." if len(single) > 10 else ""
         logger.warning("%s holds in one row alone: %s%s; more would be learned from", place, _listed(single[:10]), some)
@@ -275,7 +298,7 @@ def _in_order_of(classes: tuple[str, ...], found: Labels, source: str, name: str
     if len(ours) != len(found.labels) or len(set(theirs)) != len(classes) or set(theirs) != set(ours):
         raise ConfigError(
             f"teacher.tasks.{name} has the classes {_listed(classes)}, {source} the labels {_listed(found.labels)}; "
-            "give the file that it was trained on, or leave the model out"
+            "give rows with the classes' names as labels, all of them, or another model"
         )
     return tuple(each if found.are_texts else ours[key] for key, each in zip(theirs, classes, strict=True))
 

@@ -5,8 +5,10 @@
 None for a row without one. What is there and is no answer of the task is refused by place and field.
 """
 
+import ast
 import math
 import re
+from decimal import Decimal
 from typing import Any
 
 from glmd.errors import DataError, suggestion
@@ -54,8 +56,20 @@ def class_id(task: Task, known: tuple[Label, ...], label: Any, where: str) -> in
     raise DataError(f"{where}: field {task.label_field!r} must be one of {_listed(known)}; {got}")
 
 
+def is_written_list(value: Any) -> bool:
+    """Whether a field is a list as Python writes it, which is what pandas makes of one in a .csv."""
+    return isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL) is not None
+
+
 def listed_labels(text: str, separator: str) -> list[str]:
-    """The labels that a field of a file of texts lists."""
+    """The labels that a field of a file of texts lists: as Python or JSON writes a list, or between separators."""
+    if is_written_list(text):
+        try:
+            found = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = None
+        if isinstance(found, list) and all(isinstance(each, str | int) for each in found):
+            return [str(each).strip() for each in found]
     return [each.strip() for each in text.split(separator) if each.strip()]
 
 
@@ -63,7 +77,7 @@ def number_of(value: Any) -> float | None:
     """A number, or the text of one; None for what is none that a loss could be taken of."""
     if isinstance(value, str) and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", value, re.ASCII | re.I):
         value = float(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     # Beyond that the square of an error is not finite in float32.
     return float(value) if is_number and math.isfinite(value) and abs(value) < 1e15 else None
 

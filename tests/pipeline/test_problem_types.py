@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from glmd.cli import main
+from glmd.commands.usage import describe_students
 from glmd.config_file import load_config
 from glmd.data.batches import Collate
 from glmd.distillation.distiller import Distiller
@@ -114,8 +116,13 @@ def test_a_student_learns_the_answers_and_gives_them_to_new_rows(files, tmp_path
     if problem == "regression":
         assert all(np.isfinite(float(row["prediction"])) for row in csv.DictReader(answers.open()))
     elif problem == "multi_label_classification":
-        given = [row["prediction"].split("|") for row in csv.DictReader(answers.open())]
-        assert {each for row in given for each in row} <= {*NAMES[problem], ""}
+        tokenizer, model = load_tokenizer(student), AutoModelForSequenceClassification.from_pretrained(student)
+        for row in csv.DictReader(answers.open()):
+            inputs = tokenizer(row["text"], truncation=True, max_length=16, return_tensors="pt")
+            with torch.no_grad():
+                yes = model(**inputs).logits[0].sigmoid() > 0.5
+            names = [name for name, is_given in zip(NAMES[problem], yes.tolist(), strict=True) if is_given]
+            assert row["prediction"] == "|".join(names)
     else:
         words = [json.loads(line)["text"] for line in source(files, problem).read_text().splitlines()]
         tags = [json.loads(line)["label"] for line in answers.read_text().splitlines()]
@@ -241,6 +248,31 @@ def test_padding_changes_no_loss_of_words(parts):
     assert sums(objective, form, wider, student, teacher).item() == pytest.approx(alone.item(), rel=1e-12)
 
 
+def test_a_student_says_what_its_answers_are_where_its_teacher_does_not(files, tmp_path, trusting):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(files / "multi_label_classification", teacher)
+    told = json.loads((teacher / "config.json").read_text())
+    told["problem_type"] = None
+    (teacher / "config.json").write_text(json.dumps(told))
+    config = config_of(files, "multi_label_classification", tmp_path / "run", f"teacher.model={teacher}")
+    results = run(config)
+    student = tmp_path / "run/tasks/own/seed-0/task_soft_labels/student"
+    assert json.loads((student / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    assert "top_k=None" in describe_students(config, results)
+
+
+def test_the_end_of_a_run_on_numbers_that_all_differ_names_its_student(files, tmp_path, trusting):
+    config = config_of(files, "regression", tmp_path / "run")
+    assert 'function_to_apply="none"' in describe_students(config, run(config))
+
+
+def test_labels_that_are_all_one_number_are_not_scored(files, tmp_path):
+    path = tmp_path / "hidden.csv"
+    path.write_text("text,answer\nab,-1.0\ncd,-1.0\n")
+    with pytest.raises(DataError, match="all 2 labels are -1, with which nothing correlates"):
+        make_plan(config_of(files, "regression", tmp_path / "run", val=str(path)), try_out=False)
+
+
 # What is refused
 
 
@@ -249,7 +281,7 @@ def test_what_does_not_fit_a_problem_is_refused(files, tmp_path):
         ("regression", {"problem_type": "single_label_classification"}, (), DataError, "each of its 24 labels once"),
         ("regression", {}, ("method=pkd", "casting=cloze"), ConfigError, "casting cloze"),
         ("regression", {"label": "text"}, (), ConfigError, "name a column twice"),
-        ("token_classification", {"problem_type": "regression"}, (), DataError, "'text' must be text"),
+        ("token_classification", {"problem_type": "regression"}, (), ConfigError, "lists words in 'text'"),
         ("multi_label_classification", {"label": ["one", "two"]}, (), ConfigError, 'the labels "one", "two"'),
         (
             "multi_label_classification",

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig
 
 from glmd.cli import main
 from glmd.commands.own_data import Flags, run_of_flags
 from glmd.config_file import load_config
 from glmd.errors import ConfigError
+from glmd.models.student import fitting_initialization
 from glmd.planning.plan import make_plan
 
 
@@ -78,7 +79,7 @@ def test_the_method_has_the_stages_that_the_models_allow(tiny, classifier, revie
         values, said = run_of_flags(flags)
         assert values["method"] == method and words in "\n".join(said)
         plan = make_plan(
-            load_config(values, ["tasks.reviews.max_length=32", "pretraining.max_length=32"]),
+            load_config(values),
             try_out=False,
             hash_corpus=False,
         )
@@ -96,9 +97,18 @@ def test_what_flags_cannot_mean_is_refused(tiny, classifier, reviews, tmp_path, 
         (["--teacher", classifier, *data, "--text", "bdy"], "--text bdy: "),
         (["--teacher", classifier, *data, "method=glmd"], "method glmd compares them in pretraining and task_lm"),
         (["--teacher", classifier, *data, "casting=cloze"], "casting cloze: teacher.model"),
+        (["--teacher", classifier, "--base", classifier, *data], f"--base {classifier}: holds a Bert"),
+        (["--teacher", classifier, *data, "--layers", "1", "student.num_hidden_layers=2"], "--layers and student.num"),
     ):
         assert main(["check", *given, f"output_dir={tmp_path / 'run'}"]) == 2
         assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_layers_are_copied_as_the_architecture_allows():
+    sizes = {"vocab_size": 90, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    assert fitting_initialization(BertConfig(**sizes, num_hidden_layers=4), 2) == "uniform"
+    # Its first layer alone has no norm before its attention.
+    assert fitting_initialization(ModernBertConfig(**sizes, num_hidden_layers=6, pad_token_id=0), 3) == "even"
 
 
 def test_a_teacher_of_one_task_is_none_of_another(classifier, reviews, tmp_path):
