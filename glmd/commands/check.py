@@ -53,7 +53,7 @@ def describe(plan: Plan, world_size: int) -> str:
     swept = [f"{each}.{key} {values}" for each, keys in config.sweep.items() for key, values in keys.items()]
     text += ["", f"{'stage':<{width}}{'steps':>9}{'batch':>7}{'length':>8}{'examples':>10}{'tokens at most':>17}"]
     text += [_stage_line(stage, world_size, width) for stage, *_ in lines(plan, world_size)]
-    controls = [name for name, on in vars(config.controls).items() if on]
+    controls = [name for name, on in vars(config.controls).items() if on] if config.tasks else []
     text += ["", *_corpus_line(plan)]
     text += [f"seeds     {', '.join(map(str, config.seeds))}", f"controls  {', '.join(controls) or 'none'}"]
     text += [f"sweep     {len(config.grid_points)} grid points: {', '.join(swept)}"] if swept else []

@@ -47,7 +47,7 @@ def open_corpus(context: Context, synthetic: Path | None) -> None:
     context.store = together(lambda: open_token_store(place))
     for stage in context.stages:
         if stage.task is None and stage.settings is not None:
-            corpus_blocks(context, stage)
+            training_data(context, stage)
 
 
 @phase("tokenizing")

@@ -23,7 +23,7 @@ from glmd.data.token_store import build_token_store, open_token_store
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher
-from glmd.errors import ConfigError, ModelError
+from glmd.errors import ConfigError, DataError, ModelError
 from glmd.evaluation.bits_per_byte import score_conversations
 from glmd.evaluation.scoring import score_lm
 from glmd.models.probes import prove_texts_apart
@@ -285,6 +285,11 @@ def test_what_conversations_cannot_have_is_refused_by_check(more, message, instr
     assert main(["check", str(instruct / "run.yaml"), *words]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_blocks_too_short_for_any_answer_are_refused_before_training(instruct, trusting, tmp_path):
+    with pytest.raises(DataError, match="no conversation has a token of the assistant's among its first 8; give"):
+        run(config(instruct, tmp_path / "run", "pretraining.max_length=8"))
 
 
 def test_conversations_for_a_masked_teacher_are_refused(tiny, instruct, tmp_path):
