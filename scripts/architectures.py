@@ -133,6 +133,8 @@ def main() -> None:
                 print(f"{kind:<15} {name:<28} {row['outcome']:<9} {row['note']}"[:160], flush=True)
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
+    if any(row["outcome"] == "fault" for row in _read(options.results).values()):
+        raise SystemExit(1)
 
 
 def _read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
