@@ -30,8 +30,8 @@ class TaskFiles:
     inputs: str | None = None  # what the student learns from in place of train
     text: str | None = None  # column that a model reads
     text_pair: str | None = None  # column of the second text
-    # Column of the answer; or of several labels a column of 0 and 1 for each. Of sentences that of how similar the two of
-    # a row of val are; without it the student is scored by how near its vectors are to the teacher's
+    # Column of the answer; or of several labels a column of 0 and 1 for each. Of sentences that of how similar the two
+    # of a row of val are; without it the student is scored by how near its vectors are to the teacher's
     label: str | list[str] | None = None
     # Of columns, by transformers' names: single_label_classification, multi_label_classification, regression,
     # token_classification or sentence_similarity. None: what a named teacher's config says, else what the rows show
@@ -46,8 +46,8 @@ class TaskFiles:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            columns = ("text", "text_pair", "label", "val_text")
-            given = "give a column" if field.name in columns else "give a path"
+            is_column = field.name in ("text", "text_pair", "label", "val_text")
+            given = "give a column" if is_column else "give a path"
             is_given = not isinstance(value, str) or bool(value.strip()) or field.name == "prompt"
             require(is_given, f"{field.name} is empty; {given}, or remove it")
         fraction = self.val_fraction
@@ -68,13 +68,13 @@ class TaskFiles:
         is_of_sentences = self.problem_type in (None, SENTENCES)
         require(self.label is not None or is_of_sentences, "label is missing: the column of the answers")
         for name in ("val_text", "prompt", "pooling"):
-            require(
-                getattr(self, name) is None or is_of_sentences, f"{name} has no effect beside {self.problem_type}"
-            )
+            require(getattr(self, name) is None or is_of_sentences, f"{name} has no effect beside {self.problem_type}")
         mode = self.pooling
         require(mode in (None, *POOLINGS), f"pooling must be one of {', '.join(POOLINGS)}; got {mode!r}")
         sides = [self.val_text] if isinstance(self.val_text, str) else self.val_text
-        require(sides is None or len(set(sides)) == len(sides) in (1, 2), "val_text names one column, or two that differ")
+        require(
+            sides is None or len(set(sides)) == len(sides) in (1, 2), "val_text names one column, or two that differ"
+        )
         labels = self.label if isinstance(self.label, list) else [self.label]
         is_clear = not isinstance(self.label, list) or len(labels) > 1
         require(is_clear, "label lists fewer than two columns; name the one of the answers")

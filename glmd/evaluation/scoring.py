@@ -19,12 +19,12 @@ from glmd.data.blocks import BlockDataset
 from glmd.data.sampling import evaluation_batches
 from glmd.distillation.teacher import AllOutputs, of_each
 from glmd.evaluation.label_metrics import pearson
+from glmd.evaluation.sentences import nearness
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import Split
 from glmd.tasks.dataset import TaskDataset
-from glmd.evaluation.sentences import nearness
 from glmd.tasks.tasks import SENTENCES, Task
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,8 @@ def _at_words(numbers: np.ndarray, logits: list[float]) -> list[float]:
 def agreement(task: Task, ours: np.ndarray, theirs: np.ndarray) -> float:
     """Share of equal answers of two models; of several labels all must be equal, of words each counts.
 
-    Of numbers their correlation, Pearson's; of vectors the mean of their cosines, or of other widths Spearman's of similarities.
+    Of numbers their correlation, Pearson's; of vectors the mean of their cosines, or where widths differ Spearman's
+    correlation of similarities.
     """
     if task.problem_type == SENTENCES:
         return next(iter(nearness(ours, theirs).values()))

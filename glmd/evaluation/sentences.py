@@ -1,7 +1,7 @@
 """How near the vectors of two sentence encoders are, and how similar the two texts of a pair are by one.
 
-    similarities(vectors)                # (B, 2, H) -> (B,)
-    nearness(ours, theirs)               # {"teacher_cosine": 0.98, "teacher_spearman": 0.97}
+similarities(vectors)                # (B, 2, H) -> (B,)
+nearness(ours, theirs)               # {"teacher_cosine": 0.98, "teacher_spearman": 0.97}
 """
 
 import numpy as np
@@ -31,7 +31,9 @@ def nearness(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
         found["teacher_cosine"] = float(_cosines(ours, theirs).mean())
     # Of a few texts each other one once.
     places = range(1, min(PARTNERS, max(1, len(ours) // 2)) + 1)
-    pairs = [np.concatenate([_cosines(each, np.roll(each, -place, axis=0)) for place in places]) for each in (ours, theirs)]
+    pairs = [
+        np.concatenate([_cosines(each, np.roll(each, -place, axis=0)) for place in places]) for each in (ours, theirs)
+    ]
     return found | {"teacher_spearman": spearman(*pairs)}
 
 

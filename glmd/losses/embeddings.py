@@ -34,8 +34,8 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 def in_batch_similarity(student: Tensor, teacher: Tensor, *, temperature: float = 0.05) -> Tensor:
     """KL(teacher || student) of how similar each text of a batch is to the others: CompRess (arXiv:2010.14713).
 
-    Similarity is the cosine over the temperature, softmax over the other texts of the batch; there these are a memory of
-    vectors, and the temperature is 0.04. 0.05 is that of contrastive training (SimCSE, arXiv:2104.08821). Widths may
+    Similarity is the cosine over the temperature, softmax over the other texts of the batch; there these are a memory
+    of vectors, and the temperature is 0.04. 0.05 is that of contrastive training (SimCSE, arXiv:2104.08821). Widths may
     differ. `cosine` says where each text lies, this one, which is blind to rotations, which texts are near it.
     student: (B, H). teacher: (B, H'). Returns (B,), 0 where there is no other text.
     """

@@ -15,7 +15,17 @@ from pathlib import Path, PurePosixPath
 
 from glmd.errors import ModelError
 from glmd.models.loading import looks_local
-from glmd.models.pooling import LENGTHS, MODULES, PROMPTS, WITHOUT_VOCABULARY, Mode, Pooling, pooling_of, prompts_of, read_modules
+from glmd.models.pooling import (
+    LENGTHS,
+    MODULES,
+    PROMPTS,
+    WITHOUT_VOCABULARY,
+    Mode,
+    Pooling,
+    pooling_of,
+    prompts_of,
+    read_modules,
+)
 
 SETTINGS = (PROMPTS, LENGTHS)
 # What the model and its tokenizer are made of, what is written again, and what describes a training.

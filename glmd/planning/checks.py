@@ -203,11 +203,15 @@ def _require_answers(where: str, objective: Objective, task: Task) -> None:
             continue
         is_of_vectors, is_of_sentences = term.signal == "sentence_embeddings", task.problem_type == SENTENCES
         if is_of_vectors and not is_of_sentences:
-            raise ConfigError(f"{where}: {term.name} compares vectors of sentences, and {task.name} has labels; give "
-                              "another method, or a sentence encoder as teacher")
+            raise ConfigError(
+                f"{where}: {term.name} compares vectors of sentences, and {task.name} has labels; give "
+                "another method, or a sentence encoder as teacher"
+            )
         if is_of_sentences and not is_of_vectors:
-            raise ConfigError(f"{where}: {term.name} compares answers, and {task.name} is of sentences; give "
-                              "method=embeddings, or terms of sentence_embeddings")
+            raise ConfigError(
+                f"{where}: {term.name} compares answers, and {task.name} is of sentences; give "
+                "method=embeddings, or terms of sentence_embeddings"
+            )
 
 
 def require_checkpointing(config: RunConfig, method: dict[str, Objective], teacher: Any, student: Any) -> None:

@@ -105,7 +105,9 @@ def _plan_sentences(config: RunConfig, task: Task, files: dict[str, Any]) -> Tas
     """The sentences of train, and the rows of val. Raises GlmdError, as `plan_task`."""
     name, is_labeled = task.name, bool(task.label_field)
     if config.controls.hard_labels:
-        raise ConfigError(f"controls.hard_labels: the sentences of {name} have no labels; give controls.hard_labels=false")
+        raise ConfigError(
+            f"controls.hard_labels: the sentences of {name} have no labels; give controls.hard_labels=false"
+        )
     if files.get("inputs"):
         raise ConfigError(f"tasks.{name}.inputs has no effect: train has no labels either; name its file in train")
     if config.selection == "best" and not is_labeled:

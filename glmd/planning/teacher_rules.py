@@ -8,6 +8,7 @@ From names and numbers alone, as all rules.
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from glmd.config import RunConfig
 from glmd.distillation.methods import load_method
@@ -39,7 +40,9 @@ def task_of(config: RunConfig, name: str) -> Task:
             raise ConfigError(f"tasks.{name}.{key} has no effect: teacher.model is no sentence encoder; remove it")
     if problem == SENTENCES or files.label is None:
         what = "label is missing: the column of the answers" if problem is None else f"problem_type is {problem}"
-        raise ConfigError(f"tasks.{name}.{what}; without labels sentences are learned, from a sentence encoder as teacher")
+        raise ConfigError(
+            f"tasks.{name}.{what}; without labels sentences are learned, from a sentence encoder as teacher"
+        )
     if models:
         from glmd.models.loading import load_model_config, require_model
 
@@ -55,13 +58,19 @@ def task_of(config: RunConfig, name: str) -> Task:
 def _sentence_encoder(config: RunConfig) -> str | None:
     """The teacher's folder or hub id, where it is a model without a head."""
     from glmd.models.heads import is_encoder
+
+    found = _teacher_config(config)
+    return config.teacher.model if found is not None and is_encoder(found) else None
+
+
+def _teacher_config(config: RunConfig) -> Any:
+    """The config of `teacher.model`; None where it names no model, or a folder without one, which is refused later."""
     from glmd.models.loading import load_model_config, looks_local
 
-    teacher, model = config.teacher, config.teacher.model
-    if model is None or (looks_local(model) and not (Path(model) / "config.json").is_file()):
+    teacher = config.teacher
+    if teacher.model is None or (looks_local(teacher.model) and not (Path(teacher.model) / "config.json").is_file()):
         return None
-    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    return model if is_encoder(load_model_config(model, **options)) else None
+    return load_model_config(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
 
 
 def _of_sentences(config: RunConfig, name: str, columns: Columns, encoder: str) -> Task:
@@ -80,7 +89,9 @@ def _of_sentences(config: RunConfig, name: str, columns: Columns, encoder: str) 
         )
     sides = [files.val_text] if isinstance(files.val_text, str) else files.val_text
     if columns.labels:
-        raise ConfigError(f"tasks.{name}.label names {len(columns.labels)} columns; name that of the similarities of val")
+        raise ConfigError(
+            f"tasks.{name}.label names {len(columns.labels)} columns; name that of the similarities of val"
+        )
     if columns.label and len(sides or columns.texts) < 2:
         key = "val_text" if sides is None or files.text_pair is None else "text_pair"
         raise ConfigError(
@@ -98,15 +109,12 @@ def with_task_model(config: RunConfig) -> RunConfig:
     could teach. A config with a language model stays as it is.
     """
     from glmd.models.heads import is_encoder, task_class
-    from glmd.models.loading import load_model_config, looks_local
 
-    teacher, model = config.teacher, config.teacher.model
-    if model is None or (looks_local(model) and not (Path(model) / "config.json").is_file()):
-        return config
-    found = load_model_config(model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
-    name = task_class(found)
+    teacher, found = config.teacher, _teacher_config(config)
+    name = None if found is None else task_class(found)
     if name is None:
         return config
+    model = str(teacher.model)
     what = f"teacher.model {model} holds a {name}, which predicts no tokens"
     base = f"teacher=BASE teacher.tasks.{next(iter(config.trained_tasks), 'TASK')}={model}"
     method = load_method(config.method)

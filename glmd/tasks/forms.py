@@ -350,8 +350,8 @@ class SentenceForm(TaskForm):
     def require(self, config: Any, name: str) -> None:
         if not is_encoder(config):
             raise ModelError(
-                f"{name}: holds a {(config.architectures or ['model'])[0]}; {self.task.name} is of sentences, and needs "
-                "a sentence encoder: a model without a head, or with modules.json beside it"
+                f"{name}: holds a {(config.architectures or ['model'])[0]}; {self.task.name} is of sentences, and "
+                "needs a sentence encoder: a model without a head, or with modules.json beside it"
             )
 
     def prove(self, model: Any) -> None:

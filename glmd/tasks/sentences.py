@@ -53,13 +53,15 @@ def read_sentences(task: Task, source: str, split: Split, *, is_labeled: bool) -
     found = _found(source, split, task.name)
     if found.texts is not None:
         found.texts.require([*names, *([task.label_field] if is_labeled else [])])
-    examples = []
+    examples: list[TaskExample] = []
     for where, row in found.rows:
         texts = tuple((task.prompt + text_of(row, name, where), None) for name in names)
         label = number_of(row.get(task.label_field)) if is_labeled else None
         if is_labeled and label is None:
             got = _shown(row.get(task.label_field))
-            raise DataError(f"{where}: field {task.label_field!r} must be a number, how similar both texts are; got {got}")
+            raise DataError(
+                f"{where}: field {task.label_field!r} must be a number, how similar both texts are; got {got}"
+            )
         examples.append(TaskExample(len(examples), texts, label, where=where))
     if not examples:
         raise DataError(f"{source}: {task.name} has no rows in {split}")
