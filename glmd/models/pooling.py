@@ -118,9 +118,8 @@ def _mode(told: dict[str, Any], place: Path) -> Mode:
     modes = [key.removeprefix("pooling_mode_") for key, is_on in told.items() if "pooling_mode_" in key and is_on]
     named = told.get("pooling_mode")
     modes = modes or ([named] if isinstance(named, str) else list(named or ()))
-    found: list[Any] = [MODES.get(each, each) for each in modes] or [
-        "mean"
-    ]  # as sentence-transformers reads a file without one
+    # Without any, as sentence-transformers reads it.
+    found: list[Any] = [MODES.get(each, each) for each in modes] or ["mean"]
     if len(found) != 1 or found[0] not in get_args(Mode):
         got = ", ".join(map(str, found))
         raise ModelError(f"{place}: pools by {got}; supported is one of {', '.join(get_args(Mode))}")
