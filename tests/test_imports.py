@@ -213,9 +213,11 @@ def test_every_comparison_builds(path):
     assert len(load_comparison(path.stem).arms) > 1
 
 
-# One of those that are alike in all that a protocol looks at.
+# One of those that are alike in all that a protocol looks at, of runs that do not name their one method.
 UNLIKE = {
-    (str(run.tasks), str(run.sweep), str(run.seeds)): path for path in RUNS if (run := load_config(path.stem)).tasks
+    (str(run.tasks), str(run.sweep), str(run.seeds)): path
+    for path in RUNS
+    if (run := load_config(path.stem)).tasks and "method" not in load_yaml(path)
 }
 
 

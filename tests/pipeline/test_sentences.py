@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from families import save_encoder
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from glmd.cli import main
+from glmd.commands.export import export_folder
 from glmd.commands.verify import verify_folder
 from glmd.config_file import load_config
 from glmd.data.batches import Collate
@@ -18,10 +20,12 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.errors import GlmdError
+from glmd.models.pooling import pooling_of
 from glmd.pipeline.run import run
 from glmd.planning.plan import make_plan
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import task_form
+from glmd.training.trainer import Trainer
 from glmd.vocabulary.tokenizer import load_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -109,6 +113,38 @@ def test_a_student_of_all_layers_and_tokens_is_its_teacher(files, tmp_path, trus
     rows = run(config_of(files, tmp_path / "run", *whole))["rows"]
     assert [row["agreement"] for row in rows if "agreement" in row] == [pytest.approx(1.0)]
     assert "spearman" not in rows[-1]["metrics"] and rows[-1]["metrics"]["teacher_spearman"] == pytest.approx(1.0)
+
+
+def test_a_killed_run_ends_in_the_same_weights_and_all_its_exports_pool_alike(files, tmp_path, trusting, monkeypatch):
+    monkeypatch.setattr("glmd.commands.export.check_exports", lambda folders: None)
+    step = Trainer._step
+
+    def dying(self, *arguments):
+        if arguments[4] == 3:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    def of(name):
+        return config_of(files, tmp_path / name, "task_soft_labels.save_steps=2")
+
+    stage = "tasks/own/seed-0/task_soft_labels"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(of("killed"))
+    export_folder(tmp_path / "killed" / stage, tmp_path / "so-far")
+    run(of("killed"))
+    run(of("whole"))
+    weights = [tmp_path / name / stage / "student/model.safetensors" for name in ("killed", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    export_folder(tmp_path / "whole" / stage / "student", tmp_path / "wide", kind="expanded")
+    for name in ("so-far", "wide"):
+        assert pooling_of(tmp_path / name) == pooling_of(files / "encoder")
+    # What nothing reads stays as it was.
+    theirs, ours = (
+        load_file(place)["pooler.dense.weight"] for place in (files / "encoder/model.safetensors", weights[1])
+    )
+    assert torch.equal(theirs, ours)
 
 
 @pytest.mark.full
