@@ -12,6 +12,7 @@ from glmd.models.companions import find_companions
 from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
 from glmd.models.heads import is_bare
 from glmd.models.loading import load_model_as_saved, load_source_tokenizer
+from glmd.models.pooling import MODULES
 from glmd.public import public
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.slicing import expand_model, model_class_of, tie_weights
@@ -77,7 +78,7 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "mapped
         metrics,
         exact_tokenizer=getattr(tokenizer, "is_exact", False),
         auto_class=type(model).__name__,
-        is_encoder=is_bare(model),
+        is_encoder=companions is not None and MODULES in companions.files,
     )
     export_model(model, tokenizer, output, card=card, companions=companions)
     check_exports([output])

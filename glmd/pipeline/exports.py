@@ -55,7 +55,10 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
     if not stage.leaves_language_model and not stage.trains_teacher:
         facts |= {"checkpoint": selection_of(config, stage), "scored on": f"{task} val"}
     own = "Student" if stage.leaves_language_model else "Student for {task}", f"{stage.kind} of method {config.method}"
-    title, made_from = (text.format(task=task) for text in _TOLD.get(stage.kind, own))
+    if is_bare(model) and stage.kind == stage.last and not stage.is_control:
+        own = "Student of a sentence encoder", "the teacher's vectors of the sentences of {task}"
+    told = own if is_bare(model) and not stage.is_control else _TOLD.get(stage.kind, own)
+    title, made_from = (text.format(task=task) for text in told)
     if stage.settings is None and not stage.is_control:
         made_from = "layers and tokens of the teacher, without training"
     card = ModelCard(
@@ -66,7 +69,7 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
         dict(metrics),
         exact_tokenizer=tokenizer is not context.plan.tokenizer,
         auto_class=auto_class_name(type(model).__name__),
-        task=None if stage.leaves_language_model else task,
+        task=None if stage.leaves_language_model or is_bare(model) else task,
         is_encoder=is_bare(model),
     )
     folder = context.folder(stage) / ("model" if stage.trains_teacher else "student")

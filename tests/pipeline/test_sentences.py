@@ -95,6 +95,7 @@ def test_sentence_transformers_opens_a_student_and_gives_the_same_vectors(
         output / "tasks/own/seed-0/task_soft_labels/student",
         output / "controls/trim_only/tasks/own/student",
     ):
+        assert 'SentenceTransformer("THIS_FOLDER", trust_remote_code=True)' in (folder / "README.md").read_text()
         assert [check.problem for check in verify_folder(folder) if check.problem] == []
         encoder = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
         tokenizer, model = load_tokenizer(folder), AutoModel.from_pretrained(folder).eval()
