@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from glmd.errors import ModelError
@@ -126,6 +127,7 @@ def encoder_companions(model: str, pooling: Pooling, width: int) -> Companions:
     return found if MODULES in found.files else replace(found, written=told)
 
 
+@lru_cache(maxsize=16)
 def _downloaded(model: str) -> Path | None:
     """A hub model's files of this kind; None where the hub is not reached and none are in the cache."""
     from huggingface_hub import snapshot_download

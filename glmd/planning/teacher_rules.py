@@ -29,7 +29,10 @@ def task_of(config: RunConfig, name: str) -> Task:
     """
     columns = columns_of(config, name)
     if columns is None:
-        return load_task(config.tasks[name].get("definition") or name, config.casting)
+        task = load_task(config.tasks[name].get("definition") or name, config.casting)
+        if task.problem_type == SENTENCES:  # its pooling is what the encoder's folder says
+            raise ConfigError(f"tasks.{name}.definition: a task of sentences has none; name its columns: text")
+        return task
     train, models = config.tasks[name].get("train"), config.teacher.of_task(name)
     classes, problem = None, config.tasks[name].get("problem_type")
     if problem in (None, SENTENCES) and (encoder := _sentence_encoder(config)) is not None:
@@ -65,12 +68,25 @@ def _sentence_encoder(config: RunConfig) -> str | None:
 
 def _teacher_config(config: RunConfig) -> Any:
     """The config of `teacher.model`; None where it names no model, or a folder without one, which is refused later."""
-    from glmd.models.loading import load_model_config, looks_local
+    from glmd.models.loading import looks_local
 
-    teacher = config.teacher
-    if teacher.model is None or (looks_local(teacher.model) and not (Path(teacher.model) / "config.json").is_file()):
+    teacher, stamp = config.teacher, None
+    if teacher.model is None:
         return None
-    return load_model_config(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    if looks_local(teacher.model):
+        path = Path(teacher.model) / "config.json"
+        if not path.is_file():
+            return None
+        stamp = (path.stat().st_mtime_ns, path.stat().st_size, path.with_name("modules.json").is_file())
+    return _read_config(teacher.model, teacher.revision, teacher.trust_remote_code, stamp)
+
+
+@lru_cache(maxsize=64)
+def _read_config(model: str, revision: str | None, trusted: bool, stamp: tuple[int, ...] | None) -> Any:
+    """It is asked for many times, and not changed. stamp: what tells local files from what they were."""
+    from glmd.models.loading import load_model_config
+
+    return load_model_config(model, revision=revision, trust_remote_code=trusted)
 
 
 def _of_sentences(config: RunConfig, name: str, columns: Columns, encoder: str) -> Task:

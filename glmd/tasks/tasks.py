@@ -169,6 +169,8 @@ class Task:
     def _check_problem(self) -> None:
         """Refuse keys that a type of problem makes nothing of."""
         kind = self.problem_type
+        if kind != SENTENCES:
+            require_default(self, ("val_fields", "prompt", "pooling"), f"without problem_type {SENTENCES}")
         if self.has_one_answer:
             where = "without problem_type multi_label_classification"
             require_default(self, ("label_fields", "label_separator"), where)

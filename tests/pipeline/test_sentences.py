@@ -236,6 +236,10 @@ def test_what_cannot_be_learned_of_sentences_is_refused_in_one_line(tiny, files,
     bare = save_encoder(tmp_path / "bare", tiny.teacher, pooling=None)
     mse = write("mse.yaml", "task_soft_labels: [{signal: sentence_embeddings, loss: mse}]\n")
     sts = str(files / "sts.csv")
+    told = (
+        "{name: own, fields: [a], text: '{a}', metrics: [spearman], max_length: 9, problem_type: sentence_similarity}"
+    )
+    yaml = write("own.yaml", told)
     for overrides, given, says in (
         (("method=glmd", f"data.corpus=[{tiny.corpus}]"), {}, "compares them in .*; give method=embeddings"),
         (("method=soft-labels",), {}, "task_logits.kl_divergence compares answers, and own is of sentences"),
@@ -250,6 +254,11 @@ def test_what_cannot_be_learned_of_sentences_is_refused_in_one_line(tiny, files,
         ((), {"val_text": ["a", "b"]}, "own.val_text has no effect: val is a share of train"),
         ((), {"inputs": sts}, "own.inputs has no effect"),
         ((), {"text": "sentence"}, "field 'sentence' is missing"),
+        (
+            (f"tasks={{own: {{definition: {yaml}, train: a, val: b}}}}",),
+            {},
+            "own.definition: a task of sentences has none",
+        ),
         (("task_soft_labels.gradient_accumulation_steps=2",), {}, "compares the examples of a batch with each other"),
         (
             (f"method={mse}", "student.initialization=scratch", "student.config.hidden_size=8"),
