@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("methods", nargs="*")
     given = parser.parse_args()
-    names = given.methods or sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    names = given.methods or sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "embeddings")
     known = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.exists() else {}
     ours, ratios = load_method("glmd"), known.get("ratios", {})
     base = {"corpus": [ours["pretraining"]], "task": [ours["task_lm"], ours["task_soft_labels"]]}

@@ -142,6 +142,8 @@ def _needs(method: dict[str, Objective]) -> str:
     found: list[str] = []
     objectives = method.values()
     terms = [term for objective in objectives for term in objective.terms]
+    if any(term.signal == "sentence_embeddings" for term in terms):
+        found.append("a sentence encoder")
     if any(objective.reads("labels") for objective in objectives):
         found.append("labels")
     if any(objective.asks_assistants for objective in objectives):
@@ -161,7 +163,8 @@ def _needs(method: dict[str, Objective]) -> str:
 
 
 def _needs_width(term: Term) -> bool:
-    return term.signal == "hidden_states" and feature_loss(term).same_width and term.projection == "none"
+    of_vectors = term.signal in ("hidden_states", "sentence_embeddings")
+    return of_vectors and feature_loss(term).same_width and term.projection == "none"
 
 
 def _needs_heads(term: Term) -> bool:

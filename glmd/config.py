@@ -278,7 +278,9 @@ class RunConfig:
     # of rows (.jsonl, .csv, .tsv, .parquet), `inputs` one, labeled or not, that the student learns from in place of
     # train. Without a YAML: `text`, `text_pair` and `label` name columns, the last one or several of 0 and 1, and
     # `problem_type` what answers are. Where there is no val `val_fraction` of train is held out (of columns 0.1 by
-    # itself)
+    # itself). Of sentences, for a sentence encoder, `label` is that of val's similarities, `val_text` names its columns
+    # where these are others, `prompt` what stands before each text, and `pooling` (mean, cls, last) how a vector is
+    # made, where no file beside the encoder says so
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Of these, such whose texts count for the vocabulary, and on which nothing is trained
     untrained_tasks: list[str] = field(default_factory=list)

@@ -12,7 +12,12 @@ from glmd.stage_config import require
 from glmd.strict_yaml import build
 
 VAL_FRACTION = 0.1
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression", "token_classification")
+SENTENCES = "sentence_similarity"
+PROBLEMS = (
+    *("single_label_classification", "multi_label_classification", "regression", "token_classification"),
+    SENTENCES,
+)
+POOLINGS = ("mean", "cls", "last")
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,26 @@ class TaskFiles:
     inputs: str | None = None  # what the student learns from in place of train
     text: str | None = None  # column that a model reads
     text_pair: str | None = None  # column of the second text
-    label: str | list[str] | None = None  # column of the answer; or of several labels a column of 0 and 1 for each
-    # Of columns, by transformers' names: single_label_classification, multi_label_classification, regression or
-    # token_classification. None: what a named teacher's config says, else what the rows show
+    # Column of the answer; or of several labels a column of 0 and 1 for each. Of sentences that of how similar the two
+    # of a row of val are; without it the student is scored by how near its vectors are to the teacher's
+    label: str | list[str] | None = None
+    # Of columns, by transformers' names: single_label_classification, multi_label_classification, regression,
+    # token_classification or sentence_similarity. None: what a named teacher's config says, else what the rows show
     problem_type: str | None = None
+    val_text: str | list[str] | None = None  # of sentences: column or two of val, where it has others than train
+    # Of sentences: what is put before each. None: the default prompt of the encoder's folder
+    prompt: str | None = None
+    # Of sentences: mean, cls or last, where no 1_Pooling/config.json beside the encoder says how a vector is made
+    pooling: str | None = None
     val_fraction: float | None = None  # share of each label's rows of train that is held out as val
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            given = "give a column" if field.name in ("text", "text_pair", "label") else "give a path"
-            require(not isinstance(value, str) or bool(value.strip()), f"{field.name} is empty; {given}, or remove it")
+            is_column = field.name in ("text", "text_pair", "label", "val_text")
+            given = "give a column" if is_column else "give a path"
+            is_given = not isinstance(value, str) or bool(value.strip()) or field.name == "prompt"
+            require(is_given, f"{field.name} is empty; {given}, or remove it")
         fraction = self.val_fraction
         if fraction is not None:
             require(
@@ -47,13 +61,22 @@ class TaskFiles:
             )
             require(0 < fraction < 1, f"val_fraction must be in (0, 1), got {fraction}")
         if self.text is None:
-            for name in ("text_pair", "label", "problem_type"):
+            for name in ("text_pair", "label", "problem_type", "val_text", "prompt", "pooling"):
                 require(getattr(self, name) is None, f"{name} has no effect without text, the column to read; give it")
             return
         require(self.definition is None, "definition and text are both given; keep the YAML or the columns")
-        require(self.label is not None, "label is missing: the column of the answers")
+        is_of_sentences = self.problem_type in (None, SENTENCES)
+        require(self.label is not None or is_of_sentences, "label is missing: the column of the answers")
+        for name in ("val_text", "prompt", "pooling"):
+            require(getattr(self, name) is None or is_of_sentences, f"{name} has no effect beside {self.problem_type}")
+        mode = self.pooling
+        require(mode in (None, *POOLINGS), f"pooling must be one of {', '.join(POOLINGS)}; got {mode!r}")
+        sides = [self.val_text] if isinstance(self.val_text, str) else self.val_text
+        require(
+            sides is None or len(set(sides)) == len(sides) in (1, 2), "val_text names one column, or two that differ"
+        )
         labels = self.label if isinstance(self.label, list) else [self.label]
-        is_clear = isinstance(self.label, str) or len(labels) > 1
+        is_clear = not isinstance(self.label, list) or len(labels) > 1
         require(is_clear, "label lists fewer than two columns; name the one of the answers")
         problem = self.problem_type
         require(problem in (None, *PROBLEMS), f"problem_type must be one of {', '.join(PROBLEMS)}; got {problem!r}")

@@ -203,3 +203,33 @@ def one_of(cases: Iterable[Any]) -> list[Any]:
     """The cases of a law of which one is enough in every run; the others are left to `.ci/full`."""
     first, *others = cases
     return [first, *(pytest.param(each, marks=pytest.mark.full) for each in others)]
+
+
+def save_encoder(folder: Path, teacher: Path, *, pooling: str | None, prompts: Any = None, default: Any = None) -> Path:
+    """A BERT without a head, of drawn weights and a teacher's config and tokenizer, as sentence-transformers has it.
+
+    pooling: its name there; None: without the files that say it.
+    """
+    import transformers
+
+    torch.manual_seed(3)
+    transformers.BertModel(transformers.AutoConfig.from_pretrained(teacher)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+    if pooling is None:
+        return folder
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    rows = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    told = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}
+    for path, value in (
+        ("modules.json", rows),
+        ("1_Pooling/config.json", told),
+        ("config_sentence_transformers.json", {"prompts": prompts or {}, "default_prompt_name": default}),
+        ("sentence_bert_config.json", {"max_seq_length": 64}),
+    ):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(value))
+    (folder / "2_Normalize").mkdir()
+    return folder

@@ -160,9 +160,13 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
 
 def _add_flags(group: argparse._ArgumentGroup) -> None:
     """The options of `glmd.commands.own_data.Flags`."""
-    group.add_argument("--teacher", metavar="MODEL", help="fine-tuned on the task (default: --base is, here)")
+    group.add_argument(
+        "--teacher", metavar="MODEL", help="fine-tuned on the task (default: --base is, here), or a sentence encoder"
+    )
     group.add_argument("--base", metavar="MODEL", help="the language model that it was made from")
-    group.add_argument("--data", metavar="FILE", help="rows to learn from: csv, tsv, jsonl, Parquet, a data set's id")
+    group.add_argument(
+        "--data", metavar="FILE", help="rows to learn from: csv, tsv, jsonl, Parquet, txt of sentences, a data set's id"
+    )
     group.add_argument("--text", metavar="COLUMN", help="that the model reads")
     group.add_argument("--text-pair", metavar="COLUMN", help="of a second text")
     # Not several words behind one option, which would take the keys that follow too.

@@ -27,6 +27,7 @@ from glmd.models.loading import (
     load_source_tokenizer,
     require_model,
 )
+from glmd.models.pooling import MODULES
 from glmd.planning.plan import kept_size
 from glmd.public import public
 from glmd.strict_yaml import build
@@ -98,6 +99,7 @@ def compress_model(
         facts,
         exact_tokenizer=not vocabulary.is_identity,
         auto_class=type(student).__name__,
+        is_encoder=MODULES in companions.files,
     )
     compressed = compress_tokenizer(tokenizer, vocabulary)
     export_model(student, compressed, output, card=card, companions=companions)

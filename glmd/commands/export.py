@@ -8,8 +8,11 @@ import torch
 from glmd.config_file import load_config
 from glmd.errors import ModelError, RunError, suggestion
 from glmd.models.card import ModelCard, told_by_card
+from glmd.models.companions import find_companions
 from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
+from glmd.models.heads import is_bare
 from glmd.models.loading import load_model_as_saved, load_source_tokenizer
+from glmd.models.pooling import MODULES
 from glmd.public import public
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.slicing import expand_model, model_class_of, tie_weights
@@ -64,6 +67,9 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "mapped
             model, tokenizer = expanded, source_tokenizer(tokenizer)
         else:
             tokenizer = stock_tokenizer(tokenizer)
+    companions = None
+    if is_bare(model):  # what makes a sentence encoder of it; a stage in progress has it where it began
+        companions = find_companions(str(source if (source / "config.json").is_file() else _begun_from(source)))
     card = ModelCard(
         origin.capitalize(),
         base_model,
@@ -72,8 +78,9 @@ def export_folder(source: str | Path, output: str | Path, *, kind: str = "mapped
         metrics,
         exact_tokenizer=getattr(tokenizer, "is_exact", False),
         auto_class=type(model).__name__,
+        is_encoder=companions is not None and MODULES in companions.files,
     )
-    export_model(model, tokenizer, output, card=card)
+    export_model(model, tokenizer, output, card=card, companions=companions)
     check_exports([output])
     return f"{output}: {origin}" + (f", {kind}" if kind != "mapped" else "")
 
@@ -103,17 +110,33 @@ def _of_checkpoint(stage: Path) -> tuple[Any, Any, int]:
     held = checkpoint.tensors["model"]
     tie_weights(model, [each for each in model.all_tied_weights_keys if f"{name}.{each}" in held])
     tensors = checkpoint.tensors["model"]
+    # A checkpoint holds what learns. The rest, of a model without a head, is as it began.
+    begun = load_model_as_saved(str(_begun_from(stage))).state_dict() if is_bare(model) else {}
     for key, parameter in model.named_parameters():
         # Of two models that share a backbone the first one's name is the one it was saved under.
-        parameter.data.copy_(tensors[f"{name}.{key}" if f"{name}.{key}" in tensors else f"language_model.{key}"])
+        names = [each for each in (f"{name}.{key}", f"language_model.{key}") if each in tensors]
+        parameter.data.copy_(tensors[names[0]] if names else begun[key])
     return model.eval(), _run_tokenizer(stage, model.config.vocab_size), int(checkpoint.state["progress"]["step"])
+
+
+def _root(stage: Path) -> Path:
+    root = next((each for each in stage.resolve().parents if (each / "config.yaml").is_file()), None)
+    if root is None:
+        raise RunError(f"{stage} is not inside a run folder (none above it has config.yaml)")
+    return root
+
+
+def _begun_from(stage: Path) -> Path:
+    """The student that a stage on a task begins from, in a run of a sentence encoder."""
+    root = _root(stage)
+    parts = stage.resolve().relative_to(root).parts
+    before = parts[: parts.index("tasks")] if "tasks" in parts else ()
+    return root.joinpath(*before, "pretraining", "student")
 
 
 def _run_tokenizer(stage: Path, vocab_size: int) -> Any:
     """The tokenizer of a run's students with `vocab_size` words."""
-    root = next((each for each in stage.resolve().parents if (each / "config.yaml").is_file()), None)
-    if root is None:
-        raise RunError(f"{stage} is not inside a run folder (none above it has config.yaml)")
+    root = _root(stage)
     teacher = load_config(root / "config.yaml").teacher
     place = teacher.model or str(root / "synthetic" / "tokenizer")
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}

@@ -157,10 +157,16 @@ def guesses(
     label_guesses = [label] if label else _label_guesses(fitting, {text, text_pair})
     if not label_guesses:
         raise ConfigError(f"{file}: no column looks like labels; --label names it: {', '.join(columns)}")
-    text_guesses = [text] if text else _text_guesses(columns.values(), {label_guesses[0], text_pair})
-    if not text_guesses:
+    texts = [text] if text else text_guesses(columns, file, others={label_guesses[0], text_pair})
+    return texts, label_guesses
+
+
+def text_guesses(columns: Mapping[str, Column], file: str, *, others: set[str | None]) -> list[str]:
+    """Columns for the text, the likeliest first, without the others. Raises ConfigError where none will do."""
+    found = _text_guesses(columns.values(), others)
+    if not found:
         raise ConfigError(f"{file}: no column looks like texts; --text names it: {', '.join(columns)}")
-    return text_guesses, label_guesses
+    return found
 
 
 def looked_at(found: Found) -> tuple[int, dict[str, Column]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmd.commands.init_task import chosen, guesses, looked_at
+from glmd.commands.init_task import chosen, guesses, looked_at, text_guesses
 from glmd.config import RunConfig
 from glmd.data.tables import Place, open_split
 from glmd.errors import ConfigError
@@ -50,10 +50,8 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     with a language model alone, and with a fine-tuned model alone the last one, which learns its answers.
     Raises ConfigError naming the option.
     """
-    from glmd.models.heads import task_class
-    from glmd.models.layers import depths
-    from glmd.models.loading import load_model_config, model_positions, require_model
-    from glmd.models.student import fitting_initialization
+    from glmd.models.heads import is_encoder, task_class
+    from glmd.models.loading import load_model_config, require_model
 
     teacher, base = flags.teacher, flags.base
     if flags.data is None:
@@ -61,15 +59,17 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     if teacher is None and base is None:
         raise ConfigError("--teacher is missing: a model fine-tuned on the task, or give a language model as --base")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(flags.data).stem).strip("._-") or "task"
-    columns, said = _columns(flags, name)
     if teacher is not None:
         require_model(teacher, field="--teacher")
-        if task_class(load_model_config(teacher)) is None:
-            if base is not None:
-                raise ConfigError(
-                    f"--teacher {teacher}: is no model of a task, as is needed beside --base; give one, or one of both"
-                )
-            teacher, base = None, teacher
+        if is_encoder(load_model_config(teacher)):
+            return _run_of_sentences(flags, teacher, name)
+    columns, said = _columns(flags, name)
+    if teacher is not None and task_class(load_model_config(teacher)) is None:
+        if base is not None:
+            raise ConfigError(
+                f"--teacher {teacher}: is no model of a task, as is needed beside --base; give one, or one of both"
+            )
+        teacher, base = None, teacher
     if base is not None:
         require_model(base, field="--base")
         found = task_class(load_model_config(base))
@@ -94,29 +94,61 @@ def run_of_flags(flags: Flags) -> tuple[dict[str, Any], list[str]]:
     if base is not None and not flags.corpus:
         said.append("there is no --corpus of text, so the stage on a corpus is left out")
     method = "soft-labels" if base is None else "glmd" if flags.corpus else "glmd-no-pretraining"
+    values, of_model = _values(flags, model, name, method, {**columns, "problem_type": flags.problem_type})
+    if base and teacher:
+        values["teacher"]["tasks"] = {name: teacher}
+    if flags.corpus:
+        values["data"] = {"corpus": list(flags.corpus)}
+    return values, said + of_model
+
+
+def _values(
+    flags: Flags, model: str, name: str, method: str, columns: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What all runs of flags have, and what is said of the model's lengths."""
+    from glmd.models.layers import depths
+    from glmd.models.loading import load_model_config, model_positions
+    from glmd.models.student import fitting_initialization
+
     model_config = load_model_config(model)
-    total = depths(model_config)
-    layers = flags.layers or max(1, total[0] // 2)
+    layers = flags.layers or max(1, depths(model_config)[0] // 2)
     how = fitting_initialization(model_config, layers)
+    ratio = KEEP_RATIO if flags.keep_ratio is None else flags.keep_ratio
     files: dict[str, Any] = {"train": flags.data, "text_pair": flags.text_pair, "val": flags.val, **columns}
-    files["problem_type"] = flags.problem_type
     values: dict[str, Any] = {
         "output_dir": flags.output or f"runs/{name}",
         "method": method,
-        "teacher": {"model": model, **({"tasks": {name: teacher}} if base and teacher else {})},
+        "teacher": {"model": model},
         "student": {"num_hidden_layers": layers} | ({} if how == "uniform" else {"initialization": how}),
-        "vocabulary": {"keep_ratio": KEEP_RATIO if flags.keep_ratio is None else flags.keep_ratio},
+        "vocabulary": {"keep_ratio": ratio},
         "tasks": {name: {key: value for key, value in files.items() if value is not None}},
     }
-    if flags.corpus:
-        values["data"] = {"corpus": list(flags.corpus)}
-    positions = model_positions(model_config)
+    positions, said = model_positions(model_config), []
     if positions is not None and positions < MAX_LENGTH:
         values["tasks"][name]["max_length"] = positions
         said.append(f"texts are read up to {positions} tokens, for which {model} has positions")
     if positions is not None and positions < CORPUS_LENGTH and flags.corpus:
         values["pretraining"] = {"max_length": positions}
     return values, said
+
+
+def _run_of_sentences(flags: Flags, teacher: str, name: str) -> tuple[dict[str, Any], list[str]]:
+    """The same of a sentence encoder, which needs no labels: `--label` is that of val's similarities."""
+    for option, given in (("--base", flags.base), ("--corpus", flags.corpus)):
+        if given:
+            raise ConfigError(f"{option} has no effect: {teacher} is a sentence encoder, which predicts no words")
+    text, said = flags.text, []
+    if text is None and Path(str(flags.data)).suffix.lower() == ".txt":
+        text = "text"
+    elif text is None:
+        _, found = looked_at(open_split(str(flags.data), "train", Place(name)))
+        texts = text_guesses(found, str(flags.data), others={flags.text_pair, *flags.label})
+        text, said = texts[0], [chosen("text", texts, None)]
+    label = next(iter(flags.label), None) if len(flags.label) < 2 else list(flags.label)
+    columns = {"text": text, "label": label, "problem_type": flags.problem_type}
+    values, of_model = _values(flags, teacher, name, "embeddings", columns)
+    values["controls"] = {"hard_labels": False}
+    return values, said + of_model
 
 
 def student_of_flags(config: RunConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from glmd.config import RunConfig
 from glmd.distillation.methods import load_method
 from glmd.models.card import opens_plainly
-from glmd.models.heads import lm_kind
+from glmd.models.heads import is_encoder, lm_kind
 from glmd.models.loading import auto_class_name, load_model_config
 from glmd.planning.stages import pass_path
 from glmd.planning.teacher_rules import passes, task_of, with_task_model
@@ -54,6 +54,11 @@ def usage(folder: Path, *, has_pair: bool = False) -> str:
     config = load_model_config(str(folder))
     name, is_exact = (config.architectures or [""])[0], (folder / TOKEN_MAP_FILE).is_file()
     trusted = ", trust_remote_code=True" if is_exact else ""
+    if is_encoder(config):
+        return (
+            "from sentence_transformers import SentenceTransformer; "
+            f'print(SentenceTransformer("{folder}"{trusted}).encode(["A sentence."]))'
+        )
     if lm_kind(config) == "blank-infilling":
         return _opened("AutoModelForMaskedLM", folder, trusted, code=True)
     if "MultipleChoice" in name:

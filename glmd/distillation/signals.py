@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from glmd.errors import ConfigError
+from glmd.losses.embeddings import EMBEDDING_LOSSES
 from glmd.losses.feature_loss import FeatureLoss
 from glmd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, RELATION_LOSSES, SCORE_LOSSES
 from glmd.losses.labels import LABEL_LOSSES
@@ -58,6 +59,8 @@ SIGNALS: dict[str, Signal] = {
     "task_logits": Signal("example", frozenset({"task_head"}), TASK_LOGIT_LOSSES),
     # The student over a task's classes against the label.
     "task_labels": Signal("example", frozenset({"task_head"}), LABEL_LOSSES, labels="labels"),
+    # Vectors of texts, by a sentence encoder.
+    "sentence_embeddings": Signal("example", frozenset({"task_head"}), EMBEDDING_LOSSES),
     # What layers give: (R, S, H). The last one as the model gives it, after a final norm where it has one.
     "hidden_states": Signal("layer", frozenset({"hidden_states"}), HIDDEN_LOSSES),
     # Attention probabilities, and scores before the softmax, of each query: (R, S, A, S).
@@ -144,7 +147,16 @@ def pairs_of(term: Any, student: Any, teacher: Any, draw: str = "") -> list[tupl
 
 
 def require_layers(terms: Sequence[Any], student: Any, teacher: Any) -> None:
-    """Raises ConfigError for the first Term whose layers these two configs have not."""
+    """Raises ConfigError for the first Term whose layers, or widths, these two configs have not."""
     for term in terms:
         if SIGNALS[term.signal].level == "layer":
             pairs_of(term, student, teacher)
+        if term.signal != "sentence_embeddings" or not feature_loss(term).same_width:
+            continue
+        ours, theirs = (each.get_text_config().hidden_size for each in (student, teacher))
+        if ours != theirs:
+            others = [name for name, loss in EMBEDDING_LOSSES.items() if not loss.same_width]
+            raise ConfigError(
+                f"{term.name}: the student's hidden_size is {ours}, the teacher's {theirs}; give a student as wide, or "
+                f"a method of {' or '.join(others)} alone"
+            )

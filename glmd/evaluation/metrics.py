@@ -37,7 +37,7 @@ from glmd.evaluation.label_metrics import (
     word_marks,
 )
 from glmd.tasks.examples import TaskExample
-from glmd.tasks.tasks import Task
+from glmd.tasks.tasks import SENTENCES, Task
 
 # The tasks of the benchmark, and how many metrics each has there (arXiv:1905.00537, table 1). Its two diagnostic
 # sets, AX-b and AX-g, do not enter the average.
@@ -254,7 +254,10 @@ METRICS = {
 NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
     "classes": (lambda task: bool(task.labels), "classes, and the task has candidates; accuracy would work"),
     "one answer": (lambda task: task.has_one_answer, "one class or candidate for each example"),
-    "a number": (lambda task: task.problem_type == "regression", "numbers: problem_type regression"),
+    "a number": (
+        lambda task: task.problem_type in ("regression", SENTENCES),
+        "numbers: problem_type regression",
+    ),
     "several labels": (
         lambda task: task.problem_type == "multi_label_classification",
         "several labels: problem_type multi_label_classification",
@@ -321,7 +324,7 @@ def constant_answers(task: Task, examples: Sequence[TaskExample]) -> list[np.nda
     Of several labels none, the most frequent one, the two most frequent, ...
     """
     count = len(examples)
-    if task.problem_type == "regression":
+    if task.problem_type in ("regression", SENTENCES):
         return [np.zeros(count)]
     if task.problem_type == "multi_label_classification":
         frequent = np.argsort(-np.array([each.label for each in examples]).sum(0), kind="stable")

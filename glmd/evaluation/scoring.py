@@ -18,12 +18,13 @@ from glmd.data.batches import Batch, Collate
 from glmd.data.sampling import evaluation_batches
 from glmd.distillation.teacher import AllOutputs, of_each
 from glmd.evaluation.label_metrics import pearson
+from glmd.evaluation.sentences import nearness
 from glmd.losses.finite import examples_of_tokens, not_finite, require_finite
 from glmd.losses.logits import kl_divergence
 from glmd.losses.rows import BLOCK_ROWS
 from glmd.models.heads import Split
 from glmd.tasks.dataset import TaskDataset, TrainingData
-from glmd.tasks.tasks import Task
+from glmd.tasks.tasks import SENTENCES, Task
 
 logger = logging.getLogger(__name__)
 ROWS = 1024  # tokens whose logits over the vocabulary are held at once
@@ -141,12 +142,14 @@ def score_lm(
     return {name: float(value) for name, value in scores.items()}
 
 
-def answers_of(task: Task, logits: np.ndarray) -> np.ndarray:
+def answers_of(task: Task, logits: np.ndarray, *, texts: int = 1) -> np.ndarray:
     """(examples,) class ids, positions of choices, or numbers, from (examples, C) logits.
 
     Of several labels (examples, C) of 0 and 1; of words (examples, W) class ids, -1 where an example has no such word,
-    or none that a token begins.
+    or none that a token begins; of sentences (examples, T, H) their vectors. texts: T of each example.
     """
+    if task.problem_type == SENTENCES:
+        return logits.reshape(len(logits), texts, -1)
     if task.problem_type == "regression":
         return logits[:, 0]
     if not task.has_one_answer:
@@ -169,8 +172,11 @@ def _at_words(numbers: np.ndarray, logits: list[float]) -> list[float]:
 def agreement(task: Task, ours: np.ndarray, theirs: np.ndarray) -> float:
     """Share of equal answers of two models; of several labels all must be equal, of words each counts.
 
-    Of numbers their correlation, Pearson's.
+    Of numbers their correlation, Pearson's; of vectors the mean of their cosines, or where widths differ Spearman's
+    correlation of similarities.
     """
+    if task.problem_type == SENTENCES:
+        return next(iter(nearness(ours, theirs).values()))
     if task.problem_type == "regression":
         return pearson(ours, theirs)
     if task.problem_type == "token_classification":

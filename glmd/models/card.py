@@ -28,6 +28,7 @@ class ModelCard:
     opens_plainly: bool = True  # AutoTokenizer opens a mapped folder without trust_remote_code, as the stock one
     task: str | None = None  # whose answers the model gives
     is_glm: bool = False  # the auto classes have to be told of it
+    is_encoder: bool = False  # the folder is one of sentence-transformers
 
 
 def card_text(card: ModelCard) -> str:
@@ -41,6 +42,13 @@ def card_text(card: ModelCard) -> str:
         lines += ["", "| measure | value |", "| --- | --- |"]
         lines += [f"| {name} | {value:.4f} |" for name, value in card.metrics.items()]
     remote = ", trust_remote_code=True)  # runs tokenization_glmd.py of the folder" if card.exact_tokenizer else ")"
+    if card.is_encoder:
+        trusted = ", trust_remote_code=True" if card.exact_tokenizer else ""
+        lines += [
+            *("", "```python", "from sentence_transformers import SentenceTransformer", ""),
+            f'vectors = SentenceTransformer("THIS_FOLDER"{trusted}).encode(["A sentence."])',
+            "```",
+        ]
     lines += ["", "```python", *(["import glmd.glm  # the auto classes know GLM from then on"] if card.is_glm else [])]
     lines += [f"from transformers import {card.auto_class}, AutoTokenizer", ""]
     lines += [

@@ -9,17 +9,26 @@ Without them a compressed encoder would be pooled in another way, and nothing wo
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from glmd.errors import ModelError
 from glmd.models.loading import looks_local
+from glmd.models.pooling import (
+    LENGTHS,
+    MODULES,
+    PROMPTS,
+    WITHOUT_VOCABULARY,
+    Mode,
+    Pooling,
+    pooling_of,
+    prompts_of,
+    read_modules,
+)
 
-MODULES = "modules.json"
-SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
-# Parts of a sentence encoder that see vectors alone, so that the vocabulary is none of their business.
-WITHOUT_VOCABULARY = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
+SETTINGS = (PROMPTS, LENGTHS)
 # What the model and its tokenizer are made of, what is written again, and what describes a training.
 OF_THE_MODEL = (
     *(
@@ -48,8 +57,12 @@ class Companions:
     folders: tuple[str, ...] = ()  # of parts, which may be empty and are wanted all the same
     texts: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = field(default=())
+    written: Mapping[str, str] = field(default_factory=dict)  # what stands in files that the folder has not
 
     def copy_to(self, target: Path) -> None:
+        for name, text in self.written.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_text(text, encoding="utf-8")
         for name in self.folders:
             (target / name).mkdir(parents=True, exist_ok=True)
         for name in self.files:
@@ -64,7 +77,7 @@ def find_companions(model: str) -> Companions:
     Raises ModelError where modules.json cannot be read, leads out of the folder, or names a part that may depend on
     the vocabulary.
     """
-    folder = Path(model) if looks_local(model) else _downloaded(model)
+    folder = place_of(model)
     if folder is None:
         return Companions()
     parts = _parts(folder / MODULES) if (folder / MODULES).is_file() else []
@@ -79,40 +92,42 @@ def find_companions(model: str) -> Companions:
         folder,
         tuple(files),
         tuple(parts),
-        _prompts(folder / SETTINGS[0]) if parts else (),
+        prompts_of(folder)[1] if parts else (),
         tuple(path.name for path in others if path.name not in known),
     )
 
 
 def _parts(path: Path) -> list[str]:
     """Folders of the parts that modules.json names, but for the model's own."""
-    try:
-        modules = [(str(each["type"]).rpartition(".")[2], str(each["path"])) for each in _json(path)]
-    except (KeyError, TypeError):
-        raise ModelError(f"{path}: not a list of modules as sentence-transformers writes it") from None
-    for kind, where in modules:
+    modules = read_modules(path)
+    for kind, _ in modules:
         if kind not in WITHOUT_VOCABULARY:
             raise ModelError(
                 f"{path}: names a {kind}, which may depend on the vocabulary; supported are "
                 f"{', '.join(WITHOUT_VOCABULARY)}"
             )
-        if Path(where).is_absolute() or ".." in Path(where).parts:
-            raise ModelError(f"{path}: names {where!r}, which is outside the folder")
     return [where for _, where in modules if where]
 
 
-def _prompts(path: Path) -> tuple[str, ...]:
-    prompts = _json(path).get("prompts") if path.is_file() else None
-    return tuple(str(each) for each in prompts.values() if each) if isinstance(prompts, dict) else ()
+def place_of(model: str) -> Path | None:
+    """The folder of a model's companions, of a folder or hub id; None where the hub gives none."""
+    return Path(model) if looks_local(model) else _downloaded(model)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error})") from None
+def encoder_pooling(model: str, given: Mode | None = None) -> Pooling | None:
+    """`pooling_of` a folder or hub id."""
+    folder = place_of(model)
+    return pooling_of(folder, given) if folder is not None else None if given is None else Pooling(given)
 
 
+def encoder_companions(model: str, pooling: Pooling, width: int) -> Companions:
+    """What goes with a student of a sentence encoder: its files, or such that say how it pools. width: H."""
+    found = find_companions(model)
+    told = {name: json.dumps(each, indent=2) for name, each in pooling.files(width).items()}
+    return found if MODULES in found.files else replace(found, written=told)
+
+
+@lru_cache(maxsize=16)
 def _downloaded(model: str) -> Path | None:
     """A hub model's files of this kind; None where the hub is not reached and none are in the cache."""
     from huggingface_hub import snapshot_download

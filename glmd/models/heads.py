@@ -46,7 +46,9 @@ HALVES = ("encoder", "decoder")  # the parts of an encoder-decoder
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """What is under the head: an encoder, a decoder, or both. Raises ModelError where the class has none."""
+    """What is under the head: an encoder, a decoder, or both; of a bare model itself. Raises ModelError for none."""
+    if is_bare(model):
+        return model
     name = backbone_name(model)
     return model.get_submodule(name) if name else _assembled(model)
 
@@ -54,8 +56,10 @@ def backbone(model: nn.Module) -> nn.Module:
 def backbone_name(model: nn.Module) -> str:
     """The attribute that holds the backbone: base_model_prefix, or else the only transformers model inside.
 
-    "" where the model holds the parts of its backbone itself, as T5 its encoder and its decoder.
+    "" where the model holds the parts of its backbone itself, as T5 its encoder and its decoder, or is one.
     """
+    if is_bare(model):
+        return ""
     name = getattr(model, "base_model_prefix", "")
     if name and isinstance(getattr(model, name, None), nn.Module):
         return str(name)
@@ -106,8 +110,29 @@ TASK_HEADS = ("SequenceClassification", "MultipleChoice", "TokenClassification",
 
 
 def task_class(config: Any) -> str | None:
-    """The class that a config names, where it has a task's head in place of one that predicts tokens."""
-    return next((name for name in getattr(config, "architectures", None) or () if name.endswith(TASK_HEADS)), None)
+    """The class that a config names, where it has a task's head in place of one that predicts tokens, or no head."""
+    names, bare = getattr(config, "architectures", None) or (), bare_class(config)
+    return next((name for name in names if name.endswith(TASK_HEADS) or name == bare), None)
+
+
+def bare_class(config: Any) -> str | None:
+    """The class of a model of this config without any head; None where transformers has none of one text alone."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    name: Any = MODEL_MAPPING_NAMES.get(getattr(config, "model_type", ""))
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    return name if isinstance(name, str) and "For" not in name and not is_pair else None
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a config names a model without any head, as a sentence encoder is one."""
+    name = task_class(config)
+    return name is not None and name == bare_class(config)
+
+
+def is_bare(model: Any) -> bool:
+    """Whether a model has no head itself."""
+    return type(model).__name__ == bare_class(getattr(model, "config", None))
 
 
 def is_causal(config: Any) -> bool:
@@ -318,6 +343,7 @@ class Split:
         final_linear: called inside the own `__call__` of the final linear map, or of the head that joins it (so that
             FSDP hooks have gathered the weight), in place of its forward; what it returns is returned.
         """
+        assert not is_bare(self.model), "nothing is above it"
         with _replaced_forward(self.model, final_linear) as returned, _stub_backbone(self.model, outputs):
             # The stub ignores its input, but a model's forward asks for ids.
             logits = self.model(**(inputs or {"input_ids": _placeholder(outputs)})).logits

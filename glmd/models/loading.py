@@ -24,7 +24,8 @@ from glmd.config import TeacherConfig
 from glmd.data.blank_infilling import glm_tokens
 from glmd.data.infilling import infilling_for
 from glmd.errors import GlmdError, ModelError, counted
-from glmd.models.heads import TASK_HEADS, LMKind, lm_kind, task_class
+from glmd.models.heads import TASK_HEADS, LMKind, bare_class, is_encoder, lm_kind, task_class
+from glmd.models.pooling import MODULES, read_modules
 from glmd.models.probes import prove_language_model, silence_padding
 from glmd.models.quantization import quantized_loading
 from glmd.storage import file_sha256
@@ -87,10 +88,32 @@ def require_weight_files(name: str) -> None:
 
 
 def load_model_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's config, without weights."""
+    """The model's config, without weights. That of a sentence encoder names the class without a head, as it is used."""
     from transformers import AutoConfig
 
-    return from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    bare = bare_class(config)
+    if bare is not None and bare not in (config.architectures or ()) and is_pooled(name, revision):
+        config.architectures = [bare]
+    return config
+
+
+def is_pooled(name: str, revision: str | None = None) -> bool:
+    """Whether modules.json beside a model, of a folder or hub id, says that its last states become one vector."""
+    from transformers.utils.hub import cached_file
+
+    place: Any = Path(name) / MODULES
+    if not looks_local(name):
+        place = cached_file(
+            name,
+            MODULES,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    kinds = [each.kind for each in read_modules(Path(place))] if place is not None and Path(place).is_file() else []
+    return kinds[:1] == ["Transformer"] and "Pooling" in kinds
 
 
 def load_source_tokenizer(
@@ -165,6 +188,8 @@ def base_class(config: Any) -> Any:
     import transformers
 
     name = task_class(config) or ""
+    if is_encoder(config):
+        return transformers.AutoModel
     heads = [head for head in TASK_HEADS if name.endswith(head)]
     return getattr(transformers, f"AutoModelFor{heads[0]}") if heads else language_model_class(config)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glmd.errors import GlmdError, ModelError, disk_error
-from glmd.models.heads import TASK_HEADS, Split, final_linear, lm_kind
+from glmd.models.heads import TASK_HEADS, Split, final_linear, is_bare, lm_kind
 from glmd.models.quantization import is_quantized
 
 LENGTH, PADDED = 12, 7  # tokens of a whole row of the probe, and of one with padding
@@ -57,8 +57,17 @@ def prove_language_model(model: Any) -> None:
 
 
 def prove_model(model: Any) -> None:
-    """Prove what is assumed of a language model, or of a task model, by its class."""
-    (prove_task_model if type(model).__name__.endswith(TASK_HEADS) else prove_language_model)(model)
+    """Prove what is assumed of a language model, of a task model, or of one without a head, by its class."""
+    of_task = prove_encoder if is_bare(model) else prove_task_model
+    (of_task if is_bare(model) or type(model).__name__.endswith(TASK_HEADS) else prove_language_model)(model)
+
+
+@torch.no_grad()
+def prove_encoder(model: Any) -> None:
+    """Prove of a model without a head that padding changes none of its last states, and a forward nothing in it."""
+    with as_it_was(model):
+        inputs = probe_inputs(model)
+        _require_padding_unseen(model, inputs, logits_of(model, inputs))
 
 
 @torch.no_grad()
@@ -185,7 +194,7 @@ def _require_trainable(model: Any) -> None:
     """Prove that a step can be made: Reformer, trained, reads texts of one length alone."""
     model.train()
     with refused(model, "it cannot be trained"), torch.enable_grad():
-        model(**_shape_of(model)(probe_inputs(model))).logits.square().mean().backward()
+        _given(model(**_shape_of(model)(probe_inputs(model)))).square().mean().backward()
     if model.get_input_embeddings().weight.grad is None:
         raise ModelError(f"{type(model).__name__}: no gradient reaches its embeddings; it is not supported")
     if not all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
@@ -237,9 +246,16 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
     return {"input_ids": read, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
+def _given(output: Any) -> Tensor:
+    """Of a model's output the logits, or the last states where it has no head."""
+    given: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return given
+
+
 def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a model, or the last states of one without a head. Raises ModelError where they are not finite."""
     with refused(model, "it does not read plain ids"):
-        logits: Tensor = model(**inputs).logits
+        logits = _given(model(**inputs))
     read = logits[predicting(inputs)] if logits.ndim == 3 else logits
     if not read.isfinite().all():
         is_half = model.dtype in (torch.float16, torch.bfloat16)

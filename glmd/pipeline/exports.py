@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from glmd.models.card import PROBE, ModelCard
+from glmd.models.companions import Companions, encoder_companions, encoder_pooling
 from glmd.models.export import check_exports, export_model
+from glmd.models.heads import is_bare
 from glmd.models.loading import auto_class_name
 from glmd.pipeline.context import Context
 from glmd.pipeline.rows import selection_of
@@ -53,7 +55,10 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
     if not stage.leaves_language_model and not stage.trains_teacher:
         facts |= {"checkpoint": selection_of(config, stage), "scored on": f"{task} val"}
     own = "Student" if stage.leaves_language_model else "Student for {task}", f"{stage.kind} of method {config.method}"
-    title, made_from = (text.format(task=task) for text in _TOLD.get(stage.kind, own))
+    if is_bare(model) and stage.kind == stage.last and not stage.is_control:
+        own = "Student of a sentence encoder", "the teacher's vectors of the sentences of {task}"
+    told = own if is_bare(model) and not stage.is_control else _TOLD.get(stage.kind, own)
+    title, made_from = (text.format(task=task) for text in told)
     if stage.settings is None and not stage.is_control:
         made_from = "layers and tokens of the teacher, without training"
     card = ModelCard(
@@ -64,10 +69,23 @@ def export_stage(context: Context, stage: Stage, model: Any, metrics: Mapping[st
         dict(metrics),
         exact_tokenizer=tokenizer is not context.plan.tokenizer,
         auto_class=auto_class_name(type(model).__name__),
-        task=None if stage.leaves_language_model else task,
+        task=None if stage.leaves_language_model or is_bare(model) else task,
+        is_encoder=is_bare(model),
     )
     folder = context.folder(stage) / ("model" if stage.trains_teacher else "student")
-    on_main(lambda: export_model(model, tokenizer, folder, card=card))
+    companions = _companions(context, model)
+    on_main(lambda: export_model(model, tokenizer, folder, card=card, companions=companions))
+
+
+def _companions(context: Context, model: Any) -> Companions | None:
+    """What makes a sentence encoder of a model without a head."""
+    if not is_bare(model):
+        return None
+    (task,) = context.plan.tasks.values()
+    files, teacher = context.config.tasks[task.task.name], str(context.config.teacher.model)
+    pooling = encoder_pooling(teacher, files.get("pooling"))
+    assert pooling is not None, "the task was made by it"
+    return encoder_companions(teacher, pooling, model.config.get_text_config().hidden_size)
 
 
 @phase("proof of exports")

@@ -44,6 +44,7 @@ from glmd.runtime.phases import phase
 from glmd.runtime.processes import number_of_ranks, on_main, together
 from glmd.tasks.forms import class_logits
 from glmd.tasks.loading import load_classifier
+from glmd.tasks.tasks import SENTENCES
 from glmd.training.fsdp import is_sharded
 from glmd.training.trainer import Evaluate, Teacher, Trainer
 from glmd.vocabulary.build import build_vocabulary
@@ -81,6 +82,8 @@ def run_stage(context: Context, stage: Stage) -> dict[str, Any]:
             result["lm_scores_before"] = score_language_model(context, stage, model, compared)
         elif not stage.leaves_language_model and not stage.trains_teacher:
             teacher_answers(context, stage)  # now, while nothing else fills the memory
+            if stage.task is not None and stage.task.task.problem_type == SENTENCES:
+                result["metrics_before"] = score_task(context, stage, model)["metrics"]
         result["training"] = train(context, stage, language_model, task_model, teacher)
         if is_analyzed(context, stage):
             result["layer_distances"] = on_main(lambda: told(context, stage))

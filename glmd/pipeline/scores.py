@@ -18,6 +18,7 @@ from glmd.evaluation.bits_per_byte import score_conversations, score_text
 from glmd.evaluation.metrics import score
 from glmd.evaluation.resampling import resampled_scores
 from glmd.evaluation.scoring import agreement, answers_of, predict, score_lm
+from glmd.evaluation.sentences import nearness, similarities
 from glmd.losses.logits import kl_divergence
 from glmd.models.attention import attention_of, chosen_by_transformers
 from glmd.models.heads import Split
@@ -30,6 +31,7 @@ from glmd.runtime.phases import phase
 from glmd.runtime.processes import is_main, on_main
 from glmd.storage import write_atomically
 from glmd.tasks.dataset import TaskDataset
+from glmd.tasks.tasks import SENTENCES
 from glmd.training.trainer import Teacher
 
 logger = logging.getLogger(__name__)
@@ -161,16 +163,21 @@ def score_task(context: Context, stage: Stage, model: Any, *, keeps: bool = Fals
     assert stage.task is not None, "a stage of a task"
     answers = _answers(context, stage, model, is_teacher=stage.trains_teacher)
     result: dict[str, Any] = {"examples": len(answers)}
+    is_of_sentences = stage.task.task.problem_type == SENTENCES
+    told = similarities(answers) if is_of_sentences else answers
     if stage.task.is_scored:
-        result["metrics"] = score(stage.task.task, answers, stage.task.val)
+        result["metrics"] = score(stage.task.task, told, stage.task.val)
     if keeps:
-        kept: dict[str, Any] = {"answers": answers.tolist()}
+        kept: dict[str, Any] = {"answers": told.tolist()}
         if stage.task.is_scored:
             kept["val"] = stage.task.val_fingerprint()
-            kept["resampled"] = resampled_scores(stage.task.task, answers, stage.task.val)
+            kept["resampled"] = resampled_scores(stage.task.task, told, stage.task.val)
         on_main(lambda: write_atomically(context.folder(stage) / ANSWERS, json.dumps(kept)))
+    theirs = answers if stage.trains_teacher else teacher_answers(context, stage)
+    if is_of_sentences:
+        result["metrics"] = result.get("metrics", {}) | nearness(answers, theirs)
     if not stage.trains_teacher:
-        result["agreement"] = agreement(stage.task.task, answers, teacher_answers(context, stage))
+        result["agreement"] = agreement(stage.task.task, answers, theirs)
     return result
 
 
@@ -196,4 +203,4 @@ def _answers(context: Context, stage: Stage, model: Any, *, is_teacher: bool) ->
             batch_size=stage.training.per_device_eval_batch_size,
             name=f"{stage.task.task.name}: the {'teacher' if is_teacher else 'student'}",
         )
-    return answers_of(stage.task.task, logits)
+    return answers_of(stage.task.task, logits, texts=len(stage.task.val[0].texts))

@@ -101,7 +101,8 @@ def task_cache(
         "max_length": stage.length,
         "masking": _masking(plan.kind, probability, maskings, stage.seed),
     }
-    num_classes = task.num_classes if "task_head" in stage.teacher_needs_of(number) else None
+    answers = task_form(task, kind=plan.kind).num_outputs(plan.teacher_config_at(number, planned))
+    num_classes = answers if "task_head" in stage.teacher_needs_of(number) else None
     folder = stage_cache_folder(plan, stage, number)
     return _cache(plan, folder, parts, made_from, words=asks_words, num_classes=num_classes, number=number)
 

@@ -17,6 +17,7 @@ from glmd.planning.task_plan import TaskPlan
 from glmd.planning.teacher_rules import task_of
 from glmd.tasks.dataset import TaskDataset
 from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import SENTENCES, Task
 
 WITH_ARTICLE = {
     "masked": "a masked LM",
@@ -173,6 +174,7 @@ def require_task_losses(config: RunConfig, method: dict[str, Objective], tasks: 
     generator = torch.Generator().manual_seed(0)
     for (name, plan), (stage, objective) in itertools.product(tasks.items(), method.items()):
         choices = {len(each.choices) for each in plan.inputs} if plan.task.is_choice else {plan.task.num_classes}
+        _require_answers(f"method {config.method}: {stage}", objective, plan.task)
         for count, term in itertools.product(sorted(choices), objective.terms):
             if term.signal != "task_logits" or term.source or stage == "pretraining":
                 continue
@@ -192,6 +194,24 @@ def require_task_losses(config: RunConfig, method: dict[str, Objective], tasks: 
                 raise ConfigError(
                     f"{where} is 0 for {count} classes, whatever the models say; give other options or loss"
                 )
+
+
+def _require_answers(where: str, objective: Objective, task: Task) -> None:
+    """Refuse terms on vectors of a task of labels, and terms on labels of one of sentences."""
+    for term in objective.terms:
+        if "task_head" not in SIGNALS[term.signal].needs:
+            continue
+        is_of_vectors, is_of_sentences = term.signal == "sentence_embeddings", task.problem_type == SENTENCES
+        if is_of_vectors and not is_of_sentences:
+            raise ConfigError(
+                f"{where}: {term.name} compares vectors of sentences, and {task.name} has labels; give "
+                "another method, or a sentence encoder as teacher"
+            )
+        if is_of_sentences and not is_of_vectors:
+            raise ConfigError(
+                f"{where}: {term.name} compares answers, and {task.name} is of sentences; give "
+                "method=embeddings, or terms of sentence_embeddings"
+            )
 
 
 def require_checkpointing(config: RunConfig, method: dict[str, Objective], teacher: Any, student: Any) -> None:

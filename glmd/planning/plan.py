@@ -7,6 +7,7 @@ Reads configs, tokenizer, tasks and file headers; loads no weights and trains no
 
 import copy
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,9 +44,12 @@ from glmd.planning.task_plan import TaskPlan, plan_task
 from glmd.planning.teacher_rules import fine_tunes_teacher, task_of, teachers_of_task, with_task_model
 from glmd.tasks.cloze import verbalizer_ids
 from glmd.tasks.forms import task_form
+from glmd.tasks.tasks import SENTENCES
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep, source_size_of
 from glmd.vocabulary.slicing import ids_to_keep, tie_weights, vocabulary_axes
 from glmd.vocabulary.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def make_plan(
         raise ConfigError(f"{found}, but blanks that do not touch need room between them; give at most 0.5")
     verbalizers = {name: verbalizer_ids(task_of(config, name), tokenizer) for name in config.tasks}
     words = [word for name in whole.tasks for word in task_of(whole, name).verbalizers]
+    words += _words_of_prompts(config)
     keep_words = [*dict.fromkeys([*config.vocabulary.keep_words, *words])]  # a blank must say each of them by itself
     config = replace(config, vocabulary=replace(config.vocabulary, keep_words=keep_words))
     source = str(synthetic / "superglue") if synthetic else config.data.superglue
@@ -169,6 +174,25 @@ def make_plan(
     return replace(plan, corpus=corpus_fingerprint(corpus)) if corpus and hash_corpus else plan
 
 
+def _words_of_prompts(config: RunConfig) -> list[str]:
+    """The words of what a sentence encoder, and the config, put before texts."""
+    from glmd.models.companions import encoder_pooling
+
+    found: list[str] = []
+    for name in config.tasks:
+        if task_of(config, name).problem_type == SENTENCES:
+            pooling = encoder_pooling(str(config.teacher.model), config.tasks[name].get("pooling"))
+            assert pooling is not None, "the task was made by it"
+            found += [task_of(config, name).prompt, *pooling.prompts]
+            if pooling.prompts and pooling.prompt is None and config.tasks[name].get("prompt") is None:
+                logger.warning(
+                    "%s: %s names the prompts %s and none of them as default_prompt_name, so texts are read as they "
+                    "stand; tasks.%s.prompt puts one before each",
+                    *(name, config.teacher.model, ", ".join(map(repr, pooling.prompts)), name),
+                )
+    return [word for prompt in found for word in prompt.split()]
+
+
 def _trained(config: RunConfig) -> RunConfig:
     """The config of a run that has no other tasks than those that are trained."""
     tasks = config.trained_tasks
@@ -185,7 +209,7 @@ def _try_student(plan: Plan) -> None:
         student,
         plan.teacher_config,
         length=max(stage_lengths(plan.config, plan.method, plan.tasks).values()),
-        task_heads={task_form(task, kind=plan.kind).head for task in heads},
+        task_heads={head for task in heads if (head := task_form(task, kind=plan.kind).head)},
         is_whole=plan.kept_size == plan.teacher_config.vocab_size,
         needs=frozenset().union(*(objective.needs for objective in plan.method.values())),
         attention=plan.config.attn_implementation,

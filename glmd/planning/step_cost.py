@@ -160,7 +160,8 @@ class Step:
             hidden = head.weight.new_empty(int(batch["predicts"].sum()), head.weight.shape[1])
         answers = None
         if self.cast.form is not None:
-            classes = int(batch["num_choices"][0]) if "num_choices" in batch else self.cast.form.task.num_classes
+            own = self.cast.form.num_outputs(self.cast.teacher)
+            classes = int(batch["num_choices"][0]) if "num_choices" in batch else own
             decisions = int(batch["num_decisions"].sum()) if "num_decisions" in batch else len(batch["example_id"])
             answers = torch.zeros(decisions, classes, device=device)
         return TeacherOutputs(hidden, head, answers)

@@ -13,7 +13,8 @@ from glmd.evaluation.metrics import constant_answers, require_metrics, score
 from glmd.planning.teacher_rules import columns_of, fine_tunes_teacher, follows_teacher, learns_from_train, task_of
 from glmd.tasks.columns import hold_out, require_same_labels
 from glmd.tasks.examples import TaskExample, read_split
-from glmd.tasks.tasks import Task
+from glmd.tasks.sentences import each_sentence, read_sentences, told
+from glmd.tasks.tasks import SENTENCES, Task
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def plan_task(
     task, files = task_of(config, name), config.tasks[name]
     require_metrics(task)
     columns, share = columns_of(config, name), files.get("val_fraction")
+    if task.problem_type == SENTENCES:
+        return _plan_sentences(config, task, files)
     own_inputs, uses_labels = files.get("inputs"), any(each.reads("labels") for each in method.values())
     train: list[TaskExample] = []
     learned = learns_from_train(config, method, name)
@@ -96,6 +99,36 @@ def plan_task(
     if not all(unlabeled):
         score(task, constant_answers(task, val)[0], val)  # what cannot be scored is refused now, not after training
     return TaskPlan(task, train, inputs, val, verbalizers)
+
+
+def _plan_sentences(config: RunConfig, task: Task, files: dict[str, Any]) -> TaskPlan:
+    """The sentences of train, and the rows of val. Raises GlmdError, as `plan_task`."""
+    name, is_labeled = task.name, bool(task.label_field)
+    if config.controls.hard_labels:
+        raise ConfigError(
+            f"controls.hard_labels: the sentences of {name} have no labels; give controls.hard_labels=false"
+        )
+    if files.get("inputs"):
+        raise ConfigError(f"tasks.{name}.inputs has no effect: train has no labels either; name its file in train")
+    if config.selection == "best" and not is_labeled:
+        raise ConfigError(f"selection best needs {name}'s label, of val; give it, or agreement")
+    source, share = str(files["train"]), files.get("val_fraction")
+    rows = read_sentences(task, source, "train", is_labeled=is_labeled and share is not None)
+    if share is not None:
+        if task.val_fields:
+            raise ConfigError(f"tasks.{name}.val_text has no effect: val is a share of train; name a file in val")
+        kept, val = hold_out(rows, share, seed=0)
+        logger.info("%s: %d of %s of %s are held out as val", name, len(val), counted(len(rows), "row"), source)
+    else:
+        kept, val = rows, read_sentences(task, str(files["val"]), "val", is_labeled=is_labeled)
+    train = each_sentence(kept)
+    logger.info("%s", told(task, train, len(kept)))
+    twins = {text for each in val for text, _ in each.texts} & {each.texts[0][0] for each in train}
+    if twins:
+        logger.warning("%s: %s of val stand in train too, word for word", name, counted(len(twins), "text"))
+    if is_labeled and len({each.label for each in val}) < 2:
+        raise DataError(f"{files['val']}: field {task.label_field!r} holds one number alone, which ranks nothing")
+    return TaskPlan(task, train, train, val)
 
 
 def _held_out(

@@ -8,15 +8,17 @@ From names and numbers alone, as all rules.
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from glmd.config import RunConfig
 from glmd.distillation.methods import load_method
 from glmd.distillation.objective import Objective
-from glmd.errors import ConfigError
-from glmd.task_files import task_files
+from glmd.errors import ConfigError, ModelError
+from glmd.task_files import POOLINGS, task_files
 from glmd.tasks.columns import Columns, task_of_columns
 from glmd.tasks.forms import problem_of
-from glmd.tasks.tasks import ProblemType, Task, load_task
+from glmd.tasks.sentences import task_of_sentences
+from glmd.tasks.tasks import SENTENCES, ProblemType, Task, load_task
 
 
 def task_of(config: RunConfig, name: str) -> Task:
@@ -27,9 +29,23 @@ def task_of(config: RunConfig, name: str) -> Task:
     """
     columns = columns_of(config, name)
     if columns is None:
-        return load_task(config.tasks[name].get("definition") or name, config.casting)
+        task = load_task(config.tasks[name].get("definition") or name, config.casting)
+        if task.problem_type == SENTENCES:  # its pooling is what the encoder's folder says
+            raise ConfigError(f"tasks.{name}.definition: a task of sentences has none; name its columns: text")
+        return task
     train, models = config.tasks[name].get("train"), config.teacher.of_task(name)
     classes, problem = None, config.tasks[name].get("problem_type")
+    if problem in (None, SENTENCES) and (encoder := _sentence_encoder(config)) is not None:
+        return _of_sentences(config, name, columns, encoder)
+    files = task_files(config.tasks[name], f"tasks.{name}")
+    for key in ("val_text", "prompt", "pooling"):
+        if getattr(files, key) is not None:
+            raise ConfigError(f"tasks.{name}.{key} has no effect: teacher.model is no sentence encoder; remove it")
+    if problem == SENTENCES or files.label is None:
+        what = "label is missing: the column of the answers" if problem is None else f"problem_type is {problem}"
+        raise ConfigError(
+            f"tasks.{name}.{what}; without labels sentences are learned, from a sentence encoder as teacher"
+        )
     if models:
         from glmd.models.loading import load_model_config, require_model
 
@@ -42,28 +58,90 @@ def task_of(config: RunConfig, name: str) -> Task:
     return _of_columns(name, columns, train, classes, config.casting, problem, stamp)
 
 
+def _sentence_encoder(config: RunConfig) -> str | None:
+    """The teacher's folder or hub id, where it is a model without a head."""
+    from glmd.models.heads import is_encoder
+
+    found = _teacher_config(config)
+    return config.teacher.model if found is not None and is_encoder(found) else None
+
+
+def _teacher_config(config: RunConfig) -> Any:
+    """The config of `teacher.model`; None where it names no model, or a folder without one, which is refused later."""
+    from glmd.models.loading import looks_local
+
+    teacher, stamp = config.teacher, None
+    if teacher.model is None:
+        return None
+    if looks_local(teacher.model):
+        path = Path(teacher.model) / "config.json"
+        if not path.is_file():
+            return None
+        stamp = (path.stat().st_mtime_ns, path.stat().st_size, path.with_name("modules.json").is_file())
+    return _read_config(teacher.model, teacher.revision, teacher.trust_remote_code, stamp)
+
+
+@lru_cache(maxsize=64)
+def _read_config(model: str, revision: str | None, trusted: bool, stamp: tuple[int, ...] | None) -> Any:
+    """It is asked for many times, and not changed. stamp: what tells local files from what they were."""
+    from glmd.models.loading import load_model_config
+
+    return load_model_config(model, revision=revision, trust_remote_code=trusted)
+
+
+def _of_sentences(config: RunConfig, name: str, columns: Columns, encoder: str) -> Task:
+    """The task of learning an encoder's vectors. Raises ConfigError for what its folder or the columns do not say."""
+    from glmd.models.companions import encoder_pooling
+
+    files = task_files(config.tasks[name], f"tasks.{name}")
+    try:
+        pooling = encoder_pooling(encoder, files.pooling)  # type: ignore[arg-type]
+    except ModelError as error:
+        raise ConfigError(f"tasks.{name}: {error}") from None
+    if pooling is None:
+        raise ConfigError(
+            f"tasks.{name}.pooling is missing: {encoder} has no modules.json that says how it makes a vector; give "
+            f"{', '.join(POOLINGS)}"
+        )
+    sides = [files.val_text] if isinstance(files.val_text, str) else files.val_text
+    if columns.labels:
+        raise ConfigError(
+            f"tasks.{name}.label names {len(columns.labels)} columns; name that of the similarities of val"
+        )
+    if columns.label and len(sides or columns.texts) < 2:
+        key = "val_text" if sides is None or files.text_pair is None else "text_pair"
+        raise ConfigError(
+            f"tasks.{name}.label {columns.label}: how similar two texts are, and val has one column of them; name both "
+            f"in {key}, or remove label"
+        )
+    prompt = pooling.prompt or "" if files.prompt is None else files.prompt
+    return task_of_sentences(name, columns, pooling, val_fields=sides or (), prompt=prompt)
+
+
 def with_task_model(config: RunConfig) -> RunConfig:
     """The config of a run whose `teacher.model` is a task model, which then is the fine-tuned teacher of its task too.
 
     Students are made of it, head and all, and learn its answers. Raises ConfigError for what only a language model
     could teach. A config with a language model stays as it is.
     """
-    from glmd.models.heads import task_class
-    from glmd.models.loading import load_model_config, looks_local
+    from glmd.models.heads import is_encoder, task_class
 
-    teacher, model = config.teacher, config.teacher.model
-    if model is None or (looks_local(model) and not (Path(model) / "config.json").is_file()):
-        return config
-    found = load_model_config(model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
-    name = task_class(found)
+    teacher, found = config.teacher, _teacher_config(config)
+    name = None if found is None else task_class(found)
     if name is None:
         return config
+    model = str(teacher.model)
     what = f"teacher.model {model} holds a {name}, which predicts no tokens"
     base = f"teacher=BASE teacher.tasks.{next(iter(config.trained_tasks), 'TASK')}={model}"
     method = load_method(config.method)
     words = [
         stage for stage, each in method.items() if stage == "pretraining" or "head" in each.needs | each.teacher_needs
     ]
+    if words and is_encoder(found):
+        raise ConfigError(
+            f"{what}, and method {config.method} compares them in {' and '.join(words)}; give method=embeddings, which "
+            "learns its vectors of sentences"
+        )
     if words:
         raise ConfigError(
             f"{what}, and method {config.method} compares them in {' and '.join(words)}; give the language model that "
@@ -74,6 +152,8 @@ def with_task_model(config: RunConfig) -> RunConfig:
         (bool(teacher.ensemble), "teacher.ensemble"),
         (config.student.architecture is not None, f"student.architecture {config.student.architecture}"),
     ):
+        if is_given and is_encoder(found):
+            raise ConfigError(f"{key}: {what}; remove it")
         if is_given:
             raise ConfigError(f"{key}: {what}; give the language model that it was made from: {base}")
     tasks = {task: teacher.of_task(task) or [model] for task in config.trained_tasks}
@@ -102,10 +182,9 @@ def columns_of(config: RunConfig, name: str) -> Columns | None:
     files = task_files(config.tasks[name], f"tasks.{name}")
     if files.text is None:
         return None
-    assert files.label is not None, "checked with the config"
     try:
         several = tuple(files.label) if isinstance(files.label, list) else ()
-        return Columns(files.text, "" if several else str(files.label), files.text_pair, several)
+        return Columns(files.text, "" if several else files.label or "", files.text_pair, several)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"tasks.{name}: {error}") from None
 

@@ -169,8 +169,13 @@ def _task_table(rows: list[dict[str, Any]], sweep_note: str) -> str:
         cells = []
         for task, metric in columns:
             of_task = [row for row in scored if row["system"] == system and row["task"] == task]
-            cells.append(_mean([row["metrics"][metric] for row in of_task if "metrics" in row]))
+            cells.append(_mean([row["metrics"][metric] for row in of_task if metric in row.get("metrics", {})]))
         body.append([_LABELS.get(system, system), *cells])
+        before = [row for row in scored if row["system"] == system and "metrics_before" in row]
+        if before:
+            found = [[row["metrics_before"].get(m) for row in before if row["task"] == task] for task, m in columns]
+            cells = [_mean([value for value in each if value is not None]) for each in found]
+            body.append([f"{_LABELS.get(system, system)}, before training", *cells])
     students = [row for row in scored if row["system"] == "student"]
     body.append(["student's agreement with the teacher", *_agreement(students, columns)])
     constant = {(row["task"], metric): value for row in scored for metric, value in row.get("constant", {}).items()}

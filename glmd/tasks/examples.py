@@ -179,7 +179,7 @@ def _examples(
         row = row | {task.fields[0]: list(words)}
         fields = {task.fields[0]: " ".join(words)}
     else:
-        fields = {field: _text(row, field, where, may_be_blank=field in task.may_be_blank) for field in task.fields}
+        fields = {field: text_of(row, field, where, may_be_blank=field in task.may_be_blank) for field in task.fields}
     answers: tuple[str, ...] = ()
     label: Answer | None
     variants: Sequence[tuple[tuple[str, ...], Answer | None]]
@@ -299,7 +299,8 @@ def _key(idx: Any) -> str:
     return json.dumps(idx, sort_keys=True, default=str)
 
 
-def _text(row: dict[str, Any], field: str, where: str, *, may_be_blank: bool = False) -> str:
+def text_of(row: dict[str, Any], field: str, where: str, *, may_be_blank: bool = False) -> str:
+    """The text of a field. Raises DataError naming place and field for what is none, or blank where it may not be."""
     if field not in row:
         raise DataError(f"{where}: field {field!r} is missing{suggestion(field, map(str, row))}")
     text = row[field]

@@ -20,14 +20,21 @@ from torch import Tensor
 from glmd.errors import ConfigError, ModelError, suggestion
 from glmd.losses.labels import IGNORED_LABEL
 from glmd.losses.positions import rows_at
-from glmd.models.heads import LMKind, Split, task_class
+from glmd.models.heads import LMKind, Split, is_encoder, task_class
 from glmd.models.loading import language_model_class
-from glmd.models.probes import one_choice_each, prove_answers_unseen, prove_language_model, prove_task_model
+from glmd.models.pooling import Pooling
+from glmd.models.probes import (
+    one_choice_each,
+    prove_answers_unseen,
+    prove_encoder,
+    prove_language_model,
+    prove_task_model,
+)
 from glmd.tasks.blank_rows import blank_rows
 from glmd.tasks.cloze import cloze_logits, cloze_rows, continuation_rows, infilling_rows, verbalizer_ids
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.rows import Rows, pair_rows, word_rows
-from glmd.tasks.tasks import ProblemType, Task
+from glmd.tasks.tasks import SENTENCES, ProblemType, Task
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
@@ -38,7 +45,8 @@ class TaskForm(ABC):
     """One way to put a task to a model.
 
     has_own_head: whether its model has a head that language models lack; else it is a language model itself. head:
-        which, as it stands in the names of stock classes.
+        which, as it stands in the names of stock classes; "" for none. unread: parts of its model, by the beginnings of
+        their names, that a file need not hold, and that are not trained.
 
     Logits are (N, K) of decisions: an example is one, unless several of its labels may be right, which are a decision
     of yes or no each, or its words have labels of their own. The batch's `num_decisions` (B,) then says how many.
@@ -47,6 +55,7 @@ class TaskForm(ABC):
     name: ClassVar[str]
     has_own_head: ClassVar[bool] = True
     head: ClassVar[str] = "SequenceClassification"
+    unread: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -88,6 +97,10 @@ class TaskForm(ABC):
     def new_head(self) -> dict[str, Any]:
         """What `from_pretrained` is told where a head of this form begins on a language model."""
         return {}
+
+    def num_outputs(self, config: Any) -> int:
+        """K of a model's logits, by its config; 0 where it differs by example."""
+        return self.task.num_classes
 
     def dummy(self, examples: int, choices: int, length: int) -> dict[str, Tensor]:
         """The columns of this form in a batch of so many examples, with arbitrary values."""
@@ -300,12 +313,61 @@ class BlankForm(ClozeForm):
     architecture = "ForBlankInfilling"
 
 
-# Of tasks with classes, or a number.
+class SentenceForm(TaskForm):
+    """The vector of a sentence by a model without a head; each text of an example is a row of its own.
+
+    Logits are (R, H), of which an example of two texts has two.
+    """
+
+    name = "sentences"
+    head = ""
+    unread = ("pooler",)  # BERT's, which sentence-transformers does not look at
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        mode, normalizes = task.pooling
+        self.pooling = Pooling(mode, normalizes)  # type: ignore[arg-type]
+
+    def rows(self, examples: Sequence[TaskExample], tokenizer: Any, *, max_length: int) -> Rows:
+        count = len(examples[0].texts)
+        return pair_rows(examples, tokenizer, max_length=max_length)._replace(
+            columns={"num_decisions": np.array(count)} if count > 1 else {}
+        )
+
+    def label_column(self, examples: Sequence[TaskExample]) -> None:
+        return None
+
+    def model_class(self, config: Any) -> Any:
+        import transformers
+
+        return transformers.AutoModel
+
+    def logits(
+        self, split: Split, outputs: Any, inputs: Batch, batch: Batch, token_map: Tensor | None = None
+    ) -> Tensor:
+        return self.pooling(outputs.last_hidden_state, inputs["attention_mask"])
+
+    def require(self, config: Any, name: str) -> None:
+        if not is_encoder(config):
+            raise ModelError(
+                f"{name}: holds a {(config.architectures or ['model'])[0]}; {self.task.name} is of sentences, and "
+                "needs a sentence encoder: a model without a head, or with modules.json beside it"
+            )
+
+    def prove(self, model: Any) -> None:
+        prove_encoder(model)
+
+    def num_outputs(self, config: Any) -> int:
+        return int(config.get_text_config().hidden_size)
+
+
+# Of tasks with classes, a number, or a vector.
 HEADS: dict[ProblemType, type[TaskForm]] = {
     "single_label_classification": ClassForm,
     "multi_label_classification": LabelsForm,
     "regression": NumberForm,
     "token_classification": WordForm,
+    SENTENCES: SentenceForm,
 }
 
 
@@ -351,6 +413,8 @@ def choice_logits(scores: Tensor, num_choices: Tensor) -> Tensor:
 def problem_of(config: Any) -> ProblemType | None:
     """What a task model's config says of the answers that it gives; None where it leaves that open."""
     name = task_class(config) or ""
+    if is_encoder(config):
+        return SENTENCES
     if name.endswith("TokenClassification"):
         return "token_classification"
     told: ProblemType | None = getattr(config, "problem_type", None)

@@ -1,5 +1,6 @@
 """Models of tasks, loaded and proved: stock classifiers, multiple-choice models, and language models for a cloze."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -56,10 +57,21 @@ def load_classifier(
     if quantization is not None:
         options |= quantized_loading(quantization, config, form.model_class(config), dtype=dtype, device=device)
     model, info = from_pretrained(form.model_class(config), name, dtype=dtype, **WEIGHTS, **options)
-    require_complete(model, info, name, allowed_missing=HEADS if new_head and form.has_own_head else ())
+    allowed = form.unread + (HEADS if new_head and form.has_own_head else ())
+    require_complete(model, info, name, allowed_missing=allowed)
+    _set_aside(model, form.unread, info["missing_keys"])
     # Of a new head's weights no folder tells.
     proved(model.eval(), form.prove, None if new_head else name)
     return model
+
+
+def _set_aside(model: Any, unread: tuple[str, ...], missing: Collection[str]) -> None:
+    """Parts that nothing reads stay as they are in training; of those that no file holds each run has the same."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(unread) and unread:
+            parameter.requires_grad_(False)
+            if name in missing:
+                parameter.data.zero_()
 
 
 def require_task_model(name: str, task: Task) -> None:
@@ -69,6 +81,6 @@ def require_task_model(name: str, task: Task) -> None:
         return
     form = form_of(task, name)
     model, info = without_memory(form.model_class(load_model_config(name)), name)
-    require_keys(model, info, name, allowed_missing=())
+    require_keys(model, info, name, allowed_missing=form.unread)
     if not form.has_own_head:
         require_one_matrix(model, name)

@@ -23,7 +23,14 @@ from glmd.strict_yaml import build, configs_root, load_yaml, named_file
 from glmd.tasks.superglue import Form
 
 Label = str | bool | int
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression", "token_classification"]
+ProblemType = Literal[
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+    "token_classification",
+    "sentence_similarity",
+]
+SENTENCES: ProblemType = "sentence_similarity"
 LISTED = 300  # letters of labels in a message
 NO_LABEL = -1  # the hub's sign for a hidden label; null is another
 
@@ -71,16 +78,22 @@ class Task:
     group_by: tuple[str, ...] = ()  # fields whose values make an example's group, for metrics over groups
     cloze: Cloze | None = None  # the task's other form
     # What an answer is, by transformers' names: one of the labels; any of them, also none; a number, which there are no
-    # labels for; or one of them for each word, where `text` is one field that lists words and label_field their labels
+    # labels for; one of them for each word, where `text` is one field that lists words and label_field their labels; or
+    # the vector of a sentence, by which two of them are similar
     problem_type: ProblemType = "single_label_classification"
     label_fields: tuple[str, ...] = ()  # of several labels: a field of 0 or 1 for each, in place of one that lists them
     label_separator: str = "|"  # of several labels in a field of a file of texts
     val_name: str | None = None  # of its validation split in files and on the hub, where that is a name of its own
+    # Of sentences: the fields of val, where these are others; what is put before each; and how a model makes a vector,
+    # (mode, whether of length 1), as `models.pooling` has it
+    val_fields: tuple[str, ...] = ()
+    prompt: str = ""
+    pooling: tuple[str, bool] = ("mean", False)
     casting: str = "head"  # how it is put to a model, a key of tasks.forms.CASTINGS; a run's choice
 
     def record(self) -> dict[str, Any]:
         """What it is, for fingerprints: keys that came later stand there where they are not as they were before."""
-        later = ("problem_type", "label_fields", "label_separator", "val_name")
+        later = ("problem_type", "label_fields", "label_separator", "val_name", "val_fields", "prompt", "pooling")
         plain = {each.name: each.default for each in fields(Task) if each.name in later}
         return {key: value for key, value in asdict(self).items() if key not in later or value != plain[key]}
 
@@ -97,7 +110,7 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Numbers that a task head gives of an example, or of a token."""
+        """Numbers that a task head gives of an example, or of a token; of sentences as many as the model is wide."""
         return 1 if self.is_choice or self.problem_type == "regression" else len(self.labels)
 
     @property
@@ -156,6 +169,8 @@ class Task:
     def _check_problem(self) -> None:
         """Refuse keys that a type of problem makes nothing of."""
         kind = self.problem_type
+        if kind != SENTENCES:
+            require_default(self, ("val_fields", "prompt", "pooling"), f"without problem_type {SENTENCES}")
         if self.has_one_answer:
             where = "without problem_type multi_label_classification"
             require_default(self, ("label_fields", "label_separator"), where)
@@ -165,8 +180,8 @@ class Task:
         require_default(self, ("choices", "choices_from", "placeholder", "group_by", "asks_first"), f"beside {kind}")
         if kind != "multi_label_classification":
             require_default(self, ("label_fields", "label_separator"), f"beside {kind}")
-        if kind == "regression" and self.labels:
-            raise ConfigError("labels has no effect beside problem_type regression: the answer is a number; remove it")
+        if kind in ("regression", SENTENCES) and self.labels:
+            raise ConfigError(f"labels has no effect beside problem_type {kind}: the answer is a number; remove it")
         if self.label_fields and len(self.label_fields) != len(self.labels):
             raise ConfigError(f"label_fields must be one for each of the {len(self.labels)} labels")
         if kind == "token_classification" and (
@@ -231,7 +246,7 @@ class Task:
                 raise ConfigError(f"labels must be two or more and differ; got {_listed(self.labels)}: {alike}")
 
     def _check_classes(self) -> None:
-        if self.problem_type != "regression":
+        if self.problem_type not in ("regression", SENTENCES):
             self._check_labels()
         for key in ("placeholder", "max_choices", "asks_first"):
             if getattr(self, key):

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from glmd.errors import ConfigError
 from glmd.tasks.columns import MAX_LENGTH, METRICS_OF, Columns
-from glmd.tasks.tasks import ProblemType, Task, load_task, task_names
+from glmd.tasks.tasks import SENTENCES, ProblemType, Task, load_task, task_names
 
 # What a task is asked with beside its name; one that uses other keys is told by the name alone.
 _TOLD = (
@@ -23,6 +23,8 @@ _TOLD = (
 def facts_of(task: Task) -> dict[str, str]:
     """Facts for a card: the task's name, and how it reads a row where it is none that comes with glmd."""
     facts = {"task": task.name}
+    if task.problem_type == SENTENCES:
+        return facts | ({"prompt": _line(task.prompt)} if task.prompt else {})
     plain = None if task.is_choice else Task(**{key: getattr(task, key) for key in _TOLD})
     if task != plain or (task.name in task_names() and load_task(task.name) == task):
         return facts

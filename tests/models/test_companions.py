@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from families import FAMILIES
+from families import FAMILIES, save_encoder
 
 from glmd.commands.compress import compress_model
 from glmd.commands.verify import verify_folder
@@ -31,22 +31,7 @@ def compressed(tokenizer: Any, keep_ratio: float = 0.85, **options: Any) -> Any:
 @pytest.fixture
 def sentence_encoder(tiny: Any, tmp_path: Path) -> Path:
     """A BERT without a head, in the form of sentence-transformers, with pooling of the first token and a prompt."""
-    folder = tmp_path / "encoder"
-    config = transformers.AutoConfig.from_pretrained(tiny.teacher)
-    transformers.BertModel(config).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tiny.teacher).save_pretrained(folder)
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    rows = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(modules)
-    ]
-    (folder / "modules.json").write_text(json.dumps(rows))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
-    (folder / "2_Normalize").mkdir()
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "bcd: "}}))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64}))
-    return folder
+    return save_encoder(tmp_path / "encoder", tiny.teacher, pooling="cls_token", prompts={"query": "bcd: "})
 
 
 def test_a_sentence_encoder_keeps_its_modules_its_pooling_and_its_prompts(

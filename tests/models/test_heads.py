@@ -199,8 +199,11 @@ def test_a_model_whose_head_asks_its_backbone_for_more_than_outputs_is_refused_b
 def test_a_model_without_output_embeddings_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="BertForSequenceClassification has no output embeddings"):
         prove_language_model(model_of("Bert", "ForSequenceClassification"))
-    with pytest.raises(ModelError, match="BertModel has no backbone"):
-        backbone(model_of("Bert", "Model"))
+
+
+def test_a_model_without_a_head_is_its_own_backbone() -> None:
+    model = model_of("Bert", "Model")
+    assert backbone(model) is model
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import save_encoder
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -45,6 +46,7 @@ def four_layers(tiny, tmp_path_factory):
     BertForMaskedLM(config).save_pretrained(folder / "small")
     for place in (folder, folder / "small"):
         tokenizer.save_pretrained(place)
+    save_encoder(folder / "encoder", folder / "small", pooling="mean_tokens")
     return folder
 
 
@@ -61,9 +63,16 @@ def config(tiny, four_layers):
             more = ("assistants=[{num_hidden_layers: 3}, {num_hidden_layers: 2}]", *more)
         elif any(objective.weighs_teachers for objective in load_method(method).values()):
             more = (f"teacher.ensemble=[{four_layers / 'small'}]", *more)
+        teacher = four_layers
+        if any("sentence_embeddings" in each.name for every in load_method(method).values() for each in every.terms):
+            teacher, sentences = (
+                four_layers / "encoder",
+                f"{{own: {{train: {tiny.corpus}, text: text, max_length: 32}}}}",
+            )
+            more = (f"tasks={sentences}", *more)
         saves = [f"{name}.save_steps=10" for name in ("pretraining", "task_lm", "task_soft_labels")]
         return tiny.config(
-            output, f"teacher={four_layers}", student, f"method={method}", "controls.hard_labels=false", *lengths, *own,
+            output, f"teacher={teacher}", student, f"method={method}", "controls.hard_labels=false", *lengths, *own,
             *saves, "task_lm.num_train_epochs=", "task_soft_labels.num_train_epochs=",
             *(f"{name}.logging_steps=5" for name in ("pretraining", "task_lm", "task_soft_labels")), *more,
         )  # fmt: skip

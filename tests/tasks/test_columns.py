@@ -186,7 +186,10 @@ def test_a_resolved_config_with_columns_is_read_back(write):
     ("files", "says"),
     [
         ({"text": "body", "label": "stars"}, "train is missing: the labels are those of its rows"),
-        ({"text": "body", "train": "a.csv"}, "label is missing: the column of the answers"),
+        (
+            {"text": "body", "train": "a.csv", "problem_type": "regression"},
+            "label is missing: the column of the answers",
+        ),
         ({"label": "stars", "train": "a.csv"}, "label has no effect without text, the column to read; give it"),
         ({"text": "a", "label": "a", "train": "a.csv"}, "text, text_pair and label name a column twice: ['a', 'a']"),
         ({"text": " ", "label": "a", "train": "a.csv"}, "text is empty; give a column, or remove it"),
@@ -209,7 +212,8 @@ def test_columns_that_cannot_be_a_task_are_refused_by_key(files, says):
 
 def test_a_file_that_grows_gives_its_labels_anew(csv, caplog):
     caplog.set_level(logging.INFO)
-    run = config(train=csv("a", "a", "b", "b"), text="body", label="stars")
+    files = {"train": csv("a", "a", "b", "b"), "text": "body", "label": "stars"}
+    run = config(**files, problem_type="single_label_classification")  # asked of no model
     assert task_of(run, "reviews").labels == ("a", "b")
     csv("a", "a", "b", "b", "c", "c")
     assert task_of(run, "reviews").labels == ("a", "b", "c")
