@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from glmd.commands.evaluate import evaluate_text as evaluate_text
     from glmd.commands.evaluate import predict_file as predict_file
     from glmd.commands.export import export_folder as export_folder
+    from glmd.commands.generations import evaluate_references as evaluate_references
     from glmd.commands.init_task import init_task as init_task
     from glmd.commands.verify import verify_folder as verify_folder
     from glmd.config_file import load_config as load_config
@@ -34,6 +35,7 @@ _NAMES = {
     "compare": "glmd.pipeline.compare",
     "compress_model": "glmd.commands.compress",
     "evaluate_folder": "glmd.commands.evaluate",
+    "evaluate_references": "glmd.commands.generations",
     "evaluate_text": "glmd.commands.evaluate",
     "export_folder": "glmd.commands.export",
     "init_task": "glmd.commands.init_task",

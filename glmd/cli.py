@@ -257,22 +257,40 @@ def _convert_glm(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    given = [
-        name for name in ("task", "data", "split", "tokenizer", "batch_size") if getattr(options, name) is not None
-    ]
+    kind = "references" if options.references is not None else "text" if options.text is not None else "data"
+    used = {
+        "references": ("references", "messages_field", "max_new_tokens", "rouge", "output", "batch_size"),
+        "text": ("text", "messages_field", "max_length"),
+        "data": ("data", "task", "split", "tokenizer", "batch_size", "max_length"),
+    }
+    all_names = dict.fromkeys(name for names in used.values() for name in names)
+    idle = [name for name in all_names if name not in used[kind] and getattr(options, name) is not None]
+    if idle and (kind != "data" or options.data is not None or options.task is not None):
+        raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect beside --{kind}; remove one of them")
     scores: Mapping[str, float | str]
-    if options.text is not None:
-        if given:
-            raise ConfigError(f"--{given[0].replace('_', '-')} has no effect beside --text; remove one of them")
+    if kind == "references":
+        from glmd.commands.generations import MAX_NEW_TOKENS, evaluate_references
+
+        scores = evaluate_references(
+            options.model,
+            options.references,
+            messages_field=options.messages_field,
+            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
+            batch_size=options.batch_size or 16,
+            with_rouge=bool(options.rouge),
+            output=options.output,
+        )
+    elif kind == "text":
         from glmd.commands.evaluate import evaluate_text
 
         field = options.messages_field
         scores = evaluate_text(options.model, options.text, max_length=options.max_length, messages_field=field)
     else:
-        if options.messages_field is not None:
-            raise ConfigError("--messages-field has no effect without --text; give files there, or remove it")
-        if "data" not in given:
-            raise ConfigError("--data is missing; give --task and --data, or --text for a causal LM")
+        if idle:
+            where = "--text or --references" if idle[0] == "messages_field" else "--references"
+            raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect without {where}; give files, or remove it")
+        if options.data is None:
+            raise ConfigError("--data is missing; give --task and --data, or --text or --references for a causal LM")
         from glmd.commands.evaluate import evaluate_folder
 
         scores = evaluate_folder(

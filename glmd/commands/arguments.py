@@ -87,16 +87,24 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--num-attention-heads", type=_positive, help="default: heads of 64, as all published have")
 
     task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own (default: what the model's card tells)"
-    command = add("evaluate", "Score a model, stock or distilled, on a task or on text.")
+    command = add("evaluate", "Score a model, stock or distilled, on a task, on text, or by what it says to prompts.")
     command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
     command.add_argument("--task", help=task_help)
     command.add_argument(
         "--data", help="for --task: a SuperGLUE folder, a jsonl, csv, tsv or Parquet file, or aps/super_glue"
     )
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
-    command.add_argument("--batch-size", type=_positive, help="for --task (default: 64)")
+    command.add_argument("--batch-size", type=_positive, help="for --task (default: 64) and --references (16)")
     command.add_argument("--text", nargs="+", help="in place of a task: files to measure bits per byte on")
-    command.add_argument("--messages-field", metavar="FIELD", help="for --text: of rows that hold conversations")
+    command.add_argument(
+        "--references", metavar="FILE", help="or prompts and what a language model should say to them: jsonl or Parquet"
+    )
+    command.add_argument(
+        "--messages-field", metavar="FIELD", help="for --text and --references: of rows that hold conversations"
+    )
+    command.add_argument("--max-new-tokens", type=_positive, help="for --references: of a text at most (default: 128)")
+    command.add_argument("--rouge", action="store_true", default=None, help="for --references: beside exact match")
+    command.add_argument("--output", type=Path, help="for --references: a jsonl to write the texts into")
     command.add_argument("--max-length", type=_length, help="tokens, at least 8 (default: the task's; for text 1024)")
 
     command.add_argument(

@@ -187,7 +187,7 @@ def test_a_folder_on_text_files_by_command(models, tmp_path, capsys):
     [
         (["GPT2LMHeadModel", "--text", "corpus.txt", "--task", "RTE"], "--task has no effect beside --text"),
         (["GPT2LMHeadModel", "--text", "corpus.txt", "--batch-size", "2"], "--batch-size has no effect beside --text"),
-        (["GPT2LMHeadModel"], "--data is missing; give --task and --data, or --text for a causal LM"),
+        (["GPT2LMHeadModel"], "--data is missing; give --task and --data, or --text or --references"),
         (["GPT2LMHeadModel", "--task", "RTE"], "--data is missing; give --task and --data, or --text"),
         (["RobertaForMaskedLM", "--text", "corpus.txt"], "holds a RobertaForMaskedLM; bits per byte need a causal LM"),
         (
