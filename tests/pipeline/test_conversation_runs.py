@@ -112,7 +112,7 @@ def test_a_folder_on_conversations_by_command_gives_the_runs_figures(finished_ch
     for name in ("bits_per_byte", "assistant_bits_per_byte", "others_bits_per_byte"):
         assert float(shown[name]) == pytest.approx(scores[name], abs=1e-3)
     assert main(["evaluate", student, "--task", "RTE", "--data", "x", "--messages-field", "messages"]) == 2
-    assert "--messages-field has no effect without --text" in capsys.readouterr().err
+    assert "--messages-field has no effect beside --data" in capsys.readouterr().err
 
 
 def test_a_vocabulary_is_chosen_by_the_tokens_of_conversations(finished_chat, instruct, tmp_path, monkeypatch, capsys):
