@@ -101,7 +101,9 @@ def check_exports(folders: Sequence[Path]) -> None:
         raise
     if stranger.returncode != 0:
         lines = said.strip().splitlines() or ["no message"]
-        raise ModelError(f"an exported folder does not load with stock transformers: {lines[-1]}")
+        places = tuple(str(folder.resolve()) for folder in folders)
+        told = [line for line in lines if line.startswith(places)]  # others may have a last word, as Triton's library
+        raise ModelError(f"an exported folder does not load with stock transformers: {(told or lines)[-1]}")
 
 
 @contextmanager
