@@ -24,7 +24,8 @@ from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.models.heads import Split
-from glmd.models.loading import load_language_model, load_source_tokenizer
+from glmd.models.loading import load_language_model
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset

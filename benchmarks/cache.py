@@ -35,7 +35,8 @@ from glmd.distillation.methods import load_method
 from glmd.distillation.teacher import OnlineTeacher, TeacherOutputs
 from glmd.distillation.teacher_cache import TeacherCache
 from glmd.models.heads import final_linear
-from glmd.models.loading import load_language_model, load_source_tokenizer
+from glmd.models.loading import load_language_model
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.models.student import build_student
 from glmd.stage_config import StageConfig
 from glmd.tasks.dataset import TaskDataset
@@ -92,7 +93,7 @@ def pairs(blocks: BlockDataset, tokenizer: Any, length: int) -> TaskDataset:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     """Make the caches, take the steps, print the table."""
-    tokenizer = load_source_tokenizer(arguments.model, words=False)
+    tokenizer = load_source_tokenizer(arguments.model, kind=None)
     store = build_token_store(folder / "corpus", arguments.corpus, tokenizer)
     source = load_language_model(TeacherConfig(arguments.model))
     probability = 0.15 if tokenizer.mask_token_id is not None else 0.0

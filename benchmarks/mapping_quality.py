@@ -11,7 +11,8 @@ import tempfile
 import numpy as np
 
 from glmd.data.token_store import build_token_store
-from glmd.models.loading import load_model_as_saved, load_source_tokenizer
+from glmd.models.loading import load_model_as_saved
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.reporting.report import markdown_table
 from glmd.vocabulary.mapping import forbidden_targets, map_tokens, token_classes
 from glmd.vocabulary.selection import choose_kept_ids, must_keep_ids, parts_to_keep
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--corpus", nargs="+", required=True)
     parser.add_argument("--keep-ratio", type=float, default=0.5)
     options = parser.parse_args()
-    tokenizer = load_source_tokenizer(options.model, words=False)
+    tokenizer = load_source_tokenizer(options.model, kind=None)
     embeddings = load_model_as_saved(options.model).get_input_embeddings().weight.detach()[: len(tokenizer)]
     with tempfile.TemporaryDirectory() as folder:
         counts = build_token_store(folder, options.corpus, tokenizer).counts(len(tokenizer))

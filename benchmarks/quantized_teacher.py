@@ -24,8 +24,9 @@ from glmd.data.masking import masking_for
 from glmd.data.token_store import build_token_store
 from glmd.distillation.teacher import OnlineTeacher
 from glmd.losses.logits import kl_divergence
-from glmd.models.loading import load_language_model, load_source_tokenizer
+from glmd.models.loading import load_language_model
 from glmd.models.quantization import quantized_savings
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.planning.checks import model_on_meta
 from glmd.vocabulary.vocabulary import Vocabulary
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="over all texts, alternating")
     arguments = parser.parse_args()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    tokenizer = load_source_tokenizer(arguments.model, words=False)
+    tokenizer = load_source_tokenizer(arguments.model, kind=None)
     teachers = [teacher_of(arguments.model, dtype, kind, len(tokenizer), device) for dtype, kind in WAYS]
     sums, seconds = torch.zeros(len(WAYS), 3, dtype=torch.double), [[] for _ in WAYS]  # type: ignore[var-annotated]
     for turn in range(arguments.rounds):

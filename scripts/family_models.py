@@ -130,6 +130,14 @@ HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end
 PHI = tuple(AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("system", "user", "assistant", "end"))
 FRENCH_SPECIAL = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>"]
 
+LIKE_ROBERTA = {
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": "<s>",
+    "eos_token_id": "</s>",
+    "pad_token_id": "<pad>",
+}
 FAMILIES = {
     "glm-4": Family(
         "THUDM/GLM-4-9B-0414",
@@ -306,15 +314,13 @@ FAMILIES = {
         "FacebookAI/xlm-roberta-base",
         "XLMRobertaForMaskedLM",
         unigram("XLMRobertaTokenizer", "sentencepiece.bpe.model", settings={"model_max_length": 512}),
-        {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "bos_token_id": "<s>",
-         "eos_token_id": "</s>", "pad_token_id": "<pad>"},
+        LIKE_ROBERTA,
     ),
     "camembert": Family(
         "almanach/camembert-base",
         "CamembertForMaskedLM",
         unigram("CamembertTokenizer", "sentencepiece.bpe.model", settings={"model_max_length": 512}),
-        {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "bos_token_id": "<s>",
-         "eos_token_id": "</s>", "pad_token_id": "<pad>"},
+        LIKE_ROBERTA,
     ),
     "electra": Family(
         "google/electra-small-generator",

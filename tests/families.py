@@ -14,9 +14,13 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from glmd.config import RunConfig
+from glmd.config_file import load_config
 from glmd.models.heads import LMKind
 from glmd.tasks.forms import TaskForm, task_form
 from glmd.tasks.tasks import load_task
+from glmd.vocabulary.slicing import slice_model
+from glmd.vocabulary.vocabulary import Vocabulary
 
 TEXT = (
     "the cat dog bird river mountain sing sang singing running light lighter dark green over under blue stone paper "
@@ -197,6 +201,41 @@ def cloze_form(*verbalizers: str, kind: LMKind = "masked", mean: bool = False) -
     task = load_task("RTE" if verbalizers else "COPA", "cloze")
     cloze = replace(task.cloze, verbalizers=verbalizers, mean_over_tokens=mean)
     return task_form(replace(task, cloze=cloze), kind=kind)
+
+
+def short_run(output: Path, method: str, teacher: Path, task: dict[str, Any], *overrides: str) -> RunConfig:
+    """Four steps of one task under a teacher that predicts no words."""
+    stage = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1}
+    values = {
+        "output_dir": str(output),
+        "method": method,
+        "teacher": str(teacher),
+        "student": {"num_hidden_layers": 1},
+        "vocabulary": {"keep_ratio": 0.7},
+        "tasks": {"own": task},
+        "task_soft_labels": stage,
+        "controls": {"hard_labels": False},
+    }
+    return load_config(values, list(overrides))
+
+
+def curve(output: Path) -> list[float]:
+    """The logged losses of a run."""
+    rows = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def near_student(teacher: Any, tokenizer: Any) -> tuple[Any, Vocabulary]:
+    """The teacher without three of its tokens and with other weights, and the vocabulary that it has."""
+    kept = np.setdiff1d(np.arange(len(tokenizer)), [300, 301, 302])
+    token_map = np.zeros(len(tokenizer), dtype=int)
+    token_map[kept] = np.arange(len(kept))
+    vocabulary = Vocabulary(kept, token_map)
+    torch.manual_seed(1)
+    student = slice_model(teacher, vocabulary)
+    for parameter in student.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return student, vocabulary
 
 
 def one_of(cases: Iterable[Any]) -> list[Any]:

@@ -20,14 +20,9 @@ from glmd.errors import ConfigError, ModelError
 from glmd.models.card import ModelCard, opens_plainly
 from glmd.models.companions import find_companions
 from glmd.models.export import check_exports, export_model, prove_slice, require_free_output
-from glmd.models.loading import (
-    compared_embeddings,
-    load_model_as_saved,
-    load_model_config,
-    load_source_tokenizer,
-    require_model,
-)
+from glmd.models.loading import compared_embeddings, load_model_as_saved, load_model_config, require_model
 from glmd.models.pooling import MODULES
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.planning.plan import kept_size
 from glmd.public import public
 from glmd.strict_yaml import build

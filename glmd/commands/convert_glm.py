@@ -14,8 +14,8 @@ from glmd.models.export import require_free_output
 from glmd.models.glm.configuration import TOKEN_IDS
 from glmd.models.glm.convert import converted_model
 from glmd.models.glm.tokenizer import glm_tokenizer
-from glmd.models.loading import load_source_tokenizer
 from glmd.models.probes import prove_language_model
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.public import public
 from glmd.vocabulary.tokenizer import save_tokenizer
 

@@ -22,14 +22,9 @@ from glmd.evaluation.metrics import constant_answers, score
 from glmd.evaluation.scoring import answers_of, predict
 from glmd.models.card import told_by_card
 from glmd.models.heads import lm_kind
-from glmd.models.loading import (
-    leave_out_tokens_without_rows,
-    load_model_as_saved,
-    load_model_config,
-    model_positions,
-    require_model,
-)
+from glmd.models.loading import load_model_as_saved, load_model_config, model_positions, require_model
 from glmd.models.probes import prove_causal, require_length
+from glmd.models.source_tokenizer import leave_out_tokens_without_rows
 from glmd.public import public
 from glmd.runtime.memory import USABLE, forward_bytes, memory_of_this_machine
 from glmd.storage import write_problem

@@ -11,8 +11,9 @@ from glmd.models.card import ModelCard, told_by_card
 from glmd.models.companions import find_companions
 from glmd.models.export import _probe, _prove_equal, check_exports, export_model, require_free_output
 from glmd.models.heads import is_bare
-from glmd.models.loading import load_model_as_saved, load_source_tokenizer
+from glmd.models.loading import load_model_as_saved
 from glmd.models.pooling import MODULES
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.public import public
 from glmd.training.checkpoint import load_checkpoint
 from glmd.vocabulary.slicing import expand_model, model_class_of, tie_weights

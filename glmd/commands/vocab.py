@@ -17,7 +17,8 @@ import numpy as np
 
 from glmd.data.corpus import read_documents, require_corpus
 from glmd.errors import ConfigError, DataError, ModelError
-from glmd.models.loading import load_model_as_saved, load_model_config, load_source_tokenizer, require_model
+from glmd.models.loading import load_model_as_saved, load_model_config, require_model
+from glmd.models.source_tokenizer import load_source_tokenizer
 from glmd.reporting.report import markdown_table
 from glmd.storage import write_problem
 from glmd.vocabulary.build import build_vocabulary, report_unknown

@@ -1,7 +1,6 @@
-"""Load teachers, students and tokenizers, and refuse what would be silently wrong.
+"""Load teachers and students, and refuse what would be silently wrong.
 
     model = load_language_model(TeacherConfig("bert-base-uncased"))
-    tokenizer = load_source_tokenizer("bert-base-uncased")
 
 A local folder is checked before the hub is asked; only safetensors are read; weights that the checkpoint does not
 hold, or that are not finite, are an error, since `from_pretrained` would go on with random ones.
@@ -21,10 +20,8 @@ import torch
 from torch import nn
 
 from glmd.config import TeacherConfig
-from glmd.data.blank_infilling import glm_tokens
-from glmd.data.infilling import infilling_for
 from glmd.errors import GlmdError, ModelError, counted
-from glmd.models.heads import TASK_HEADS, LMKind, bare_class, is_encoder, lm_kind, task_class
+from glmd.models.heads import TASK_HEADS, bare_class, is_encoder, lm_kind, task_class
 from glmd.models.pooling import MODULES, read_modules
 from glmd.models.probes import prove_language_model, silence_padding
 from glmd.models.quantization import quantized_loading
@@ -40,12 +37,6 @@ WEIGHTS: dict[str, Any] = {
 }
 # What was proved within `each_proved_once`: files, class, precision and proof -> whether the pad's vector was silenced
 _known: dict[tuple[Any, ...], bool] | None = None
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tekken.json")  # *.model: sentencepiece's
-
-
-def holds_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a file that a tokenizer can be read from."""
-    return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
 
 
 def looks_local(name: str) -> bool:
@@ -114,65 +105,6 @@ def is_pooled(name: str, revision: str | None = None) -> bool:
         )
     kinds = [each.kind for each in read_modules(Path(place))] if place is not None and Path(place).is_file() else []
     return kinds[:1] == ["Transformer"] and "Pooling" in kinds
-
-
-def load_source_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, kind: LMKind | None = "masked"
-) -> Any:
-    """The teacher's tokenizer, checked to have what distillation needs.
-
-    kind: of the teacher. A masked LM needs a pad, mask, cls and sep token, an encoder-decoder a pad token and what
-    stands for a span that is left out; for a causal LM, and where none is to be trained, one that cuts text will do.
-    Added tokens for which the folder's model has no row are left out.
-    """
-    from transformers import AutoTokenizer
-
-    from glmd.vocabulary.tokenizer import require_fast, require_tokenizer
-
-    if looks_local(name) and not holds_tokenizer(Path(name)):
-        # AutoTokenizer would make an empty one of the model's class and say nothing.
-        raise ModelError(
-            f"{name}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); save the teacher's there"
-        )
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = from_pretrained(AutoTokenizer, name, **options)
-    if not looks_local(name) or (Path(name) / "config.json").is_file():
-        leave_out_tokens_without_rows(tokenizer, name, load_model_config(name, **options))
-    if kind in ("causal", None):
-        require_fast(tokenizer)
-        return tokenizer
-    if kind == "encoder-decoder":
-        require_tokenizer(tokenizer, mask=False)
-        infilling_for(tokenizer, None, 0)  # refuses a tokenizer that has nothing for a span
-        return tokenizer
-    if kind == "blank-infilling":
-        require_tokenizer(tokenizer, mask=True)
-        glm_tokens(tokenizer)
-        return tokenizer
-    require_tokenizer(tokenizer, mask=True)
-    for role in ("cls_token", "sep_token"):
-        if getattr(tokenizer, role) is None:
-            raise ModelError(f"{name}: the tokenizer has no {role}; only BERT-like tokenizers are supported yet")
-    return tokenizer
-
-
-def leave_out_tokens_without_rows(tokenizer: Any, name: str, config: Any) -> None:
-    """Take from the tokenizer of a model, a folder or hub id, what the model has no row for, and say so.
-
-    Raises ModelError where every text would have such a token.
-    """
-    from glmd.vocabulary.tokenizer import require_fast, without_rows
-
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    if not isinstance(rows, int) or len(tokenizer) <= rows:
-        return
-    require_fast(tokenizer)
-    try:
-        left_out = without_rows(tokenizer, rows)
-    except ModelError as error:
-        raise ModelError(f"{name}: {error}") from None
-    if left_out:
-        logger.warning("%s: its model has no row for the token %s, which is left out", name, ", ".join(left_out))
 
 
 def language_model_class(config: Any) -> Any:

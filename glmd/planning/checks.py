@@ -41,7 +41,8 @@ def require_named_teachers(
     config: RunConfig, method: dict[str, Objective], tasks: Mapping[str, TaskPlan], tokenizer: Any
 ) -> None:
     """Refuse a fine-tuned teacher that is not one of its task, or not one of this teacher."""
-    from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
+    from glmd.models.loading import load_model_config, require_model
+    from glmd.models.source_tokenizer import load_source_tokenizer
     from glmd.tasks.forms import warn_of_unnamed_classes
 
     on_tasks = {name: objective for name, objective in method.items() if name != "pretraining"}
@@ -65,7 +66,8 @@ def _classifiers(config: RunConfig) -> list[tuple[str, str]]:
 def require_ensemble(config: RunConfig, tokenizer: Any, teacher_config: Any) -> tuple[Any, ...]:
     """The configs of further teachers. Refuses one that does not predict the same tokens from the same ids."""
     from glmd.models.heads import final_linear
-    from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
+    from glmd.models.loading import load_model_config, require_model
+    from glmd.models.source_tokenizer import load_source_tokenizer
 
     found = []
     for model in config.teacher.ensemble:

@@ -271,7 +271,8 @@ def make_sketch(config: RunConfig) -> Plan:
 
 def is_config_alone(model: str | None) -> bool:
     """Whether a teacher is a local folder with a config.json and neither tokenizer nor weights."""
-    from glmd.models.loading import holds_tokenizer, looks_local, require_model
+    from glmd.models.loading import looks_local, require_model
+    from glmd.models.source_tokenizer import holds_tokenizer
 
     if model is None or not looks_local(model):
         return False
@@ -304,7 +305,8 @@ def _load_teacher_side(config: RunConfig, synthetic: Path | None) -> tuple[Any, 
     """The source tokenizer and the teacher's config, without weights."""
     from transformers import BertConfig
 
-    from glmd.models.loading import load_model_config, load_source_tokenizer, require_model
+    from glmd.models.loading import load_model_config, require_model
+    from glmd.models.source_tokenizer import load_source_tokenizer
 
     teacher = config.teacher
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from glmd.commands.evaluate import evaluate_text
 from glmd.errors import ModelError
-from glmd.models.loading import each_proved_once, holds_tokenizer, load_source_tokenizer, proved
+from glmd.models.loading import each_proved_once, proved
+from glmd.models.source_tokenizer import holds_tokenizer, load_source_tokenizer
 from glmd.planning.plan import is_config_alone
 from glmd.vocabulary.tokenizer import load_tokenizer, save_tokenizer, without_rows
 

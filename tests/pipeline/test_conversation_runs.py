@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from chats import CHATML, chat, chats, make_instruct, write_rows
-from families import one_of
+from families import near_student, one_of
 
 from glmd.cli import main
 from glmd.config_file import load_config
@@ -30,9 +30,7 @@ from glmd.models.probes import prove_texts_apart
 from glmd.pipeline.run import run
 from glmd.planning.plan import make_plan
 from glmd.reporting.report import results_table
-from glmd.vocabulary.slicing import slice_model
 from glmd.vocabulary.tokenizer import load_tokenizer
-from glmd.vocabulary.vocabulary import Vocabulary
 
 RUN = """
 output_dir: replaced
@@ -132,14 +130,7 @@ def in_parts(instruct, tmp_path, *, max_length: int = 64, loss_on="assistant", p
     """Teacher and smaller student in float64, and a data set of all conversations."""
     teacher = transformers.AutoModelForCausalLM.from_pretrained(instruct / "instruct", dtype=torch.float64).eval()
     tokenizer = load_tokenizer(instruct / "instruct")
-    kept = np.setdiff1d(np.arange(len(tokenizer)), [300, 301, 302])
-    token_map = np.zeros(len(tokenizer), dtype=int)
-    token_map[kept] = np.arange(len(kept))
-    vocabulary = Vocabulary(kept, token_map)
-    torch.manual_seed(1)
-    student = slice_model(teacher, vocabulary)
-    for parameter in student.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    student, vocabulary = near_student(teacher, tokenizer)
     reader = ConversationReader(tokenizer, "messages")
     store = build_token_store(tmp_path / "store", [str(instruct / "chats.jsonl")], tokenizer, conversations=reader)
     packed = packing_of(store, max_length, packing)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from families import FAMILIES, cloze_form, one_of
+from families import FAMILIES, cloze_form, near_student, one_of
 
 from glmd.cli import main
 from glmd.commands.evaluate import evaluate_folder
@@ -130,14 +130,8 @@ def test_a_student_equal_to_a_teacher_that_scales_its_logits_loses_nothing(name,
 def test_the_loss_is_that_of_whole_models_at_every_position(name, models, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / name)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64).eval()
-    kept = np.setdiff1d(np.arange(len(tokenizer)), [300, 301, 302])
-    token_map = np.zeros(len(tokenizer), dtype=int)
-    token_map[kept] = np.arange(len(kept))
-    vocabulary = Vocabulary(kept, token_map)
-    torch.manual_seed(1)
-    student = slice_model(teacher, vocabulary)
-    for parameter in student.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    student, vocabulary = near_student(teacher, tokenizer)
+    kept, token_map = vocabulary.kept_ids, vocabulary.token_map
     store = build_token_store(tmp_path / "store", [str(models / "corpus.txt")], tokenizer)
     data = BlockDataset(store, tokenizer, max_length=16, blocks=range(300), masking=None)
     last = store.num_blocks(data.block_length) - 1

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import one_of
+from families import curve, one_of, short_run
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from glmd.cli import main
 from glmd.commands.usage import describe_students
-from glmd.config_file import load_config
 from glmd.data.batches import Collate
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method
@@ -28,7 +27,6 @@ from glmd.tasks.forms import task_form
 from glmd.vocabulary.tokenizer import load_tokenizer
 from glmd.vocabulary.vocabulary import Vocabulary
 
-STAGE = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1}
 PROBLEMS = ["regression", "multi_label_classification", "token_classification"]
 NAMES = {"multi_label_classification": ["one", "two", "three"], "token_classification": ["B-X", "I-X", "O"]}
 
@@ -77,27 +75,7 @@ def source(files: Path, problem: str) -> Path:
 def config_of(files, problem, output, *overrides, **tasks):
     label = NAMES[problem] if problem == "multi_label_classification" else "answer"
     given = {"train": str(source(files, problem)), "text": "text", "label": label, "max_length": 16, **tasks}
-    values = {
-        "output_dir": str(output),
-        "method": "soft-labels",
-        "teacher": str(files / problem),
-        "student": {"num_hidden_layers": 1},
-        "vocabulary": {"keep_ratio": 0.7},
-        "tasks": {"own": given},
-        "task_soft_labels": {
-            "max_steps": 4,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-        },
-        "controls": {"hard_labels": False},
-    }
-    return load_config(values, list(overrides))
-
-
-def curve(output: Path) -> list[float]:
-    rows = map(json.loads, (output / "log.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
+    return short_run(output, "soft-labels", files / problem, given, *overrides)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import save_encoder
+from families import curve, save_encoder, short_run
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from glmd.cli import main
 from glmd.commands.export import export_folder
 from glmd.commands.verify import verify_folder
-from glmd.config_file import load_config
 from glmd.data.batches import Collate
 from glmd.distillation.distiller import Distiller
 from glmd.distillation.methods import load_method
@@ -53,27 +52,7 @@ STS = {"val_text": ["sentence1", "sentence2"], "label": "score"}
 
 def config_of(files, output, *overrides, **given):
     sentences = {"train": str(files / "train.txt"), "text": "text", "max_length": 24, **given}
-    values = {
-        "output_dir": str(output),
-        "method": "embeddings",
-        "teacher": str(files / "encoder"),
-        "student": {"num_hidden_layers": 1},
-        "vocabulary": {"keep_ratio": 0.7},
-        "tasks": {"own": sentences},
-        "task_soft_labels": {
-            "max_steps": 4,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-        },
-        "controls": {"hard_labels": False},
-    }
-    return load_config(values, list(overrides))
-
-
-def curve(output: Path) -> list[float]:
-    rows = map(json.loads, (output / "log.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
+    return short_run(output, "embeddings", files / "encoder", sentences, *overrides)
 
 
 def test_sentence_transformers_opens_a_student_and_gives_the_same_vectors(
