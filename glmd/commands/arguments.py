@@ -86,12 +86,12 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     command.add_argument("--size", help="refuse the checkpoint unless it is of this size: 110M, 340M, 2B or 10B")
     command.add_argument("--num-attention-heads", type=_positive, help="default: heads of 64, as all published have")
 
-    task_help = "a task of SuperGLUE, AXb, AXg, or a YAML of your own (default: what the model's card tells)"
+    task_help = "a task of SuperGLUE or GLUE, or a YAML of your own (default: what the model's card tells)"
     command = add("evaluate", "Score a model, stock or distilled, on a task, on text, or by what it says to prompts.")
     command.add_argument("model", help="folder or hub id of a task model, a masked or a causal LM")
     command.add_argument("--task", help=task_help)
     command.add_argument(
-        "--data", help="for --task: a SuperGLUE folder, a jsonl, csv, tsv or Parquet file, or aps/super_glue"
+        "--data", help="for --task: a SuperGLUE folder, a jsonl, csv, tsv or Parquet file, or a data set's id"
     )
     command.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: val)")
     command.add_argument("--batch-size", type=_positive, help="for --task (default: 64) and --references (16)")

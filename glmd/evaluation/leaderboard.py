@@ -1,4 +1,4 @@
-"""Prediction files in the form of the SuperGLUE leaderboard: one JSON object a line.
+"""Prediction files in the form of the SuperGLUE leaderboard, one JSON object a line, and its average.
 
     write_predictions(load_task("RTE"), [0, 1, ...], examples, "RTE.jsonl")
 
@@ -7,7 +7,8 @@ The leaderboard wants one file for each task, named like its folder (BoolQ.jsonl
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from glmd.errors import DataError
+from glmd.errors import DataError, suggestion
 from glmd.storage import write_atomically
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import Label, Task
@@ -25,6 +26,10 @@ from glmd.tasks.tasks import Label, Task
 # capital in WSC and without one in BoolQ and WiC; answers of MultiRC and COPA are numbers; ReCoRD's is the entity.
 
 logger = logging.getLogger(__name__)
+
+# The tasks of the benchmark, and how many metrics each has there (arXiv:1905.00537, table 1). Its two diagnostic
+# sets, AX-b and AX-g, do not enter the average.
+SUPERGLUE = {"BoolQ": 1, "CB": 2, "COPA": 1, "MultiRC": 2, "ReCoRD": 2, "RTE": 1, "WiC": 1, "WSC": 1}
 
 _IDX_PARTS = {"multirc": ("paragraph", "question", "answer"), "record": ("query",)}
 
@@ -142,3 +147,24 @@ def _multirc_rows(task: Task, chosen: list[int], examples: Sequence[TaskExample]
         {"idx": paragraph, "passage": {"questions": [{"idx": q, "answers": a} for q, a in questions.items()]}}
         for paragraph, questions in paragraphs.items()
     ]
+
+
+def superglue_average(scores: Mapping[str, Mapping[str, float]]) -> tuple[float, list[str]]:
+    """(mean over the tasks that are given, names of the benchmark's tasks that are not).
+
+    scores: task -> metric -> fraction. A task's two metrics are averaged first. The mean is the benchmark's
+    own only where no task is missing: show the missing ones beside it.
+    """
+    if not scores:
+        raise DataError("SuperGLUE average: no scores are given")
+    for task, metrics in scores.items():
+        if task not in SUPERGLUE:
+            raise DataError(f"SuperGLUE average: {task!r} is no task of it{suggestion(task, SUPERGLUE)}")
+        if len(metrics) != SUPERGLUE[task]:
+            names = ", ".join(metrics) or "none"
+            raise DataError(f"SuperGLUE average: {task} has {SUPERGLUE[task]} metrics there; got {names}")
+        for name, value in metrics.items():
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise DataError(f"SuperGLUE average: {task} {name} must be a fraction in [0, 1], got {value}")
+    means = [sum(metrics.values()) / len(metrics) for metrics in scores.values()]
+    return sum(means) / len(means), [task for task in SUPERGLUE if task not in scores]

@@ -7,11 +7,10 @@ are class ids, or positions of the chosen candidates.
 """
 
 import itertools
-import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,10 +37,6 @@ from glmd.evaluation.label_metrics import (
 )
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import SENTENCES, Task
-
-# The tasks of the benchmark, and how many metrics each has there (arXiv:1905.00537, table 1). Its two diagnostic
-# sets, AX-b and AX-g, do not enter the average.
-SUPERGLUE = {"BoolQ": 1, "CB": 2, "COPA": 1, "MultiRC": 2, "ReCoRD": 2, "RTE": 1, "WiC": 1, "WSC": 1}
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -301,7 +296,18 @@ def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -
     given = _one_row(predictions, "predictions") if task.has_one_answer else np.asarray(predictions)
     if len(given) != len(examples):
         raise ValueError(f"{len(given)} predictions for {len(examples)} examples")
-    for example, prediction in zip(examples, given.tolist() if task.has_one_answer else (), strict=False):
+    (_require_one_answer if task.has_one_answer else _require_answers)(task, given, examples)
+    for example, name in itertools.product(examples, task.metrics):
+        for field in METRICS[name].fields:
+            _require_field(task, example, field, name)
+    if task.problem_type in ("regression", SENTENCES) and len({example.label for example in examples}) == 1:
+        found = f"all {len(examples)} labels are {examples[0].label:g}, with which nothing correlates"
+        raise DataError(f"{task.name}: {found}; score a split whose labels are public, and differ")
+    return {name: METRICS[name](given, examples, task) for name in task.metrics}
+
+
+def _require_one_answer(task: Task, given: np.ndarray, examples: Sequence[TaskExample]) -> None:
+    for example, prediction in zip(examples, given.tolist(), strict=True):
         count = len(task.labels) or len(example.texts)
         for value, what in ((prediction, "prediction"), (cast(int | None, example.label), "label")):
             if value is not None and not 0 <= value < count:
@@ -309,13 +315,22 @@ def score(task: Task, predictions: ArrayLike, examples: Sequence[TaskExample]) -
                 raise DataError(
                     f"{_place(task, example)}: {what} {value} is none of its {count} {kind}, counted from 0"
                 )
-    for example, name in itertools.product(examples, task.metrics):
-        for field in METRICS[name].fields:
-            _require_field(task, example, field, name)
-    if task.problem_type == "regression" and len({example.label for example in examples}) == 1:
-        found = f"all {len(examples)} labels are {examples[0].label:g}, with which nothing correlates"
-        raise DataError(f"{task.name}: {found}; score a split whose labels are public, and differ")
-    return {name: METRICS[name](given, examples, task) for name in task.metrics}
+
+
+def _require_answers(task: Task, given: np.ndarray, examples: Sequence[TaskExample]) -> None:
+    """Refuse what is no answer to a task whose answers are others than one class."""
+    count, shape, kind = len(examples), given.shape, given.dtype.kind
+    if task.problem_type == "multi_label_classification":
+        wanted, fits = f"({count}, {len(task.labels)}) of 0 and 1", shape == (count, len(task.labels)) and kind in "biu"
+        fits = fits and bool(np.isin(given, (0, 1)).all())
+    elif task.problem_type == "token_classification":
+        wanted = f"({count}, words) ids of {len(task.labels)} labels, or -1"
+        fits = len(shape) == 2 and kind in "iu" and bool(((given >= -1) & (given < len(task.labels))).all())
+    else:
+        wanted = f"({count},) finite numbers"
+        fits = shape == (count,) and kind in "iuf" and bool(np.isfinite(given).all())
+    if not fits:
+        raise DataError(f"{task.name}: predictions must be {wanted}; got {given.dtype} {shape}")
 
 
 def constant_answers(task: Task, examples: Sequence[TaskExample]) -> list[np.ndarray]:
@@ -334,27 +349,6 @@ def constant_answers(task: Task, examples: Sequence[TaskExample]) -> list[np.nda
         width = max(len(each.words) for each in examples)
         return [np.full((count, width), label) for label in range(len(task.labels))]
     return [np.full(count, label) for label in range(len(task.labels) or min(len(each.choices) for each in examples))]
-
-
-def superglue_average(scores: Mapping[str, Mapping[str, float]]) -> tuple[float, list[str]]:
-    """(mean over the tasks that are given, names of the benchmark's tasks that are not).
-
-    scores: task -> metric -> fraction. A task's two metrics are averaged first. The mean is the benchmark's
-    own only where no task is missing: show the missing ones beside it.
-    """
-    if not scores:
-        raise DataError("SuperGLUE average: no scores are given")
-    for task, metrics in scores.items():
-        if task not in SUPERGLUE:
-            raise DataError(f"SuperGLUE average: {task!r} is no task of it{suggestion(task, SUPERGLUE)}")
-        if len(metrics) != SUPERGLUE[task]:
-            names = ", ".join(metrics) or "none"
-            raise DataError(f"SuperGLUE average: {task} has {SUPERGLUE[task]} metrics there; got {names}")
-        for name, value in metrics.items():
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise DataError(f"SuperGLUE average: {task} {name} must be a fraction in [0, 1], got {value}")
-    means = [sum(metrics.values()) / len(metrics) for metrics in scores.values()]
-    return sum(means) / len(means), [task for task in SUPERGLUE if task not in scores]
 
 
 def _place(task: Task, example: TaskExample) -> str:

@@ -1,6 +1,7 @@
 """Scores of numbers, several labels and labels of words are those of scipy, scikit-learn and seqeval."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn import metrics
 
-from glmd.errors import ConfigError
+from glmd.errors import ConfigError, DataError
 from glmd.evaluation.label_metrics import (
     entities,
     entity_f1,
@@ -106,3 +107,19 @@ def test_a_task_of_numbers_is_scored_by_both_correlations():
     found = score(task, [0.2, -3.0, 1.0], examples)
     twin = stats.pearsonr([0.2, -3, 1], [0, -1, 2.5]).statistic
     assert found == {"pearson": pytest.approx(twin), "spearman": 1.0}
+
+
+def test_what_is_no_answer_is_refused():
+    words = {"labels": ("O", "B-X"), "problem_type": "token_classification", "metrics": ("word_accuracy",)}
+    several = {"labels": ("a", "b"), "problem_type": "multi_label_classification", "metrics": ("subset_accuracy",)}
+    numbers = {"problem_type": "regression", "metrics": ("pearson",)}
+    for task, labels, predictions, wanted in (
+        (several, ((0, 1), (1, 1)), [0, 1], r"\(2, 2\) of 0 and 1"),
+        (several, ((0, 1), (1, 1)), [[0, 2], [1, 1]], r"\(2, 2\) of 0 and 1"),
+        (words, ((0, 1), (1,)), [[0, 2], [1, -1]], r"\(2, words\) ids of 2 labels"),
+        (numbers, (0.5, 1.5), [[0.5], [1.5]], r"\(2,\) finite numbers"),
+        (numbers, (0.5, 1.5), [0.5, math.nan], r"\(2,\) finite numbers"),
+    ):
+        examples = [TaskExample(i, (("t", None),), label) for i, label in enumerate(labels)]
+        with pytest.raises(DataError, match=f"T: predictions must be {wanted}"):
+            score(Task(**SHARED, **task), predictions, examples)

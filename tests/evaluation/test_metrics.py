@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmd.errors import ConfigError, DataError
+from glmd.evaluation.leaderboard import SUPERGLUE, superglue_average
 from glmd.evaluation.metrics import (
     METRICS,
-    SUPERGLUE,
     Metric,
     accuracy,
     f1_binary,
@@ -24,7 +24,6 @@ from glmd.evaluation.metrics import (
     record_f1,
     require_metrics,
     score,
-    superglue_average,
 )
 from glmd.tasks.examples import TaskExample
 from glmd.tasks.tasks import Task, load_task, task_names

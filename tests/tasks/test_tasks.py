@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from glmd.errors import ConfigError, DataError
-from glmd.evaluation.metrics import METRICS, SUPERGLUE
+from glmd.evaluation.leaderboard import SUPERGLUE
+from glmd.evaluation.metrics import METRICS
 from glmd.tasks.examples import TaskExample, read_split
 from glmd.tasks.tasks import load_task, task_names
 
@@ -74,8 +75,9 @@ def test_every_task_that_comes_with_glmd_loads_in_any_case(name):
     assert set(task.metrics) <= METRICS.keys()
 
 
-def test_all_tasks_of_superglue_and_its_two_diagnostics_come_with_glmd():
-    assert set(task_names()) >= SUPERGLUE.keys() | {"AXb", "AXg"}
+def test_all_tasks_of_superglue_its_two_diagnostics_and_glue_come_with_glmd():
+    glue = {"CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI", "MNLI-mm", "QNLI", "GLUE-RTE", "WNLI"}
+    assert set(task_names()) == SUPERGLUE.keys() | {"AXb", "AXg"} | glue
 
 
 @pytest.mark.parametrize("name", ["AXb", "AXg"])
